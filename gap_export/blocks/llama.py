@@ -1,0 +1,226 @@
+"""The Llama decoder as a graph: RMS norms, rotary embedding, grouped heads, gated MLP.
+
+Parameter names are those of a Hugging Face checkpoint below `language_model` and `lm_head`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from gap_export.blocks.operators import attend, rms_norm, rotate, write_cache
+from gap_export.errors import CheckpointError
+
+# B batch (1), S rows, H query heads, G key/value heads, d head width, L cache slots, D width,
+# V vocabulary, P positions.
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaShape:
+    """The sizes of a Llama decoder."""
+
+    layers: int
+    width: int
+    heads: int
+    cache_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    epsilon: float
+    attention_bias: bool
+    mlp_bias: bool
+
+
+def read_llama_shape(config: LlamaConfig, where: str) -> LlamaShape:
+    """The sizes in a text config.
+
+    Raises:
+        CheckpointError: The config asks for something that this decoder does not have.
+    """
+    if config.model_type != "llama":
+        raise CheckpointError(
+            f"{where}: text_config.model_type '{config.model_type}', expected 'llama'"
+        )
+    if config.hidden_act not in {"silu", "swish"}:
+        raise CheckpointError(f"{where}: text_config.hidden_act '{config.hidden_act}', expected silu")
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        raise CheckpointError(
+            f"{where}: rope_type '{rope_type}' depends on the running length; "
+            f"have {', '.join(_ROPE_TYPES)}"
+        )
+    return LlamaShape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        cache_heads=config.num_key_value_heads,
+        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        mlp=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        epsilon=config.rms_norm_eps,
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+    )
+
+
+def rotary_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables [P, head_dim / 2], float32, one row per position ID.
+
+    The length must cover the unpruned sequence: position IDs outrun the cache's slots.
+    """
+    rotary = LlamaRotaryEmbedding(config)
+    cosine, sine = rotary(torch.zeros(1, 1), torch.arange(positions)[None])
+    half = cosine.shape[-1] // 2
+    return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+
+
+class LlamaDecoder(nn.Module):
+    """All layers and the head. Created without values; weights are bound after tracing."""
+
+    def __init__(self, shape: LlamaShape, cosine_Pd: Tensor, sine_Pd: Tensor) -> None:
+        """Declare the parameters; the rotary tables are constants of the graph."""
+        super().__init__()
+        self.language_model = nn.Module()
+        self.language_model.layers = nn.ModuleList(LlamaLayer(shape) for _ in range(shape.layers))
+        self.language_model.norm = _Norm(shape.width, shape.epsilon)
+        self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.register_buffer("cosine", cosine_Pd, persistent=False)
+        self.register_buffer("sine", sine_Pd, persistent=False)
+
+    def forward(
+        self,
+        embeddings_BSD: Tensor,
+        position_ids_BS: Tensor,
+        write_slot_B: Tensor,
+        logits_row_B: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Logits [B, V] float32 of one row, then the caches, key and value by layer."""
+        dtype = self.lm_head.weight.dtype
+        hidden_BSD = embeddings_BSD.to(dtype)
+        mask_BHSL = slot_causal_mask(write_slot_B, position_ids_BS.shape[1], caches[0].shape[2])
+        tables = (self.cosine.to(dtype), self.sine.to(dtype))
+        written: list[Tensor] = []
+        for k, layer in enumerate(self.language_model.layers):
+            hidden_BSD, key, value = layer(
+                hidden_BSD,
+                tables,
+                position_ids_BS,
+                write_slot_B,
+                mask_BHSL,
+                (caches[2 * k], caches[2 * k + 1]),
+            )
+            written += [key, value]
+        row_BD = torch.index_select(hidden_BSD, 1, logits_row_B)[:, 0]
+        logits_BV = self.lm_head(self.language_model.norm(row_BD))
+        return logits_BV.float(), *written
+
+
+class LlamaLayer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        """Declare the parameters."""
+        super().__init__()
+        self.input_layernorm = _Norm(shape.width, shape.epsilon)
+        self.self_attn = LlamaAttention(shape)
+        self.post_attention_layernorm = _Norm(shape.width, shape.epsilon)
+        self.mlp = LlamaMlp(shape)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        tables: tuple[Tensor, Tensor],
+        position_ids_BS: Tensor,
+        write_slot_B: Tensor,
+        mask_BHSL: Tensor,
+        cache: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states and the layer's key and value cache."""
+        normed_BSD = self.input_layernorm(hidden_BSD)
+        attended_BSD, key, value = self.self_attn(
+            normed_BSD, tables, position_ids_BS, write_slot_B, mask_BHSL, cache
+        )
+        hidden_BSD = hidden_BSD + attended_BSD
+        return hidden_BSD + self.mlp(self.post_attention_layernorm(hidden_BSD)), key, value
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention on a cache of fixed capacity."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        """Declare the parameters."""
+        super().__init__()
+        query, cached = shape.heads * shape.head_dim, shape.cache_heads * shape.head_dim
+        bias = shape.attention_bias
+        self.head_dim = shape.head_dim
+        self.q_proj = nn.Linear(shape.width, query, bias=bias)
+        self.k_proj = nn.Linear(shape.width, cached, bias=bias)
+        self.v_proj = nn.Linear(shape.width, cached, bias=bias)
+        self.o_proj = nn.Linear(query, shape.width, bias=bias)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        tables: tuple[Tensor, Tensor],
+        position_ids_BS: Tensor,
+        write_slot_B: Tensor,
+        mask_BHSL: Tensor,
+        cache: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention output and the caches with this call's rows written."""
+        query_BHSd = rotate(self._split(self.q_proj(hidden_BSD)), *tables, position_ids_BS)
+        key_BGSd = rotate(self._split(self.k_proj(hidden_BSD)), *tables, position_ids_BS)
+        value_BGSd = self._split(self.v_proj(hidden_BSD))
+        key_BGLd = write_cache(cache[0], key_BGSd, write_slot_B)
+        value_BGLd = write_cache(cache[1], value_BGSd, write_slot_B)
+        mixed_BHSd = attend(query_BHSd, key_BGLd, value_BGLd, mask_BHSL)
+        mixed_BSD = mixed_BHSd.transpose(1, 2).flatten(2)
+        return self.o_proj(mixed_BSD), key_BGLd, value_BGLd
+
+    def _split(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, heads * d] to [B, heads, S, d]."""
+        return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class LlamaMlp(nn.Module):
+    """Gated MLP (SwiGLU)."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        """Declare the parameters."""
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.width, shape.mlp, bias=shape.mlp_bias)
+        self.up_proj = nn.Linear(shape.width, shape.mlp, bias=shape.mlp_bias)
+        self.down_proj = nn.Linear(shape.mlp, shape.width, bias=shape.mlp_bias)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """down(silu(gate) * up)."""
+        gate = functional.silu(self.gate_proj(hidden_BSD))
+        output: Tensor = self.down_proj(gate * self.up_proj(hidden_BSD))
+        return output
+
+
+class _Norm(nn.Module):
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.epsilon = epsilon
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return rms_norm(x_BSD, self.weight, self.epsilon)
+
+
+def slot_causal_mask(write_slot_B: Tensor, rows: int, slots: int) -> Tensor:
+    """Boolean mask [B, 1, S, L]: a row sees its own slot and those before it.
+
+    Slots, not positions: padded prompt rows lie behind the real ones and stay unseen.
+    """
+    row_slot_BS = write_slot_B[:, None] + torch.arange(rows)
+    return torch.arange(slots) <= row_slot_BS[:, None, :, None]

@@ -1,0 +1,79 @@
+"""ONNX operators of opset 23 and 24 as torch functions: each is one node in the traced graph.
+
+These exist for tracing and are not computed by torch; the reference uses other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width.
+
+_FLOAT: Final = 1  # onnx.TensorProto.FLOAT
+
+
+def rms_norm(x_BSD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32."""
+    return _operator(
+        "RMSNormalization",
+        [x_BSD, weight_D],
+        {"axis": -1, "epsilon": epsilon, "stash_type": _FLOAT},
+        like=x_BSD,
+        version=23,
+    )
+
+
+def rotate(
+    x_BHSd: Tensor, cosine_Pd: Tensor, sine_Pd: Tensor, position_ids_BS: Tensor
+) -> Tensor:
+    """Rotary embedding by position ID, halves layout; tables hold head_dim / 2 columns."""
+    return _operator(
+        "RotaryEmbedding",
+        [x_BHSd, cosine_Pd, sine_Pd, position_ids_BS],
+        {"interleaved": 0},
+        like=x_BHSd,
+        version=23,
+    )
+
+
+def write_cache(cache_BGLd: Tensor, update_BGSd: Tensor, write_slot_B: Tensor) -> Tensor:
+    """The cache with rows written from a slot on; in place where a runtime binds it so."""
+    return _operator(
+        "TensorScatter",
+        [cache_BGLd, update_BGSd, write_slot_B],
+        {"mode": "linear", "axis": 2},
+        like=cache_BGLd,
+        version=24,
+    )
+
+
+def attend(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: Tensor) -> Tensor:
+    """Grouped attention over the whole cache with an explicit boolean mask, softmax in float32.
+
+    The mask is explicit because TensorRT's parser ignores `nonpad_kv_seqlen`.
+    """
+    return _operator(
+        "Attention",
+        [query_BHSd, key_BGLd, value_BGLd, mask_BHSL],
+        {"softmax_precision": _FLOAT},
+        like=query_BHSd,
+        version=24,
+    )
+
+
+def _operator(
+    name: str,
+    inputs: Sequence[Tensor],
+    attributes: dict[str, int | float | str],
+    *,
+    like: Tensor,
+    version: int,
+) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(
+        name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=version
+    )
+    return result

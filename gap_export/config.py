@@ -1,0 +1,266 @@
+"""What the user asks for: configuration files, flags and `--set`, as frozen records."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
+from gap_runtime.layout import count_kept
+from gap_runtime.prompt import PHRASE_FIELD
+from gap_runtime.records import load_record
+from gap_runtime.registry import describe_unknown, list_plugins
+
+POSITION_MODES: Final = ("gap", "compact", "permuted", "permuted-compact")
+DTYPES: Final = ("float32", "float16", "bfloat16")
+DEFAULT_TARGET: Final = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneConfig:
+    """Which visual tokens stay, and with which position IDs.
+
+    `ratios` are shares to remove, in [0, 1). `seed` is for strategies that draw.
+    """
+
+    strategy: str = "cls_attention"
+    ratios: tuple[float, ...] = (0.5,)
+    positions: str = "gap"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    """The question. Counts are tokens.
+
+    `template` holds the image token and `{phrase}`; the family's own where it is null.
+    `prefix` matters only for a checkpoint without a tokenizer; it is counted otherwise.
+    """
+
+    template: str | None = None
+    prefix: int | None = None
+    suffix: int = 64
+    answer: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """Where the sample pictures lie that PyTorch answers at export.
+
+    A folder with `samples.json`, a list of {image, phrase}; the packaged ones where it is null.
+    """
+
+    samples: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetConfig:
+    """A kind of machine: what its engines are made with and which graphs it takes."""
+
+    backend: str
+    dialect: str
+    opset: int
+    description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """Everything that decides an export. `checkpoint` is a folder or a hub id."""
+
+    family: str
+    checkpoint: str
+    revision: str | None = None
+    dtype: str | None = None
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedConfig:
+    """A configuration and the name that its bundle starts with."""
+
+    name: str
+    config: ExportConfig
+
+
+def load_config(
+    model: str, overrides: dict[str, Any], *, checkpoint: str | None = None
+) -> NamedConfig:
+    """The configuration of a model.
+
+    Args:
+        model: A name in export_configs/, a `.toml` path, a checkpoint folder or a hub id.
+        overrides: Values by dotted key that win over the file's.
+        checkpoint: A folder or hub id to use instead of the configured one.
+
+    Raises:
+        ConfigError: Nothing of that name, an unknown key, or a value that cannot be used.
+    """
+    name, data, where = _find(model)
+    if checkpoint is not None:
+        data["checkpoint"] = checkpoint
+    for key, value in overrides.items():
+        _assign(data, key, value)
+    config = load_record(ExportConfig, data, where)
+    _require_usable(config, where)
+    return NamedConfig(name=name, config=config)
+
+
+def load_target(name: str) -> TargetConfig:
+    """The target of that name in export_configs/targets/.
+
+    Raises:
+        UnknownNameError: There is no such file.
+    """
+    path = package_data("export_configs") / "targets" / f"{name}.toml"
+    if not path.is_file():
+        names = [file.stem for file in path.parent.glob("*.toml")]
+        raise UnknownNameError(describe_unknown("target", name, names))
+    return load_record(TargetConfig, _read_toml(path), path.name)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of one `--set KEY=VALUE`; the value is TOML, or a bare string.
+
+    Raises:
+        ConfigError: There is no `=`.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, for example prompt.answer=32")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def count_ratios(config: PruneConfig, patches: int) -> list[tuple[float, int]]:
+    """Each ratio with its kept count, in the order given.
+
+    Raises:
+        ConfigError: A ratio cannot be used, or two come to the same count.
+    """
+    pairs: list[tuple[float, int]] = []
+    for ratio in config.ratios:
+        kept = count_kept(patches, ratio)
+        for other, count in pairs:
+            if count == kept:
+                raise ConfigError(
+                    f"ratios {other:g} and {ratio:g} both keep {kept} of {patches}; give one"
+                )
+        pairs.append((ratio, kept))
+    return pairs
+
+
+def package_data(name: str) -> Path:
+    """A data folder: inside the package when installed, beside it in a checkout."""
+    home = Path(__file__).resolve().parent
+    inside = home / name
+    return inside if inside.is_dir() else home.parent / name
+
+
+def list_configs() -> list[str]:
+    """Names in export_configs/."""
+    return sorted(path.stem for path in package_data("export_configs").glob("*.toml"))
+
+
+def _find(model: str) -> tuple[str, dict[str, Any], str]:
+    """Bundle name, raw data and the source's name for messages."""
+    if model.endswith(".toml"):
+        path = Path(model)
+        if not path.is_file():
+            raise ConfigError(f"{model}: no such configuration file")
+        return path.stem, _read_model_file(path), path.name
+    if model in list_configs():
+        # Before folders: one of the same name can still be given as ./NAME.
+        path = package_data("export_configs") / f"{model}.toml"
+        return model, _read_model_file(path), path.name
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        data = {"family": _detect_family(folder), "checkpoint": str(folder)}
+        return folder.resolve().name, data, str(folder)
+    if model.startswith((".", "/", "~")):
+        raise ConfigError(f"{model}: no such folder")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return model.rpartition("/")[2], {"family": "", "checkpoint": model}, model
+    hint = describe_unknown("model", model, list_configs())
+    raise UnknownNameError(f"{hint}; or give a .toml file, a checkpoint folder or a hub id")
+
+
+def _read_model_file(path: Path) -> dict[str, Any]:
+    """A model file; a relative checkpoint is relative to the file."""
+    data = _read_toml(path)
+    checkpoint = data.get("checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.startswith("."):
+        data["checkpoint"] = str((path.resolve().parent / checkpoint).resolve())
+    return data
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: not valid TOML ({error})") from error
+
+
+def _detect_family(folder: Path) -> str:
+    """The family that the `model_type` of a folder's config.json names."""
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder}: no config.json in it; give a Hugging Face checkpoint folder"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    found = str(data.get("model_type", "")) if isinstance(data, dict) else ""
+    family = found.replace("-", "_")
+    names = list_plugins("gap_export.models")
+    if family not in names:
+        raise UnknownNameError(f"{path}: {describe_unknown('model_type', found, names)}")
+    return family
+
+
+def detect_family(folder: Path, configured: str) -> str:
+    """The configured family, or where none is the one that the folder names."""
+    return configured or _detect_family(folder)
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested tables."""
+    *tables, last = key.split(".")
+    for name in tables:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {key}: '{name}' is a value, not a table")
+    data[last] = value
+
+
+def _require_usable(config: ExportConfig, where: str) -> None:
+    """Reject values that no model could use."""
+    _require_one("prune.positions", config.prune.positions, POSITION_MODES, where)
+    if config.dtype is not None:
+        _require_one("dtype", config.dtype, DTYPES, where)
+    strategies = list_plugins("gap_export.pruners")
+    if config.prune.strategy not in strategies:
+        raise UnknownNameError(describe_unknown("pruner", config.prune.strategy, strategies))
+    if not config.prune.ratios:
+        raise ConfigError(f"{where}: prune.ratios is empty; give at least one")
+    for name, count in (("suffix", config.prompt.suffix), ("answer", config.prompt.answer)):
+        if count < 1:
+            raise ConfigError(f"{where}: prompt.{name} is {count}, expected at least 1")
+    template = config.prompt.template
+    if template is not None and template.count(PHRASE_FIELD) != 1:
+        raise ConfigError(f"{where}: prompt.template must hold {PHRASE_FIELD} once")
+
+
+def _require_one(key: str, value: str, allowed: Sequence[str], where: str) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{where}: {key} '{value}' is unknown; have {', '.join(allowed)}")

@@ -1,0 +1,53 @@
+"""The decoder graph: one for prefill and steps, for all ratios and position modes.
+
+    name                 dtype    shape                   meaning
+    in
+    embeddings           float32  [1, S, D]               prompt rows, or one token
+    position_ids         int64    [1, S]                  rotary position of each row
+    write_slot           int64    [1]                     cache slot of row 0
+    logits_row           int64    [1]                     row whose logits are wanted
+    cache_key_00 ...     model's  [1, G, capacity, d]     keys so far, one tensor a layer
+    cache_value_00 ...   model's  [1, G, capacity, d]     values so far
+    out
+    logits               float32  [1, V]                  of the wanted row
+    next_cache_key_00 .. model's  [1, G, capacity, d]     the cache with the rows written
+    next_cache_value_00  model's  [1, G, capacity, d]
+
+S is the only free dimension. A runtime binds each cache tensor's memory as input and as output.
+Position and slot are independent: position_ids may run ahead of the slots.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+# B batch (1), S rows, D decoder width, G key/value heads, L cache slots, d head width.
+
+
+class DecoderStage(nn.Module):
+    """A family's decoder with its caches as a flat list: key and value of each layer in turn."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        """Wrap a decoder."""
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        position_ids: Tensor,
+        write_slot: Tensor,
+        logits_row: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Logits and the written caches; see the table above."""
+        outputs: tuple[Tensor, ...] = self.decoder(
+            embeddings, position_ids, write_slot, logits_row, caches
+        )
+        return outputs
+
+
+def cache_names(layers: int) -> list[str]:
+    """Names of the cache inputs, in the order of the graph."""
+    digits = max(2, len(str(layers - 1)))
+    return [f"cache_{part}_{k:0{digits}d}" for k in range(layers) for part in ("key", "value")]

@@ -1,0 +1,135 @@
+"""Proof that a graph file is what was promised, made after every export.
+
+The rules: named inputs and outputs with the promised dtypes and shapes; every dimension a number
+(but the promised free one); only operators on the list; constant TopK sizes; weights inside the
+bundle; and the ONNX checker's own full check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import onnx
+import onnx_ir as ir
+from gap_runtime.tensors import TensorSpec
+
+from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
+
+NATIVE_OPERATORS: Final = frozenset(
+    """
+    Abs Add And ArgMax Attention Cast Concat Conv Cos Div Equal Erf Exp Expand Flatten Floor
+    Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual LayerNormalization Less
+    LessOrEqual MatMul Max Min Mul Neg Not Or Pad Pow RMSNormalization Range Reciprocal ReduceMax
+    ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid Sin Slice Softmax
+    Split Sqrt Squeeze Sub Swish Tanh TensorScatter Tile TopK Transpose Unsqueeze Where
+    """.split()
+)
+"""Operators of the `native` dialect: standard, without control flow or data-dependent shapes."""
+
+
+def prove_graph(
+    path: Path,
+    *,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    opset: int,
+    free: frozenset[str] = frozenset(),
+) -> None:
+    """Check a graph file against its promise.
+
+    Args:
+        path: The file; its weights must lie beside it.
+        inputs: Promised inputs, in order.
+        outputs: Promised outputs, in order.
+        opset: Promised version of the standard operators.
+        free: Names of dimensions that may stay open.
+
+    Raises:
+        StaticShapeError: A dimension is open that should not be.
+        UnsupportedOpError: An operator is not on the list.
+        GraphError: Anything else is not as promised.
+    """
+    model = ir.load(path)
+    graph = model.graph
+    _require_interface(path, "input", graph.inputs, list(inputs))
+    _require_interface(path, "output", graph.outputs, list(outputs))
+    if dict(model.opset_imports) != {"": opset}:
+        raise GraphError(f"{path.name}: opsets {dict(model.opset_imports)}, expected only {opset}")
+    _require_operators(path, graph)
+    _require_static(path, graph, free)
+    _require_weights_inside(path, graph)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).splitlines()[0]
+        raise GraphError(f"{path.name}: the ONNX checker says: {reason}") from error
+
+
+def _require_interface(
+    path: Path, kind: str, values: Iterable[ir.Value], specs: list[TensorSpec]
+) -> None:
+    found = [
+        (
+            value.name,
+            value.dtype.name.lower().replace("float", "float32", 1)
+            if value.dtype == ir.DataType.FLOAT
+            else (value.dtype.name.lower() if value.dtype else None),
+            tuple(size if isinstance(size, int) else size.value for size in value.shape or ()),
+        )
+        for value in values
+    ]
+    promised = [(spec.name, spec.dtype, spec.shape) for spec in specs]
+    for one, other in zip(found, promised, strict=False):
+        if one != other:
+            raise GraphError(f"{path.name}: {kind} {one}, promised {other}")
+    if len(found) != len(promised):
+        raise GraphError(f"{path.name}: {len(found)} {kind}s, promised {len(promised)}")
+
+
+def _require_operators(path: Path, graph: ir.Graph) -> None:
+    for node in graph:
+        if node.domain != "":
+            raise UnsupportedOpError(
+                f"{path.name}: node '{node.name}' is {node.domain}.{node.op_type}; "
+                "only standard operators are allowed"
+            )
+        if node.op_type not in NATIVE_OPERATORS:
+            raise UnsupportedOpError(f"{path.name}: operator {node.op_type} is not on the list")
+        if node.op_type == "TopK" and (node.inputs[1] is None or node.inputs[1].const_value is None):
+            raise StaticShapeError(f"{path.name}: node '{node.name}': TopK size is not a constant")
+
+
+def _require_static(path: Path, graph: ir.Graph, free: frozenset[str]) -> None:
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is None:
+                raise StaticShapeError(f"{path.name}: tensor '{value.name}' has no known shape")
+            for axis, size in enumerate(value.shape):
+                if not isinstance(size, int) and size.value not in free:
+                    raise StaticShapeError(
+                        f"{path.name}: tensor '{value.name}': dimension {axis} is open ({size})"
+                    )
+
+
+def _require_weights_inside(path: Path, graph: ir.Graph) -> None:
+    for initializer in graph.initializers.values():
+        tensor = initializer.const_value
+        if tensor is None:
+            raise GraphError(f"{path.name}: initializer '{initializer.name}' has no value")
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        location = str(tensor.location)
+        file = path.parent / location
+        if Path(location).name != location or not file.is_file():
+            raise GraphError(
+                f"{path.name}: initializer '{initializer.name}' lies in '{location}', "
+                "which is no file of the bundle"
+            )
+        end = (tensor.offset or 0) + (tensor.length or 0)
+        if end > file.stat().st_size:
+            raise GraphError(
+                f"{path.name}: initializer '{initializer.name}' ends at byte {end} of {location}, "
+                f"which has {file.stat().st_size}"
+            )

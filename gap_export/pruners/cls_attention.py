@@ -1,0 +1,33 @@
+"""Keep the patches that the CLS token attends to most.
+
+References:
+    FasterVLM (arXiv:2412.01818): head mean of the CLS row of the attention in the block that
+    gives the patch features.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from gap_export.config import PruneConfig
+from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+
+NEEDS: Final = frozenset({Feature.CLS_ATTENTION})
+
+
+def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
+    """Top patches by score, best first. Scores are float32 whatever the model's dtype."""
+    del config
+    scores_BN = features.extras[Feature.CLS_ATTENTION]
+    return Kept(order_BK=torch.topk(scores_BN, kept, dim=-1).indices)
+
+
+def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
+    """The same from the tower's own attention map; ties go to the lower index."""
+    del config
+    attention = vision.attentions[vision.layer - 1]
+    scores = attention[0, :, 0, 1:].mean(dim=0)
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return EagerChoice(order=order[:kept].tolist(), scores=scores.tolist())

@@ -1,0 +1,33 @@
+"""Keep patches drawn at export with a seed: the same ones for every picture.
+
+The draw is an initializer of the graph, because TensorRT ignores the seed of random operators.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+
+from gap_export.config import PruneConfig
+from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+
+NEEDS: Final[frozenset[Feature]] = frozenset()
+
+
+def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
+    """The drawn patches, in the order of the draw."""
+    order = _draw(features.grid, kept, config.seed)
+    return Kept(order_BK=torch.tensor([order], dtype=torch.int64))
+
+
+def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
+    """The same draw."""
+    return EagerChoice(order=_draw(vision.grid, kept, config.seed), scores=None)
+
+
+def _draw(grid: tuple[int, int], kept: int, seed: int) -> list[int]:
+    """The first `kept` of a permutation, so that a higher ratio keeps a subset of a lower."""
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(grid[0] * grid[1])
+    return [int(index) for index in order[:kept]]

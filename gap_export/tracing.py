@@ -1,0 +1,241 @@
+"""Torch modules to ONNX graphs without any weights: the one room that knows torch.onnx.
+
+Modules are built under fake tensors, so neither memory nor time depends on the size of the
+weights. Initializers come out as names and shapes; gap_export.weights binds them to files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import onnx_ir as ir
+import torch
+from gap_runtime.tensors import TensorSpec
+from onnx_ir.passes import PassManager, common
+from onnxscript import opset23 as op
+from onnxscript import optimizer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gap_export.errors import ExportError
+
+OPSET: Final = 24
+FREE_ROWS: Final = "rows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """A graph, its interface and the names of the initializers that have no values yet."""
+
+    model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: frozenset[str]
+
+
+def trace(
+    build: Callable[[], nn.Module],
+    *,
+    dtype: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    finish: Callable[[nn.Module], None] | None = None,
+    nested: int | None = None,
+) -> Traced:
+    """Trace a module.
+
+    Args:
+        build: Makes the module; runs where parameters have no memory.
+        dtype: Of the module's parameters.
+        inputs: Inputs by position; a named dimension stays free.
+        outputs: Outputs by position, with the dtypes and shapes that the graph must have.
+        finish: Gives values to buffers; runs where memory is real.
+        nested: How many of the last inputs the module takes as one list (None: no list).
+
+    Raises:
+        ExportError: torch.onnx could not trace it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _default_dtype(getattr(torch, dtype)):
+        module = build().eval()
+    with mode:
+        examples = [_example(spec) for spec in inputs]
+    if finish is not None:
+        finish(module)
+    arguments: tuple[Any, ...] = tuple(examples)
+    free: tuple[Any, ...] = tuple(_free_dimensions(spec) for spec in inputs)
+    if nested is not None:
+        alone = len(examples) - nested
+        arguments = (*examples[:alone], list(examples[alone:]))
+        free = (*free[:alone], list(free[alone:]))
+    try:
+        with mode, _quiet():
+            program = torch.onnx.export(
+                module,
+                arguments,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in inputs],
+                output_names=[spec.name for spec in outputs],
+                dynamic_shapes=free,
+                custom_translation_table={torch.ops.aten.linear.default: linear_as_gemm},
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ExportError(f"torch.onnx could not trace the graph: {reason}") from error
+    assert program is not None
+    model = program.model
+    parameters = frozenset(name for name, _ in module.named_parameters())
+    for name in parameters & set(model.graph.initializers):
+        # Without a value, so that nothing takes it for a constant before it is bound.
+        model.graph.initializers[name].const_value = None
+    tidy(model)
+    _set_interface(model.graph, inputs, outputs)
+    return Traced(
+        model=model,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        parameters=parameters,
+    )
+
+
+def tidy(model: ir.Model) -> None:
+    """Inline helper functions, compute small constant parts, drop what nothing uses."""
+    optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=65536
+    )
+    passes = PassManager(
+        [
+            common.InlinePass(),
+            common.IdentityEliminationPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedOpsetsPass(),
+            common.ClearMetadataAndDocStringPass(),
+        ]
+    )
+    passes(model)
+
+
+def join(first: Traced, second: Traced) -> Traced:
+    """One graph that feeds the outputs of the first into the inputs of the second, by place.
+
+    Both graphs are copied, so that the first can be joined again.
+    """
+    head, tail = first.model.clone(), second.model.clone()
+    graph, rest = head.graph, tail.graph
+    for given, taken in zip(graph.outputs, rest.inputs, strict=True):
+        ir.convenience.replace_all_uses_with(taken, given)
+    kept_names = second.parameters | {spec.name for spec in second.outputs}
+    for value in list(_values(rest)):
+        if value.name not in kept_names:
+            value.name = f"tail_{value.name}"
+    for initializer in list(rest.initializers.values()):
+        rest.initializers.pop(initializer.name)
+        graph.initializers[initializer.name] = initializer
+    for node in list(rest):
+        rest.remove(node)
+        node.name = f"tail_{node.name}"
+        graph.append(node)
+    outputs = list(rest.outputs)
+    rest.outputs.clear()
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    tidy(head)
+    return Traced(
+        model=head,
+        inputs=first.inputs,
+        outputs=second.outputs,
+        parameters=first.parameters | second.parameters,
+    )
+
+
+def linear_as_gemm(x: Any, weight: Any, bias: Any = None) -> Any:
+    """aten.linear as Gemm(transB=1), which takes weights [out, in] as checkpoints hold them.
+
+    MatMul would need a Transpose, which runtimes fold into a second copy of the weight.
+    """
+    width, rank = weight.shape[1], len(x.shape)
+    if rank == 2:
+        return op.Gemm(x, weight, bias, transB=1)
+    assert rank == 3, x.shape
+    assert x.shape[0] == 1, x.shape
+    rows = op.Reshape(x, op.Constant(value_ints=[-1, width]))
+    product = op.Gemm(rows, weight, bias, transB=1)
+    # ONNX shape inference loses a free dimension here; the batch of one keeps it known.
+    rows.shape = ir.Shape([x.shape[1], width])
+    product.shape = ir.Shape([x.shape[1], weight.shape[0]])
+    rows.dtype = product.dtype = x.dtype
+    leading = [size if isinstance(size, int) else -1 for size in x.shape[:-1]]
+    return op.Reshape(product, op.Constant(value_ints=[*leading, weight.shape[0]]))
+
+
+def _set_interface(
+    graph: ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    """Give the free dimension its name everywhere; torch numbers it."""
+    names: dict[str, str] = {}
+    for value, spec in zip(graph.inputs, inputs, strict=True):
+        assert value.shape is not None
+        for size, wanted in zip(value.shape, spec.shape, strict=True):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                names[str(size.value)] = str(wanted)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape(names.get(str(size), size) for size in value.shape)
+    for value, spec in zip(graph.outputs, outputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Every value of a graph that has a name."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _example(spec: TensorSpec) -> Tensor:
+    """An input without values; a free dimension gets a size that no other has."""
+    shape = [size if isinstance(size, int) else 7 for size in spec.shape]
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+
+def _free_dimensions(spec: TensorSpec) -> dict[int, Any] | None:
+    named = {k: size for k, size in enumerate(spec.shape) if isinstance(size, str)}
+    return {k: torch.export.Dim(size, min=1, max=2**20) for k, size in named.items()} or None
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters get this dtype; converting them afterwards fails without memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's progress text and warnings off the user's screen."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,37 @@
+"""Ground phrases in pictures with an exported bundle, without torch.
+
+    from gap_runtime import Bundle, Grounder
+
+    grounder = Grounder(Bundle.open("refshapes-32of64"))
+    print(grounder.ground("photo.png", "the red circle").boxes)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from gap_runtime.boxes import Box
+    from gap_runtime.bundle import Bundle
+    from gap_runtime.errors import GapError
+    from gap_runtime.grounder import Grounder, Grounding
+
+__version__ = "0.1.0"
+__all__ = ["Box", "Bundle", "GapError", "Grounder", "Grounding", "__version__"]
+
+_HOMES: Final = {
+    "Box": "gap_runtime.boxes",
+    "Bundle": "gap_runtime.bundle",
+    "GapError": "gap_runtime.errors",
+    "Grounder": "gap_runtime.grounder",
+    "Grounding": "gap_runtime.grounder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `--help` stays quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gap_runtime' has no attribute '{name}'")
+    from importlib import import_module  # noqa: PLC0415 - keeps `import gap_runtime` free
+
+    return getattr(import_module(_HOMES[name]), name)

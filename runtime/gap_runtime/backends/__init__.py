@@ -1,0 +1,1 @@
+"""Backends, one file each; every module here fits gap_runtime.session.Backend."""

@@ -1,0 +1,184 @@
+"""onnxruntime: CPU anywhere, CUDA where onnxruntime-gpu is installed.
+
+`onnxruntime` takes CUDA when it is there; `onnxruntime:cpu` and `onnxruntime:cuda` insist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from gap_runtime.bundle import Bundle
+from gap_runtime.errors import BackendMissingError, ConfigError, EngineError
+from gap_runtime.manifest import Stage
+
+_PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16, a type that numpy lacks
+
+
+class OnnxVision:
+    """A vision graph in an onnxruntime session."""
+
+    def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
+        """Load the graph."""
+        self._ort = _import_onnxruntime()
+        self._session = _open_session(self._ort, bundle, stage, device)
+        self._names = [spec.name for spec in stage.outputs]
+
+    def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name for pixels float32 [1, 3, H, W]."""
+        try:
+            values = self._session.run(self._names, {"pixels": pixels})
+        except _run_errors(self._ort) as error:
+            raise EngineError(f"onnxruntime could not run the vision graph: {error}") from error
+        return dict(zip(self._names, values, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """Buffers for one row count, bound once and written in place at every run."""
+
+    binding: Any
+    embeddings: np.ndarray
+    position_ids: np.ndarray
+    write_slot: np.ndarray
+    logits_row: np.ndarray
+    logits: np.ndarray
+
+
+class OnnxDecoder:
+    """A decoder graph in an onnxruntime session, its cache bound as input and as output."""
+
+    def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
+        """Load the graph and make an empty cache on its device."""
+        self._ort = _import_onnxruntime()
+        self._session = _open_session(self._ort, bundle, stage, device)
+        self._stage = stage
+        on_cuda = "CUDAExecutionProvider" in self._session.get_providers()
+        self._cache = {
+            spec.name: _zeros(self._ort, spec.shape, spec.dtype, "cuda" if on_cuda else "cpu")
+            for spec in stage.inputs
+            if spec.name.startswith("cache_")
+        }
+        self._widths = {spec.name: spec.shape[-1] for spec in (*stage.inputs, *stage.outputs)}
+        self._calls: dict[int, _Call] = {}
+
+    def run(
+        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+    ) -> np.ndarray:
+        """Logits float32 [V] of one row; see gap_runtime.session.DecoderSession."""
+        rows = embeddings.shape[1]
+        if rows not in self._calls:
+            self._calls[rows] = self._bind(rows)
+        call = self._calls[rows]
+        call.embeddings[:] = embeddings
+        call.position_ids[:] = position_ids
+        call.write_slot[0] = write_slot
+        call.logits_row[0] = logits_row
+        try:
+            self._session.run_with_iobinding(call.binding)
+        except _run_errors(self._ort) as error:
+            raise EngineError(f"onnxruntime could not run the decoder: {error}") from error
+        return call.logits[0]
+
+    def _bind(self, rows: int) -> _Call:
+        binding = self._session.io_binding()
+        call = _Call(
+            binding=binding,
+            embeddings=np.zeros((1, rows, self._widths["embeddings"]), np.float32),
+            position_ids=np.zeros((1, rows), np.int64),
+            write_slot=np.zeros(1, np.int64),
+            logits_row=np.zeros(1, np.int64),
+            logits=np.zeros((1, self._widths["logits"]), np.float32),
+        )
+        for name in ("embeddings", "position_ids", "write_slot", "logits_row"):
+            array = getattr(call, name)
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        logits = call.logits
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        for name, value in self._cache.items():
+            # The same memory in and out: TensorScatter then writes one row, copying nothing.
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(f"next_{name}", value)
+        return call
+
+
+def open_vision(bundle: Bundle, stage: Stage, device: str) -> OnnxVision:
+    """Load a vision graph."""
+    return OnnxVision(bundle, stage, device)
+
+
+def open_decoder(bundle: Bundle, stage: Stage, device: str) -> OnnxDecoder:
+    """Load the decoder graph and make an empty cache."""
+    return OnnxDecoder(bundle, stage, device)
+
+
+def _import_onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime  # noqa: PLC0415 - an extra; the runtime installs without it
+    except ImportError as error:
+        raise BackendMissingError(
+            "onnxruntime is not installed; pip install 'gap-runtime[cpu]', or "
+            "'gap-runtime[gpu]' for CUDA, never both"
+        ) from error
+    return onnxruntime
+
+
+def _installed_packages() -> str:
+    """Which of the packages that share the import name `onnxruntime` are installed."""
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return " and ".join(found) or "onnxruntime of unknown origin"
+
+
+def _open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) -> Any:
+    providers = _choose_providers(ort, device)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    path = bundle.folder / stage.file
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except _run_errors(ort) as error:
+        reason = str(error).splitlines()[0]
+        if bundle.manifest.dtype == "bfloat16" and providers == ["CPUExecutionProvider"]:
+            reason = "its CPU provider has no bfloat16 kernels; use CUDA or export float32"
+        raise EngineError(f"{path}: {_installed_packages()} cannot load it: {reason}") from error
+
+
+def _choose_providers(ort: ModuleType, device: str) -> list[str]:
+    available = ort.get_available_providers()
+    if not device:
+        return [name for name in reversed(_PROVIDERS.values()) if name in available]
+    if device not in _PROVIDERS:
+        raise ConfigError(f"unknown onnxruntime device '{device}'; have {', '.join(_PROVIDERS)}")
+    if _PROVIDERS[device] not in available:
+        raise BackendMissingError(
+            f"{_installed_packages()} has no {_PROVIDERS[device]}; for CUDA: pip uninstall "
+            "onnxruntime, then pip install 'gap-runtime[gpu]'"
+        )
+    return [_PROVIDERS[device]]
+
+
+def _zeros(ort: ModuleType, shape: tuple[int | str, ...], dtype: str, device: str) -> Any:
+    """A cache tensor on the device. Zeros, because masked slots are still multiplied by 0."""
+    if dtype == "bfloat16":
+        array = np.zeros(shape, np.uint16)  # type: ignore[arg-type]
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    array = np.zeros(shape, dtype)  # type: ignore[arg-type]
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def _run_errors(ort: ModuleType) -> tuple[type[Exception], ...]:
+    """All error classes of onnxruntime, which share no base of their own."""
+    state = ort.capi.onnxruntime_pybind11_state
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile")
+    names += ("NotImplemented", "RuntimeException", "EPFail", "NoModel")
+    return tuple(getattr(state, name) for name in names if hasattr(state, name))

@@ -1,0 +1,122 @@
+"""A bundle on disk: its manifest, its files and the proof that they are unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from gap_runtime.errors import BundleError, ConfigError, HashError
+from gap_runtime.manifest import FileEntry, Manifest, RatioEntry, read_manifest
+
+_SMALL_BYTES: Final = 256 * 2**20
+"""Files up to this size are hashed at every opening; larger ones when all are asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """An opened bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify_all: bool = False) -> Bundle:
+        """Open a bundle and check that its files are those that were exported.
+
+        Args:
+            path: The bundle's folder.
+            verify_all: Hash every file. Otherwise files above 256 MiB (the weights of a large
+                model) are checked by size alone.
+
+        Raises:
+            BundleError: The folder is no bundle, or a file is missing.
+            SchemaError: The bundle was written in another format.
+            HashError: A file has changed.
+        """
+        folder = Path(path)
+        bundle = cls(folder=folder, manifest=read_manifest(folder))
+        bundle.verify(limit=None if verify_all else _SMALL_BYTES)
+        return bundle
+
+    def verify(self, *, limit: int | None) -> None:
+        """Compare sizes of all files and hashes of those up to `limit` bytes (None: all)."""
+        files = self.manifest.files
+        for name, entry in files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise BundleError(f"{path}: missing; copy the bundle again or export again")
+            size = path.stat().st_size
+            if size != entry.size:
+                raise HashError(
+                    f"{path}: {size} bytes, expected {entry.size}; "
+                    "copy the bundle again or export again"
+                )
+        hashed = [name for name, entry in files.items() if limit is None or entry.size <= limit]
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: hash_file(self.folder / name), hashed)
+            for name, sha256 in zip(hashed, found, strict=True):
+                if sha256 != files[name].sha256:
+                    raise HashError(
+                        f"{self.folder / name}: sha256 {sha256[:12]}..., expected "
+                        f"{files[name].sha256[:12]}...; the file has changed, export again"
+                    )
+
+    def choose_ratio(self, ratio: float | None) -> RatioEntry:
+        """The entry of a ratio, or the bundle's first one.
+
+        Raises:
+            ConfigError: The bundle was not exported at that ratio.
+        """
+        entries = self.manifest.ratios
+        if ratio is None:
+            return entries[0]
+        for entry in entries:
+            if abs(entry.ratio - ratio) < 1e-9:
+                return entry
+        have = ", ".join(f"{entry.ratio:g}" for entry in entries)
+        raise ConfigError(
+            f"{self.folder}: no ratio {ratio:g}; have {have}; export with --ratio {ratio:g}"
+        )
+
+    def map_embedding(self) -> np.ndarray:
+        """The token embedding table [V, D], mapped from its file, not read.
+
+        bfloat16, which numpy lacks, comes as uint16; `embedding_rows` gives float32 of any.
+        """
+        stored = self.manifest.embedding
+        return np.memmap(
+            self.folder / stored.file,
+            dtype="uint16" if stored.dtype == "bfloat16" else stored.dtype,
+            mode="r",
+            offset=stored.offset,
+            shape=stored.shape,
+        )
+
+
+def embedding_rows(table: np.ndarray, token_ids: list[int]) -> np.ndarray:
+    """Rows of an embedding table from `map_embedding`, float32 [len(token_ids), D]."""
+    rows = np.asarray(table[token_ids])
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal text, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        block = bytearray(2**20)
+        view = memoryview(block)
+        while size := file.readinto(block):
+            digest.update(view[:size])
+    return digest.hexdigest()
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hash of a file, for a manifest."""
+    return FileEntry(size=path.stat().st_size, sha256=hash_file(path))

@@ -1,0 +1,250 @@
+"""Compare a bundle on a backend with PyTorch's recorded answers, stage by stage.
+
+A row passes when every stage agrees within the tolerances of the bundle's dtype. What cannot be
+compared fails. A patch choice may differ from PyTorch's only where two scores nearly tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from gap_runtime.boxes import Box, iou, parse_boxes
+from gap_runtime.bundle import Bundle
+from gap_runtime.errors import CheckError
+from gap_runtime.grounder import DEFAULT_BACKEND, Grounder, StageValues
+from gap_runtime.image import load_picture
+from gap_runtime.manifest import RatioEntry, Reference, ReferenceSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Largest errors that pass.
+
+    `pixels` and `near_tie` (score margin at the last kept patch, relative to the score) are
+    absolute; `visual` and `logits` are relative to the reference's largest magnitude.
+    """
+
+    pixels: float
+    visual: float
+    logits: float
+    near_tie: float
+
+
+TOLERANCES: Final = {
+    "float32": Tolerance(pixels=1e-5, visual=1e-4, logits=1e-4, near_tie=1e-5),
+    "float16": Tolerance(pixels=1e-5, visual=2e-2, logits=2e-2, near_tie=1e-2),
+    "bfloat16": Tolerance(pixels=1e-5, visual=1e-1, logits=1e-1, near_tie=5e-2),
+}
+LEAST_JACCARD: Final = 0.9
+"""Least overlap of the kept sets where a near tie excuses a difference."""
+LEAST_IOU: Final = 0.9
+"""Least IoU with the reference's box where the answers differ at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRow:
+    """One sample at one ratio. `reasons` is empty when it passed."""
+
+    ratio: float
+    sample: str
+    pixels_error: float
+    kept_equal: bool
+    kept_jaccard: float
+    near_tie: bool
+    positions_equal: bool
+    visual_error: float | None
+    max_logit_error: float | None
+    relative_logit_error: float | None
+    same_tokens: bool
+    first_divergence: int | None
+    answer: str
+    reference_answer: str
+    iou: float | None
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """All rows of a check."""
+
+    bundle: str
+    backend: str
+    dtype: str
+    passed: bool
+    rows: tuple[CheckRow, ...]
+
+
+def check_bundle(
+    bundle: Bundle,
+    backend: str = DEFAULT_BACKEND,
+    *,
+    on_row: Callable[[CheckRow], None] | None = None,
+) -> CheckReport:
+    """Run every reference sample at every ratio and compare.
+
+    Raises:
+        CheckError: The bundle holds no reference.
+        EngineError: The backend failed.
+    """
+    manifest = bundle.manifest
+    if manifest.reference is None:
+        raise CheckError(
+            f"{bundle.folder}: no reference answers in it; export without --no-reference"
+        )
+    grounder = Grounder(bundle, backend)
+    arrays = np.load(bundle.folder / manifest.reference.arrays, allow_pickle=False)
+    rows: list[CheckRow] = []
+    for entry in manifest.ratios:
+        for sample in _samples_at(manifest.reference, entry, bundle):
+            row = _check_sample(grounder, arrays, sample, entry)
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+    return CheckReport(
+        bundle=str(bundle.folder),
+        backend=backend,
+        dtype=manifest.dtype,
+        passed=all(row.passed for row in rows),
+        rows=tuple(rows),
+    )
+
+
+def _samples_at(
+    reference: Reference, entry: RatioEntry, bundle: Bundle
+) -> list[ReferenceSample]:
+    samples = [sample for sample in reference.samples if sample.ratio == entry.ratio]
+    if not samples:
+        raise CheckError(
+            f"{bundle.folder}: no reference answers at ratio {entry.ratio:g}; export again"
+        )
+    return samples
+
+
+def _check_sample(
+    grounder: Grounder, arrays: Any, sample: ReferenceSample, entry: RatioEntry
+) -> CheckRow:
+    manifest = grounder.bundle.manifest
+    picture = load_picture(grounder.bundle.folder / sample.image)
+    values = grounder.run_stages(picture, sample.phrase, entry)
+    answer = grounder.encoder.decode(values.decoded.token_ids)
+    boxes = parse_boxes(answer, manifest.box, *picture.size).boxes
+    return compare_stages(
+        values,
+        {
+            "pixels": arrays[f"{sample.sample}/pixels"],
+            **{
+                name: arrays[f"{sample.key}/{name}"]
+                for name in ("visual_tokens", "kept_index", "position_ids", "logits")
+            },
+        },
+        sample,
+        ratio=entry.ratio,
+        answer=answer,
+        boxes=boxes,
+        tolerance=TOLERANCES[manifest.dtype],
+    )
+
+
+def compare_stages(
+    values: StageValues,
+    expected: dict[str, np.ndarray],
+    sample: ReferenceSample,
+    *,
+    ratio: float,
+    answer: str,
+    boxes: tuple[Box, ...],
+    tolerance: Tolerance,
+) -> CheckRow:
+    """Compare what the stages gave with the reference's arrays for one sample.
+
+    Args:
+        values: From the backend.
+        expected: `pixels`, `visual_tokens`, `kept_index`, `position_ids` (of the unpadded
+            prompt) and prefill `logits`.
+        sample: The reference's answer.
+        ratio: Of the row.
+        answer: The backend's answer text.
+        boxes: Boxes of that answer.
+        tolerance: For the bundle's dtype.
+    """
+    kept, kept_expected = values.kept_index[0], expected["kept_index"][0]
+    kept_equal = np.array_equal(kept, kept_expected)
+    jaccard = len(np.intersect1d(kept, kept_expected)) / len(np.union1d(kept, kept_expected))
+    margin = sample.score_margin
+    near_tie = not kept_equal and margin is not None and margin <= tolerance.near_tie
+    length = expected["position_ids"].shape[1]
+    positions_equal = np.array_equal(values.position_ids[:, :length], expected["position_ids"])
+    pixels_error = float(np.abs(values.pixels - expected["pixels"]).max())
+    # Where other patches were kept, slots hold other tokens and cannot be compared.
+    visual_error = (
+        _relative_error(values.visual_tokens, expected["visual_tokens"]) if kept_equal else None
+    )
+    logits, logits_expected = values.decoded.prefill_logits, expected["logits"]
+    logit_error = _relative_error(logits, logits_expected) if kept_equal else None
+    divergence = first_divergence(values.decoded.token_ids, list(sample.token_ids))
+    overlap = match_boxes(boxes, tuple(_as_box(box) for box in sample.boxes))
+
+    reasons = []
+    if pixels_error > tolerance.pixels:
+        reasons.append(f"pixels differ by {pixels_error:.2g}")
+    if not kept_equal and not (near_tie and jaccard >= LEAST_JACCARD):
+        reasons.append(f"kept patches differ (Jaccard {jaccard:.3f}, no near tie)")
+    if not positions_equal and not near_tie:
+        reasons.append("position IDs differ")
+    if visual_error is not None and not visual_error <= tolerance.visual:
+        reasons.append(f"visual tokens differ by {visual_error:.2g} (relative)")
+    if logit_error is not None and not logit_error <= tolerance.logits:
+        reasons.append(f"prefill logits differ by {logit_error:.2g} (relative)")
+    if divergence is not None and not (overlap is not None and overlap >= LEAST_IOU):
+        reasons.append(f"answers part at token {divergence}")
+    return CheckRow(
+        ratio=ratio,
+        sample=sample.sample,
+        pixels_error=pixels_error,
+        kept_equal=kept_equal,
+        kept_jaccard=jaccard,
+        near_tie=near_tie,
+        positions_equal=positions_equal,
+        visual_error=visual_error,
+        max_logit_error=float(np.abs(logits - logits_expected).max()),
+        relative_logit_error=logit_error,
+        same_tokens=divergence is None,
+        first_divergence=divergence,
+        answer=answer,
+        reference_answer=sample.answer,
+        iou=overlap,
+        passed=not reasons,
+        reasons=tuple(reasons),
+    )
+
+
+def first_divergence(token_ids: list[int], expected: list[int]) -> int | None:
+    """Index of the first token in which two answers differ, or None."""
+    for k, (one, other) in enumerate(zip(token_ids, expected, strict=False)):
+        if one != other:
+            return k
+    return None if len(token_ids) == len(expected) else min(len(token_ids), len(expected))
+
+
+def match_boxes(boxes: tuple[Box, ...], expected: tuple[Box, ...]) -> float | None:
+    """Least IoU of boxes with the reference's, in order; 0 where counts differ, None if none."""
+    if not boxes and not expected:
+        return None
+    if len(boxes) != len(expected):
+        return 0.0
+    return min(iou(box, other) for box, other in zip(boxes, expected, strict=True))
+
+
+def _as_box(values: tuple[float, float, float, float]) -> Box:
+    return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3])
+
+
+def _relative_error(values: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest magnitude; not a number counts as infinite."""
+    error = float(np.abs(values - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+    return error if np.isfinite(error) else float("inf")

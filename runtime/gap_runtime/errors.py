@@ -1,0 +1,68 @@
+"""The runtime's branch of the error tree; each class fixes the exit code of its branch.
+
+A message is one line without a full stop: what, where, found, expected, what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GapError(Exception):
+    """Root of all errors that a user can act on."""
+
+    exit_code: ClassVar[int] = 1
+
+    @property
+    def kind(self) -> str:
+        """Name of the error for `--json`, for example `hash` for HashError."""
+        name = type(self).__name__.removesuffix("Error")
+        return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+
+
+class ConfigError(GapError):
+    """A setting, flag or name that cannot be used."""
+
+    exit_code = 2
+
+
+class RecordError(ConfigError):
+    """A key of a configuration or manifest that is unknown, missing or of the wrong type."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that no file answers to."""
+
+
+class InputError(ConfigError):
+    """A picture or phrase that cannot be used."""
+
+
+class BundleError(GapError):
+    """A bundle that is missing something or is not what its manifest says."""
+
+    exit_code = 4
+
+
+class SchemaError(BundleError):
+    """A bundle written in a format that this version does not read."""
+
+
+class HashError(BundleError):
+    """A file of a bundle that has changed since it was exported."""
+
+
+class EngineError(GapError):
+    """A backend that cannot load or run a stage."""
+
+    exit_code = 5
+
+
+class BackendMissingError(EngineError):
+    """A backend whose library is not installed."""
+
+
+class CheckError(GapError):
+    """A comparison with the reference that failed or could not be made."""
+
+    exit_code = 6

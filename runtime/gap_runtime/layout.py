@@ -1,0 +1,71 @@
+"""Where the tokens of a prompt lie: integers only, the same on both sides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+
+from gap_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLayout:
+    """Token counts of a prompt and its answer.
+
+    Slots, in order: prefix text, kept patches, extra tokens, suffix text, answer.
+    """
+
+    prefix: int
+    patches: int
+    kept: int
+    extra: int
+    suffix: int
+    answer: int
+
+    @property
+    def visual(self) -> int:
+        """Slots of the picture: kept patches and extra tokens."""
+        return self.kept + self.extra
+
+    @property
+    def prompt(self) -> int:
+        """Slots of the longest prompt, to which the prefill is padded."""
+        return self.prefix + self.visual + self.suffix
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the KV cache: the longest prompt and the longest answer."""
+        return self.prompt + self.answer
+
+    @property
+    def positions(self) -> int:
+        """Position IDs in use, counted as if no patch had been removed."""
+        return self.prefix + self.patches + self.extra + self.suffix + self.answer
+
+
+def count_kept(patches: int, ratio: float) -> int:
+    """Patches that stay when a share of them is removed, rounded half up.
+
+    The one place where a ratio becomes a count. Computed in decimal, so that 0.9 of 5 patches
+    leaves 1 and not, by a binary hair, 0.
+
+    Args:
+        patches: Visual tokens before pruning.
+        ratio: Share to remove, in [0, 1).
+
+    Raises:
+        ConfigError: The ratio lies outside [0, 1) or leaves no patch.
+    """
+    if not (math.isfinite(ratio) and 0 <= ratio < 1):
+        raise ConfigError(
+            f"ratio {ratio:g} is outside [0, 1); it is the share of visual tokens to remove"
+        )
+    exact = patches * (1 - Decimal(str(ratio)))
+    kept = int(exact.to_integral_value(ROUND_HALF_UP))
+    if kept == 0:
+        highest = (patches - 1) / patches
+        raise ConfigError(
+            f"ratio {ratio:g} leaves none of {patches} visual tokens; use at most {highest:.4g}"
+        )
+    return kept

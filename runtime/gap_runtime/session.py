@@ -1,0 +1,43 @@
+"""What a backend gives: loaded stages that can be run. Knows no library."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from gap_runtime.bundle import Bundle
+from gap_runtime.manifest import Stage
+
+
+class VisionSession(Protocol):
+    """A loaded vision graph of one ratio."""
+
+    def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name for pixels float32 [1, 3, H, W]."""
+
+
+class DecoderSession(Protocol):
+    """A loaded decoder graph and its KV cache, which lives on the device."""
+
+    def run(
+        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+    ) -> np.ndarray:
+        """Logits float32 [V] of one row; the rows' keys and values go into the cache.
+
+        Args:
+            embeddings: float32 [1, S, D].
+            position_ids: int64 [1, S].
+            write_slot: Slot of the cache that row 0 is written to; the others follow.
+            logits_row: Row whose logits are wanted.
+        """
+
+
+class Backend(Protocol):
+    """A module in gap_runtime.backends."""
+
+    def open_vision(self, bundle: Bundle, stage: Stage, device: str) -> VisionSession:
+        """Load a vision graph; `device` is the part of the backend's name after the colon."""
+
+    def open_decoder(self, bundle: Bundle, stage: Stage, device: str) -> DecoderSession:
+        """Load the decoder graph and make an empty cache."""
