@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gap_runtime.tensors import ITEM_BYTES
-
 from gap_export.errors import CheckpointError
+from gap_runtime.tensors import ITEM_BYTES
 
 _INDEX_FILE: Final = "model.safetensors.index.json"
 _SINGLE_FILE: Final = "model.safetensors"
@@ -161,15 +160,14 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
     """A hub repository in the local cache, and the commit that it is at."""
     if "/" not in hub_id or hub_id.startswith((".", "/", "~")):
         raise CheckpointError(f"{hub_id}: no such checkpoint folder")
-    import httpx  # noqa: PLC0415 - with huggingface_hub, only where a hub id is given
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only where a hub id is given
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
 
     try:
         folder = Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=list(_HUB_FILES))
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{hub_id}: cannot be fetched from the hub ({reason:.120}); a local checkpoint folder "

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from gap_runtime.cli import ArgumentParser, print_json, run_command
 
 if TYPE_CHECKING:
-    from gap_runtime.display import Display
-
     from gap_export.pipeline import ExportPlan, ExportRequest, ExportResult
+    from gap_runtime.display import Display
 
 _EPILOG = (
     "exit codes: 0 done, 2 wrong setting or input, 3 export failed, 6 differs from PyTorch. "
@@ -184,8 +183,10 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
                 f"{ratio:g}",
                 f"{kept} of {layout.patches}",
                 f"{full.prompt} -> {pruned.prompt}",
-                f"{format_bytes(full.capacity * plan.cache_bytes_per_slot)} -> "
-                f"{format_bytes(pruned.capacity * plan.cache_bytes_per_slot)}",
+                " -> ".join(
+                    format_bytes(each.capacity * plan.cache_bytes_per_slot)
+                    for each in (full, pruned)
+                ),
             ]
         )
     prune = plan.request.named.config.prune

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gap_runtime.manifest import BoxFormat, Preprocess
 from PIL import Image
 from torch import Tensor, nn
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.features import EagerVision, Feature
+from gap_runtime.manifest import BoxFormat, Preprocess
 
 # B batch (1), N patches, C vision width, D decoder width, S rows, V vocabulary.
 

@@ -36,9 +36,12 @@ class VisionFeatures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A pruner's choice: distinct patch indices [B, K], int64, in the pruner's own order."""
+    """A pruner's choice: distinct patch indices in the pruner's own order.
 
-    order_BK: Tensor
+    `order` is int64 [B, K], or a tuple of K numbers where it is the same for every picture.
+    """
+
+    order: Tensor | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +59,8 @@ class EagerVision:
 class EagerChoice:
     """An eager pruner's choice: indices in its own order, and all scores where it scores."""
 
-    order: list[int]
-    scores: list[float] | None
+    order: tuple[int, ...]
+    scores: tuple[float, ...] | None
 
 
 class Pruner(Protocol):

@@ -13,18 +13,76 @@ from typing import Final
 
 import onnx
 import onnx_ir as ir
-from gap_runtime.tensors import TensorSpec
 
 from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
+from gap_runtime.tensors import TensorSpec
 
 NATIVE_OPERATORS: Final = frozenset(
-    """
-    Abs Add And ArgMax Attention Cast Concat Conv Cos Div Equal Erf Exp Expand Flatten Floor
-    Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual LayerNormalization Less
-    LessOrEqual MatMul Max Min Mul Neg Not Or Pad Pow RMSNormalization Range Reciprocal ReduceMax
-    ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding Shape Sigmoid Sin Slice Softmax
-    Split Sqrt Squeeze Sub Swish Tanh TensorScatter Tile TopK Transpose Unsqueeze Where
-    """.split()
+    [
+        "Abs",
+        "Add",
+        "And",
+        "ArgMax",
+        "Attention",
+        "Cast",
+        "Concat",
+        "Conv",
+        "Cos",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gelu",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "LayerNormalization",
+        "Less",
+        "LessOrEqual",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pad",
+        "Pow",
+        "RMSNormalization",
+        "Range",
+        "Reciprocal",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "RotaryEmbedding",
+        "Shape",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Swish",
+        "Tanh",
+        "TensorScatter",
+        "Tile",
+        "TopK",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
 )
 """Operators of the `native` dialect: standard, without control flow or data-dependent shapes."""
 
@@ -97,7 +155,9 @@ def _require_operators(path: Path, graph: ir.Graph) -> None:
             )
         if node.op_type not in NATIVE_OPERATORS:
             raise UnsupportedOpError(f"{path.name}: operator {node.op_type} is not on the list")
-        if node.op_type == "TopK" and (node.inputs[1] is None or node.inputs[1].const_value is None):
+        if node.op_type == "TopK" and (
+            node.inputs[1] is None or node.inputs[1].const_value is None
+        ):
             raise StaticShapeError(f"{path.name}: node '{node.name}': TopK size is not a constant")
 
 

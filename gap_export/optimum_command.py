@@ -41,9 +41,8 @@ class GapExportCommand(BaseOptimumCLICommand):
             raise SystemExit(code)
 
     def _export(self) -> int:
-        from gap_runtime.display import Display  # noqa: PLC0415
-
         from gap_export.pipeline import export, plan_export  # noqa: PLC0415
+        from gap_runtime.display import Display  # noqa: PLC0415
 
         display = Display()
         plan = plan_export(make_request(self.args.model, self.args, self.args.output))

@@ -20,6 +20,25 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 import psutil
+
+from gap_export.checkpoint import Checkpoint, open_checkpoint
+from gap_export.config import DTYPES, NamedConfig, count_ratios, detect_family, load_target
+from gap_export.errors import CheckpointError, ExportError
+from gap_export.family import Family, ModelSpec
+from gap_export.features import Feature, Pruner
+from gap_export.graph.decoder import DecoderStage, cache_names
+from gap_export.graph.vision import PruneStage, TowerStage
+from gap_export.onnx_rules import prove_graph
+from gap_export.reference import read_samples, record_reference
+from gap_export.tracing import FREE_ROWS, OPSET, Traced, join, trace
+from gap_export.weights import (
+    WeightPlan,
+    bind_weights,
+    bring_weights,
+    plan_weights,
+    wanted_shapes,
+    write_placeholders,
+)
 from gap_runtime.bundle import Bundle, hash_file
 from gap_runtime.check import CheckReport, check_bundle
 from gap_runtime.display import Display, format_bytes
@@ -41,28 +60,9 @@ from gap_runtime.manifest import (
     Source,
     Stage,
 )
-from gap_runtime.prompt import PHRASE_FIELD, PromptEncoder
+from gap_runtime.prompt import PromptEncoder
 from gap_runtime.registry import load_plugin
 from gap_runtime.tensors import ITEM_BYTES, TensorSpec
-
-from gap_export.checkpoint import Checkpoint, open_checkpoint
-from gap_export.config import DTYPES, NamedConfig, count_ratios, detect_family, load_target
-from gap_export.errors import CheckpointError, ExportError
-from gap_export.family import Family, ModelSpec
-from gap_export.features import Feature, Pruner
-from gap_export.graph.decoder import DecoderStage, cache_names
-from gap_export.graph.vision import PruneStage, TowerStage
-from gap_export.onnx_rules import prove_graph
-from gap_export.reference import read_samples, record_reference
-from gap_export.tracing import FREE_ROWS, OPSET, Traced, join, trace
-from gap_export.weights import (
-    WeightPlan,
-    bind_weights,
-    bring_weights,
-    plan_weights,
-    wanted_shapes,
-    write_placeholders,
-)
 
 _TOKENIZER: Final = "tokenizer.json"
 _REFERENCE: Final = "reference.npz"
@@ -125,8 +125,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     load_target(request.target)
     checkpoint = open_checkpoint(config.checkpoint, config.revision)
     family_name = detect_family(checkpoint.folder, config.family)
-    family: Family = load_plugin("gap_export.models", family_name, "family")  # type: ignore[assignment]
-    pruner: Pruner = load_plugin("gap_export.pruners", config.prune.strategy, "pruner")  # type: ignore[assignment]
+    family: Family = load_plugin("gap_export.models", family_name, "family")
+    pruner: Pruner = load_plugin("gap_export.pruners", config.prune.strategy, "pruner")
     spec = family.read_spec(checkpoint)
     pairs = count_ratios(config.prune, spec.patches)
     prompt, prefix = _plan_prompt(request, checkpoint, spec)
@@ -219,9 +219,7 @@ def _plan_prompt(
                 f"{checkpoint.folder}: no {_TOKENIZER} in it; add the model's tokenizer, or "
                 "export the graphs alone with --no-reference"
             )
-        prompt = Prompt(
-            template=template, image_token="", tokenizer=None, stop_ids=spec.stop_ids
-        )
+        prompt = Prompt(template=template, image_token="", tokenizer=None, stop_ids=spec.stop_ids)
         return prompt, spec.prefix if config.prefix is None else config.prefix
     image_token = _image_token(tokenizer, spec.image_token_id)
     prompt = Prompt(

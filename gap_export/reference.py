@@ -14,10 +14,6 @@ from typing import Final
 
 import numpy as np
 import torch
-from gap_runtime.boxes import parse_boxes
-from gap_runtime.image import load_picture
-from gap_runtime.manifest import BoxFormat, ReferenceSample
-from gap_runtime.prompt import PHRASE_FIELD
 from PIL import Image
 from torch import Tensor
 
@@ -25,6 +21,10 @@ from gap_export.config import PruneConfig, package_data
 from gap_export.errors import ExportError
 from gap_export.family import EagerModel, ModelSpec
 from gap_export.features import EagerChoice, Pruner
+from gap_runtime.boxes import parse_boxes
+from gap_runtime.image import load_picture
+from gap_runtime.manifest import BoxFormat, ReferenceSample
+from gap_runtime.prompt import PHRASE_FIELD
 
 UNPRUNED: Final = "unpruned"
 SAMPLES_FILE: Final = "samples.json"
@@ -114,13 +114,11 @@ def answer_eagerly(
     vision = model.look(pixels)
     tokens = model.project(vision)
     if choose is None:
-        choice = EagerChoice(order=list(range(spec.patches)), scores=None)
+        choice = EagerChoice(order=tuple(range(spec.patches)), scores=None)
     else:
         choice = choose(vision, kept, config)
     mode = config.positions if choose is not None else "gap"
-    order, position_ids = place_tokens(
-        len(prefix), spec.patches, len(suffix), choice.order, mode
-    )
+    order, position_ids = place_tokens(len(prefix), spec.patches, len(suffix), choice.order, mode)
     visual = tokens[order]
     embeddings = torch.cat([model.embed(prefix), visual, model.embed(suffix)])
     cache = model.start_cache()
@@ -147,7 +145,7 @@ def answer_eagerly(
 
 
 def place_tokens(
-    before: int, patches: int, after: int, order: list[int], mode: str
+    before: int, patches: int, after: int, order: tuple[int, ...], mode: str
 ) -> tuple[list[int], list[int]]:
     """Patches by visual slot and position IDs of all slots, as plain lists.
 

@@ -16,14 +16,13 @@ from typing import Any, Final
 
 import onnx_ir as ir
 import torch
-from gap_runtime.tensors import TensorSpec
 from onnx_ir.passes import PassManager, common
-from onnxscript import opset23 as op
-from onnxscript import optimizer
+from onnxscript import opset23, optimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gap_export.errors import ExportError
+from gap_runtime.tensors import TensorSpec
 
 OPSET: Final = 24
 FREE_ROWS: Final = "rows"
@@ -109,9 +108,10 @@ def trace(
 
 def tidy(model: ir.Model) -> None:
     """Inline helper functions, compute small constant parts, drop what nothing uses."""
-    optimizer.fold_constants(
-        model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=65536
-    )
+    with _quiet():
+        optimizer.fold_constants(
+            model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=65536
+        )
     passes = PassManager(
         [
             common.InlinePass(),
@@ -119,9 +119,11 @@ def tidy(model: ir.Model) -> None:
             common.CommonSubexpressionEliminationPass(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.RemoveUnusedNodesPass(),
-            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
             common.RemoveUnusedOpsetsPass(),
             common.ClearMetadataAndDocStringPass(),
+            # A constant output (all patches kept) needs a node that gives it.
+            common.OutputFixPass(),
         ]
     )
     passes(model)
@@ -140,15 +142,17 @@ def join(first: Traced, second: Traced) -> Traced:
     for value in list(_values(rest)):
         if value.name not in kept_names:
             value.name = f"tail_{value.name}"
+    outputs = list(rest.outputs)
+    rest.outputs.clear()
     for initializer in list(rest.initializers.values()):
-        rest.initializers.pop(initializer.name)
-        graph.initializers[initializer.name] = initializer
+        name = initializer.name
+        assert name is not None
+        rest.initializers.pop(name)
+        graph.initializers[name] = initializer
     for node in list(rest):
         rest.remove(node)
         node.name = f"tail_{node.name}"
         graph.append(node)
-    outputs = list(rest.outputs)
-    rest.outputs.clear()
     graph.outputs.clear()
     graph.outputs.extend(outputs)
     tidy(head)
@@ -165,6 +169,7 @@ def linear_as_gemm(x: Any, weight: Any, bias: Any = None) -> Any:
 
     MatMul would need a Transpose, which runtimes fold into a second copy of the weight.
     """
+    op: Any = opset23
     width, rank = weight.shape[1], len(x.shape)
     if rank == 2:
         return op.Gemm(x, weight, bias, transB=1)
@@ -229,13 +234,15 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch.onnx's progress text and warnings off the user's screen."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the libraries' progress text and warnings off the user's screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -20,12 +20,12 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 import torch
-from gap_runtime.display import format_bytes
-from gap_runtime.tensors import ITEM_BYTES, StoredTensor
 
 from gap_export.checkpoint import Checkpoint, TensorLocation
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.tracing import Traced
+from gap_runtime.display import format_bytes
+from gap_runtime.tensors import ITEM_BYTES, StoredTensor
 
 _FICLONE: Final = 0x40049409
 """Linux's request to share a file's blocks copy-on-write (reflink)."""
@@ -92,7 +92,9 @@ def plan_weights(
                 f"config.json asks for {list(shape)}"
             )
         sources[name] = source
-    shards = {_shard_name(s.file, checkpoint): s.file for s in sources.values() if s.dtype == dtype}
+    shards = {
+        _shard_name(s.file, checkpoint): s.file for s in sources.values() if s.dtype == dtype
+    }
     converted = {s.key: s for s in sources.values() if s.dtype != dtype}
     converted_file = f"weights-{dtype}.safetensors"
     moved = _converted_places(converted.values(), dtype, converted_file)

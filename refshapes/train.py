@@ -23,7 +23,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from gap_runtime.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
@@ -38,6 +37,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+
+from gap_runtime.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene
 
 # B pictures, Q questions each, N visual tokens, T prompt and answer tokens, D width.
 PATCH: Final = 14
@@ -146,7 +147,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     model = LlavaForConditionalGeneration(config)
     table = model.model.vision_tower.embeddings.position_embedding.weight
     nn.init.zeros_(table)
-    table.requires_grad_(False)
+    table.requires_grad = False
     return model
 
 
@@ -220,7 +221,7 @@ class BatchMaker:
         processor = CLIPImageProcessor()
         self.mean = np.array(processor.image_mean, dtype=np.float32)
         self.std = np.array(processor.image_std, dtype=np.float32)
-        before, after = self.encode(PROMPT_BEFORE + "<image>" + PROMPT_AFTER.format(phrase="it"))
+        before, _ = self.encode(PROMPT_BEFORE + "<image>" + PROMPT_AFTER.format(phrase="it"))
         self.prefix = torch.tensor(before)
         self.eos = tokenizer.eos_token_id
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,7 @@ from gap_export.features import Feature
 class ClipTower(nn.Module):
     """The tower up to the block whose output the projector takes, and its by-products."""
 
-    def __init__(
-        self, config: CLIPVisionConfig, layer: int, needs: frozenset[Feature]
-    ) -> None:
+    def __init__(self, config: CLIPVisionConfig, layer: int, needs: frozenset[Feature]) -> None:
         """Declare the used blocks.
 
         Args:
@@ -52,7 +51,7 @@ class ClipTower(nn.Module):
         return hidden[:, 1:], extras
 
 
-def cls_attention(block: nn.Module, hidden_BTC: Tensor) -> Tensor:
+def cls_attention(block: Any, hidden_BTC: Tensor) -> Tensor:
     """[B, N] float32: a block's attention from CLS to each patch, mean over heads.
 
     One row of the attention map is computed here; the block itself runs fused.
@@ -64,7 +63,8 @@ def cls_attention(block: nn.Module, hidden_BTC: Tensor) -> Tensor:
     key_BTHd = attention.k_proj(normed).unflatten(-1, heads).float()
     logits_BHT = (key_BTHd.permute(0, 2, 1, 3) @ query_BHd[..., None])[..., 0] * attention.scale
     weights_BHT = torch.softmax(logits_BHT, dim=-1)
-    return weights_BHT.mean(dim=1)[:, 1:]
+    scores_BN: Tensor = weights_BHT.mean(dim=1)[:, 1:]
+    return scores_BN
 
 
 def resolve_layer(config: CLIPVisionConfig, layer: int, where: str) -> int:

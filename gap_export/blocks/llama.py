@@ -49,7 +49,9 @@ def read_llama_shape(config: LlamaConfig, where: str) -> LlamaShape:
             f"{where}: text_config.model_type '{config.model_type}', expected 'llama'"
         )
     if config.hidden_act not in {"silu", "swish"}:
-        raise CheckpointError(f"{where}: text_config.hidden_act '{config.hidden_act}', expected silu")
+        raise CheckpointError(
+            f"{where}: text_config.hidden_act '{config.hidden_act}', expected silu"
+        )
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         raise CheckpointError(
@@ -87,12 +89,13 @@ class LlamaDecoder(nn.Module):
     def __init__(self, shape: LlamaShape, cosine_Pd: Tensor, sine_Pd: Tensor) -> None:
         """Declare the parameters; the rotary tables are constants of the graph."""
         super().__init__()
-        self.language_model = nn.Module()
-        self.language_model.layers = nn.ModuleList(LlamaLayer(shape) for _ in range(shape.layers))
-        self.language_model.norm = _Norm(shape.width, shape.epsilon)
+        self.language_model = _Stack(shape)
         self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.register_buffer("cosine", cosine_Pd, persistent=False)
         self.register_buffer("sine", sine_Pd, persistent=False)
+
+    cosine: Tensor
+    sine: Tensor
 
     def forward(
         self,
@@ -187,7 +190,8 @@ class LlamaAttention(nn.Module):
 
     def _split(self, x_BSD: Tensor) -> Tensor:
         """[B, S, heads * d] to [B, heads, S, d]."""
-        return x_BSD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = x_BSD.shape[-1] // self.head_dim
+        return x_BSD.reshape(*x_BSD.shape[:2], heads, self.head_dim).transpose(1, 2)
 
 
 class LlamaMlp(nn.Module):
@@ -205,6 +209,13 @@ class LlamaMlp(nn.Module):
         gate = functional.silu(self.gate_proj(hidden_BSD))
         output: Tensor = self.down_proj(gate * self.up_proj(hidden_BSD))
         return output
+
+
+class _Stack(nn.Module):
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(LlamaLayer(shape) for _ in range(shape.layers))
+        self.norm = _Norm(shape.width, shape.epsilon)
 
 
 class _Norm(nn.Module):

@@ -6,7 +6,7 @@ These exist for tracing and are not computed by torch; the reference uses other 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -27,9 +27,7 @@ def rms_norm(x_BSD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     )
 
 
-def rotate(
-    x_BHSd: Tensor, cosine_Pd: Tensor, sine_Pd: Tensor, position_ids_BS: Tensor
-) -> Tensor:
+def rotate(x_BHSd: Tensor, cosine_Pd: Tensor, sine_Pd: Tensor, position_ids_BS: Tensor) -> Tensor:
     """Rotary embedding by position ID, halves layout; tables hold head_dim / 2 columns."""
     return _operator(
         "RotaryEmbedding",
@@ -68,7 +66,7 @@ def attend(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: 
 def _operator(
     name: str,
     inputs: Sequence[Tensor],
-    attributes: dict[str, int | float | str],
+    attributes: dict[str, Any],
     *,
     like: Tensor,
     version: int,

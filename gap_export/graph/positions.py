@@ -18,8 +18,9 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-from gap_runtime.layout import TokenLayout
 from torch import Tensor
+
+from gap_runtime.layout import TokenLayout
 
 # B batch (1), K kept, S prompt slots.
 

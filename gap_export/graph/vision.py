@@ -1,5 +1,6 @@
-"""The vision graph, in two parts that are traced apart and joined: the tower, which is the same
-for all ratios, and the pruning stage, which is small.
+"""The vision graph, in two parts that are traced apart and joined.
+
+The tower is the same for all ratios; the pruning stage is small.
 
     name           dtype    shape           meaning
     in
@@ -16,12 +17,12 @@ for all ratios, and the pruning stage, which is small.
 from __future__ import annotations
 
 import torch
-from gap_runtime.layout import TokenLayout
 from torch import Tensor, nn
 
 from gap_export.config import PruneConfig
 from gap_export.features import Feature, Pruner, VisionFeatures
 from gap_export.graph.positions import keeps_raster_order, map_positions, sort_ascending
+from gap_runtime.layout import TokenLayout
 
 # B batch (1), N patches, K kept, C vision width, D decoder width, S prompt slots.
 
@@ -59,9 +60,7 @@ class PruneStage(nn.Module):
         self.config, self.layout, self.grid = config, layout, grid
         self.needs = sorted(pruner.NEEDS, key=lambda feature: feature.value)
 
-    def forward(
-        self, patches_BNC: Tensor, extras: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, patches_BNC: Tensor, extras: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Visual tokens, kept index and position IDs; see the table above."""
         features = VisionFeatures(
             patches_BNC=patches_BNC,
@@ -73,11 +72,19 @@ class PruneStage(nn.Module):
             raster_BK = order_BK = torch.arange(kept)[None]
             chosen_BKC = patches_BNC
         else:
-            order_BK = self.pruner.prune(features, kept, self.config).order_BK
-            raster_BK = sort_ascending(order_BK)
+            order_BK, raster_BK = _both_orders(
+                self.pruner.prune(features, kept, self.config).order
+            )
             if keeps_raster_order(mode):
                 order_BK = raster_BK
             chosen_BKC = torch.index_select(patches_BNC, 1, order_BK[0])
         # Projecting after the choice spares the removed patches' work.
         tokens_BKD = self.projector(chosen_BKC).float()
         return tokens_BKD, order_BK, map_positions(self.layout, raster_BK, mode)
+
+
+def _both_orders(order: Tensor | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The pruner's order and raster order, int64 [B, K]; sorted now where it is a constant."""
+    if isinstance(order, tuple):
+        return torch.tensor([order]), torch.tensor([sorted(order)])
+    return order, sort_ascending(order)

@@ -13,7 +13,6 @@ import re
 from typing import Any, Final
 
 import torch
-from gap_runtime.manifest import BoxFormat, Preprocess
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -26,11 +25,13 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from gap_export.blocks.clip import ClipTower, resolve_layer
-from gap_export.blocks.llama import LlamaDecoder, read_llama_shape, rotary_tables as llama_tables
+from gap_export.blocks.llama import LlamaDecoder, read_llama_shape
+from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.family import EagerModel, ModelSpec
 from gap_export.features import EagerVision, Feature
+from gap_runtime.manifest import BoxFormat, Preprocess
 
 # B batch (1), N patches, C vision width, D decoder width, S rows, V vocabulary.
 

@@ -21,7 +21,7 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     """Top patches by score, best first. Scores are float32 whatever the model's dtype."""
     del config
     scores_BN = features.extras[Feature.CLS_ATTENTION]
-    return Kept(order_BK=torch.topk(scores_BN, kept, dim=-1).indices)
+    return Kept(order=torch.topk(scores_BN, kept, dim=-1).indices)
 
 
 def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
@@ -30,4 +30,4 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     attention = vision.attentions[vision.layer - 1]
     scores = attention[0, :, 0, 1:].mean(dim=0)
     order = torch.sort(scores, descending=True, stable=True).indices
-    return EagerChoice(order=order[:kept].tolist(), scores=scores.tolist())
+    return EagerChoice(order=tuple(order[:kept].tolist()), scores=tuple(scores.tolist()))

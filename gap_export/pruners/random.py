@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import torch
 
 from gap_export.config import PruneConfig
 from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
@@ -18,8 +17,7 @@ NEEDS: Final[frozenset[Feature]] = frozenset()
 
 def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     """The drawn patches, in the order of the draw."""
-    order = _draw(features.grid, kept, config.seed)
-    return Kept(order_BK=torch.tensor([order], dtype=torch.int64))
+    return Kept(order=_draw(features.grid, kept, config.seed))
 
 
 def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
@@ -27,7 +25,7 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     return EagerChoice(order=_draw(vision.grid, kept, config.seed), scores=None)
 
 
-def _draw(grid: tuple[int, int], kept: int, seed: int) -> list[int]:
+def _draw(grid: tuple[int, int], kept: int, seed: int) -> tuple[int, ...]:
     """The first `kept` of a permutation, so that a higher ratio keeps a subset of a lower."""
     order = np.random.Generator(np.random.PCG64(seed)).permutation(grid[0] * grid[1])
-    return [int(index) for index in order[:kept]]
+    return tuple(int(index) for index in order[:kept])

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import torch
-
 from gap_export.config import PruneConfig
 from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
@@ -21,7 +19,7 @@ NEEDS: Final[frozenset[Feature]] = frozenset()
 def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     """The spread patches in raster order, a constant."""
     del config
-    return Kept(order_BK=torch.tensor([_spread(features.grid, kept)], dtype=torch.int64))
+    return Kept(order=_spread(features.grid, kept))
 
 
 def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
@@ -30,14 +28,14 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     return EagerChoice(order=_spread(vision.grid, kept), scores=None)
 
 
-def _spread(grid: tuple[int, int], kept: int) -> list[int]:
+def _spread(grid: tuple[int, int], kept: int) -> tuple[int, ...]:
     rows, columns = grid
     side = math.isqrt(kept)
     if side * side == kept and side <= min(rows, columns):
-        return [
+        return tuple(
             r * columns + c for r in _middles(rows, side) for c in _middles(columns, side)
-        ]
-    return _middles(rows * columns, kept)
+        )
+    return tuple(_middles(rows * columns, kept))
 
 
 def _middles(length: int, parts: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Ground phrases in pictures with an exported bundle, without torch.
 
-    from gap_runtime import Bundle, Grounder
+from gap_runtime import Bundle, Grounder
 
-    grounder = Grounder(Bundle.open("refshapes-32of64"))
-    print(grounder.ground("photo.png", "the red circle").boxes)
+grounder = Grounder(Bundle.open("refshapes-32of64"))
+print(grounder.ground("photo.png", "the red circle").boxes)
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ class ParsedBoxes:
     problems: tuple[str, ...]
 
 
-def parse_boxes(
-    answer: str, spec: BoxFormat, width: int, height: int
-) -> ParsedBoxes:
+def parse_boxes(answer: str, spec: BoxFormat, width: int, height: int) -> ParsedBoxes:
     """Boxes of an answer in pixels of a picture of that width and height.
 
     A box may reach over the edge, where it is cut. One whose corners are reversed, that has no

@@ -114,9 +114,7 @@ def check_bundle(
     )
 
 
-def _samples_at(
-    reference: Reference, entry: RatioEntry, bundle: Bundle
-) -> list[ReferenceSample]:
+def _samples_at(reference: Reference, entry: RatioEntry, bundle: Bundle) -> list[ReferenceSample]:
     samples = [sample for sample in reference.samples if sample.ratio == entry.ratio]
     if not samples:
         raise CheckError(

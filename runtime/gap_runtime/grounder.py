@@ -63,7 +63,7 @@ def open_backend(name: str) -> tuple[Backend, str]:
         UnknownNameError: There is no such backend.
     """
     module, _, device = name.partition(":")
-    backend: Backend = load_plugin(_BACKENDS, module, "backend")  # type: ignore[assignment]
+    backend: Backend = load_plugin(_BACKENDS, module, "backend")
     return backend, device
 
 
@@ -90,8 +90,8 @@ class Grounder:
         prompt = bundle.manifest.prompt
         if prompt.tokenizer is None:
             raise BundleError(
-                f"{bundle.folder}: no tokenizer in it (its checkpoint had none), so it cannot take "
-                "a phrase; add tokenizer.json to the checkpoint and export again"
+                f"{bundle.folder}: no tokenizer in it (the checkpoint had none), so it takes no "
+                "phrase; add tokenizer.json to the checkpoint and export again"
             )
         self.encoder = PromptEncoder(bundle.folder / prompt.tokenizer, prompt)
         self._table = bundle.map_embedding()

@@ -229,7 +229,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path}: cannot be read as JSON ({error}); export again") from error
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
-        advice = "upgrade gap-runtime" if isinstance(found, int) and found > SCHEMA else "export again"
+        advice = (
+            "upgrade gap-runtime" if isinstance(found, int) and found > SCHEMA else "export again"
+        )
         raise SchemaError(f"{path}: schema {found}, this version reads {SCHEMA}; {advice}")
     try:
         return load_record(Manifest, data, str(path))

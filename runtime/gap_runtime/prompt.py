@@ -37,9 +37,10 @@ class PromptEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._prompt = prompt
-        self._image_id = self._tokenizer.token_to_id(prompt.image_token)
-        if self._image_id is None:
+        image_id = self._tokenizer.token_to_id(prompt.image_token)
+        if image_id is None:
             raise BundleError(f"{tokenizer_file}: no token '{prompt.image_token}' in it")
+        self._image_id: int = image_id
 
     def encode(self, phrase: str) -> EncodedPrompt:
         """Token IDs of the prompt for a phrase.
@@ -49,7 +50,9 @@ class PromptEncoder:
         """
         phrase = " ".join(phrase.split())
         if not phrase:
-            raise InputError("the phrase is empty; say what to look for, for example 'the red mug'")
+            raise InputError(
+                "the phrase is empty; say what to look for, for example 'the red mug'"
+            )
         text = self._prompt.template.replace(PHRASE_FIELD, phrase)
         ids: list[int] = self._tokenizer.encode(text).ids
         if ids.count(self._image_id) != 1:

@@ -38,9 +38,7 @@ def load_record(kind: type[Record], data: Any, where: str) -> Record:
     for name, field in fields.items():
         if name in data:
             values[name] = _convert(hints[name], data[name], f"{where}: {name}")
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise RecordError(f"{where}: key '{name}' is missing")
     return kind(**values)
 

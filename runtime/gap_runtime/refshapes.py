@@ -122,9 +122,7 @@ def _place_shapes(
             colours[1], kinds[1] = colours[0], kinds[0]
         if relation == "size":
             sizes[0], sizes[1] = _size(rng, _SMALL), _size(rng, _BIG)
-        boxes = [
-            _drop(rng, width, height, size) for size in sizes
-        ]
+        boxes = [_drop(rng, width, height, size) for size in sizes]
         if all(
             _apart(boxes[a], boxes[b]) for a in range(count) for b in range(a)
         ) and _tells_apart(boxes, relation):
@@ -136,7 +134,7 @@ def _place_shapes(
 def _size(rng: np.random.Generator, limits: tuple[int, int]) -> tuple[int, int]:
     """Width and height within limits (pixels), nearly equal."""
     width = int(rng.integers(limits[0], limits[1] + 1))
-    height = int(round(width * rng.uniform(0.85, 1.18)))
+    height = round(width * rng.uniform(0.85, 1.18))
     return width, int(np.clip(height, *limits))
 
 
@@ -151,9 +149,7 @@ def _drop(
 
 def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     """Whether a gap lies between two boxes."""
-    return (
-        a[2] + _GAP <= b[0] or b[2] + _GAP <= a[0] or a[3] + _GAP <= b[1] or b[3] + _GAP <= a[1]
-    )
+    return a[2] + _GAP <= b[0] or b[2] + _GAP <= a[0] or a[3] + _GAP <= b[1] or b[3] + _GAP <= a[1]
 
 
 def _tells_apart(boxes: list[tuple[int, int, int, int]], relation: str) -> bool:
@@ -165,7 +161,9 @@ def _tells_apart(boxes: list[tuple[int, int, int, int]], relation: str) -> bool:
     return abs(first - second) / 2 >= _MIN_APART
 
 
-def _ask(rng: np.random.Generator, shapes: tuple[Shape, ...], target: int, relation: str) -> Question:
+def _ask(
+    rng: np.random.Generator, shapes: tuple[Shape, ...], target: int, relation: str
+) -> Question:
     """A phrase that fits only the target."""
     shape = shapes[target]
     words = f"{shape.colour} {shape.shape}"
@@ -193,7 +191,8 @@ def _paint(
     base = rng.uniform(60, 150) + rng.uniform(-14, 14, size=3)
     slope = rng.uniform(-18, 18, size=2)
     light = (
-        slope[0] * np.linspace(-1, 1, width)[None, :] + slope[1] * np.linspace(-1, 1, height)[:, None]
+        slope[0] * np.linspace(-1, 1, width)[None, :]
+        + slope[1] * np.linspace(-1, 1, height)[:, None]
     )
     canvas = Image.fromarray(_to_bytes(base + light[..., None]))
     draw = ImageDraw.Draw(canvas)
@@ -205,7 +204,8 @@ def _paint(
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    return np.clip(values, 0, 255).astype(np.uint8)
+    clipped: np.ndarray = np.clip(values, 0, 255).astype(np.uint8)
+    return clipped
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, colour: tuple[int, ...]) -> None:

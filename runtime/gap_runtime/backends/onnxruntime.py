@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any, Final
 
@@ -17,6 +17,17 @@ from gap_runtime.errors import BackendMissingError, ConfigError, EngineError
 from gap_runtime.manifest import Stage
 
 _PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ERRORS: Final = (
+    "EPFail",
+    "Fail",
+    "InvalidArgument",
+    "InvalidGraph",
+    "InvalidProtobuf",
+    "NoModel",
+    "NoSuchFile",
+    "NotImplemented",
+    "RuntimeException",
+)
 _BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16, a type that numpy lacks
 
 
@@ -57,14 +68,15 @@ class OnnxDecoder:
         """Load the graph and make an empty cache on its device."""
         self._ort = _import_onnxruntime()
         self._session = _open_session(self._ort, bundle, stage, device)
-        self._stage = stage
         on_cuda = "CUDAExecutionProvider" in self._session.get_providers()
         self._cache = {
             spec.name: _zeros(self._ort, spec.shape, spec.dtype, "cuda" if on_cuda else "cpu")
             for spec in stage.inputs
             if spec.name.startswith("cache_")
         }
-        self._widths = {spec.name: spec.shape[-1] for spec in (*stage.inputs, *stage.outputs)}
+        specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
+        self._width = int(specs["embeddings"].shape[-1])
+        self._vocabulary = int(specs["logits"].shape[-1])
         self._calls: dict[int, _Call] = {}
 
     def run(
@@ -83,17 +95,18 @@ class OnnxDecoder:
             self._session.run_with_iobinding(call.binding)
         except _run_errors(self._ort) as error:
             raise EngineError(f"onnxruntime could not run the decoder: {error}") from error
-        return call.logits[0]
+        logits: np.ndarray = call.logits[0]
+        return logits
 
     def _bind(self, rows: int) -> _Call:
         binding = self._session.io_binding()
         call = _Call(
             binding=binding,
-            embeddings=np.zeros((1, rows, self._widths["embeddings"]), np.float32),
+            embeddings=np.zeros((1, rows, self._width), np.float32),
             position_ids=np.zeros((1, rows), np.int64),
             write_slot=np.zeros(1, np.int64),
             logits_row=np.zeros(1, np.int64),
-            logits=np.zeros((1, self._widths["logits"]), np.float32),
+            logits=np.zeros((1, self._vocabulary), np.float32),
         )
         for name in ("embeddings", "position_ids", "write_slot", "logits_row"):
             array = getattr(call, name)
@@ -119,24 +132,20 @@ def open_decoder(bundle: Bundle, stage: Stage, device: str) -> OnnxDecoder:
 
 def _import_onnxruntime() -> ModuleType:
     try:
-        import onnxruntime  # noqa: PLC0415 - an extra; the runtime installs without it
+        return import_module("onnxruntime")
     except ImportError as error:
         raise BackendMissingError(
             "onnxruntime is not installed; pip install 'gap-runtime[cpu]', or "
             "'gap-runtime[gpu]' for CUDA, never both"
         ) from error
-    return onnxruntime
 
 
 def _installed_packages() -> str:
     """Which of the packages that share the import name `onnxruntime` are installed."""
-    found = []
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return " and ".join(found) or "onnxruntime of unknown origin"
+    names = ("onnxruntime", "onnxruntime-gpu")
+    found = [d for name in names for d in metadata.distributions(name=name)]
+    described = (f"{each.name} {each.version}" for each in found)
+    return " and ".join(described) or "onnxruntime of unknown origin"
 
 
 def _open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) -> Any:
@@ -169,16 +178,15 @@ def _choose_providers(ort: ModuleType, device: str) -> list[str]:
 
 def _zeros(ort: ModuleType, shape: tuple[int | str, ...], dtype: str, device: str) -> Any:
     """A cache tensor on the device. Zeros, because masked slots are still multiplied by 0."""
+    sizes = [int(size) for size in shape]
     if dtype == "bfloat16":
-        array = np.zeros(shape, np.uint16)  # type: ignore[arg-type]
+        array: np.ndarray = np.zeros(sizes, np.uint16)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-    array = np.zeros(shape, dtype)  # type: ignore[arg-type]
+    array = np.zeros(sizes, dtype)
     return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
 def _run_errors(ort: ModuleType) -> tuple[type[Exception], ...]:
     """All error classes of onnxruntime, which share no base of their own."""
     state = ort.capi.onnxruntime_pybind11_state
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile")
-    names += ("NotImplemented", "RuntimeException", "EPFail", "NoModel")
-    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+    return tuple(getattr(state, name) for name in _ERRORS if hasattr(state, name))
