@@ -6,10 +6,12 @@ weights. Initializers come out as names and shapes; gap_export.weights binds the
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,6 +28,7 @@ from gap_runtime.tensors import TensorSpec
 
 OPSET: Final = 24
 FREE_ROWS: Final = "rows"
+_SCOPES: Final = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,8 @@ def trace(
         # Without a value, so that nothing takes it for a constant before it is bound.
         model.graph.initializers[name].const_value = None
     tidy(model)
+    _name_nodes(model.graph)
+    common.ClearMetadataAndDocStringPass()(model)
     _set_interface(model.graph, inputs, outputs)
     return Traced(
         model=model,
@@ -121,7 +126,6 @@ def tidy(model: ir.Model) -> None:
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
             common.RemoveUnusedOpsetsPass(),
-            common.ClearMetadataAndDocStringPass(),
             # A constant output (all patches kept) needs a node that gives it.
             common.OutputFixPass(),
         ]
@@ -141,7 +145,7 @@ def join(first: Traced, second: Traced) -> Traced:
     kept_names = second.parameters | {spec.name for spec in second.outputs}
     for value in list(_values(rest)):
         if value.name not in kept_names:
-            value.name = f"tail_{value.name}"
+            value.name = f"prune.{value.name}"
     outputs = list(rest.outputs)
     rest.outputs.clear()
     for initializer in list(rest.initializers.values()):
@@ -151,7 +155,7 @@ def join(first: Traced, second: Traced) -> Traced:
         graph.initializers[name] = initializer
     for node in list(rest):
         rest.remove(node)
-        node.name = f"tail_{node.name}"
+        node.name = f"prune.{node.name}"
         graph.append(node)
     graph.outputs.clear()
     graph.outputs.extend(outputs)
@@ -200,6 +204,16 @@ def _set_interface(
             value.shape = ir.Shape(names.get(str(size), size) for size in value.shape)
     for value, spec in zip(graph.outputs, outputs, strict=True):
         value.shape = ir.Shape(spec.shape)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Name nodes after the module that they come from, for those who read a parser's errors."""
+    counts: Counter[str] = Counter()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
+        name = f"{scopes[-2]}/{node.op_type}".lstrip("/")
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -19,8 +19,12 @@ class Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         """A display on stderr; a quiet one shows nothing."""
+        # A fixed width keeps lines and tables whole in log files.
         self._console = Console(
-            stderr=True, quiet=quiet, highlight=False, soft_wrap=not sys.stderr.isatty()
+            stderr=True,
+            quiet=quiet,
+            highlight=False,
+            width=None if sys.stderr.isatty() else 120,
         )
 
     @contextmanager
@@ -46,8 +50,7 @@ class Display:
             table.add_column(name, justify="right" if numeric else "left")
         for row in rows:
             table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
-        # A fixed width keeps the table whole in log files.
-        self._console.print(table, width=None if self._console.is_terminal else 110)
+        self._console.print(table)
 
 
 def format_bytes(size: int) -> str:

@@ -28,6 +28,7 @@ _ERRORS: Final = (
     "NotImplemented",
     "RuntimeException",
 )
+_OPSET_24: Final = (1, 24)
 _BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16, a type that numpy lacks
 
 
@@ -153,10 +154,16 @@ def _open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) ->
     options = ort.SessionOptions()
     options.log_severity_level = 3
     path = bundle.folder / stage.file
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if bundle.manifest.opset >= 24 and version < _OPSET_24:
+        raise EngineError(
+            f"{path}: opset {bundle.manifest.opset} needs onnxruntime 1.24 or newer (on Python "
+            f"3.11 or newer), found {_installed_packages()}"
+        )
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except _run_errors(ort) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rpartition("failed:")[2][:200]
         if bundle.manifest.dtype == "bfloat16" and providers == ["CPUExecutionProvider"]:
             reason = "its CPU provider has no bfloat16 kernels; use CUDA or export float32"
         raise EngineError(f"{path}: {_installed_packages()} cannot load it: {reason}") from error

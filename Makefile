@@ -1,0 +1,56 @@
+# make setup   .venv with everything for use and development
+# make demo    export, check, ground and draw the embedded model
+# make test    lint, types, layers, tests, and the runtime alone in clean environments
+# make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
+# make train   train the embedded model again (about an hour on two cores)
+
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,\
+	$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := build/demo
+SAMPLE := refshapes/samples/test-006.png
+PHRASE := the top yellow circle
+
+.PHONY: setup demo test lint unit device effect train clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml runtime/pyproject.toml
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; set PYTHON=/path/to/python3))
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ./runtime --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	@mkdir -p $(DEMO)
+	$(BIN)/gap-export refshapes --ratio 0 --ratio 0.5 --out $(DEMO)/gap
+	$(BIN)/gap-export refshapes --ratio 0.5 --positions compact --out $(DEMO)/compact
+	$(BIN)/gap-runtime check $(DEMO)/gap
+	$(BIN)/gap-runtime ground $(DEMO)/gap $(SAMPLE) "$(PHRASE)" --ratio 0.5 --draw $(DEMO)/ground.png
+	$(BIN)/python refshapes/demo.py $(DEMO)/gap $(DEMO)/compact --out $(DEMO)/demo.png
+
+test: lint unit device
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+device: $(STAMP)
+	bash tests/device.sh
+
+effect: $(STAMP)
+	$(BIN)/python refshapes/effect.py --out build/effect.json
+
+train: $(STAMP)
+	$(BIN)/python refshapes/train.py
+
+clean:
+	rm -rf build .venv

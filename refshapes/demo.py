@@ -1,0 +1,96 @@
+"""The demo's picture: PyTorch's and ONNX's boxes, unpruned, with GAP and with compact IDs.
+
+    python refshapes/demo.py GAP_BUNDLE COMPACT_BUNDLE --out demo.png
+
+PyTorch's boxes are the answers that were recorded into the bundles at export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from gap_runtime import Box, Bundle, Grounder
+from gap_runtime.boxes import iou
+from gap_runtime.display import Display
+from gap_runtime.drawing import draw_grounding, draw_panels
+from gap_runtime.image import load_picture
+from gap_runtime.manifest import ReferenceSample
+from PIL import Image
+
+
+def recorded(bundle: Bundle, sample: str, ratio: float | None) -> ReferenceSample:
+    """PyTorch's answer to a sample at a ratio, or without pruning."""
+    reference = bundle.manifest.reference
+    assert reference is not None
+    return next(s for s in reference.samples if s.sample == sample and s.ratio == ratio)
+
+
+def measure(boxes: tuple[Box, ...], truth: Box) -> float:
+    """IoU of an answer's box with the true one; 0 without a box."""
+    return iou(boxes[0], truth) if boxes else 0.0
+
+
+def main() -> None:
+    """Draw the sheet and print the table."""
+    parser = argparse.ArgumentParser(description="draw what pruning does to grounding")
+    parser.add_argument("gap", type=Path, help="bundle with ratios 0 and 0.5")
+    parser.add_argument("compact", type=Path, help="bundle with compact position IDs at 0.5")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    gap, compact = Bundle.open(options.gap), Bundle.open(options.compact)
+    cells = [("unpruned", gap, 0.0), ("GAP", gap, 0.5), ("compact IDs", compact, 0.5)]
+    grounders = {id(bundle): Grounder(bundle, "onnxruntime:cpu") for bundle in (gap, compact)}
+    samples = json.loads(
+        (Path(__file__).with_name("samples") / "samples.json").read_text(encoding="utf-8")
+    )
+    rows, panels = [], []
+    assert gap.manifest.reference is not None
+    names = list(dict.fromkeys(s.sample for s in gap.manifest.reference.samples))
+    for name, entry in zip(names, samples, strict=True):
+        x0, y0, x1, y1 = entry["box"]
+        truth = Box(x0=x0, y0=y0, x1=x1, y1=y1)
+        for title, bundle, ratio in cells:
+            eager = recorded(bundle, name, ratio or None)
+            picture = load_picture(bundle.folder / eager.image)
+            exported = grounders[id(bundle)].ground(picture, eager.phrase, ratio=ratio)
+            boxes = tuple(Box(x0=b[0], y0=b[1], x1=b[2], y1=b[3]) for b in eager.boxes)
+            share = f"{exported.kept} of {exported.patches}"
+            rows.append(
+                [
+                    eager.phrase,
+                    title,
+                    share,
+                    f"{measure(boxes, truth):.2f}",
+                    f"{measure(exported.boxes, truth):.2f}",
+                    "same" if eager.answer == exported.answer else "differ",
+                ]
+            )
+            if name == names[0]:
+                for side, found in (("PyTorch", boxes), ("ONNX", exported.boxes)):
+                    panel = draw_grounding(
+                        picture,
+                        bundle.manifest,
+                        phrase=eager.phrase,
+                        boxes=found,
+                        kept_index=exported.kept_index,
+                    )
+                    panels.append((side, f"{side}: {title}, {share} tokens", panel))
+    ordered: list[tuple[str, Image.Image]] = [
+        (title, panel)
+        for wanted in ("PyTorch", "ONNX")
+        for side, title, panel in panels
+        if side == wanted
+    ]
+    draw_panels(ordered, columns=len(cells)).save(options.out)
+    Display().table(
+        "IoU with the true box",
+        ["phrase", "positions", "tokens kept", "PyTorch", "ONNX", "answers"],
+        rows,
+    )
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Fixtures for all tests."""
+
+import checkpoints
+import pytest
+
+
+@pytest.fixture(scope="session")
+def make_llava_checkpoint():
+    """The maker of small random checkpoints; see tests/checkpoints.py for its options."""
+    return checkpoints.make_llava_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory):
+    """A small random LLaVA in one file: 5x5 patches, two layers, grouped heads. Read only."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llava"
+    return checkpoints.make_llava_checkpoint(folder, image_size=70, kv_heads=2)
