@@ -199,6 +199,12 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
         f"prompt: {layout.prefix} text + visual + up to {layout.suffix} text; answer up to "
         f"{layout.answer}; the graph's cache has {layout.capacity} slots"
     )
+    most = full.positions
+    if most > plan.spec.max_positions:
+        display.say(
+            f"note: the longest prompt and answer reach position {most - 1}; the model was made "
+            f"for {plan.spec.max_positions} positions"
+        )
 
 
 def _plan_facts(plan: ExportPlan) -> dict[str, Any]:

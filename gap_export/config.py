@@ -40,11 +40,13 @@ class PromptConfig:
 
     `template` holds the image token and `{phrase}`; the family's own where it is null.
     `prefix` matters only for a checkpoint without a tokenizer; it is counted otherwise.
+    `suffix` is the most tokens after the picture; where it is null, the template's own and
+    room for a phrase.
     """
 
     template: str | None = None
     prefix: int | None = None
-    suffix: int = 64
+    suffix: int | None = None
     answer: int = 64
 
 
@@ -254,7 +256,7 @@ def _require_usable(config: ExportConfig, where: str) -> None:
     if not config.prune.ratios:
         raise ConfigError(f"{where}: prune.ratios is empty; give at least one")
     for name, count in (("suffix", config.prompt.suffix), ("answer", config.prompt.answer)):
-        if count < 1:
+        if count is not None and count < 1:
             raise ConfigError(f"{where}: prompt.{name} is {count}, expected at least 1")
     template = config.prompt.template
     if template is not None and template.count(PHRASE_FIELD) != 1:

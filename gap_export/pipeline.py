@@ -68,6 +68,8 @@ _TOKENIZER: Final = "tokenizer.json"
 _REFERENCE: Final = "reference.npz"
 _SAMPLES: Final = "samples"
 _DECODER_FILE: Final = "decoder.onnx"
+_LEAST_SUFFIX: Final = 64
+_PHRASE_ROOM: Final = 32
 _PARTIAL: Final = re.compile(r"\.partial-(\d+)$")
 
 
@@ -129,28 +131,22 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     pruner: Pruner = load_plugin("gap_export.pruners", config.prune.strategy, "pruner")
     spec = family.read_spec(checkpoint)
     pairs = count_ratios(config.prune, spec.patches)
-    prompt, prefix = _plan_prompt(request, checkpoint, spec)
+    prompt, prefix, suffix = _plan_prompt(request, checkpoint, spec)
     most_kept = max(kept for _, kept in pairs)
     widest = TokenLayout(
         prefix=prefix,
         patches=spec.patches,
         kept=most_kept,
         extra=0,
-        suffix=config.prompt.suffix,
+        suffix=suffix,
         answer=config.prompt.answer,
     )
-    if widest.positions > spec.max_positions:
-        raise ConfigError(
-            f"{request.named.name}: {prefix} + {spec.patches} + {config.prompt.suffix} + "
-            f"{config.prompt.answer} tokens need {widest.positions} positions, the model has "
-            f"{spec.max_positions}; lower prompt.suffix or prompt.answer"
-        )
     layout = BundleLayout(
         prefix=prefix,
         patches=spec.patches,
         grid=spec.grid,
         extra=0,
-        suffix=config.prompt.suffix,
+        suffix=suffix,
         answer=config.prompt.answer,
         capacity=widest.capacity,
     )
@@ -208,8 +204,8 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
 
 def _plan_prompt(
     request: ExportRequest, checkpoint: Checkpoint, spec: ModelSpec
-) -> tuple[Prompt, int]:
-    """The prompt record and the number of tokens before the image."""
+) -> tuple[Prompt, int, int]:
+    """The prompt record and the numbers of tokens before and (at most) after the image."""
     config = request.named.config.prompt
     template = config.template or spec.template
     tokenizer = checkpoint.folder / _TOKENIZER
@@ -220,7 +216,8 @@ def _plan_prompt(
                 "export the graphs alone with --no-reference"
             )
         prompt = Prompt(template=template, image_token="", tokenizer=None, stop_ids=spec.stop_ids)
-        return prompt, spec.prefix if config.prefix is None else config.prefix
+        prefix = spec.prefix if config.prefix is None else config.prefix
+        return prompt, prefix, config.suffix or _LEAST_SUFFIX
     image_token = _image_token(tokenizer, spec.image_token_id)
     prompt = Prompt(
         template=template.replace("<image>", image_token),
@@ -229,13 +226,14 @@ def _plan_prompt(
         stop_ids=spec.stop_ids,
     )
     encoded = PromptEncoder(tokenizer, prompt).encode("x")
-    if len(encoded.suffix) > config.suffix:
+    suffix = config.suffix or max(_LEAST_SUFFIX, len(encoded.suffix) + _PHRASE_ROOM)
+    if len(encoded.suffix) > suffix:
         raise ConfigError(
             f"{request.named.name}: the prompt has {len(encoded.suffix)} tokens after the image "
-            f"for the shortest phrase, prompt.suffix is {config.suffix}; raise it with "
-            f"--set prompt.suffix={len(encoded.suffix) + 16}"
+            f"for the shortest phrase, prompt.suffix is {suffix}; raise it with "
+            f"--set prompt.suffix={len(encoded.suffix) + _PHRASE_ROOM}"
         )
-    return prompt, len(encoded.prefix)
+    return prompt, len(encoded.prefix), suffix
 
 
 def _image_token(tokenizer: Path, token_id: int) -> str:

@@ -1,7 +1,12 @@
 """Fixtures for all tests."""
 
 import checkpoints
+import hypothesis
 import pytest
+
+# The same draws everywhere, and no folder of past failures in the checkout.
+hypothesis.settings.register_profile("here", database=None, derandomize=True, deadline=None)
+hypothesis.settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The position mapping against worked examples, a third implementation and its properties."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,7 +118,7 @@ def test_sort_ascending_is_exact_for_large_indices():
     assert sort_ascending(index).tolist() == [[0, 1, 2047, 2048, 2049, 2927]]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases(), st.sampled_from(POSITION_MODES), st.booleans())
 def test_three_implementations_agree(case, mode, constant):
     before, patches, after, order = case
@@ -125,7 +127,7 @@ def test_three_implementations_agree(case, mode, constant):
     assert run_stage(before, patches, after, order, mode, constant=constant) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases())
 def test_gap_properties(case):
     before, patches, after, order = case
@@ -133,7 +135,7 @@ def test_gap_properties(case):
     kept = len(order)
     visual, text = ids[before : before + kept], ids[before + kept :]
     shifts = [number - slot for slot, number in enumerate(ids)]
-    assert all(a < b for a, b in zip(ids, ids[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(ids))
     assert len(ids) == before + kept + after
     assert [number - before for number in visual] == slots == sorted(order)
     assert text == list(range(before + patches, before + patches + after))
@@ -142,7 +144,7 @@ def test_gap_properties(case):
     assert ids[:before] == list(range(before))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), st.randoms(use_true_random=False))
 def test_raster_modes_do_not_depend_on_the_pruner_order(case, random):
     before, patches, after, order = case
@@ -153,7 +155,7 @@ def test_raster_modes_do_not_depend_on_the_pruner_order(case, random):
         assert place_tokens(before, patches, after, tuple(shuffled), mode) == one
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 def test_gap_equals_compact_only_without_pruning(case):
     before, patches, after, order = case
@@ -162,7 +164,7 @@ def test_gap_equals_compact_only_without_pruning(case):
     assert ids["compact"] == list(range(before + len(order) + after))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_keeping_all_patches_changes_nothing(case):
     before, patches, after, order = case

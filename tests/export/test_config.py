@@ -1,0 +1,363 @@
+"""Configuration: shipped files, names, overrides and what is refused."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from gap_export import config as config_module
+from gap_export.cli import add_export_arguments, make_request
+from gap_export.config import (
+    PruneConfig,
+    count_ratios,
+    list_configs,
+    load_config,
+    load_target,
+    parse_override,
+)
+from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = sorted(path.stem for path in (ROOT / "export_configs").glob("*.toml"))
+TARGETS = sorted(path.stem for path in (ROOT / "export_configs" / "targets").glob("*.toml"))
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """A function that writes a model file."""
+
+    def write(text, name="mine.toml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(model, **overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(model), {key.replace("__", "."): v for key, v in overrides.items()})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def request_for(*arguments):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--checkpoint")
+    add_export_arguments(parser)
+    options = parser.parse_args(list(arguments))
+    return make_request(options.model, options, None).named.config
+
+
+def test_the_shipped_files_are_listed():
+    assert {"refshapes", "llava-1.5-7b", "llava-1.5-13b"} <= set(MODELS)
+    assert list_configs() == MODELS
+    assert "cpu" in TARGETS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_shipped_model_file_loads(name):
+    named = load_config(name, {})
+    assert named.name == name
+    assert (ROOT / "gap_export" / "models" / f"{named.config.family}.py").is_file()
+    template = named.config.prompt.template
+    assert template.count("<image>") == template.count("{phrase}") == 1
+    assert template.index("<image>") < template.index("{phrase}")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_shipped_target_loads(name):
+    target = load_target(name)
+    assert target.opset == 24
+    assert (ROOT / "runtime" / "gap_runtime" / "backends" / f"{target.backend}.py").is_file()
+
+
+def test_defaults(toml):
+    config = load_config(str(toml('family = "llava"\ncheckpoint = "a/b"')), {}).config
+    assert config.prune == PruneConfig(
+        strategy="cls_attention", ratios=(0.5,), positions="gap", seed=0
+    )
+    assert config.dtype is None
+
+
+def test_a_wrong_model_name_lists_near_matches():
+    with pytest.raises(UnknownNameError) as caught:
+        load_config("lava-1.5-7b", {})
+    message = str(caught.value)
+    assert "lava-1.5-7b" in message
+    assert "did you mean llava-1.5-7b" in message
+    assert "refshapes" in message
+    assert "folder" in message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
+def test_a_path_that_is_no_folder(model):
+    assert refusal(model) == f"{model}: no such folder"
+
+
+def test_a_toml_that_does_not_exist():
+    assert refusal("nowhere.toml") == "nowhere.toml: no such configuration file"
+
+
+def test_a_broken_toml_names_the_file(toml):
+    path = toml("family = llava")
+    assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, -0.1, -1e-9, float("nan"), float("inf")])
+def test_ratios_outside_the_range(ratio):
+    with pytest.raises(ConfigError, match=r"outside \[0, 1\)"):
+        count_ratios(PruneConfig(ratios=(ratio,)), 64)
+
+
+def test_a_ratio_that_leaves_nothing():
+    with pytest.raises(ConfigError, match="leaves none of 64"):
+        count_ratios(PruneConfig(ratios=(0.999,)), 64)
+
+
+def test_two_ratios_with_one_count():
+    with pytest.raises(ConfigError, match=r"0.5 and 0.501 both keep 32 of 64"):
+        count_ratios(PruneConfig(ratios=(0.25, 0.5, 0.501)), 64)
+
+
+def test_counts_are_rounded_half_up_and_keep_their_order():
+    config = PruneConfig(ratios=(0.9, 0, 0.5, 0.75))
+    assert count_ratios(config, 25) == [(0.9, 3), (0, 25), (0.5, 13), (0.75, 6)]
+    assert count_ratios(PruneConfig(ratios=(0.5, 0.75, 0.9)), 576) == [
+        (0.5, 288),
+        (0.75, 144),
+        (0.9, 58),
+    ]
+    # In binary, 5 * (1 - 0.9) is a hair below one half.
+    assert count_ratios(PruneConfig(ratios=(0.9,)), 5) == [(0.9, 1)]
+
+
+def test_unknown_pruner():
+    message = refusal("refshapes", prune__strategy="cls_atention")
+    assert "cls_atention" in message
+    assert "did you mean cls_attention" in message
+    assert "spatial" in message
+
+
+def test_unknown_positions():
+    message = refusal("refshapes", prune__positions="shifted")
+    for part in ("refshapes.toml", "prune.positions", "shifted", "gap, compact, permuted"):
+        assert part in message
+
+
+def test_unknown_dtype():
+    message = refusal("refshapes", dtype="int8")
+    for part in ("refshapes.toml", "dtype", "int8", "float32, float16, bfloat16"):
+        assert part in message
+
+
+def test_unknown_target():
+    with pytest.raises(UnknownNameError, match=r"unknown target 'cppu'; did you mean cpu"):
+        load_target("cppu")
+
+
+@pytest.mark.parametrize("name", ["../llava-1.5-7b", "..", "/etc/passwd"])
+def test_a_target_is_a_name_not_a_path(name):
+    with pytest.raises(ConfigError):
+        load_target(name)
+
+
+def test_unknown_set_key():
+    message = refusal("refshapes", prune__rato=0.5)
+    assert message == (
+        "refshapes.toml: prune: unknown key 'rato'; have strategy, ratios, positions, seed"
+    )
+    assert "unknown key 'prun'" in refusal("refshapes", prun__ratios=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("prompt__answer", "many", ("prompt: answer", "'many' (str)", "expected int")),
+        ("prompt__answer", True, ("prompt: answer", "True (bool)", "expected int")),
+        ("prompt__answer", 2.5, ("prompt: answer", "2.5 (float)", "expected int")),
+        ("prune__ratios", 0.5, ("prune: ratios", "0.5 (float)", "expected a list")),
+        ("prune__ratios", ["0.5"], ("ratios[0]", "'0.5' (str)", "expected float")),
+        ("prune", 3, ("prune", "3 (int)", "expected a table")),
+    ],
+)
+def test_a_set_value_of_the_wrong_type(key, value, parts):
+    message = refusal("refshapes", **{key: value})
+    for part in ("refshapes.toml", *parts):
+        assert part in message
+
+
+def test_a_set_key_below_a_value():
+    assert "'family' is a value, not a table" in refusal("refshapes", family__name="x")
+
+
+@pytest.mark.parametrize("text", ["prompt.answer", "=3", "", "Prompt.answer=3", "a..b=1", "a =1"])
+def test_set_text_that_is_no_assignment(text):
+    with pytest.raises(ConfigError, match="expected KEY=VALUE"):
+        parse_override(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt.answer=32", ("prompt.answer", 32)),
+        ("prune.ratios=[0.25, 0.5]", ("prune.ratios", [0.25, 0.5])),
+        ("dtype=float16", ("dtype", "float16")),
+        ('dtype="float16"', ("dtype", "float16")),
+        ("prompt.template=a=b: {phrase}", ("prompt.template", "a=b: {phrase}")),
+        ("prompt.template=", ("prompt.template", "")),
+    ],
+)
+def test_set_text_is_toml_or_a_bare_string(text, expected):
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("key", ["suffix", "answer"])
+def test_counts_below_one(key, count):
+    assert f"prompt.{key} is {count}" in refusal("refshapes", **{f"prompt__{key}": count})
+
+
+def test_no_ratio_at_all():
+    assert "prune.ratios is empty" in refusal("refshapes", prune__ratios=[])
+
+
+@pytest.mark.parametrize("template", ["<image> Where is it?", "<image> {phrase} {phrase}"])
+def test_a_template_needs_one_phrase(template):
+    assert "{phrase}" in refusal("refshapes", prompt__template=template)
+
+
+@pytest.mark.parametrize(
+    "template", ["Where is {phrase}?", "<image><image> {phrase}", "{phrase} in <image>"]
+)
+def test_a_template_needs_one_image_before_the_phrase(template):
+    message = refusal("refshapes", prompt__template=template)
+    assert "template" in message
+    assert "<image>" in message
+
+
+def test_a_negative_seed_is_refused():
+    assert "seed" in refusal("refshapes", prune__seed=-1)
+
+
+def test_a_negative_prefix_is_refused():
+    assert "prefix" in refusal("refshapes", prompt__prefix=-1)
+
+
+@pytest.mark.parametrize("written", ["./weights", "../{parent}/weights", "weights"])
+def test_a_relative_checkpoint_is_relative_to_its_file(toml, tmp_path, monkeypatch, written):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = written.replace("{parent}", tmp_path.name)
+    path = toml(f'family = "llava"\ncheckpoint = "{text}"')
+    found = load_config(str(path), {}).config.checkpoint
+    assert Path(found) == tmp_path / "weights"
+
+
+def test_a_hub_id_in_a_file_stays_one(toml):
+    path = toml('family = "llava"\ncheckpoint = "llava-hf/llava-1.5-7b-hf"')
+    assert load_config(str(path), {}).config.checkpoint == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_a_hub_id_as_the_model():
+    named = load_config("some-org/some-model.v2", {})
+    assert named.name == "some-model.v2"
+    assert named.config.checkpoint == "some-org/some-model.v2"
+
+
+def model_folder(path, model_type):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    return path
+
+
+def test_a_checkpoint_folder_names_its_own_family(tmp_path):
+    named = load_config(str(model_folder(tmp_path / "mine", "llava")), {})
+    assert (named.name, named.config.family) == ("mine", "llava")
+    assert named.config.checkpoint == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llava_next", "", "../llava"])
+def test_a_folder_of_another_model_type(tmp_path, model_type):
+    folder = model_folder(tmp_path / "mine", model_type)
+    message = refusal(folder)
+    assert str(folder / "config.json") in message
+    assert f"unknown model_type '{model_type}'" in message
+    assert "have llava" in message
+
+
+def test_a_folder_without_a_config(tmp_path):
+    assert f"{tmp_path}: no config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_a_folder_with_a_broken_config(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    assert "config.json" in refusal(tmp_path)
+
+
+def test_a_config_name_wins_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "refshapes", "llava")
+    shipped = load_config("refshapes", {}).config.checkpoint
+    local = load_config("./refshapes", {}).config.checkpoint
+    assert Path(shipped) == ROOT / "refshapes" / "checkpoint"
+    assert Path(local).resolve() == tmp_path / "refshapes"
+
+
+def test_flags_win_over_set_and_set_over_the_file(toml):
+    path = toml(
+        'family = "llava"\ncheckpoint = "a/b"\ndtype = "float32"\n'
+        '[prune]\nratios = [0.25]\npositions = "permuted"\nseed = 4\n'
+    )
+    config = request_for(
+        str(path),
+        *("--ratio", "0.75", "--ratio", "0.5"),
+        *("--set", "prune.ratios=[0.1]", "--set", "prune.positions=compact"),
+        *("--dtype", "float16", "--set", "dtype=bfloat16", "--pruner", "random"),
+    )
+    assert config.prune == PruneConfig(
+        strategy="random", ratios=(0.75, 0.5), positions="compact", seed=4
+    )
+    assert config.dtype == "float16"
+
+
+def test_the_file_wins_over_defaults(toml):
+    path = toml('family = "llava"\ncheckpoint = "a/b"\n[prune]\nratios = [0.25, 0.5]\n')
+    assert request_for(str(path)).prune.ratios == (0.25, 0.5)
+
+
+def test_the_checkpoint_flag_wins_over_the_file(tmp_path):
+    config = request_for("llava-1.5-7b", "--checkpoint", str(tmp_path))
+    assert config.checkpoint == str(tmp_path)
+
+
+def test_integers_are_taken_where_fractions_are_meant():
+    assert load_config("refshapes", {"prune.ratios": [0]}).config.prune.ratios == (0.0,)
+
+
+def test_an_unknown_key_in_a_file_names_file_and_key(toml):
+    with pytest.raises(RecordError, match=r"mine\.toml: unknown key 'familly'; have family, "):
+        load_config(str(toml('familly = "llava"\ncheckpoint = "a/b"')), {})
+
+
+def test_a_missing_key_in_a_file_names_file_and_key(toml):
+    with pytest.raises(RecordError, match=r"mine\.toml: key 'checkpoint' is missing"):
+        load_config(str(toml('family = "llava"')), {})
+
+
+def test_an_unknown_family_in_a_file_is_refused_before_any_download(toml):
+    assert "lava" in refusal(toml('family = "lava"\ncheckpoint = "a/b"'))
+
+
+def test_data_is_found_inside_an_installed_package(tmp_path, monkeypatch):
+    inside = tmp_path / "gap_export" / "export_configs"
+    inside.mkdir(parents=True)
+    monkeypatch.setattr(config_module, "__file__", str(tmp_path / "gap_export" / "config.py"))
+    assert config_module.package_data("export_configs") == inside
+    assert config_module.package_data("refshapes") == tmp_path / "refshapes"

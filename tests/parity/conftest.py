@@ -1,0 +1,35 @@
+"""Bundles that several parity tests read; made once."""
+
+from pathlib import Path
+
+import pytest
+
+from gap_export import pipeline
+from gap_export.config import load_config
+from gap_runtime.display import Display
+
+
+def export_bundle(model, out, *, reference=True, checkpoint=None, weights="clone", **overrides):
+    """Export through the pipeline; overrides are dotted keys with `__` for the dot."""
+    values = {key.replace("__", "."): value for key, value in overrides.items()}
+    request = pipeline.ExportRequest(
+        named=load_config(str(model), values, checkpoint=checkpoint),
+        target="cpu",
+        out=Path(out),
+        weights=weights,
+        reference=reference,
+    )
+    pipeline.export(pipeline.plan_export(request), Display(quiet=True))
+    return Path(out)
+
+
+@pytest.fixture(scope="session")
+def export():
+    return export_bundle
+
+
+@pytest.fixture(scope="session")
+def refshapes_bundle(tmp_path_factory):
+    """refshapes unpruned and at three ratios, GAP, with PyTorch's answers."""
+    out = tmp_path_factory.mktemp("refshapes") / "gap"
+    return export_bundle("refshapes", out, prune__ratios=[0.0, 0.25, 0.5, 0.75])

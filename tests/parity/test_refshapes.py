@@ -1,0 +1,148 @@
+"""The embedded model through the whole road: PyTorch's answers, ONNX's answers, the effect."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gap_export.checkpoint import open_checkpoint
+from gap_export.config import package_data
+from gap_export.models import llava
+from gap_export.reference import answer_eagerly
+from gap_runtime import Bundle, Grounder
+from gap_runtime.boxes import Box, iou
+from gap_runtime.check import check_bundle
+from gap_runtime.cli import main
+from gap_runtime.refshapes import draw_scene
+
+EXPRESSIONS = 120
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Expressions of the val split, with scene and true box."""
+    scenes = (draw_scene("val", index) for index in range(EXPRESSIONS))
+    pairs = [(scene, question) for scene in scenes for question in scene.questions]
+    return pairs[:EXPRESSIONS]
+
+
+def accuracy(grounder, asked, ratio):
+    hits = 0
+    for scene, question in asked:
+        boxes = grounder.ground(scene.image, question.phrase, ratio=ratio).boxes
+        x0, y0, x1, y1 = question.box
+        hits += len(boxes) == 1 and iou(boxes[0], Box(x0=x0, y0=y0, x1=x1, y1=y1)) >= 0.5
+    return hits / len(asked)
+
+
+def test_check_passes_at_every_ratio(refshapes_bundle):
+    report = check_bundle(Bundle.open(refshapes_bundle, verify_all=True), "onnxruntime:cpu")
+    assert {row.ratio for row in report.rows} == {0.0, 0.25, 0.5, 0.75}
+    assert report.passed
+    assert all(row.kept_equal and row.positions_equal and row.same_tokens for row in report.rows)
+    assert max(row.relative_logit_error for row in report.rows) < 1e-4
+
+
+def test_a_changed_position_mapping_fails_the_check(refshapes_bundle, export, tmp_path):
+    # GAP's recorded answers beside compact graphs: the check must see the difference.
+    compact = export("refshapes", tmp_path / "c", prune__positions="compact", prune__ratios=[0.5])
+    manifest = json.loads((refshapes_bundle / "manifest.json").read_text(encoding="utf-8"))
+    swapped = json.loads((compact / "manifest.json").read_text(encoding="utf-8"))
+    swapped["reference"] = manifest["reference"]
+    swapped["files"]["reference.npz"] = manifest["files"]["reference.npz"]
+    (compact / "manifest.json").write_text(json.dumps(swapped), encoding="utf-8")
+    recorded = (refshapes_bundle / "reference.npz").read_bytes()
+    (compact / "reference.npz").write_bytes(recorded)
+    report = check_bundle(Bundle.open(compact), "onnxruntime:cpu")
+    assert not report.passed
+    assert all("position IDs differ" in row.reasons for row in report.rows)
+    assert not any(row.same_tokens for row in report.rows)
+
+
+def test_gap_keeps_the_accuracy_and_other_ids_lose_it(refshapes_bundle, export, tmp_path, asked):
+    grounder = Grounder(Bundle.open(refshapes_bundle), "onnxruntime:cpu")
+    unpruned = accuracy(grounder, asked, 0.0)
+    gap = accuracy(grounder, asked, 0.5)
+    lost = {}
+    for mode in ("compact", "permuted"):
+        bundle = export(
+            "refshapes",
+            tmp_path / mode,
+            reference=False,
+            prune__positions=mode,
+            prune__ratios=[0.5],
+        )
+        lost[mode] = accuracy(Grounder(Bundle.open(bundle), "onnxruntime:cpu"), asked, 0.5)
+    assert unpruned >= 0.85
+    assert gap >= 0.8 * unpruned
+    assert max(lost.values()) < unpruned / 3
+
+
+def test_pytorch_and_onnx_give_the_same_text(refshapes_bundle, asked):
+    bundle = Bundle.open(refshapes_bundle)
+    grounder = Grounder(bundle, "onnxruntime:cpu")
+    checkpoint = open_checkpoint(str(package_data("refshapes") / "checkpoint"))
+    spec = llava.read_spec(checkpoint)
+    model = llava.load_eager(checkpoint, spec, "float32")
+    for scene, question in asked[:25]:
+        eager = answer_eagerly(
+            model,
+            spec,
+            scene.image,
+            bundle.manifest.prompt.template.replace("{phrase}", question.phrase),
+            choose=None,
+            kept=64,
+            config=None,
+            most=24,
+        )
+        assert eager.text == grounder.ground(scene.image, question.phrase, ratio=0.0).answer
+
+
+def test_ground_draws_and_prints_json(refshapes_bundle, tmp_path, capsys):
+    scene = draw_scene("val", 5)
+    scene.image.save(tmp_path / "in.png")
+    phrase = scene.questions[0].phrase
+    arguments = ["ground", str(refshapes_bundle), str(tmp_path / "in.png"), phrase]
+    code = main([*arguments, "--ratio", "0.5", "--draw", str(tmp_path / "out.png"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (found["kept"], found["patches"], len(found["kept_index"])) == (32, 64, 32)
+    assert set(found["milliseconds"]) == {"preprocess", "vision", "prefill", "decode", "total"}
+    width, height = scene.image.size
+    for x0, y0, x1, y1 in found["boxes"]:
+        assert 0 <= x0 < x1 <= width
+        assert 0 <= y0 < y1 <= height
+    assert (tmp_path / "out.png").is_file()
+
+
+def test_bench_reports_every_ratio(refshapes_bundle, capsys):
+    assert main(["bench", str(refshapes_bundle), "--runs", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["ratio"] for row in rows] == [0.0, 0.25, 0.5, 0.75]
+    assert all(row["prefill_ms"] > 0 and row["token_ms"] > 0 for row in rows)
+
+
+def test_info_is_the_manifest(refshapes_bundle, capsys):
+    assert main(["info", str(refshapes_bundle), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["layout"]["patches"] == 64
+    assert {"prefix", "patches", "suffix", "answer"} <= set(info["layout"])
+    assert [stage["ratio"] for stage in info["stages"]] == [0.0, 0.25, 0.5, 0.75, None]
+    assert all({"file", "inputs", "outputs"} <= set(stage) for stage in info["stages"])
+
+
+def test_the_cache_is_written_in_place(refshapes_bundle):
+    """Every decode step adds one slot and leaves the others' bytes alone."""
+    bundle = Bundle.open(refshapes_bundle)
+    grounder = Grounder(bundle, "onnxruntime:cpu")
+    decoder = grounder._open_decoder()
+    rng = np.random.default_rng(0)
+    width = bundle.manifest.embedding.shape[1]
+    decoder.run(rng.standard_normal((1, 9, width)).astype(np.float32), np.arange(9)[None], 0, 8)
+    before = decoder._cache["cache_key_00"].numpy().copy()
+    decoder.run(rng.standard_normal((1, 1, width)).astype(np.float32), np.array([[40]]), 9, 0)
+    after = decoder._cache["cache_key_00"].numpy()
+    assert np.array_equal(before[:, :, :9], after[:, :, :9])
+    assert not before[:, :, 9].any()
+    assert after[:, :, 9].any()
+    assert not after[:, :, 10:].any()

@@ -1,0 +1,322 @@
+"""Pictures of any kind to RGB, and RGB to pixels."""
+
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gap_runtime import image
+from gap_runtime.errors import InputError
+from gap_runtime.image import load_picture, make_pixels, pad_to_square, to_rgb
+from gap_runtime.manifest import Preprocess
+
+COLOURS = np.array(
+    [
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255]],
+        [[10, 20, 30], [40, 50, 60], [70, 80, 90]],
+    ],
+    dtype=np.uint8,
+)
+
+
+def load(path):
+    picture = load_picture(path)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+def save(tmp_path, picture, name="picture.png", **options):
+    path = tmp_path / name
+    picture.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def noise():
+    values = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, COLOURS),
+        (2, COLOURS[:, ::-1]),
+        (3, COLOURS[::-1, ::-1]),
+        (4, COLOURS[::-1]),
+        (5, COLOURS.transpose(1, 0, 2)),
+        (6, np.rot90(COLOURS, -1)),
+        (7, COLOURS[::-1, ::-1].transpose(1, 0, 2)),
+        (8, np.rot90(COLOURS, 1)),
+    ],
+)
+def test_exif_orientation_is_applied(tmp_path, orientation, upright):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path, Image.fromarray(COLOURS), exif=exif)
+    assert np.array_equal(load(path), upright)
+
+
+def test_exif_orientation_is_applied_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = load_picture(save(tmp_path, Image.fromarray(COLOURS), exif=exif))
+    assert np.array_equal(np.asarray(to_rgb(once)), np.asarray(once))
+
+
+def test_photo_with_a_sloppy_exif_entry_is_read_upright(tmp_path):
+    # The description's type says float; cameras and editors write such entries.
+    entries = struct.pack("<HHIf", 0x010E, 11, 1, 1.5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    path = save(tmp_path, Image.fromarray(COLOURS), "photo.jpg", exif=exif)
+    assert load_picture(path).size == (2, 3)
+
+
+def test_grey_becomes_three_equal_channels(tmp_path):
+    grey = np.array([[0, 100], [200, 255]], dtype=np.uint8)
+    path = save(tmp_path, Image.fromarray(grey))
+    assert np.array_equal(load(path), np.stack([grey] * 3, axis=-1))
+
+
+def test_grey_with_alpha_drops_alpha(tmp_path):
+    pixels = np.array([[[7, 0], [200, 255]]], dtype=np.uint8)
+    path = save(tmp_path, Image.fromarray(pixels))
+    assert load(path).tolist() == [[[7, 7, 7], [200, 200, 200]]]
+
+
+def test_colour_with_alpha_drops_alpha(tmp_path):
+    pixels = np.array([[[1, 2, 3, 0], [4, 5, 6, 128]]], dtype=np.uint8)
+    path = save(tmp_path, Image.fromarray(pixels))
+    assert load(path).tolist() == [[[1, 2, 3], [4, 5, 6]]]
+
+
+def make_palette():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putpixel((1, 0), 1)
+    return picture
+
+
+@pytest.mark.parametrize("name", ["palette.png", "palette.gif"])
+def test_palette_is_looked_up(tmp_path, name):
+    path = save(tmp_path, make_palette(), name)
+    assert load(path).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+
+
+def test_palette_with_transparency_is_read_without_a_warning(tmp_path):
+    path = save(tmp_path, make_palette(), transparency=bytes([0, 128]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(path).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+
+
+def test_cmyk_is_converted(tmp_path):
+    pixels = np.array([[[0, 255, 255, 0], [0, 0, 0, 0], [0, 0, 0, 255]]], dtype=np.uint8)
+    path = save(tmp_path, Image.fromarray(pixels, "CMYK"), "print.tif")
+    assert load(path).tolist() == [[[255, 0, 0], [255, 255, 255], [0, 0, 0]]]
+
+
+def test_16_bit_grey_keeps_its_upper_eight_bits(tmp_path):
+    deep = np.array([[0, 255, 256, 0x8040, 65535]], dtype=np.uint16)
+    path = save(tmp_path, Image.fromarray(deep))
+    assert load(path)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_16_bit_grey_of_the_other_byte_order_is_the_same(tmp_path):
+    deep = np.array([[0, 256, 0x8040, 65535]], dtype=">u2")
+    path = save(tmp_path, Image.fromarray(deep), "deep.tif")
+    assert load(path)[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+def test_16_bit_colour_keeps_its_upper_eight_bits(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    row = zlib.compress(b"\0" + struct.pack(">HHH", 0x80FF, 0x01FF, 0xFF00))
+    path = tmp_path / "deep.png"
+    signature = b"\x89PNG\r\n\x1a\n"
+    path.write_bytes(signature + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b""))
+    assert load(path).tolist() == [[[128, 1, 255]]]
+
+
+def test_one_bit_becomes_black_and_white(tmp_path):
+    path = save(tmp_path, Image.fromarray(np.array([[True, False]])))
+    assert load(path).tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_float_picture_is_refused(tmp_path):
+    path = save(tmp_path, Image.fromarray(np.array([[0.5, 2.5]], dtype=np.float32)), "depth.tif")
+    with pytest.raises(InputError, match="32-bit floats"):
+        load_picture(path)
+
+
+def test_refusal_of_a_float_picture_names_the_file(tmp_path):
+    path = save(tmp_path, Image.fromarray(np.array([[0.5, 2.5]], dtype=np.float32)), "depth.tif")
+    with pytest.raises(InputError, match=r"depth\.tif"):
+        load_picture(path)
+
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg", "cut.gif", "cut.bmp", "cut.tif"])
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_truncated_file_is_refused(tmp_path, noise, name, share):
+    path = save(tmp_path, noise, name)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError, match=name):
+        load_picture(path)
+
+
+def test_text_named_like_a_picture_is_refused(tmp_path):
+    path = tmp_path / "notes.png"
+    path.write_text("not a picture\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"notes\.png: not a picture"):
+        load_picture(path)
+
+
+def test_empty_file_is_refused(tmp_path):
+    path = tmp_path / "empty.png"
+    path.touch()
+    with pytest.raises(InputError, match=r"empty\.png: not a picture"):
+        load_picture(path)
+
+
+def test_broken_texture_file_is_refused(tmp_path):
+    # Pillow raises NotImplementedError for it, not OSError.
+    path = tmp_path / "broken.blp"
+    head = b"BLP2" + struct.pack("<iBBBBII", 1, 99, 0, 0, 0, 4, 4)
+    path.write_bytes(head + struct.pack("<16I", 1172, *[0] * 15) + struct.pack("<16I", *[16] * 16))
+    with pytest.raises(InputError, match=r"broken\.blp"):
+        load_picture(path)
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.png: no such file"):
+        load_picture(tmp_path / "nowhere.png")
+
+
+def test_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="directory"):
+        load_picture(tmp_path)
+
+
+def write_png_that_claims(path, width, height):
+    """A file of under 100 bytes whose header promises a huge picture."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    assert path.stat().st_size < 100
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (12_000, 10_000),  # above our limit, where Pillow would only warn
+        (60_000, 60_000),  # above Pillow's
+    ],
+)
+def test_decompression_bomb_is_refused_for_its_pixels(tmp_path, size):
+    path = tmp_path / "bomb.png"
+    write_png_that_claims(path, *size)
+    with pytest.raises(InputError, match=r"bomb\.png: .*pixels.*scale it down"):
+        load_picture(path)
+
+
+def test_picture_below_the_limit_is_not_taken_for_a_bomb(tmp_path):
+    path = tmp_path / "hollow.png"
+    write_png_that_claims(path, 9_999, 10_000)
+    with pytest.raises(InputError, match="broken"):
+        load_picture(path)
+
+
+def test_thin_picture_that_would_be_padded_to_a_bomb_is_refused(tmp_path, monkeypatch):
+    # 200 pixels wide and 2 high is a small file, but a canvas of 40,000 pixels.
+    monkeypatch.setattr(image, "MAX_PIXELS", 10_000)
+    path = save(tmp_path, Image.new("RGB", (200, 2)))
+    with pytest.raises(InputError, match="pixels"):
+        make_pixels(load_picture(path), make_spec(side=4))
+
+
+@pytest.mark.parametrize(
+    ("size", "corner"),
+    [
+        ((2, 5), (1, 0)),  # tall: 3 columns to share, 1 to the left
+        ((5, 2), (0, 1)),  # wide: 3 rows to share, 1 above
+        ((4, 10), (3, 0)),
+        ((10, 4), (0, 3)),
+    ],
+)
+def test_padding_puts_the_picture_in_the_middle(size, corner):
+    padded = pad_to_square(Image.new("RGB", size, (255, 0, 0)), (1, 2, 3))
+    side = max(size)
+    expected = np.full((side, side, 3), (1, 2, 3), dtype=np.uint8)
+    x, y = corner
+    expected[y : y + size[1], x : x + size[0]] = (255, 0, 0)
+    assert np.array_equal(np.asarray(padded), expected)
+
+
+def test_square_picture_is_not_padded(noise):
+    assert np.array_equal(np.asarray(pad_to_square(noise, (1, 2, 3))), np.asarray(noise))
+
+
+def make_spec(**changes):
+    values = {
+        "mode": "pad",
+        "side": 2,
+        "fill": (0, 51, 255),
+        "mean": (0.5, 0.25, 0.0),
+        "std": (0.5, 0.25, 2.0),
+    }
+    return Preprocess(**{**values, **changes})
+
+
+def test_pixels_are_scaled_and_normalized_by_channel():
+    picture = np.array(
+        [[[0, 0, 0], [255, 255, 255]], [[51, 102, 153], [255, 0, 51]]], dtype=np.uint8
+    )
+    pixels = make_pixels(Image.fromarray(picture), make_spec())
+    red = [[-1, 1], [-0.6, 1]]  # (v / 255 - 0.5) / 0.5
+    green = [[-1, 3], [0.6, -1]]  # (v / 255 - 0.25) / 0.25
+    blue = [[0, 0.5], [0.3, 0.1]]  # v / 255 / 2
+    assert pixels == pytest.approx(np.array([[red, green, blue]]), abs=1e-6)
+
+
+def test_pixels_are_a_contiguous_float32_batch(noise):
+    pixels = make_pixels(noise, make_spec(side=7))
+    assert pixels.shape == (1, 3, 7, 7)
+    assert pixels.dtype == np.float32
+    assert pixels.flags["C_CONTIGUOUS"]
+
+
+def test_padding_has_the_fill_colour_in_pixels():
+    # 1 wide, 2 high: the picture is the left column, the fill is the right one.
+    pixels = make_pixels(Image.new("RGB", (1, 2), (255, 255, 255)), make_spec())
+    assert pixels[0, :, 0, 0] == pytest.approx([1, 3, 0.5], abs=1e-6)
+    assert pixels[0, :, 1, 1] == pytest.approx([-1, -0.2, 0.5], abs=1e-6)
+
+
+def test_stretch_mode_does_not_pad():
+    pixels = make_pixels(Image.new("RGB", (1, 2), (255, 255, 255)), make_spec(mode="stretch"))
+    assert pixels[0, 0] == pytest.approx(np.ones((2, 2)), abs=1e-6)
+
+
+def test_unknown_mode_is_refused(noise):
+    with pytest.raises(InputError, match="mode 'crop' is unknown; have pad, stretch"):
+        make_pixels(noise, make_spec(mode="crop"))
+
+
+def test_resizing_is_bicubic():
+    step = np.repeat(np.array([[100, 100, 200, 200]], dtype=np.uint8), 4, axis=0)
+    picture = Image.fromarray(np.stack([step] * 3, axis=-1))
+    spec = make_spec(side=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    row = make_pixels(picture, spec)[0, 0, 8] * 255
+    # A cubic overshoots on both sides of a step, a linear filter never does.
+    assert row.min() < 98
+    assert row.max() > 202
