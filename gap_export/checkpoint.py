@@ -36,9 +36,9 @@ class TensorLocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A Hugging Face checkpoint folder."""
+    """A Hugging Face checkpoint folder, and the hub id that it was fetched by, if any."""
 
-    name: str
+    hub_id: str | None
     folder: Path
     revision: str | None
     tensors: dict[str, TensorLocation]
@@ -89,7 +89,7 @@ def open_checkpoint(location: str, revision: str | None = None) -> Checkpoint:
             )
         tensors |= found
     return Checkpoint(
-        name=location if not Path(location).expanduser().is_dir() else folder.resolve().name,
+        hub_id=None if Path(location).expanduser().is_dir() else location,
         folder=folder,
         revision=revision,
         tensors=tensors,

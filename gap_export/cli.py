@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from gap_runtime.cli import ArgumentParser, print_json, run_command
 
 if TYPE_CHECKING:
+    from gap_export.config import NamedConfig
     from gap_export.pipeline import ExportPlan, ExportRequest, ExportResult
     from gap_runtime.display import Display
 
 _EPILOG = (
-    "exit codes: 0 done, 2 wrong setting or input, 3 export failed, 6 differs from PyTorch. "
+    "exit codes: 0 done, 2 wrong setting or input, 3 export failed, 4 bad bundle, 5 backend "
+    "failed, 6 differs from PyTorch. "
     "Example: gap-export refshapes --ratio 0.25 --ratio 0.5"
 )
 
@@ -69,10 +71,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_request(model: str, options: argparse.Namespace, out: Path | None) -> ExportRequest:
-    """The request that parsed options stand for."""
+def read_config(model: str, options: argparse.Namespace) -> NamedConfig:
+    """The model's configuration with the parsed options over it."""
     from gap_export.config import load_config, parse_override  # noqa: PLC0415
-    from gap_export.pipeline import ExportRequest  # noqa: PLC0415 - loads torch
 
     overrides: dict[str, Any] = dict(parse_override(text) for text in options.overrides)
     flags = {
@@ -82,7 +83,15 @@ def make_request(model: str, options: argparse.Namespace, out: Path | None) -> E
         "dtype": options.dtype,
     }
     overrides |= {key: value for key, value in flags.items() if value is not None}
-    named = load_config(model, overrides, checkpoint=getattr(options, "checkpoint", None))
+    return load_config(model, overrides, checkpoint=getattr(options, "checkpoint", None))
+
+
+def make_request(
+    named: NamedConfig, options: argparse.Namespace, out: Path | None
+) -> ExportRequest:
+    """The request that parsed options stand for."""
+    from gap_export.pipeline import ExportRequest  # noqa: PLC0415 - loads torch
+
     return ExportRequest(
         named=named,
         target=options.target,
@@ -127,9 +136,10 @@ def _main(arguments: Sequence[str]) -> int:
     from gap_runtime.display import Display  # noqa: PLC0415 - rich only when a command runs
 
     display = Display(quiet=options.json)
-    with display.stage("loading libraries"):
+    named = read_config(options.model, options)
+    with display.step("loading libraries"):
         from gap_export import pipeline  # noqa: PLC0415 - loads torch
-    plan = pipeline.plan_export(make_request(options.model, options, options.out))
+    plan = pipeline.plan_export(make_request(named, options, options.out))
     if options.dry_run:
         _show_plan(display, plan)
         print_json(_plan_facts(plan)) if options.json else print(plan.out)

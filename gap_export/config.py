@@ -230,8 +230,8 @@ def _detect_family(folder: Path) -> str:
     return family
 
 
-def detect_family(folder: Path, configured: str) -> str:
-    """The configured family, or where none is the one that the folder names."""
+def resolve_family(folder: Path, configured: str) -> str:
+    """The configured family, or where there is none the one that the folder names."""
     return configured or _detect_family(folder)
 
 

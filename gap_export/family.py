@@ -80,6 +80,9 @@ class Family(Protocol):
     EMBEDDING: str
     """Canonical name of the token embedding table."""
 
+    FEATURES: frozenset[Feature]
+    """Features that the tower can give to a pruner."""
+
     def read_spec(self, checkpoint: Checkpoint) -> ModelSpec:
         """Read the checkpoint's config."""
 

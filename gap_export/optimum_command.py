@@ -12,7 +12,7 @@ from typing import Final
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from gap_export.cli import add_export_arguments, make_request, show_result
+from gap_export.cli import add_export_arguments, make_request, read_config, show_result
 
 
 class GapExportCommand(BaseOptimumCLICommand):
@@ -45,7 +45,8 @@ class GapExportCommand(BaseOptimumCLICommand):
         from gap_runtime.display import Display  # noqa: PLC0415
 
         display = Display()
-        plan = plan_export(make_request(self.args.model, self.args, self.args.output))
+        named = read_config(self.args.model, self.args)
+        plan = plan_export(make_request(named, self.args, self.args.output))
         show_result(display, export(plan, display))
         return 0
 

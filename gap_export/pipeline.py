@@ -22,13 +22,13 @@ import onnx_ir as ir
 import psutil
 
 from gap_export.checkpoint import Checkpoint, open_checkpoint
-from gap_export.config import DTYPES, NamedConfig, count_ratios, detect_family, load_target
+from gap_export.config import DTYPES, NamedConfig, count_ratios, load_target, resolve_family
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.family import Family, ModelSpec
 from gap_export.features import Feature, Pruner
 from gap_export.graph.decoder import DecoderStage, cache_names
 from gap_export.graph.vision import PruneStage, TowerStage
-from gap_export.onnx_rules import prove_graph
+from gap_export.onnx_rules import DIALECT, prove_graph
 from gap_export.reference import read_samples, record_reference
 from gap_export.tracing import FREE_ROWS, OPSET, Traced, join, trace
 from gap_export.weights import (
@@ -39,7 +39,7 @@ from gap_export.weights import (
     wanted_shapes,
     write_placeholders,
 )
-from gap_runtime.bundle import Bundle, hash_file
+from gap_runtime.bundle import Bundle, describe_file, hash_file
 from gap_runtime.check import CheckReport, check_bundle
 from gap_runtime.display import Display, format_bytes
 from gap_runtime.errors import BackendMissingError, CheckError, ConfigError
@@ -59,6 +59,7 @@ from gap_runtime.manifest import (
     Reference,
     Source,
     Stage,
+    read_manifest,
 )
 from gap_runtime.prompt import PromptEncoder
 from gap_runtime.registry import load_plugin
@@ -70,7 +71,7 @@ _SAMPLES: Final = "samples"
 _DECODER_FILE: Final = "decoder.onnx"
 _LEAST_SUFFIX: Final = 64
 _PHRASE_ROOM: Final = 32
-_PARTIAL: Final = re.compile(r"\.partial-(\d+)$")
+_REMAINS: Final = re.compile(r"\.(partial|replaced)-(\d+)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,11 +125,17 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         GapError: Anything about the request or the checkpoint that cannot work.
     """
     config = request.named.config
-    load_target(request.target)
+    _require_target(request.target)
     checkpoint = open_checkpoint(config.checkpoint, config.revision)
-    family_name = detect_family(checkpoint.folder, config.family)
+    family_name = resolve_family(checkpoint.folder, config.family)
     family: Family = load_plugin("gap_export.models", family_name, "family")
     pruner: Pruner = load_plugin("gap_export.pruners", config.prune.strategy, "pruner")
+    lacking = sorted(need.value for need in pruner.NEEDS - family.FEATURES)
+    if lacking:
+        raise ConfigError(
+            f"pruner '{config.prune.strategy}' needs {', '.join(lacking)}, which family "
+            f"'{family_name}' does not give; choose another --pruner"
+        )
     spec = family.read_spec(checkpoint)
     pairs = count_ratios(config.prune, spec.patches)
     prompt, prefix, suffix = _plan_prompt(request, checkpoint, spec)
@@ -176,30 +183,40 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
     _require_replaceable(plan.out)
     with _folder_aside(plan.out) as folder, ThreadPoolExecutor() as pool:
         hashes = _start_hashing(plan, pool)
-        with display.stage("tracing the vision tower"):
+        with display.step("tracing the vision tower"):
             tower = _trace_tower(plan)
-        with display.stage("tracing the decoder"):
+        with display.step("tracing the decoder"):
             decoder = _trace_decoder(plan)
-        with display.stage(f"joining {len(plan.pairs)} pruning stage(s)"):
+        with display.step(f"joining {len(plan.pairs)} pruning stage(s)"):
             visions = {kept: join(tower, _trace_pruning(plan, kept)) for _, kept in plan.pairs}
-        with display.stage("proving the graphs"):
+        with display.step("proving the graphs"):
             weights = _plan_weights(plan, [*visions.values(), decoder])
             stages = _write_graphs(plan, weights, folder, visions, decoder)
-        with display.stage(f"bringing {format_bytes(weights.size)} of weights"):
+        with display.step(f"bringing {format_bytes(weights.size)} of weights"):
             bring_weights(weights, folder, plan.request.weights)
         reference = None
         if plan.request.reference:
-            with display.stage("asking PyTorch"):
+            with display.step("asking PyTorch"):
                 reference = _record(plan, folder)
         if plan.prompt.tokenizer is not None:
             shutil.copyfile(plan.checkpoint.folder / _TOKENIZER, folder / _TOKENIZER)
-        with display.stage("hashing"):
+        with display.step("hashing"):
             files = _describe_files(weights, folder, hashes)
         manifest = _make_manifest(plan, weights, stages, reference, files)
         manifest.write(folder)
         report, note = _check(plan, folder, display)
         _move_into_place(folder, plan.out)
     return ExportResult(plan=plan, manifest=manifest, report=report, note=note)
+
+
+def _require_target(name: str) -> None:
+    """Refuse a target whose graphs this version does not make."""
+    target = load_target(name)
+    if (target.dialect, target.opset) != (DIALECT, OPSET):
+        raise ConfigError(
+            f"target '{name}' takes the {target.dialect} dialect of opset {target.opset}; this "
+            f"version exports {DIALECT} of opset {OPSET}"
+        )
 
 
 def _plan_prompt(
@@ -497,7 +514,7 @@ def _check(plan: ExportPlan, folder: Path, display: Display) -> tuple[CheckRepor
     if plan.dtype == "bfloat16":
         return None, "bfloat16 does not run on this CPU; check on the target"
     try:
-        with display.stage("checking against PyTorch on onnxruntime"):
+        with display.step("checking against PyTorch on onnxruntime"):
             bundle = Bundle.open(folder)
             report = check_bundle(bundle, "onnxruntime:cpu")
     except BackendMissingError as error:
@@ -527,8 +544,11 @@ def _describe_files(
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         source = weights.shards.get(name)
-        sha256 = hash_file(path) if source is None else hashes[source].result()
-        entries[name] = FileEntry(size=path.stat().st_size, sha256=sha256)
+        entries[name] = (
+            describe_file(path)
+            if source is None
+            else FileEntry(size=path.stat().st_size, sha256=hashes[source].result())
+        )
     return entries
 
 
@@ -549,7 +569,7 @@ def _make_manifest(
         target=plan.request.target,
         opset=OPSET,
         source=Source(
-            checkpoint=plan.checkpoint.name,
+            checkpoint=plan.checkpoint.hub_id or plan.request.named.name,
             revision=plan.checkpoint.revision,
             sha256=plan.checkpoint.identity,
         ),
@@ -576,11 +596,19 @@ def _make_manifest(
 
 
 def _require_replaceable(out: Path) -> None:
-    """Refuse to write over anything that is not a bundle."""
-    if out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file()):
+    """Refuse to write over anything but an empty folder or a bundle and nothing else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if out.exists():
+    if not (out / MANIFEST_FILE).is_file():
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out")
+    known = {MANIFEST_FILE, *read_manifest(out).files}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if path.is_file() and name not in known:
+            raise ConfigError(
+                f"{out}: holds '{name}', which is no part of the bundle and would be lost; "
+                "move it away or choose another --out"
+            )
 
 
 @contextlib.contextmanager
@@ -588,10 +616,7 @@ def _folder_aside(out: Path) -> Iterator[Path]:
     """A hidden folder beside the bundle, removed whatever happens."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for path in out.parent.glob(f".{out.name}.partial-*"):
-            found = _PARTIAL.search(path.name)
-            if found and not Path(f"/proc/{found.group(1)}").exists():
-                shutil.rmtree(path, ignore_errors=True)
+        _clear_remains(out)
         folder = out.parent / f".{out.name}.partial-{os.getpid()}"
         folder.mkdir()
     except OSError as error:
@@ -604,12 +629,29 @@ def _folder_aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _clear_remains(out: Path) -> None:
+    """Remove what killed exports left, and put back a bundle that one had just moved away."""
+    for path in out.parent.glob(f".{out.name}.*"):
+        found = _REMAINS.search(path.name)
+        if found is None or psutil.pid_exists(int(found.group(2))):
+            continue
+        if found.group(1) == "replaced" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _move_into_place(folder: Path, out: Path) -> None:
     """Make the folder the bundle; an older one gives way only now."""
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
     if out.exists():
         out.rename(old)
-    folder.rename(out)
+    try:
+        folder.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -11,13 +11,14 @@ import argparse
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from gap_runtime import Box, Bundle, Grounder
 from gap_runtime.boxes import iou
 from gap_runtime.display import Display
 from gap_runtime.drawing import draw_grounding, draw_panels
 from gap_runtime.image import load_picture
 from gap_runtime.manifest import ReferenceSample
-from PIL import Image
 
 
 def recorded(bundle: Bundle, sample: str, ratio: float | None) -> ReferenceSample:

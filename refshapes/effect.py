@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from rich.progress import track
+
 from gap_export import pipeline
 from gap_export.config import NamedConfig, load_config
 from gap_export.reference import answer_eagerly
@@ -24,7 +26,6 @@ from gap_runtime import Bundle, Grounder
 from gap_runtime.boxes import Box, iou, parse_boxes
 from gap_runtime.display import Display
 from gap_runtime.refshapes import Question, Scene, draw_scene
-from rich.progress import track
 
 MODES: Final = ("unpruned", "gap", "compact", "permuted")
 

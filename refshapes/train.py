@@ -351,7 +351,7 @@ class Trainer:
     def run(self) -> None:
         """Train from the saved state, or from the start, to the end; then write the folder."""
         if self.state_file.exists():
-            self.restore(torch.load(self.state_file, weights_only=False))
+            self.restore(torch.load(self.state_file))
         began = time.monotonic()
         while self.step < self.steps:
             for group in self.optimizer.param_groups:
@@ -369,10 +369,12 @@ class Trainer:
                 torch.save(self.snapshot(), self.state_file)
                 self.write()
         self.write()
+        self.state_file.unlink(missing_ok=True)
 
     def snapshot(self) -> dict[str, Any]:
         """All that a later run needs to go on."""
         return {
+            "run": [self.seed, self.steps],
             "step": self.step,
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
@@ -380,7 +382,9 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a snapshot."""
+        """Go on from a snapshot of the same run."""
+        if state["run"] != [self.seed, self.steps]:
+            raise SystemExit(f"{self.state_file}: of another run (seed, steps); remove it")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])

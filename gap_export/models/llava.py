@@ -36,6 +36,7 @@ from gap_runtime.manifest import BoxFormat, Preprocess
 # B batch (1), N patches, C vision width, D decoder width, S rows, V vocabulary.
 
 EMBEDDING: Final = "language_model.embed_tokens.weight"
+FEATURES: Final = frozenset({Feature.CLS_ATTENTION})
 _LM_HEAD: Final = "lm_head.weight"
 _CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from gap_runtime.errors import BundleError
 from gap_runtime.manifest import BoxFormat
 
 
@@ -66,9 +67,14 @@ def unpad_box(values: list[float], frame: str, width: int, height: int) -> list[
         frame: `padded-square`, the picture on its square canvas, or `original`.
         width: Of the picture, in pixels.
         height: Of the picture, in pixels.
+
+    Raises:
+        BundleError: The bundle names another frame.
     """
     if frame == "original":
         return [values[0] * width, values[1] * height, values[2] * width, values[3] * height]
+    if frame != "padded-square":
+        raise BundleError(f"box frame '{frame}' is unknown; have padded-square, original")
     side = max(width, height)
     dx, dy = (side - width) // 2, (side - height) // 2
     return [value * side - (dx, dy)[k % 2] for k, value in enumerate(values)]

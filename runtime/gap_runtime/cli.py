@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -45,6 +46,10 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of the output has gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,9 +185,9 @@ def _check(options: argparse.Namespace) -> int:
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     display = _display(options)
-    with display.stage("checking files"):
+    with display.step("checking files"):
         bundle = _open(options, verify_all=True)
-    with display.stage("comparing with PyTorch's answers"):
+    with display.step("comparing with PyTorch's answers"):
         report = check_bundle(bundle, options.backend)
     if options.json:
         print_json(dump_record(report))
@@ -242,7 +247,8 @@ def _info(options: argparse.Namespace) -> int:
         print(f"stage {stage.file}")
         for label, specs in (("in ", stage.inputs), ("out", stage.outputs)):
             for spec in specs[:6]:
-                print(f"  {label} {spec.name} {spec.dtype} {list(spec.shape)}  {spec.meaning}")
+                shape = ", ".join(map(str, spec.shape))
+                print(f"  {label} {spec.name} {spec.dtype} [{shape}]  {spec.meaning}")
             if len(specs) > 6:
                 print(f"  {label} ... {len(specs) - 6} more of the KV cache")
     total = sum(entry.size for entry in manifest.files.values())
@@ -259,7 +265,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.runs < 1:
         raise ConfigError(f"--runs {options.runs}: at least 1 is needed")
     display = _display(options)
-    with display.stage("timing"):
+    with display.step("timing"):
         report = bench_bundle(_open(options), options.backend, runs=options.runs)
     if options.json:
         print_json(dump_record(report))

@@ -15,7 +15,7 @@ _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 
 class Display:
-    """Stage lines with elapsed time: a live one on a terminal, plain ones elsewhere."""
+    """Step lines with elapsed time: a live one on a terminal, plain ones elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         """A display on stderr; a quiet one shows nothing."""
@@ -28,8 +28,8 @@ class Display:
         )
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Show that a stage runs, and when it is done how long it took."""
+    def step(self, name: str) -> Iterator[None]:
+        """Show that a step runs, and when it is done how long it took."""
         began = time.monotonic()
         if self._console.is_terminal:
             with self._console.status(name):

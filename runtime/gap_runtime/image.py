@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gap_runtime.errors import InputError
+from gap_runtime.errors import BundleError, InputError
 from gap_runtime.manifest import Preprocess
 
 MAX_PIXELS: Final = 100_000_000
@@ -38,6 +38,8 @@ def load_picture(path: str | Path) -> Image.Image:
                 return to_rgb(picture)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: a folder, expected a picture file") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not a picture in a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
@@ -79,7 +81,7 @@ def make_pixels(picture: Image.Image, spec: Preprocess) -> np.ndarray:
     """Normalized pixels, float32 [1, 3, side, side].
 
     Raises:
-        InputError: The bundle asks for a mode that this version does not know.
+        BundleError: The bundle asks for a mode that this version does not know.
 
     References:
         LLaVA's `image_aspect_ratio=pad` with CLIP's processor: bicubic, 1/255, mean, std.
@@ -87,7 +89,7 @@ def make_pixels(picture: Image.Image, spec: Preprocess) -> np.ndarray:
     if spec.mode == "pad":
         picture = pad_to_square(picture, spec.fill)
     elif spec.mode != "stretch":
-        raise InputError(f"preprocessing mode '{spec.mode}' is unknown; have pad, stretch")
+        raise BundleError(f"preprocessing mode '{spec.mode}' is unknown; have pad, stretch")
     resized = picture.resize((spec.side, spec.side), Image.Resampling.BICUBIC)
     scaled = np.asarray(resized, dtype=np.float32) * np.float32(1 / 255)
     mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)

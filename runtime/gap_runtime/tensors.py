@@ -26,11 +26,6 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     meaning: str
 
-    @property
-    def is_static(self) -> bool:
-        """Whether every dimension is a number."""
-        return all(isinstance(size, int) for size in self.shape)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:

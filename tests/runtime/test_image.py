@@ -133,13 +133,17 @@ def test_16_bit_grey_of_the_other_byte_order_is_the_same(tmp_path):
 
 def test_16_bit_colour_keeps_its_upper_eight_bits(tmp_path):
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     row = zlib.compress(b"\0" + struct.pack(">HHH", 0x80FF, 0x01FF, 0xFF00))
     path = tmp_path / "deep.png"
     signature = b"\x89PNG\r\n\x1a\n"
-    path.write_bytes(signature + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b""))
+    path.write_bytes(
+        signature + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+    )
     assert load(path).tolist() == [[[128, 1, 255]]]
 
 
@@ -184,12 +188,12 @@ def test_empty_file_is_refused(tmp_path):
         load_picture(path)
 
 
-def test_broken_texture_file_is_refused(tmp_path):
-    # Pillow raises NotImplementedError for it, not OSError.
-    path = tmp_path / "broken.blp"
-    head = b"BLP2" + struct.pack("<iBBBBII", 1, 99, 0, 0, 0, 4, 4)
-    path.write_bytes(head + struct.pack("<16I", 1172, *[0] * 15) + struct.pack("<16I", *[16] * 16))
-    with pytest.raises(InputError, match=r"broken\.blp"):
+def test_texture_of_an_unknown_pixel_format_is_refused(tmp_path):
+    # Pillow raises NotImplementedError for it, which is no OSError.
+    path = tmp_path / "texture.dds"
+    head = struct.pack("<4s7I44x", b"DDS ", 124, 0x1007, 4, 4, 16, 0, 0)
+    path.write_bytes(head + struct.pack("<II24x", 32, 0) + struct.pack("<5I", 0x1000, 0, 0, 0, 0))
+    with pytest.raises(InputError, match=r"texture\.dds"):
         load_picture(path)
 
 
@@ -207,7 +211,9 @@ def write_png_that_claims(path, width, height):
     """A file of under 100 bytes whose header promises a huge picture."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

@@ -61,7 +61,9 @@ def test_prompt_that_just_fits(encoder, layout):
 
 
 def test_phrase_too_long_for_the_bundle_is_refused(encoder, layout):
-    with pytest.raises(InputError, match=r"8 tokens after the image, this bundle takes 7") as caught:
+    with pytest.raises(
+        InputError, match=r"8 tokens after the image, this bundle takes 7"
+    ) as caught:
         encoder.encode_within("the red red mug", layout)
     assert "--set prompt.suffix=8" in str(caught.value)
 
