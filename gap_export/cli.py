@@ -135,7 +135,7 @@ def _main(arguments: Sequence[str]) -> int:
 
     from gap_runtime.display import Display  # noqa: PLC0415 - rich only when a command runs
 
-    display = Display(quiet=options.json)
+    display = Display()
     named = read_config(options.model, options)
     with display.step("loading libraries"):
         from gap_export import pipeline  # noqa: PLC0415 - loads torch

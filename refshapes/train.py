@@ -51,6 +51,9 @@ QUESTIONS: Final = 4
 BATCH: Final = 32
 IGNORED: Final = -100
 CLASSES: Final = len(COLOURS) * len(SHAPES)
+SETTLING: Final = 1200
+"""Steps at the end with attention dropout, so that no answer hangs on single tokens."""
+DROPOUT: Final = 0.15
 CURRICULUM: Final = ((0.12, 1, 1, 0.0), (0.4, 1, 4, 0.0), (1.0, 2, 4, 0.4))
 """(until this share of the steps, least objects, most objects, share of look-alike pairs)."""
 
@@ -296,14 +299,18 @@ class Trainer:
         self.step = 0
 
     def learning_rate(self) -> float:
-        """Warm-up over 200 steps, then cosine to a hundredth."""
+        """Warm-up over 200 steps, cosine to a hundredth; a smaller slope while settling."""
+        if self.step >= self.steps:
+            return 4e-4 * (1 - (self.step - self.steps) / SETTLING)
         warm = min(1.0, (self.step + 1) / 200)
         return 1e-3 * warm * (0.505 + 0.495 * math.cos(math.pi * self.step / self.steps))
 
     def scenes(self, step: int) -> list[Scene]:
         """The pictures of one step, by the curriculum."""
         least, most, repeats = next(
-            (a, b, c) for until, a, b, c in CURRICULUM if step < until * self.steps
+            (a, b, c)
+            for until, a, b, c in CURRICULUM
+            if min(step, self.steps - 1) < until * self.steps
         )
         first = (self.seed * 1_000_000 + step) * BATCH
         return [
@@ -353,7 +360,10 @@ class Trainer:
         if self.state_file.exists():
             self.restore(torch.load(self.state_file))
         began = time.monotonic()
-        while self.step < self.steps:
+        while self.step < self.steps + SETTLING:
+            if self.step >= self.steps:
+                for layer in self.model.model.language_model.layers:
+                    layer.self_attn.attention_dropout = DROPOUT
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
             total, parts = self.loss(self.batches.make(self.scenes(self.step)))

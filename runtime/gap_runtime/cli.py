@@ -120,13 +120,8 @@ def _open(options: argparse.Namespace, *, verify_all: bool = False) -> Bundle:
     return Bundle.open(options.bundle, verify_all=verify_all)
 
 
-def _display(options: argparse.Namespace) -> Display:
-    from gap_runtime.display import Display  # noqa: PLC0415 - rich only when a command runs
-
-    return Display(quiet=options.json)
-
-
 def _ground(options: argparse.Namespace) -> int:
+    from gap_runtime.display import Display  # noqa: PLC0415 - libraries only when a command runs
     from gap_runtime.grounder import Grounder  # noqa: PLC0415
     from gap_runtime.image import load_picture  # noqa: PLC0415
 
@@ -156,7 +151,7 @@ def _ground(options: argparse.Namespace) -> int:
         return 0
     for box in grounding.boxes:
         print(" ".join(f"{value:.1f}" for value in box.as_list()))
-    display = _display(options)
+    display = Display()
     for problem in grounding.problems:
         display.say(f"no usable box: {problem} (answer: {grounding.answer!r})")
     times = ", ".join(f"{name} {value:.0f} ms" for name, value in grounding.milliseconds.items())
@@ -182,9 +177,10 @@ def _draw(path: Path, picture: Any, bundle: Bundle, grounding: Any) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from gap_runtime.check import check_bundle  # noqa: PLC0415
+    from gap_runtime.display import Display  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
-    display = _display(options)
+    display = Display()
     with display.step("checking files"):
         bundle = _open(options, verify_all=True)
     with display.step("comparing with PyTorch's answers"):
@@ -260,11 +256,12 @@ def _info(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from gap_runtime.bench import bench_bundle  # noqa: PLC0415
+    from gap_runtime.display import Display  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     if options.runs < 1:
         raise ConfigError(f"--runs {options.runs}: at least 1 is needed")
-    display = _display(options)
+    display = Display()
     with display.step("timing"):
         report = bench_bundle(_open(options), options.backend, runs=options.runs)
     if options.json:

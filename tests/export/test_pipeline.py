@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from transformers import LlavaForConditionalGeneration
 
 from gap_export import pipeline
+from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError, GraphError
 from gap_runtime.errors import CheckError, ConfigError
 from gap_runtime.manifest import read_manifest
@@ -650,7 +651,7 @@ def edit_config(folder, edit):
 
 def test_without_a_tokenizer_only_graphs_can_be_made(copy, tmp_path, make_plan):
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer.json") as caught:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json") as caught:
         make_plan(copy, tmp_path / "out", reference=True)
     assert "--no-reference" in str(caught.value)
     plan = make_plan(copy, tmp_path / "out", reference=False, prompt__prefix=7)
@@ -729,20 +730,12 @@ def test_configs_that_the_family_does_not_have(copy, tmp_path, make_plan, edit, 
 
 def test_a_checkpoint_of_another_family_under_a_model_file(copy, tmp_path):
     edit_config(copy, lambda data: (data.clear(), data.update(model_type="gpt2", n_embd=64)))
-    named = pipeline.NamedConfig(
-        name="x", config=checkpoint_config(family="llava", checkpoint=str(copy))
-    )
+    named = load_config("refshapes", {}, checkpoint=str(copy))
     request = pipeline.ExportRequest(
         named=named, target="cpu", out=tmp_path / "out", weights="clone", reference=False
     )
     with pytest.raises((CheckpointError, ConfigError), match="gpt2"):
         pipeline.plan_export(request)
-
-
-def checkpoint_config(**keys):
-    from gap_export.config import ExportConfig
-
-    return ExportConfig(**keys)
 
 
 def test_a_prompt_that_is_too_long_for_its_slots(tiny_llava, tmp_path, make_plan):
@@ -752,10 +745,18 @@ def test_a_prompt_that_is_too_long_for_its_slots(tiny_llava, tmp_path, make_plan
         make_plan(tiny_llava, tmp_path / "out", prompt__suffix=3)
 
 
-def test_more_positions_than_the_model_has(tiny_llava, tmp_path, make_plan):
-    make_plan(tiny_llava, tmp_path / "out", prompt__answer=512 - 4 - 25 - 24)
-    with pytest.raises(ConfigError, match="need 513 positions, the model has 512"):
-        make_plan(tiny_llava, tmp_path / "out", prompt__answer=512 - 4 - 25 - 24 + 1)
+def test_room_after_the_image_fits_the_template_where_it_is_not_given(tiny_llava, tmp_path):
+    """64 tokens, or the template's own and 32 more where that is more."""
+    tokenizer = Tokenizer.from_file(str(tiny_llava / "tokenizer.json"))
+    for template in ("<image> {phrase}", "<image>" + "0123456789" * 6 + " {phrase}"):
+        named = load_config(str(tiny_llava), {"prompt.template": template})
+        request = pipeline.ExportRequest(
+            named=named, target="cpu", out=tmp_path, weights="clone", reference=False
+        )
+        ids = tokenizer.encode(template.replace("{phrase}", "x")).ids
+        after = len(ids) - ids.index(IMAGE_ID) - 1
+        assert pipeline.plan_export(request).layout.suffix == max(64, after + 32)
+    assert after > 32
 
 
 def test_the_default_folder_name(tiny_llava, make_plan):

@@ -22,18 +22,10 @@ from gap_runtime.manifest import (
 )
 from gap_runtime.tensors import StoredTensor, TensorSpec
 
+BOX_WORD = "[0.25,0.25,0.75,0.50]"
 WORDS = (
-    "<unk>",
-    "<image>",
-    "USER:",
-    "ASSISTANT:",
-    "Where",
-    "is",
-    "the",
-    "red",
-    "mug",
-    "?",
-    "</s>",
+    *("<unk>", "<image>", "USER:", "ASSISTANT:", "Where", "is", "the", "red", "mug", "?"),
+    *("</s>", BOX_WORD),
 )
 
 
@@ -102,7 +94,7 @@ def manifest(llava_box, prompt, layout):
         ratio=None,
         kept=None,
         inputs=(spec("embeddings", 1, "S", 2), spec("write_slot", 1, dtype="int64")),
-        outputs=(spec("logits", 1, 11),),
+        outputs=(spec("logits", 1, 12),),
     )
     return Manifest(
         schema=1,
@@ -121,7 +113,7 @@ def manifest(llava_box, prompt, layout):
         ),
         stages=(vision(0.5, 8), vision(0.75, 4), decoder),
         cache=CacheShape(layers=1, heads=1, head_dim=2, dtype="float32"),
-        embedding=StoredTensor(file="weights.bin", offset=8, dtype="float32", shape=(11, 2)),
+        embedding=StoredTensor(file="weights.bin", offset=8, dtype="float32", shape=(12, 2)),
         preprocess=Preprocess(
             mode="pad", side=8, fill=(122, 116, 104), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         ),
@@ -139,7 +131,7 @@ def make_bundle(tmp_path, manifest, tokenizer_file):
     def make(*, weights=None, **changes):
         folder = tmp_path / "bundle"
         folder.mkdir()
-        table = np.arange(22, dtype="<f4").tobytes() if weights is None else weights
+        table = np.arange(24, dtype="<f4").tobytes() if weights is None else weights
         contents = {
             "decoder.onnx": b"no graph at all",
             "vision-8.onnx": b"no graph either",

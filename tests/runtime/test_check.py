@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gap_runtime.boxes import Box
+from gap_runtime.bundle import Bundle
 from gap_runtime.check import (
     TOLERANCES,
     Tolerance,
@@ -14,7 +15,6 @@ from gap_runtime.check import (
     first_divergence,
     match_boxes,
 )
-from gap_runtime.bundle import Bundle
 from gap_runtime.decode import Decoded
 from gap_runtime.errors import CheckError
 from gap_runtime.grounder import StageValues

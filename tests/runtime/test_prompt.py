@@ -1,4 +1,4 @@
-"""Phrases to token IDs with a tokenizer of eleven words (conftest.WORDS)."""
+"""Phrases to token IDs with a tokenizer of twelve words (conftest.WORDS)."""
 
 import dataclasses
 

@@ -1,0 +1,280 @@
+"""The command line: exit codes, one clear line per error, JSON, flags and quick help."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gap_export import cli
+from gap_runtime import cli as runtime_cli
+
+TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run gap-export in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_in_process(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return run_in_process
+
+
+ERRORS = [
+    (["refshaps"], 2, "unknown-name", "did you mean refshapes"),
+    (["./nowhere"], 2, "config", "no such folder"),
+    (["nowhere.toml"], 2, "config", "no such configuration file"),
+    (["refshapes", "--ratio", "1"], 2, "config", "outside [0, 1)"),
+    (["refshapes", "--ratio", "-0.1"], 2, "config", "outside [0, 1)"),
+    (["refshapes", "--ratio", "nan"], 2, "config", "outside [0, 1)"),
+    (["refshapes", "--ratio", "0.999"], 2, "config", "leaves none of 64"),
+    (["refshapes", "--ratio", "0.5", "--ratio", "0.501"], 2, "config", "both keep 32"),
+    (["refshapes", "--ratio", "half"], 2, "config", "--ratio"),
+    (["refshapes", "--pruner", "spacial"], 2, "unknown-name", "did you mean spatial"),
+    (["refshapes", "--positions", "gaps"], 2, "config", "prune.positions 'gaps'"),
+    (["refshapes", "--dtype", "int8"], 2, "config", "dtype 'int8'"),
+    (["refshapes", "--target", "gpu"], 2, "unknown-name", "unknown target 'gpu'"),
+    (["refshapes", "--weights", "move"], 2, "config", "--weights"),
+    (["refshapes", "--set", "prompt.answer"], 2, "config", "KEY=VALUE"),
+    (["refshapes", "--set", "prompt.anser=3"], 2, "record", "unknown key 'anser'"),
+    (["refshapes", "--set", "prompt.answer=long"], 2, "record", "expected int"),
+    (["refshapes", "--set", "prune.seed=-1", "--pruner", "random"], 2, "config", "seed"),
+    (["refshapes", "--checkpoint", "nowhere"], 3, "checkpoint", "no such checkpoint folder"),
+    (["refshapes", "--out", "file"], 2, "config", "exists and is no bundle"),
+    (["refshapes", "--speed", "9"], 2, "config", "--speed"),
+    ([], 2, "config", "MODEL"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "kind", "part"), ERRORS)
+def test_errors(run, tmp_path, arguments, code, kind, part):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    found, out, err = run(*arguments, "--json")
+    assert found == code
+    error = json.loads(out)
+    assert set(error) == {"error"}
+    assert set(error["error"]) == {"kind", "message"}
+    assert error["error"]["kind"] == kind
+    assert part in error["error"]["message"]
+    assert err == f"error: {error['error']['message']}\n"
+    assert "\n" not in error["error"]["message"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("arguments", [["refshaps"], ["refshapes", "--ratio", "2"]])
+def test_errors_without_json_leave_stdout_empty(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert [line.startswith("error: ") for line in err.splitlines()].count(True) == 1
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_truncated_checkpoint(run, tiny_llava, tmp_path):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    for path in tiny_llava.iterdir():
+        data = path.read_bytes()
+        (folder / path.name).write_bytes(data[:-100] if path.suffix == ".safetensors" else data)
+    code, out, _ = run("./cut", "--json", "--no-reference")
+    assert code == 3
+    assert json.loads(out)["error"]["kind"] == "checkpoint"
+    assert "model.safetensors" in json.loads(out)["error"]["message"]
+
+
+def test_a_hub_that_cannot_be_reached(run, monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        del args, kwargs
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    code, _, err = run("llava-1.5-7b")
+    assert code == 3
+    assert "llava-hf/llava-1.5-7b-hf" in err
+    assert "local checkpoint folder" in err
+
+
+def test_the_exit_code_reaches_the_shell(tmp_path):
+    done = run_python(
+        "import sys; from gap_export.cli import main; sys.exit(main())", "./nowhere", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "error: ./nowhere: no such folder"
+    assert "Traceback" not in done.stderr
+
+
+def test_stopping_by_keyboard_is_no_traceback(run, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_main", stop)
+    assert run("refshapes") == (130, "", "stopped\n")
+
+
+def test_dry_run_facts(run, tiny_llava, tmp_path):
+    code, out, err = run(
+        *(tiny_llava, "--dry-run", "--json", "--ratio", "0.5", "--ratio", "0.75"),
+        *("--set", TEMPLATE, "--set", "prompt.suffix=24", "--set", "prompt.answer=8"),
+        *("--positions", "compact", "--dtype", "float16"),
+    )
+    facts = json.loads(out)
+    assert (code, err) == (0, "")
+    assert facts["bundle"] == "tiny-llava-13-6of25"
+    assert facts["ratios"] == [
+        {"ratio": 0.5, "kept": 13, "patches": 25},
+        {"ratio": 0.75, "kept": 6, "patches": 25},
+    ]
+    layout = facts["layout"]
+    assert layout["capacity"] == layout["prefix"] + 13 + 24 + 8
+    assert (layout["grid"], layout["suffix"], layout["answer"]) == ([5, 5], 24, 8)
+    # Keys and values of 2 layers, 2 heads of 16, 2 bytes each.
+    assert facts["cache_bytes"] == layout["capacity"] * 2 * 2 * 2 * 16 * 2
+    assert facts["dtype"] == "float16"
+    assert facts["config"]["prune"]["positions"] == "compact"
+    assert facts["checkpoint"] == str(tiny_llava)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_for_people(run, tiny_llava, tmp_path):
+    code, out, err = run(tiny_llava, "--dry-run", "--set", TEMPLATE, "--ratio", "0.75")
+    assert (code, out) == (0, "tiny-llava-6of25\n")
+    assert "6 of 25" in err
+    assert "note:" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_positions_than_the_model_was_made_for_are_noted(run, tiny_llava):
+    code, _, err = run(
+        *(tiny_llava, "--dry-run", "--set", TEMPLATE),
+        *("--set", "prompt.suffix=24", "--set", "prompt.answer=500"),
+    )
+    assert code == 0
+    # 4 before, 25 patches, 24 after and 500 of answer; the first position is 0.
+    assert "reach position 552" in " ".join(err.split())
+    assert "512 positions" in " ".join(err.split())
+
+
+def test_dry_run_refuses_what_the_export_would(run, tiny_llava, tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    code, _, err = run(tiny_llava, "--dry-run", "--out", "file", "--set", TEMPLATE)
+    assert code == 2
+    assert "exists and is no bundle" in err
+
+
+def test_export_with_json(run, tiny_llava, tmp_path):
+    code, out, err = run(
+        *(tiny_llava, "--json", "--no-reference", "--out", "bundle", "--weights", "link"),
+        *("--set", TEMPLATE, "--pruner", "spatial", "--ratio", "0.75"),
+    )
+    result = json.loads(out)
+    assert (code, err) == (0, "")
+    assert result["bundle"] == "bundle"
+    assert result["ratios"] == [{"ratio": 0.75, "kept": 6, "patches": 25}]
+    assert result["checked"] is False
+    assert (result["pruner"], result["positions"]) == ("spatial", "gap")
+    assert (tmp_path / "bundle" / "manifest.json").is_file()
+
+
+def run_python(code, *arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+
+
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "rich", "PIL")
+
+
+@pytest.mark.parametrize("command", ["gap_export", "gap_runtime"])
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_imports_no_library(command, flag):
+    code = (
+        "import sys\n"
+        f"from {command}.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = run_python(code, flag)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "[]\n"
+    assert ("usage:" in done.stdout) == (flag == "--help")
+
+
+def flags(parser):
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def positionals(parser):
+    return [
+        action.dest
+        for action in parser._actions
+        if not action.option_strings and not isinstance(action, argparse._SubParsersAction)
+    ]
+
+
+def subparsers(parser):
+    group = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return group.choices
+
+
+HELP = {"-h", "--help"}
+
+
+def test_the_flags_of_gap_export_are_these():
+    """A new flag is a decision: it is made here as well."""
+    parser = cli._parser()
+    assert positionals(parser) == ["model"]
+    assert flags(parser) == HELP | {
+        *("--ratio", "--pruner", "--positions", "--dtype", "--target", "--set", "--weights"),
+        *("--no-reference", "--checkpoint", "--out", "--dry-run", "--json"),
+        *("-v", "--verbose", "--version"),
+    }
+
+
+def test_the_commands_and_flags_of_gap_runtime_are_these():
+    parser = runtime_cli._parser()
+    commands = subparsers(parser)
+    assert flags(parser) == HELP | {"--version"}
+    assert {name: (positionals(p), flags(p) - HELP) for name, p in commands.items()} == {
+        "ground": (
+            ["bundle", "image", "phrase"],
+            {"--json", "--ratio", "--draw", "--backend"},
+        ),
+        "check": (["bundle"], {"--json", "--backend"}),
+        "info": (["bundle"], {"--json"}),
+        "bench": (["bundle"], {"--json", "--runs", "--backend"}),
+    }
+
+
+@pytest.mark.parametrize("arguments", [["--rat", "0.5"], ["--no-ref"], ["--js"]])
+def test_flags_are_not_abbreviated(run, arguments):
+    """An abbreviation that works today would break when another flag is added."""
+    code, _, err = run("refshapes", "--dry-run", *arguments)
+    assert code == 2
+    assert arguments[0] in err
+
+
+def test_every_flag_says_what_it_does():
+    for parser in (cli._parser(), *subparsers(runtime_cli._parser()).values()):
+        for action in parser._actions:
+            assert action.help, action
+
+
+def test_weights_are_cloned_and_answers_recorded_by_default():
+    options = cli._parser().parse_args(["refshapes"])
+    assert (options.weights, options.reference, options.target) == ("clone", True, "cpu")
+    assert (options.ratio, options.pruner, options.positions, options.dtype) == (None,) * 4
