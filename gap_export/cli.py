@@ -104,6 +104,7 @@ def make_request(
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="gap-export",
+        allow_abbrev=False,
         description="export a grounding vision-language model to ONNX, its visual tokens pruned "
         "and their positions kept",
         epilog=_EPILOG,

@@ -17,6 +17,8 @@ from gap_runtime.records import load_record
 from gap_runtime.registry import describe_unknown, list_plugins
 
 POSITION_MODES: Final = ("gap", "compact", "permuted", "permuted-compact")
+IMAGE_FIELD: Final = "<image>"
+"""Stands for the image token in a template, whatever the tokenizer calls it."""
 DTYPES: Final = ("float32", "float16", "bfloat16")
 DEFAULT_TARGET: Final = "cpu"
 
@@ -261,6 +263,8 @@ def _require_usable(config: ExportConfig, where: str) -> None:
     template = config.prompt.template
     if template is not None and template.count(PHRASE_FIELD) != 1:
         raise ConfigError(f"{where}: prompt.template must hold {PHRASE_FIELD} once")
+    if template is not None and template.count(IMAGE_FIELD) != 1:
+        raise ConfigError(f"{where}: prompt.template must hold {IMAGE_FIELD} once")
 
 
 def _require_one(key: str, value: str, allowed: Sequence[str], where: str) -> None:

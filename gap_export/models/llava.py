@@ -42,7 +42,10 @@ _CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 _NUMBER: Final = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX: Final = BoxFormat(
-    pattern=rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]", scale=1.0, frame="padded-square"
+    attempt=r"\[[^\[\]]*\]?",
+    pattern=rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]",
+    scale=1.0,
+    frame="padded-square",
 )
 _TEMPLATE: Final = (
     "USER: <image>\nPlease provide the bounding box coordinate of the region this sentence "

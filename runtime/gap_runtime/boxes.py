@@ -44,7 +44,11 @@ def parse_boxes(answer: str, spec: BoxFormat, width: int, height: int) -> Parsed
     """
     boxes: list[Box] = []
     problems: list[str] = []
-    for match in re.finditer(spec.pattern, answer):
+    for attempt in re.findall(spec.attempt, answer):
+        match = re.fullmatch(spec.pattern, attempt)
+        if match is None:
+            problems.append(f"malformed box {attempt}")
+            continue
         values = [float(group) / spec.scale for group in match.groups()]
         if values[2] <= values[0] or values[3] <= values[1]:
             problems.append(f"degenerate box {match.group(0)}: its corners span no area")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,12 +38,16 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return main(arguments)
-    except GapError as error:
-        if "--json" in arguments:
-            print(json.dumps({"error": {"kind": error.kind, "message": str(error)}}))
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        try:
+            code = main(arguments)
+        except GapError as error:
+            if "--json" in arguments:
+                print(json.dumps({"error": {"kind": error.kind, "message": str(error)}}))
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        # Here, not at exit, where a reader that has gone could not be dealt with.
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -58,8 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def print_json(data: Any) -> None:
-    """A result for programs, on stdout."""
-    print(json.dumps(data, indent=2, sort_keys=True))
+    """A result for programs, on stdout; JSON has no infinity, so that becomes null."""
+    print(json.dumps(_finite(data), indent=2, sort_keys=True, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -71,6 +84,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="gap-runtime",
+        allow_abbrev=False,
         description="run and check bundles that gap-export made; needs no torch",
         epilog=_EPILOG,
     )
@@ -97,7 +111,7 @@ def _add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=summary, epilog=_EPILOG
+        name, help=summary, description=summary, epilog=_EPILOG, allow_abbrev=False
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

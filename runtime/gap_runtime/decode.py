@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gap_runtime.bundle import embedding_rows
+from gap_runtime.errors import EngineError
 from gap_runtime.session import DecoderSession
 
 
@@ -65,6 +66,9 @@ def decode_greedily(
         length: Tokens of the prompt without padding.
         most: Most tokens to decode.
         stop_ids: Token IDs that end the answer.
+
+    Raises:
+        EngineError: The decoder gave values that are not finite.
     """
     began = time.perf_counter()
     # Padded rows come after the real ones, so that none of those sees them; decoding
@@ -72,20 +76,20 @@ def decode_greedily(
     logits = decoder.run(embeddings, position_ids, write_slot=0, logits_row=length - 1).copy()
     prefilled = time.perf_counter()
     token_ids: list[int] = []
-    token = int(logits.argmax())
+    token = _choose(logits)
     first_position = int(position_ids[0, length - 1]) + 1
     while token not in stop_ids and len(token_ids) < most:
         token_ids.append(token)
         if len(token_ids) == most:
             break
         step = len(token_ids) - 1
-        token = int(
+        token = _choose(
             decoder.run(
                 embedding_rows(table, [token])[None],
                 np.array([[first_position + step]]),
                 write_slot=length + step,
                 logits_row=0,
-            ).argmax()
+            )
         )
     ended = time.perf_counter()
     return Decoded(
@@ -94,3 +98,13 @@ def decode_greedily(
         prefill_ms=(prefilled - began) * 1e3,
         decode_ms=(ended - prefilled) * 1e3,
     )
+
+
+def _choose(logits: np.ndarray) -> int:
+    """The most likely token; a value that is no number would be the largest to numpy."""
+    token = int(logits.argmax())
+    if not np.isfinite(logits[token]):
+        raise EngineError(
+            "the decoder gave values that are not finite; export with --dtype bfloat16 or float32"
+        )
+    return token

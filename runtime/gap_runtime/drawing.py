@@ -39,13 +39,16 @@ def draw_grounding(
     for patch in range(rows * columns):
         box = _patch_box(patch, rows, columns, manifest, picture)
         if patch not in kept and box is not None:
-            draw.rectangle([round(v * scale) for v in box.as_list()], fill=_SHADE)
+            x0, y0, x1, y1 = (round(value * scale) for value in box.as_list())
+            # Pillow counts the far edge in, which belongs to the next patch.
+            draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=_SHADE)
     canvas = Image.alpha_composite(canvas, shade).convert("RGB")
     draw = ImageDraw.Draw(canvas)
     width = max(2, max(canvas.size) // 160)
     font = ImageFont.load_default(size=max(14, max(canvas.size) // 24))
     for found in boxes:
-        draw.rectangle([v * scale for v in found.as_list()], outline=colour, width=width)
+        x0, y0, x1, y1 = (round(value * scale) for value in found.as_list())
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=width)
     anchor = (boxes[0].x0 * scale, boxes[0].y0 * scale) if boxes else (4.0, canvas.height - 4.0)
     _draw_label(draw, phrase if boxes else f"{phrase}: no box", anchor, canvas.size, font, colour)
     return canvas

@@ -13,7 +13,7 @@ from PIL import Image
 from gap_runtime.boxes import Box, parse_boxes
 from gap_runtime.bundle import Bundle
 from gap_runtime.decode import Decoded, decode_greedily, splice_prompt
-from gap_runtime.errors import BundleError, EngineError
+from gap_runtime.errors import BundleError
 from gap_runtime.image import load_picture, make_pixels, to_rgb
 from gap_runtime.manifest import DECODER, VISION, RatioEntry
 from gap_runtime.prompt import PromptEncoder
@@ -159,11 +159,6 @@ class Grounder:
             most=layout.answer if most is None else most,
             stop_ids=manifest.prompt.stop_ids if most is None else (),
         )
-        if not np.isfinite(decoded.prefill_logits).all():
-            raise EngineError(
-                f"the decoder gave values that are not finite in {manifest.dtype}; "
-                "export with --dtype bfloat16 or float32"
-            )
         return StageValues(
             pixels=pixels,
             visual_tokens=visual,

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.manifest import Preprocess
 
 MAX_PIXELS: Final = 100_000_000
 """Larger pictures are refused before they are unpacked (decompression bombs)."""
+
+_ORIENTATION: Final = 0x0112
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to turn a picture upright, by its EXIF orientation."""
 
 
 def load_picture(path: str | Path) -> Image.Image:
@@ -32,10 +45,12 @@ def load_picture(path: str | Path) -> Image.Image:
             with Image.open(path) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise InputError(
-                        f"{path}: {picture.width}x{picture.height} pixels, "
+                        f"{picture.width}x{picture.height} pixels, "
                         f"at most {MAX_PIXELS:,} in all are read; scale it down"
                     )
                 return to_rgb(picture)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -44,7 +59,7 @@ def load_picture(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: not a picture in a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
         raise InputError(f"{path}: the picture is broken ({error})") from error
 
 
@@ -54,7 +69,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises:
         InputError: The picture holds values that have no fixed range (32-bit float).
     """
-    upright = ImageOps.exif_transpose(picture)
+    # Pillow's exif_transpose writes the EXIF anew and stumbles over careless entries.
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    upright = picture if turn is None else picture.transpose(turn)
     if upright.mode == "F":
         raise InputError("a picture of 32-bit floats has no fixed range; save it with 8 bits")
     if upright.mode.startswith("I"):
@@ -63,15 +80,27 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         if upright.mode != "I" or values.max() > 255:
             values = values >> 8
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    return upright.convert("RGB")
+    if upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    # Without metadata, so that a picture that comes again is not turned again.
+    return Image.fromarray(np.asarray(upright.convert("RGB")))
 
 
 def pad_to_square(picture: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square canvas as wide as its longest side."""
+    """The picture in the middle of a square canvas as wide as its longest side.
+
+    Raises:
+        InputError: The canvas would be too large.
+    """
     width, height = picture.size
     if width == height:
         return picture
     side = max(width, height)
+    if side * side > MAX_PIXELS:
+        raise InputError(
+            f"a picture of {width}x{height} needs {side}x{side} pixels when padded to a square; "
+            "crop it or scale it down"
+        )
     canvas = Image.new("RGB", (side, side), fill)
     canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
     return canvas

@@ -121,10 +121,12 @@ class Prompt:
 class BoxFormat:
     """How an answer writes a box.
 
-    `pattern` is a regular expression whose four groups are x0, y0, x1, y1; a value of `scale`
-    is the far edge of the frame: `padded-square` or `original`.
+    `attempt` is a regular expression for what is meant as a box, `pattern` one for all of a
+    proper box, whose four groups are x0, y0, x1, y1. A value of `scale` is the far edge of the
+    frame: `padded-square` or `original`.
     """
 
+    attempt: str
     pattern: str
     scale: float
     frame: str
@@ -234,6 +236,9 @@ def read_manifest(folder: Path) -> Manifest:
         )
         raise SchemaError(f"{path}: schema {found}, this version reads {SCHEMA}; {advice}")
     try:
-        return load_record(Manifest, data, str(path))
+        manifest = load_record(Manifest, data, str(path))
     except RecordError as error:
         raise SchemaError(f"{error}; export again with a matching gap-export") from error
+    if not manifest.ratios:
+        raise SchemaError(f"{path}: ratios is empty; export again")
+    return manifest

@@ -46,13 +46,17 @@ class PromptEncoder:
         """Token IDs of the prompt for a phrase.
 
         Raises:
-            InputError: The phrase is empty or holds the image token.
+            InputError: The phrase is empty, not text, or holds the image token.
         """
         phrase = " ".join(phrase.split())
         if not phrase:
             raise InputError(
                 "the phrase is empty; say what to look for, for example 'the red mug'"
             )
+        try:
+            phrase.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("the phrase is not valid UTF-8 text") from error
         text = self._prompt.template.replace(PHRASE_FIELD, phrase)
         ids: list[int] = self._tokenizer.encode(text).ids
         if ids.count(self._image_id) != 1:

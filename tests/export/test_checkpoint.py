@@ -90,8 +90,7 @@ def test_a_sharded_checkpoint_is_one_index(sharded):
     }
     for key, location in checkpoint.tensors.items():
         assert torch.equal(read_tensor(location), some_tensors()[key])
-    assert checkpoint.name == sharded.name
-    assert checkpoint.revision is None
+    assert (checkpoint.hub_id, checkpoint.revision) == (None, None)
 
 
 def test_tensors_of_other_dtypes_are_passed_over(single):
@@ -263,7 +262,7 @@ def test_a_downloaded_checkpoint_keeps_its_id_and_commit(sharded, tmp_path_facto
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     checkpoint = open_checkpoint("some-org/some-model", "main")
     assert asked == [("some-org/some-model", "main")]
-    assert (checkpoint.name, checkpoint.revision) == ("some-org/some-model", "0123abc")
+    assert (checkpoint.hub_id, checkpoint.revision) == ("some-org/some-model", "0123abc")
 
 
 def test_identity_changes_with_config_and_with_tensors(sharded):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gap_export import config as config_module
-from gap_export.cli import add_export_arguments, make_request
+from gap_export.cli import add_export_arguments, read_config
 from gap_export.config import (
     PruneConfig,
     count_ratios,
@@ -49,7 +49,7 @@ def request_for(*arguments):
     parser.add_argument("--checkpoint")
     add_export_arguments(parser)
     options = parser.parse_args(list(arguments))
-    return make_request(options.model, options, None).named.config
+    return read_config(options.model, options).config
 
 
 def test_the_shipped_files_are_listed():

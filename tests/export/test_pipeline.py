@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration
 from gap_export import pipeline
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError, GraphError
-from gap_runtime.errors import CheckError, ConfigError
+from gap_runtime.errors import CheckError, ConfigError, GapError
 from gap_runtime.manifest import read_manifest
 
 # The tiny checkpoint: 5x5 patches, so that 0.5 keeps 13 (rounded half up) and 0.75 keeps 6.
@@ -94,6 +94,13 @@ def snapshot(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def dead_process():
+    """The ID of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 # What a bundle holds
@@ -470,56 +477,90 @@ class QuickManifest:
         (folder / "manifest.json").write_text("new", encoding="utf-8")
 
 
-def old_bundle(path):
-    path.mkdir()
-    (path / "manifest.json").write_text("old", encoding="utf-8")
-    (path / "left-over.onnx").write_text("old", encoding="utf-8")
-    return path
+@pytest.fixture
+def old(bundle, tmp_path):
+    """A bundle that an export would replace; nothing else lies beside it."""
+    return shutil.copytree(bundle, tmp_path / "old")
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_finished_export_replaces_an_older_bundle_whole(
-    tiny_llava, tmp_path, make_plan, run_export
+    old, tiny_llava, tmp_path, make_plan, run_export
 ):
-    out = old_bundle(tmp_path / "old")
-    run_export(make_plan(tiny_llava, out))
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "tokenizer.json"]
-    assert (out / "manifest.json").read_text(encoding="utf-8") == "new"
-    assert list(tmp_path.iterdir()) == [out]
+    run_export(make_plan(tiny_llava, old))
+    assert sorted(path.name for path in old.iterdir()) == ["manifest.json", "tokenizer.json"]
+    assert (old / "manifest.json").read_text(encoding="utf-8") == "new"
+    assert list(tmp_path.iterdir()) == [old]
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_move_that_fails_halfway_leaves_the_older_bundle(
-    tiny_llava, tmp_path, make_plan, run_export, monkeypatch
+    old, tiny_llava, tmp_path, make_plan, run_export, monkeypatch
 ):
-    out = old_bundle(tmp_path / "old")
-    rename = type(out).rename
+    before, rename = snapshot(old), type(old).rename
 
     def refuse(self, target):
         if ".partial-" in self.name:
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(type(out), "rename", refuse)
+    monkeypatch.setattr(type(old), "rename", refuse)
     with pytest.raises(ExportError, match="Input/output error"):
-        run_export(make_plan(tiny_llava, out))
-    assert (out / "manifest.json").read_text(encoding="utf-8") == "old"
-    assert list(tmp_path.iterdir()) == [out]
+        run_export(make_plan(tiny_llava, old))
+    assert snapshot(old) == before
+    assert list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.usefixtures("failing")
+def test_a_bundle_that_a_killed_export_had_moved_away_is_put_back(
+    old, tiny_llava, tmp_path, make_plan, run_export
+):
+    before = snapshot(old)
+    old.rename(tmp_path / f".old.replaced-{dead_process()}")
+    with pytest.raises(GraphError, match="planted"):
+        run_export(make_plan(tiny_llava, old))
+    assert snapshot(old) == before
+    assert list(tmp_path.iterdir()) == [old]
 
 
 @pytest.mark.usefixtures("quick")
 def test_an_export_that_differs_from_pytorch_is_not_kept(
-    tiny_llava, tmp_path, make_plan, run_export, monkeypatch
+    old, tiny_llava, tmp_path, make_plan, run_export, monkeypatch
 ):
     def differ(*_):
         raise CheckError("planted")
 
-    out = old_bundle(tmp_path / "old")
+    before = snapshot(old)
     monkeypatch.setattr(pipeline, "_check", differ)
     with pytest.raises(CheckError, match="planted"):
-        run_export(make_plan(tiny_llava, out))
-    assert (out / "manifest.json").read_text(encoding="utf-8") == "old"
-    assert list(tmp_path.iterdir()) == [out]
+        run_export(make_plan(tiny_llava, old))
+    assert snapshot(old) == before
+    assert list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["thesis.txt", "samples/thesis.txt", ".hidden"])
+def test_a_file_that_is_no_part_of_the_older_bundle_is_not_lost(
+    old, tiny_llava, make_plan, run_export, name
+):
+    (old / name).parent.mkdir(exist_ok=True)
+    (old / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"thesis|hidden"):
+        run_export(make_plan(tiny_llava, old))
+    assert (old / name).read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("text", ['{"schema": 0}', "{", '{"files": {}}'])
+def test_a_bundle_that_cannot_be_read_is_kept_with_advice_that_helps(
+    old, tiny_llava, make_plan, run_export, text
+):
+    """`export again` would lead in a circle here."""
+    (old / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(GapError, match="choose another --out") as caught:
+        run_export(make_plan(tiny_llava, old))
+    assert "export again" not in str(caught.value)
+    assert (old / "manifest.json").read_text(encoding="utf-8") == text
 
 
 @pytest.mark.usefixtures("quick")
@@ -537,11 +578,7 @@ def test_a_full_disk_is_one_clear_error(tiny_llava, tmp_path, make_plan, run_exp
 @pytest.mark.parametrize("pid", ["dead", "own"])
 def test_a_stale_partial_folder_is_cleaned(tiny_llava, tmp_path, make_plan, run_export, pid):
     """Also where it has this process's ID, as in a container that numbers from 1 each time."""
-    number = os.getpid()
-    if pid == "dead":
-        process = subprocess.Popen([sys.executable, "-c", ""])
-        process.wait()
-        number = process.pid
+    number = os.getpid() if pid == "own" else dead_process()
     stale = tmp_path / f".new.partial-{number}"
     stale.mkdir()
     (stale / "decoder.onnx").write_text("half", encoding="utf-8")

@@ -33,6 +33,7 @@ WORDS = (
 def llava_box():
     # Copied from gap_export/models/llava.py.
     return BoxFormat(
+        attempt=r"\[[^\[\]]*\]?",
         pattern=(
             r"\[\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*,"
             r"\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*\]"

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from gap_runtime.boxes import Box, clip_box, iou, parse_boxes
+from gap_runtime.errors import BundleError
 
 
 def box(x0, y0, x1, y1):
@@ -41,6 +42,12 @@ def test_original_frame_has_no_padding(llava_box):
     spec = dataclasses.replace(llava_box, frame="original", scale=1000.0)
     parsed = parse_boxes("[250, 100, 500, 200]", spec, 400, 100)
     assert corners(parsed) == [[100, 10, 200, 20]]
+
+
+def test_unknown_frame_is_refused(llava_box):
+    spec = dataclasses.replace(llava_box, frame="crop")
+    with pytest.raises(BundleError, match="frame 'crop' is unknown; have padded-square, original"):
+        parse_boxes("[0.1, 0.1, 0.5, 0.5]", spec, 400, 100)
 
 
 def test_box_over_the_edge_is_clipped(llava_box):
@@ -108,12 +115,9 @@ def test_numbers_of_one_decimal_and_none(llava_box):
 @pytest.mark.parametrize(
     "answer",
     [
-        "",
-        "I see no mug.",
         "[0.1, 0.2, 0.3]",
         "[0.1, 0.2, 0.3, 0.4, 0.5]",
         "[0.1, 0.2, 0.3, 0.4",
-        "0.1, 0.2, 0.3, 0.4",
         "[0.1 0.2 0.3 0.4]",
         "[a, b, c, d]",
         "[0.1, 0.2, 0..3, 0.4]",
@@ -124,7 +128,20 @@ def test_numbers_of_one_decimal_and_none(llava_box):
 def test_malformed_answer_is_reported(llava_box, answer):
     parsed = parse_boxes(answer, llava_box, 100, 100)
     assert parsed.boxes == ()
+    assert parsed.problems == (f"malformed box {answer}",)
+
+
+@pytest.mark.parametrize("answer", ["", "I see no mug.", "0.1, 0.2, 0.3, 0.4"])
+def test_answer_without_a_box_is_reported(llava_box, answer):
+    parsed = parse_boxes(answer, llava_box, 100, 100)
+    assert parsed.boxes == ()
     assert parsed.problems == ("the answer holds no box",)
+
+
+def test_malformed_box_beside_a_good_one_is_reported(llava_box):
+    parsed = parse_boxes("[0.0, 0.0, 0.5, 0.5] and [0.1, 0.2]", llava_box, 8, 8)
+    assert corners(parsed) == [[0, 0, 4, 4]]
+    assert parsed.problems == ("malformed box [0.1, 0.2]",)
 
 
 def test_huge_numbers_do_not_break(llava_box):

@@ -1,6 +1,7 @@
 """The command line: results on stdout, one line per error, exit codes, JSON."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -207,7 +208,7 @@ def test_error_with_json_is_an_object_on_stdout(
     assert set(error) == {"kind", "message"}
     assert error["kind"] == kind
     assert text in error["message"]
-    assert said.err == f"error: {error['message']}\n"
+    assert said.err.splitlines()[-1] == f"error: {error['message']}"
 
 
 def test_a_shortened_json_flag_does_not_lose_the_error_object(tmp_path, capsys):
@@ -356,6 +357,23 @@ def test_exit_code_reaches_the_shell(tmp_path):
     assert done.returncode == 4
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
+
+
+def test_reader_that_has_gone_is_no_traceback(make_bundle):
+    code = "import sys; from gap_runtime.cli import main; sys.exit(main())"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", str(make_bundle())],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 141
 
 
 def test_interrupt_ends_without_a_traceback(make_bundle, monkeypatch, capsys):
