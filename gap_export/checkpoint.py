@@ -105,6 +105,8 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
             raise CheckpointError(f"{index}: no weight_map in it; download the checkpoint again")
         files: dict[str, set[str]] = {}
         for key, name in weight_map.items():
+            if not isinstance(name, str):
+                raise CheckpointError(f"{index}: no file name for '{key}'; download it again")
             files.setdefault(name, set()).add(key)
         for name in sorted(files):
             if not (folder / name).is_file():
@@ -137,22 +139,29 @@ def _read_header(path: Path, shown: Path) -> dict[str, TensorLocation]:
             header = json.loads(file.read(start - 8))
             entries = {key: value for key, value in header.items() if key != "__metadata__"}
             end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            tensors = {
+                key: TensorLocation(
+                    key=key,
+                    file=path,
+                    offset=start + entry["data_offsets"][0],
+                    dtype=_DTYPES[entry["dtype"]],
+                    shape=tuple(entry["shape"]),
+                )
+                for key, entry in entries.items()
+                # Quantized or index tensors that no graph asks for are no reason to stop.
+                if entry["dtype"] in _DTYPES
+            }
         except (ValueError, AttributeError, LookupError, TypeError) as error:
             raise CheckpointError(f"{shown}: its header cannot be read; {advice}") from error
     if end != size:
         raise CheckpointError(f"{shown}: {size} bytes, expected {end}; {advice}")
-    tensors = {}
-    for key, entry in entries.items():
-        if entry["dtype"] not in _DTYPES:
-            # Quantized or index tensors that no graph asks for are no reason to stop.
-            continue
-        tensors[key] = TensorLocation(
-            key=key,
-            file=path,
-            offset=start + entry["data_offsets"][0],
-            dtype=_DTYPES[entry["dtype"]],
-            shape=tuple(entry["shape"]),
-        )
+    for key, tensor in tensors.items():
+        first, last = entries[key]["data_offsets"]
+        if min(tensor.shape, default=0) < 0 or tensor.length != last - first:
+            raise CheckpointError(
+                f"{shown}: tensor '{key}' of shape {list(tensor.shape)} lies in "
+                f"{last - first} bytes; {advice}"
+            )
     return tensors
 
 

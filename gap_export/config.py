@@ -201,8 +201,10 @@ def _read_model_file(path: Path) -> dict[str, Any]:
     """A model file; a relative checkpoint is relative to the file."""
     data = _read_toml(path)
     checkpoint = data.get("checkpoint")
-    if isinstance(checkpoint, str) and checkpoint.startswith("."):
-        data["checkpoint"] = str((path.resolve().parent / checkpoint).resolve())
+    if isinstance(checkpoint, str):
+        beside = path.resolve().parent / checkpoint
+        if checkpoint.startswith(".") or beside.is_dir():
+            data["checkpoint"] = str(beside.resolve())
     return data
 
 
@@ -255,16 +257,32 @@ def _require_usable(config: ExportConfig, where: str) -> None:
     strategies = list_plugins("gap_export.pruners")
     if config.prune.strategy not in strategies:
         raise UnknownNameError(describe_unknown("pruner", config.prune.strategy, strategies))
+    families = list_plugins("gap_export.models")
+    if config.family and config.family not in families:
+        raise UnknownNameError(f"{where}: {describe_unknown('family', config.family, families)}")
     if not config.prune.ratios:
         raise ConfigError(f"{where}: prune.ratios is empty; give at least one")
-    for name, count in (("suffix", config.prompt.suffix), ("answer", config.prompt.answer)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{where}: prompt.{name} is {count}, expected at least 1")
-    template = config.prompt.template
-    if template is not None and template.count(PHRASE_FIELD) != 1:
-        raise ConfigError(f"{where}: prompt.template must hold {PHRASE_FIELD} once")
-    if template is not None and template.count(IMAGE_FIELD) != 1:
-        raise ConfigError(f"{where}: prompt.template must hold {IMAGE_FIELD} once")
+    for key, count, least in (
+        ("prune.seed", config.prune.seed, 0),
+        ("prompt.prefix", config.prompt.prefix, 0),
+        ("prompt.suffix", config.prompt.suffix, 1),
+        ("prompt.answer", config.prompt.answer, 1),
+    ):
+        if count is not None and count < least:
+            raise ConfigError(f"{where}: {key} is {count}, expected at least {least}")
+    if config.prompt.template is not None:
+        _require_template(config.prompt.template, where)
+
+
+def _require_template(template: str, where: str) -> None:
+    """Reject a template without the phrase or the image, or with text that varies before it."""
+    for part in (IMAGE_FIELD, PHRASE_FIELD):
+        if template.count(part) != 1:
+            raise ConfigError(f"{where}: prompt.template must hold {part} once")
+    if template.index(IMAGE_FIELD) > template.index(PHRASE_FIELD):
+        raise ConfigError(
+            f"{where}: prompt.template must hold {IMAGE_FIELD} before {PHRASE_FIELD}"
+        )
 
 
 def _require_one(key: str, value: str, allowed: Sequence[str], where: str) -> None:

@@ -114,9 +114,9 @@ def prove_graph(
     graph = model.graph
     _require_interface(path, "input", graph.inputs, list(inputs))
     _require_interface(path, "output", graph.outputs, list(outputs))
+    _require_operators(path, graph)
     if dict(model.opset_imports) != {"": opset}:
         raise GraphError(f"{path.name}: opsets {dict(model.opset_imports)}, expected only {opset}")
-    _require_operators(path, graph)
     _require_static(path, graph, free)
     _require_weights_inside(path, graph)
     try:
@@ -188,7 +188,12 @@ def _require_weights_inside(path: Path, graph: ir.Graph) -> None:
                 f"{path.name}: initializer '{initializer.name}' lies in '{location}', "
                 "which is no file of the bundle"
             )
-        end = (tensor.offset or 0) + (tensor.length or 0)
+        if tensor.length not in (None, tensor.nbytes):
+            raise GraphError(
+                f"{path.name}: initializer '{initializer.name}' has {tensor.nbytes} bytes, its "
+                f"place in {location} {tensor.length}"
+            )
+        end = (tensor.offset or 0) + tensor.nbytes
         if end > file.stat().st_size:
             raise GraphError(
                 f"{path.name}: initializer '{initializer.name}' ends at byte {end} of {location}, "

@@ -7,6 +7,8 @@ whole; nothing else that an export does can be seen from outside.
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
 import os
 import re
 import shutil
@@ -42,7 +44,7 @@ from gap_export.weights import (
 from gap_runtime.bundle import Bundle, describe_file, hash_file
 from gap_runtime.check import CheckReport, check_bundle
 from gap_runtime.display import Display, format_bytes
-from gap_runtime.errors import BackendMissingError, CheckError, ConfigError
+from gap_runtime.errors import BackendMissingError, BundleError, CheckError, ConfigError
 from gap_runtime.layout import TokenLayout
 from gap_runtime.manifest import (
     DECODER,
@@ -59,9 +61,8 @@ from gap_runtime.manifest import (
     Reference,
     Source,
     Stage,
-    read_manifest,
 )
-from gap_runtime.prompt import PromptEncoder
+from gap_runtime.prompt import PromptEncoder, load_tokenizer
 from gap_runtime.registry import load_plugin
 from gap_runtime.tensors import ITEM_BYTES, TensorSpec
 
@@ -159,6 +160,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     )
     counts = "-".join(str(kept) for _, kept in pairs)
     default_out = Path(f"{request.named.name}-{counts}of{spec.patches}")
+    out = (request.out or default_out).expanduser()
+    _require_replaceable(out)
     return ExportPlan(
         request=request,
         checkpoint=checkpoint,
@@ -170,7 +173,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         layout=layout,
         pairs=pairs,
         prompt=prompt,
-        out=(request.out or default_out).expanduser(),
+        out=out,
     )
 
 
@@ -181,8 +184,7 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
     _require_replaceable(plan.out)
-    with _folder_aside(plan.out) as folder, ThreadPoolExecutor() as pool:
-        hashes = _start_hashing(plan, pool)
+    with _folder_aside(plan.out) as folder, _start_hashing(plan) as hashes:
         with display.step("tracing the vision tower"):
             tower = _trace_tower(plan)
         with display.step("tracing the decoder"):
@@ -203,8 +205,9 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
         with display.step("hashing"):
             files = _describe_files(weights, folder, hashes)
         manifest = _make_manifest(plan, weights, stages, reference, files)
+        report, note = _check(Bundle(folder=folder, manifest=manifest), display)
+        # Last, so that a folder that was left behind never looks like a bundle.
         manifest.write(folder)
-        report, note = _check(plan, folder, display)
         _move_into_place(folder, plan.out)
     return ExportResult(plan=plan, manifest=manifest, report=report, note=note)
 
@@ -254,9 +257,10 @@ def _plan_prompt(
 
 
 def _image_token(tokenizer: Path, token_id: int) -> str:
-    from tokenizers import Tokenizer  # noqa: PLC0415 - loads only when an export runs
-
-    token = Tokenizer.from_file(str(tokenizer)).id_to_token(token_id)
+    try:
+        token = load_tokenizer(tokenizer).id_to_token(token_id)
+    except BundleError as error:
+        raise CheckpointError(str(error)) from error
     if token is None:
         raise CheckpointError(
             f"{tokenizer}: no token {token_id}, which config.json names as the image token"
@@ -507,33 +511,38 @@ def _require_memory(plan: ExportPlan, dtype: str) -> None:
         )
 
 
-def _check(plan: ExportPlan, folder: Path, display: Display) -> tuple[CheckReport | None, str]:
+def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
     """Run the finished bundle against the reference where that can be done here."""
-    if not plan.request.reference:
+    if bundle.manifest.reference is None:
         return None, "no reference was recorded"
-    if plan.dtype == "bfloat16":
+    if bundle.manifest.dtype == "bfloat16":
         return None, "bfloat16 does not run on this CPU; check on the target"
     try:
         with display.step("checking against PyTorch on onnxruntime"):
-            bundle = Bundle.open(folder)
             report = check_bundle(bundle, "onnxruntime:cpu")
     except BackendMissingError as error:
         return None, str(error)
     if not report.passed:
         failed = next(row for row in report.rows if not row.passed)
         raise CheckError(
-            f"{plan.request.named.name}: the exported graphs differ from PyTorch: {failed.sample} "
+            f"{bundle.manifest.name}: the exported graphs differ from PyTorch: {failed.sample} "
             f"at ratio {failed.ratio:g}: {'; '.join(failed.reasons)}; nothing was written"
         )
     return report, ""
 
 
-def _start_hashing(plan: ExportPlan, pool: ThreadPoolExecutor) -> dict[Path, Future[str]]:
+@contextlib.contextmanager
+def _start_hashing(plan: ExportPlan) -> Iterator[dict[Path, Future[str]]]:
     """Hash the checkpoint's files while graphs are traced; hashing needs no interpreter lock."""
     files = {
         tensor.file for tensor in plan.checkpoint.tensors.values() if tensor.dtype == plan.dtype
     }
-    return {file: pool.submit(hash_file, file) for file in sorted(files)}
+    pool = ThreadPoolExecutor()
+    try:
+        yield {file: pool.submit(hash_file, file) for file in sorted(files)}
+    finally:
+        # A failed export does not wait for gigabytes that nobody asks for any more.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _describe_files(
@@ -597,11 +606,20 @@ def _make_manifest(
 
 def _require_replaceable(out: Path) -> None:
     """Refuse to write over anything but an empty folder or a bundle and nothing else."""
+    if out.resolve() == Path.cwd():
+        raise ConfigError(f"{out}: is the folder that you are in; give --out a folder in it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MANIFEST_FILE).is_file():
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out")
-    known = {MANIFEST_FILE, *read_manifest(out).files}
+    try:
+        # Read loosely: a bundle of another schema may be replaced too.
+        data = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
+        known = {MANIFEST_FILE, *data["files"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{out}: its {MANIFEST_FILE} cannot be read; remove it or choose another --out"
+        ) from error
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if path.is_file() and name not in known:
@@ -631,9 +649,13 @@ def _folder_aside(out: Path) -> Iterator[Path]:
 
 def _clear_remains(out: Path) -> None:
     """Remove what killed exports left, and put back a bundle that one had just moved away."""
-    for path in out.parent.glob(f".{out.name}.*"):
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
         found = _REMAINS.search(path.name)
-        if found is None or psutil.pid_exists(int(found.group(2))):
+        if found is None:
+            continue
+        # In a container each run may get the ID of the one that was killed.
+        process = int(found.group(2))
+        if process != os.getpid() and psutil.pid_exists(process):
             continue
         if found.group(1) == "replaced" and not out.exists():
             path.rename(out)

@@ -71,7 +71,7 @@ def read_samples(folder: str | None) -> list[Sample]:
             Sample(
                 name=f"{k:02d}-{Path(entry['image']).stem}",
                 path=home / entry["image"],
-                phrase=str(entry["phrase"]),
+                phrase=" ".join(str(entry["phrase"]).split()),
             )
             for k, entry in enumerate(entries)
         ]
@@ -79,6 +79,10 @@ def read_samples(folder: str | None) -> list[Sample]:
         raise ExportError(f"{path}: no such file; it lists {{image, phrase}}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise ExportError(f"{path}: expected a list of {{image, phrase}}") from error
+    names = [sample.path.name for sample in samples]
+    doubled = {sample.path for sample in samples if names.count(sample.path.name) > 1}
+    if len(doubled) > len({path.name for path in doubled}):
+        raise ExportError(f"{path}: different pictures share a file name; rename one")
     if not samples:
         raise ExportError(f"{path}: no samples in it; list at least one or use --no-reference")
     return samples

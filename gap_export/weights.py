@@ -102,7 +102,7 @@ def plan_weights(
         name: moved[source.key]
         if source.key in moved
         else StoredTensor(
-            file=_shard_name(source.file, checkpoint),
+            file=names[source.file],
             offset=source.offset,
             dtype=dtype,
             shape=source.shape,
@@ -194,14 +194,6 @@ def clone_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _shard_name(file: Path, checkpoint: Checkpoint) -> str:
-    """The file's name in the bundle: as in the checkpoint folder, not as in a blob store."""
-    for path in checkpoint.folder.glob("*.safetensors"):
-        if path.resolve() == file:
-            return path.name
-    return file.name
-
-
 def _converted_places(
     tensors: Iterable[TensorLocation], dtype: str, file: str
 ) -> dict[str, StoredTensor]:
@@ -239,10 +231,11 @@ def _convert(plan: WeightPlan, path: Path) -> None:
         for tensor in plan.converted:
             values = read_tensor(tensor)
             changed = values.to(wanted)
-            if not torch.isfinite(changed).all() and torch.isfinite(values).all():
+            lost = torch.isinf(changed) & torch.isfinite(values)
+            if lost.any():
                 raise ExportError(
-                    f"{tensor.file.name}: tensor '{tensor.key}' holds {values.abs().max():.3g}, "
-                    f"more than {plan.dtype} can; use --dtype bfloat16 or float32"
+                    f"{tensor.file.name}: tensor '{tensor.key}' holds "
+                    f"{values[lost].abs().max():.3g}, more than {plan.dtype} can; use --dtype float32"
                 )
             file.write(changed.contiguous().view(torch.uint8).numpy().data)
 

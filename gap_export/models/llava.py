@@ -68,6 +68,8 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     """
     where = str(checkpoint.folder / "config.json")
     data = checkpoint.read_json("config.json") or {}
+    if data.get("model_type") != "llava":
+        raise CheckpointError(f"{where}: model_type {data.get('model_type')!r}, expected 'llava'")
     try:
         config = LlavaConfig.from_dict(data)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -86,6 +88,7 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         raise CheckpointError(
             f"{where}: vision_feature_layer {config.vision_feature_layer}, expected one layer"
         )
+    resolve_layer(vision, config.vision_feature_layer, where)
     shape = read_llama_shape(text, where)
     side = vision.image_size // vision.patch_size
     return ModelSpec(

@@ -113,7 +113,7 @@ def make_pixels(picture: Image.Image, spec: Preprocess) -> np.ndarray:
         BundleError: The bundle asks for a mode that this version does not know.
 
     References:
-        LLaVA's `image_aspect_ratio=pad` with CLIP's processor: bicubic, 1/255, mean, std.
+        The models' own `image_aspect_ratio=pad` with CLIP's processor: bicubic, 1/255, mean, std.
     """
     if spec.mode == "pad":
         picture = pad_to_square(picture, spec.fill)

@@ -21,6 +21,18 @@ class EncodedPrompt:
     suffix: list[int]
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Raises:
+        BundleError: The file is no tokenizer.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{path}: not a tokenizer ({error})") from error
+
+
 class PromptEncoder:
     """Fills a template with a phrase and splits its tokens at the image token."""
 
@@ -30,10 +42,7 @@ class PromptEncoder:
         Raises:
             BundleError: The file is no tokenizer, or does not know the image token.
         """
-        try:
-            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BundleError(f"{tokenizer_file}: not a tokenizer ({error})") from error
+        self._tokenizer = load_tokenizer(tokenizer_file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._prompt = prompt

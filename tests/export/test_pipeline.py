@@ -551,6 +551,18 @@ def test_a_file_that_is_no_part_of_the_older_bundle_is_not_lost(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("schema", [0, 2])
+def test_a_bundle_of_another_schema_may_be_replaced(
+    old, tiny_llava, make_plan, run_export, schema
+):
+    path = old / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8")) | {"schema": schema, "unknown": 1}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    run_export(make_plan(tiny_llava, old))
+    assert path.read_text(encoding="utf-8") == "new"
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("text", ['{"schema": 0}', "{", '{"files": {}}'])
 def test_a_bundle_that_cannot_be_read_is_kept_with_advice_that_helps(
     old, tiny_llava, make_plan, run_export, text
@@ -647,15 +659,14 @@ def test_an_empty_folder_may_become_the_bundle(tiny_llava, tmp_path, make_plan, 
     assert (tmp_path / "new" / "manifest.json").is_file()
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_folder_that_one_stands_in_may_become_the_bundle(
-    tiny_llava, tmp_path, make_plan, run_export, monkeypatch
+def test_the_folder_that_one_stands_in_is_refused_at_once(
+    tiny_llava, tmp_path, make_plan, monkeypatch
 ):
+    """It could be moved only from under one's feet, and `.` names no bundle."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    result = run_export(make_plan(tiny_llava, pipeline.Path()))
-    assert (tmp_path / "here" / "manifest.json").is_file()
-    assert result.plan.out.resolve() == tmp_path / "here"
+    with pytest.raises(ConfigError, match="--out"):
+        make_plan(tiny_llava, pipeline.Path())
 
 
 @pytest.mark.usefixtures("quick")
