@@ -14,7 +14,8 @@ from gap_runtime.cli import ArgumentParser, print_json, run_command
 
 if TYPE_CHECKING:
     from gap_export.config import NamedConfig
-    from gap_export.pipeline import ExportPlan, ExportRequest, ExportResult
+    from gap_export.pipeline import ExportResult
+    from gap_export.plan import ExportPlan, ExportRequest
     from gap_runtime.display import Display
 
 _EPILOG = (
@@ -90,7 +91,7 @@ def make_request(
     named: NamedConfig, options: argparse.Namespace, out: Path | None
 ) -> ExportRequest:
     """The request that parsed options stand for."""
-    from gap_export.pipeline import ExportRequest  # noqa: PLC0415 - loads torch
+    from gap_export.plan import ExportRequest  # noqa: PLC0415 - loads torch
 
     return ExportRequest(
         named=named,
@@ -140,7 +141,8 @@ def _main(arguments: Sequence[str]) -> int:
     named = read_config(options.model, options)
     with display.step("loading libraries"):
         from gap_export import pipeline  # noqa: PLC0415 - loads torch
-    plan = pipeline.plan_export(make_request(named, options, options.out))
+        from gap_export.plan import plan_export  # noqa: PLC0415
+    plan = plan_export(make_request(named, options, options.out))
     if options.dry_run:
         _show_plan(display, plan)
         print_json(_plan_facts(plan)) if options.json else print(plan.out)

@@ -20,7 +20,9 @@ POSITION_MODES: Final = ("gap", "compact", "permuted", "permuted-compact")
 IMAGE_FIELD: Final = "<image>"
 """Stands for the image token in a template, whatever the tokenizer calls it."""
 DTYPES: Final = ("float32", "float16", "bfloat16")
-DEFAULT_TARGET: Final = "cpu"
+DIALECT: Final = "native"
+OPSET: Final = 24
+"""What the graphs are made of; targets that take another one are refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

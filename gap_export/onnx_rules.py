@@ -17,7 +17,6 @@ import onnx_ir as ir
 from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
 from gap_runtime.tensors import TensorSpec
 
-DIALECT: Final = "native"
 NATIVE_OPERATORS: Final = frozenset(
     [
         "Abs",

@@ -1,6 +1,6 @@
 """`optimum-cli export gap`: the same export, for people who live in that tool.
 
-Installed as `optimum/commands/register/gap.py`, where Optimum looks for commands.
+Registered by `optimum/commands/register/gap.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class GapExportCommand(BaseOptimumCLICommand):
             raise SystemExit(code)
 
     def _export(self) -> int:
-        from gap_export.pipeline import export, plan_export  # noqa: PLC0415
+        from gap_export.pipeline import export  # noqa: PLC0415
+        from gap_export.plan import plan_export  # noqa: PLC0415
         from gap_runtime.display import Display  # noqa: PLC0415
 
         display = Display()

@@ -23,10 +23,10 @@ from onnxscript import opset23, optimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gap_export.config import OPSET
 from gap_export.errors import ExportError
 from gap_runtime.tensors import TensorSpec
 
-OPSET: Final = 24
 FREE_ROWS: Final = "rows"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 

@@ -92,9 +92,9 @@ def plan_weights(
                 f"config.json asks for {list(shape)}"
             )
         sources[name] = source
-    shards = {
-        _shard_name(s.file, checkpoint): s.file for s in sources.values() if s.dtype == dtype
-    }
+    # Named as in the checkpoint folder, not as in a blob store behind it.
+    names = {path.resolve(): path.name for path in checkpoint.folder.glob("*.safetensors")}
+    shards = {names[s.file]: s.file for s in sources.values() if s.dtype == dtype}
     converted = {s.key: s for s in sources.values() if s.dtype != dtype}
     converted_file = f"weights-{dtype}.safetensors"
     moved = _converted_places(converted.values(), dtype, converted_file)
@@ -233,9 +233,11 @@ def _convert(plan: WeightPlan, path: Path) -> None:
             changed = values.to(wanted)
             lost = torch.isinf(changed) & torch.isfinite(values)
             if lost.any():
+                wider = "bfloat16 or float32" if plan.dtype == "float16" else "float32"
                 raise ExportError(
                     f"{tensor.file.name}: tensor '{tensor.key}' holds "
-                    f"{values[lost].abs().max():.3g}, more than {plan.dtype} can; use --dtype float32"
+                    f"{values[lost].abs().max():.3g}, more than {plan.dtype} can; "
+                    f"use --dtype {wider}"
                 )
             file.write(changed.contiguous().view(torch.uint8).numpy().data)
 

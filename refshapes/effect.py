@@ -19,8 +19,9 @@ from typing import Any, Final
 import torch
 from rich.progress import track
 
-from gap_export import pipeline
 from gap_export.config import NamedConfig, load_config
+from gap_export.pipeline import export
+from gap_export.plan import ExportPlan, ExportRequest, plan_export
 from gap_export.reference import answer_eagerly
 from gap_runtime import Bundle, Grounder
 from gap_runtime.boxes import Box, iou, parse_boxes
@@ -48,22 +49,22 @@ def is_hit(answer: str, scene: Scene, question: Question, spec: Any) -> bool:
     return len(boxes) == 1 and iou(boxes[0], Box(x0=x0, y0=y0, x1=x1, y1=y1)) >= 0.5
 
 
-def export_mode(named: NamedConfig, mode: str, ratio: float, folder: Path) -> pipeline.ExportPlan:
+def export_mode(named: NamedConfig, mode: str, ratio: float, folder: Path) -> ExportPlan:
     """Export one mode's bundle; `unpruned` is ratio 0."""
     prune = dataclasses.replace(
         named.config.prune,
         ratios=(0.0,) if mode == "unpruned" else (ratio,),
         positions="gap" if mode == "unpruned" else mode,
     )
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         named=dataclasses.replace(named, config=dataclasses.replace(named.config, prune=prune)),
         target="cpu",
         out=folder / mode,
         weights="clone",
         reference=False,
     )
-    plan = pipeline.plan_export(request)
-    pipeline.export(plan, Display(quiet=True))
+    plan = plan_export(request)
+    export(plan, Display(quiet=True))
     return plan
 
 

@@ -19,9 +19,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlavaForConditionalGeneration
 
-from gap_export import pipeline
+from gap_export import pipeline, stages
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError, GraphError
+from gap_export.plan import ExportRequest, plan_export
 from gap_runtime.errors import CheckError, ConfigError, GapError
 from gap_runtime.manifest import read_manifest
 
@@ -431,7 +432,7 @@ def failing(monkeypatch):
         del promise
         raise GraphError(f"{path.name}: planted")
 
-    monkeypatch.setattr(pipeline, "prove_graph", fail)
+    monkeypatch.setattr(stages, "prove_graph", fail)
 
 
 @pytest.mark.usefixtures("failing")
@@ -462,7 +463,7 @@ def quick(monkeypatch):
         size = 0
         shards = {}  # noqa: RUF012 - read only
 
-    for name in ("_trace_tower", "_trace_decoder", "_trace_pruning", "_write_graphs"):
+    for name in ("trace_tower", "trace_decoder", "trace_pruning", "write_graphs"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "join", lambda *_: None)
     monkeypatch.setattr(pipeline, "bring_weights", lambda *_: None)
@@ -472,6 +473,8 @@ def quick(monkeypatch):
 
 class QuickManifest:
     """Stands for a manifest where only the moving of folders is of interest."""
+
+    reference = None
 
     def write(self, folder):
         (folder / "manifest.json").write_text("new", encoding="utf-8")
@@ -779,11 +782,11 @@ def test_configs_that_the_family_does_not_have(copy, tmp_path, make_plan, edit, 
 def test_a_checkpoint_of_another_family_under_a_model_file(copy, tmp_path):
     edit_config(copy, lambda data: (data.clear(), data.update(model_type="gpt2", n_embd=64)))
     named = load_config("refshapes", {}, checkpoint=str(copy))
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         named=named, target="cpu", out=tmp_path / "out", weights="clone", reference=False
     )
     with pytest.raises((CheckpointError, ConfigError), match="gpt2"):
-        pipeline.plan_export(request)
+        plan_export(request)
 
 
 def test_a_prompt_that_is_too_long_for_its_slots(tiny_llava, tmp_path, make_plan):
@@ -798,12 +801,12 @@ def test_room_after_the_image_fits_the_template_where_it_is_not_given(tiny_llava
     tokenizer = Tokenizer.from_file(str(tiny_llava / "tokenizer.json"))
     for template in ("<image> {phrase}", "<image>" + "0123456789" * 6 + " {phrase}"):
         named = load_config(str(tiny_llava), {"prompt.template": template})
-        request = pipeline.ExportRequest(
+        request = ExportRequest(
             named=named, target="cpu", out=tmp_path, weights="clone", reference=False
         )
         ids = tokenizer.encode(template.replace("{phrase}", "x")).ids
         after = len(ids) - ids.index(IMAGE_ID) - 1
-        assert pipeline.plan_export(request).layout.suffix == max(64, after + 32)
+        assert plan_export(request).layout.suffix == max(64, after + 32)
     assert after > 32
 
 

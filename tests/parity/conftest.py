@@ -4,27 +4,28 @@ from pathlib import Path
 
 import pytest
 
-from gap_export import pipeline
 from gap_export.config import load_config
+from gap_export.pipeline import export
+from gap_export.plan import ExportRequest, plan_export
 from gap_runtime.display import Display
 
 
 def export_bundle(model, out, *, reference=True, checkpoint=None, weights="clone", **overrides):
     """Export through the pipeline; overrides are dotted keys with `__` for the dot."""
     values = {key.replace("__", "."): value for key, value in overrides.items()}
-    request = pipeline.ExportRequest(
+    request = ExportRequest(
         named=load_config(str(model), values, checkpoint=checkpoint),
         target="cpu",
         out=Path(out),
         weights=weights,
         reference=reference,
     )
-    pipeline.export(pipeline.plan_export(request), Display(quiet=True))
+    export(plan_export(request), Display(quiet=True))
     return Path(out)
 
 
-@pytest.fixture(scope="session")
-def export():
+@pytest.fixture(scope="session", name="export")
+def export_fixture():
     return export_bundle
 
 
