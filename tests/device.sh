@@ -28,14 +28,14 @@ prepare() {
         "$env/bin/python" -m pip install --quiet --disable-pip-version-check "./runtime[cpu]" pytest
         touch "$stamp"
     fi
-    "$env/bin/python" - <<'PYTHON'
+    "$env/bin/python" -I - <<'PYTHON'
 import importlib.util
 import sys
 
 found = [n for n in ("torch", "transformers", "onnx", "gap_export") if importlib.util.find_spec(n)]
 sys.exit(f"not a clean environment: {found}" if found else 0)
 PYTHON
-    "$env/bin/python" -m pytest --rootdir tests/runtime --confcutdir tests/runtime -c /dev/null --import-mode=importlib -q tests/runtime
+    "$env/bin/pytest" --rootdir tests/runtime --confcutdir tests/runtime -c /dev/null --import-mode=importlib -q tests/runtime
 }
 
 echo "== gap-runtime alone, $(.venv/bin/python --version)"
