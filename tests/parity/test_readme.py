@@ -23,7 +23,7 @@ def commands():
                 yield pytest.param(found.group(1), id=f"{page}: {found.group(1)}"[:70])
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_command_of_a_document_is_taken(command):
     name, *arguments = shlex.split(command, comments=True)
     PARSERS[name]().parse_args(arguments)
