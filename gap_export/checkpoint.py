@@ -44,8 +44,8 @@ class Checkpoint:
     tensors: dict[str, TensorLocation]
 
     @property
-    def identity(self) -> str:
-        """SHA-256 of the index of tensors and the config: cheap, and changes with either."""
+    def index_sha256(self) -> str:
+        """SHA-256 of the config and the index of tensors; knows nothing of the values."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for key in sorted(self.tensors):
             tensor = self.tensors[key]
@@ -127,7 +127,7 @@ def _read_header(path: Path, shown: Path) -> dict[str, TensorLocation]:
     """Tensors of one safetensors file, which must be as long as its header says.
 
     The safetensors library does not tell where a tensor lies in the file, so the header (its
-    length in 8 bytes, then JSON) is read here; the checks are those of the library.
+    length in 8 bytes, then JSON) is read here.
     """
     size = path.stat().st_size
     advice = "the file is cut short or no safetensors file; download it again"

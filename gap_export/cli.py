@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,8 @@ _EPILOG = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `gap-export`."""
+    # A polite kill tidies up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_command(_main, arguments)
 
 

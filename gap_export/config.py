@@ -200,9 +200,12 @@ def _find(model: str) -> tuple[str, dict[str, Any], str]:
 
 
 def _read_model_file(path: Path) -> dict[str, Any]:
-    """A model file; a relative checkpoint is relative to the file."""
+    """A model file; relative folders in it are relative to the file."""
     data = _read_toml(path)
     checkpoint = data.get("checkpoint")
+    check = data.get("check")
+    if isinstance(check, dict) and isinstance(check.get("samples"), str):
+        check["samples"] = str(path.resolve().parent / Path(check["samples"]).expanduser())
     if isinstance(checkpoint, str):
         beside = path.resolve().parent / checkpoint
         if checkpoint.startswith(".") or beside.is_dir():

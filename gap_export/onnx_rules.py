@@ -14,6 +14,7 @@ from typing import Final
 import onnx
 import onnx_ir as ir
 
+from gap_export.config import DIALECT
 from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
 from gap_runtime.tensors import TensorSpec
 
@@ -154,7 +155,10 @@ def _require_operators(path: Path, graph: ir.Graph) -> None:
                 "only standard operators are allowed"
             )
         if node.op_type not in NATIVE_OPERATORS:
-            raise UnsupportedOpError(f"{path.name}: operator {node.op_type} is not on the list")
+            raise UnsupportedOpError(
+                f"{path.name}: node '{node.name}' is {node.op_type}, which is not on the list of "
+                f"the {DIALECT} dialect"
+            )
         if node.op_type == "TopK" and (
             node.inputs[1] is None or node.inputs[1].const_value is None
         ):

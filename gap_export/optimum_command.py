@@ -49,6 +49,7 @@ class GapExportCommand(BaseOptimumCLICommand):
         named = read_config(self.args.model, self.args)
         plan = plan_export(make_request(named, self.args, self.args.output))
         show_result(display, export(plan, display))
+        print(plan.out)
         return 0
 
 

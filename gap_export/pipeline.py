@@ -6,23 +6,21 @@ whole; nothing else that an export does can be seen from outside.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from threading import Event
+from typing import Any, Final, Self
 
 import numpy as np
-import psutil
 
 from gap_export.config import OPSET
 from gap_export.errors import ExportError
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
-from gap_export.plan import TOKENIZER_FILE, ExportPlan
-from gap_export.reference import read_samples, record_reference
+from gap_export.plan import REFERENCE_DTYPE, TOKENIZER_FILE, ExportPlan
+from gap_export.reference import record_reference
 from gap_export.stages import trace_decoder, trace_pruning, trace_tower, write_graphs
 from gap_export.tracing import Traced, join
 from gap_export.weights import WeightPlan, bring_weights, plan_weights, wanted_shapes
@@ -41,7 +39,6 @@ from gap_runtime.manifest import (
     Source,
     Stage,
 )
-from gap_runtime.tensors import ITEM_BYTES
 
 _REFERENCE: Final = "reference.npz"
 _SAMPLES: Final = "samples"
@@ -64,7 +61,9 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
     require_replaceable(plan.out)
-    with folder_aside(plan.out) as folder, _start_hashing(plan) as hashes:
+    tensors = plan.checkpoint.tensors.values()
+    sources = {tensor.file for tensor in tensors if tensor.dtype == plan.dtype}
+    with folder_aside(plan.out) as folder, _SourceHashes(sources) as hashes:
         with display.step("tracing the vision tower"):
             tower = trace_tower(plan)
         with display.step("tracing the decoder"):
@@ -108,10 +107,8 @@ def _plan_weights(plan: ExportPlan, graphs: list[Traced]) -> WeightPlan:
 def _record(plan: ExportPlan, folder: Path) -> Reference:
     """Ask PyTorch about the samples, in float32 whatever the bundle's dtype."""
     config = plan.request.named.config
-    samples = read_samples(config.check.samples)
-    dtype = "float32"
-    _require_memory(plan, dtype)
-    model = plan.family.load_eager(plan.checkpoint, plan.spec, dtype)
+    samples = plan.samples
+    model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE)
     records, arrays = record_reference(
         model,
         plan.spec,
@@ -128,20 +125,7 @@ def _record(plan: ExportPlan, folder: Path) -> Reference:
     for path in {sample.path for sample in samples}:
         shutil.copyfile(path, folder / _SAMPLES / path.name)
     np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
-    return Reference(arrays=_REFERENCE, dtype=dtype, samples=tuple(records))
-
-
-def _require_memory(plan: ExportPlan, dtype: str) -> None:
-    """Refuse a reference that the machine would be killed for."""
-    tensors = plan.checkpoint.tensors.values()
-    needed = sum(t.length // ITEM_BYTES[t.dtype] for t in tensors) * ITEM_BYTES[dtype]
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise ExportError(
-            f"{plan.checkpoint.folder}: PyTorch's reference in {dtype} takes "
-            f"{format_bytes(needed)}, {format_bytes(available)} of memory is free; export with "
-            "--no-reference, or on a larger machine"
-        )
+    return Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
 
 
 def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
@@ -164,22 +148,44 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
     return report, ""
 
 
-@contextlib.contextmanager
-def _start_hashing(plan: ExportPlan) -> Iterator[dict[Path, Future[str]]]:
-    """Hash the checkpoint's files while graphs are traced; hashing needs no interpreter lock."""
-    files = {
-        tensor.file for tensor in plan.checkpoint.tensors.values() if tensor.dtype == plan.dtype
-    }
-    pool = ThreadPoolExecutor()
-    try:
-        yield {file: pool.submit(hash_file, file) for file in sorted(files)}
-    finally:
+class _SourceHashes:
+    """SHA-256 of the checkpoint's files, computed while graphs are traced.
+
+    Hashing needs no interpreter lock, so it costs the tracing nothing.
+    """
+
+    def __init__(self, files: set[Path]) -> None:
+        self._stop = Event()
+        self._pool = ThreadPoolExecutor()
+        self._before = {file: _fingerprint(file) for file in files}
+        self._found: dict[Path, Future[str]] = {
+            file: self._pool.submit(hash_file, file, self._stop) for file in sorted(files)
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         # A failed export does not wait for gigabytes that nobody asks for any more.
-        pool.shutdown(wait=False, cancel_futures=True)
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def result(self, file: Path) -> str:
+        """The hash of a file that has not changed since the export began."""
+        sha256 = self._found[file].result()
+        if _fingerprint(file) != self._before[file]:
+            raise ExportError(f"{file}: changed during the export; export again")
+        return sha256
+
+
+def _fingerprint(file: Path) -> tuple[int, int]:
+    """Size and time of the last change, in nanoseconds."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _describe_files(
-    weights: WeightPlan, folder: Path, hashes: dict[Path, Future[str]]
+    weights: WeightPlan, folder: Path, hashes: _SourceHashes
 ) -> dict[str, FileEntry]:
     """Size and hash of every file of the bundle."""
     entries = {}
@@ -189,7 +195,7 @@ def _describe_files(
         entries[name] = (
             describe_file(path)
             if source is None
-            else FileEntry(size=path.stat().st_size, sha256=hashes[source].result())
+            else FileEntry(size=path.stat().st_size, sha256=hashes.result(source))
         )
     return entries
 
@@ -213,7 +219,7 @@ def _make_manifest(
         source=Source(
             checkpoint=plan.checkpoint.hub_id or plan.request.named.name,
             revision=plan.checkpoint.revision,
-            sha256=plan.checkpoint.identity,
+            index_sha256=plan.checkpoint.index_sha256,
         ),
         versions={name: metadata.version(name) for name in packages},
         layout=plan.layout,

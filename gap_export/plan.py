@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.config import (
     DIALECT,
@@ -16,10 +18,12 @@ from gap_export.config import (
     load_target,
     resolve_family,
 )
-from gap_export.errors import CheckpointError
+from gap_export.errors import CheckpointError, ExportError
 from gap_export.family import Family, ModelSpec
 from gap_export.features import Pruner
 from gap_export.placement import require_replaceable
+from gap_export.reference import Sample, read_samples
+from gap_runtime.display import format_bytes
 from gap_runtime.errors import BundleError, ConfigError
 from gap_runtime.layout import TokenLayout
 from gap_runtime.manifest import BundleLayout, Prompt
@@ -27,6 +31,7 @@ from gap_runtime.prompt import PromptEncoder, load_tokenizer
 from gap_runtime.registry import load_plugin
 from gap_runtime.tensors import ITEM_BYTES
 
+REFERENCE_DTYPE: Final = "float32"
 TOKENIZER_FILE: Final = "tokenizer.json"
 _LEAST_SUFFIX: Final = 64
 _PHRASE_ROOM: Final = 32
@@ -57,6 +62,7 @@ class ExportPlan:
     layout: BundleLayout
     pairs: list[tuple[float, int]]
     prompt: Prompt
+    samples: list[Sample]
     out: Path
 
     @property
@@ -108,7 +114,12 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     counts = "-".join(str(kept) for _, kept in pairs)
     default_out = Path(f"{request.named.name}-{counts}of{spec.patches}")
     out = (request.out or default_out).expanduser()
+    out = out.resolve() if out.is_symlink() else out
     require_replaceable(out)
+    samples: list[Sample] = []
+    if request.reference:
+        samples = read_samples(config.check.samples)
+        _require_memory(checkpoint)
     return ExportPlan(
         request=request,
         checkpoint=checkpoint,
@@ -120,6 +131,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         layout=layout,
         pairs=pairs,
         prompt=prompt,
+        samples=samples,
         out=out,
     )
 
@@ -187,3 +199,16 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
     floats = {name: size for name, size in sizes.items() if name in DTYPES}
     return max(floats, key=lambda name: floats[name]) if floats else "float32"
+
+
+def _require_memory(checkpoint: Checkpoint) -> None:
+    """Refuse a reference that the machine would be killed for."""
+    tensors = checkpoint.tensors.values()
+    needed = sum(t.length // ITEM_BYTES[t.dtype] for t in tensors) * ITEM_BYTES[REFERENCE_DTYPE]
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ExportError(
+            f"{checkpoint.folder}: PyTorch's reference in {REFERENCE_DTYPE} takes "
+            f"{format_bytes(needed)}, {format_bytes(available)} of memory is free; export with "
+            "--no-reference, or on a larger machine"
+        )

@@ -43,18 +43,21 @@ class Sample:
 class EagerAnswer:
     """PyTorch's answer to one question.
 
-    `order` are the patches by visual slot; `margin` is the score of the last kept patch minus
-    that of the best removed one, relative to the former (None where there are no scores).
+    `prompt_ids` are the tokens before and after the picture, `order` the patches by visual slot.
+    `token_margins` are the leads of the answer's tokens and of the stop token, see `_margin`.
+    `scores` are the pruner's, by patch (None where it has none).
     """
 
+    prompt_ids: list[int]
     pixels: Tensor
     visual_tokens: Tensor
     order: list[int]
     position_ids: list[int]
     logits: Tensor
     token_ids: list[int]
+    token_margins: list[float]
     text: str
-    margin: float | None
+    scores: tuple[float, ...] | None
 
 
 def read_samples(folder: str | None) -> list[Sample]:
@@ -128,23 +131,27 @@ def answer_eagerly(
     cache = model.start_cache()
     logits = model.run_decoder(embeddings, torch.tensor(position_ids), cache)
     answer: list[int] = []
+    margins: list[float] = []
     last, position = logits, position_ids[-1] + 1
     while len(answer) < most:
         token = int(last.argmax())
+        margins.append(_margin(last))
         if token in spec.stop_ids:
             break
         answer.append(token)
         last = model.run_decoder(model.embed([token]), torch.tensor([position]), cache)
         position += 1
     return EagerAnswer(
+        prompt_ids=prefix + suffix,
         pixels=pixels,
         visual_tokens=visual,
         order=order,
         position_ids=position_ids,
         logits=logits,
         token_ids=answer,
+        token_margins=margins,
         text=model.decode(answer),
-        margin=_margin(choice, kept),
+        scores=choice.scores,
     )
 
 
@@ -225,6 +232,8 @@ def record_reference(
             arrays[f"{key}/kept_index"] = np.array([answer.order])
             arrays[f"{key}/position_ids"] = np.array([answer.position_ids])
             arrays[f"{key}/logits"] = _to_numpy(answer.logits)
+            if answer.scores is not None:
+                arrays[f"{key}/scores"] = np.array(answer.scores, dtype=np.float32)
             parsed = parse_boxes(answer.text, box, *picture.size)
             records.append(
                 ReferenceSample(
@@ -237,17 +246,17 @@ def record_reference(
                     answer=answer.text,
                     token_ids=tuple(answer.token_ids),
                     boxes=tuple((b.x0, b.y0, b.x1, b.y1) for b in parsed.boxes),
-                    score_margin=answer.margin,
+                    prompt_ids=tuple(answer.prompt_ids),
+                    token_margins=tuple(answer.token_margins),
                 )
             )
     return records, arrays
 
 
-def _margin(choice: EagerChoice, kept: int) -> float | None:
-    if choice.scores is None or kept >= len(choice.scores):
-        return None
-    ranked = sorted(choice.scores, reverse=True)
-    return (ranked[kept - 1] - ranked[kept]) / max(abs(ranked[kept - 1]), 1e-30)
+def _margin(logits: Tensor) -> float:
+    """Lead of the best token over the next, relative to the largest magnitude."""
+    best, second = torch.topk(logits, 2).values.tolist()
+    return float((best - second) / max(float(logits.abs().max()), 1e-30))
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

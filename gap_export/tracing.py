@@ -225,7 +225,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _example(spec: TensorSpec) -> Tensor:
-    """An input without values; a free dimension gets a size that no other has."""
+    """An input without values; a free dimension gets any size above 1."""
     shape = [size if isinstance(size, int) else 7 for size in spec.shape]
     return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 

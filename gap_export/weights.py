@@ -94,15 +94,16 @@ def plan_weights(
         sources[name] = source
     # Named as in the checkpoint folder, not as in a blob store behind it.
     names = {path.resolve(): path.name for path in checkpoint.folder.glob("*.safetensors")}
-    shards = {names[s.file]: s.file for s in sources.values() if s.dtype == dtype}
-    converted = {s.key: s for s in sources.values() if s.dtype != dtype}
+    whole = _worthwhile_files(checkpoint, sources.values(), dtype)
+    shards = {names.get(file, file.name): file for file in sorted(whole)}
+    converted = {s.key: s for s in sources.values() if s.dtype != dtype or s.file not in whole}
     converted_file = f"weights-{dtype}.safetensors"
     moved = _converted_places(converted.values(), dtype, converted_file)
     placed = {
         name: moved[source.key]
         if source.key in moved
         else StoredTensor(
-            file=names[source.file],
+            file=names.get(source.file, source.file.name),
             offset=source.offset,
             dtype=dtype,
             shape=source.shape,
@@ -192,6 +193,19 @@ def clone_file(source: Path, target: Path) -> None:
     except OSError:
         # copyfile copies inside the kernel, so the bytes do not pass through Python.
         shutil.copyfile(source, target)
+
+
+def _worthwhile_files(
+    checkpoint: Checkpoint, sources: Iterable[TensorLocation], dtype: str
+) -> set[Path]:
+    """Files of which at least half is used as it lies; out of others, tensors are copied."""
+    lengths: dict[Path, int] = {}
+    for tensor in checkpoint.tensors.values():
+        lengths[tensor.file] = lengths.get(tensor.file, 0) + tensor.length
+    used = {source.key: source for source in sources if source.dtype == dtype}
+    for tensor in used.values():
+        lengths[tensor.file] -= 2 * tensor.length
+    return {tensor.file for tensor in used.values() if lengths[tensor.file] <= 0}
 
 
 def _converted_places(

@@ -58,6 +58,8 @@ def read_llama_shape(config: LlamaConfig, where: str) -> LlamaShape:
             f"{where}: rope_type '{rope_type}' depends on the running length; "
             f"have {', '.join(_ROPE_TYPES)}"
         )
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{where}: rope_parameters.partial_rotary_factor, expected 1")
     return LlamaShape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,

@@ -13,6 +13,7 @@ import re
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -72,8 +73,9 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
         raise CheckpointError(f"{where}: model_type {data.get('model_type')!r}, expected 'llava'")
     try:
         config = LlavaConfig.from_dict(data)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where}: not a LLaVA config ({error})") from error
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: not a LLaVA config ({reason:.200})") from error
     vision, text = config.vision_config, config.text_config
     if vision.model_type != "clip_vision_model":
         raise CheckpointError(
@@ -89,6 +91,17 @@ def read_spec(checkpoint: Checkpoint) -> ModelSpec:
             f"{where}: vision_feature_layer {config.vision_feature_layer}, expected one layer"
         )
     resolve_layer(vision, config.vision_feature_layer, where)
+    for name, wanted in (("image_size", int), ("patch_size", int)):
+        if not isinstance(getattr(vision, name), wanted):
+            raise CheckpointError(
+                f"{where}: vision_config.{name} {getattr(vision, name)}, expected one number"
+            )
+    if vision.num_channels != 3:
+        raise CheckpointError(f"{where}: vision_config.num_channels is not 3")
+    if data.get("quantization_config"):
+        raise CheckpointError(
+            f"{where}: the checkpoint is quantized; give the one that it was made from"
+        )
     shape = read_llama_shape(text, where)
     side = vision.image_size // vision.patch_size
     return ModelSpec(
@@ -156,7 +169,14 @@ def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
 
 def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
     """Hugging Face's LlavaForConditionalGeneration with the checkpoint's weights."""
-    return _EagerLlava(checkpoint, spec, getattr(torch, dtype))
+    try:
+        return _EagerLlava(checkpoint, spec, getattr(torch, dtype))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers cannot load it ({reason:.200}); mend it, or "
+            "export the graphs alone with --no-reference"
+        ) from error
 
 
 class _Projector(nn.Module):
@@ -182,14 +202,7 @@ class _EagerLlava:
         self._layer = resolve_layer(
             config.vision_config, config.vision_feature_layer, "config.json"
         )
-        self._processor = LlavaImageProcessorPil(
-            do_pad=True,
-            background_color=spec.preprocess.fill,
-            size={"shortest_edge": spec.image_side},
-            crop_size={"height": spec.image_side, "width": spec.image_side},
-            image_mean=list(spec.preprocess.mean),
-            image_std=list(spec.preprocess.std),
-        )
+        self._processor = _load_processor(checkpoint, spec.image_side)
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
 
     def make_pixels(self, picture: Image.Image) -> Tensor:
@@ -265,22 +278,57 @@ def _stop_ids(checkpoint: Checkpoint, configured: int | list[int] | None) -> tup
     found = generation.get("eos_token_id", configured)
     if found is None:
         found = configured
-    if isinstance(found, int):
-        return (found,)
-    return tuple(found or ())
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{checkpoint.folder}: eos_token_id {found!r}, expected numbers")
+    return tuple(ids)
 
 
 def _read_preprocess(checkpoint: Checkpoint, side: int) -> Preprocess:
     """Mean and standard deviation from the processor's config, CLIP's where there is none.
 
     Always padded to a square: the processor's own default crops, which moves the box frame.
+
+    Raises:
+        CheckpointError: The processor does something that the runtime does not.
     """
-    data = checkpoint.read_json("preprocessor_config.json")
-    if data is None:
-        data = (checkpoint.read_json("processor_config.json") or {}).get("image_processor", {})
-    mean = tuple(float(v) for v in data.get("image_mean", _CLIP_MEAN))
-    std = tuple(float(v) for v in data.get("image_std", _CLIP_STD))
+    data = _processor_config(checkpoint)
+    where = f"{checkpoint.folder}: image processor"
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if data.get(name) is False:
+            raise CheckpointError(f"{where}: {name} is off, expected on")
+    if data.get("resample") not in {None, int(Image.Resampling.BICUBIC)}:
+        raise CheckpointError(f"{where}: resample {data['resample']}, expected 3 (bicubic)")
+    if abs((data.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
+        raise CheckpointError(f"{where}: rescale_factor {data['rescale_factor']}, expected 1/255")
+    for name in ("size", "crop_size"):
+        sizes = data.get(name) or side
+        if set(sizes.values() if isinstance(sizes, dict) else [sizes]) != {side}:
+            raise CheckpointError(f"{where}: {name} {sizes}, but the vision tower takes {side}")
+    mean = tuple(float(v) for v in data.get("image_mean") or _CLIP_MEAN)
+    std = tuple(float(v) for v in data.get("image_std") or _CLIP_STD)
     if len(mean) != 3 or len(std) != 3:
-        raise CheckpointError(f"{checkpoint.folder}: image_mean and image_std need 3 values each")
+        raise CheckpointError(f"{where}: image_mean and image_std need 3 values each")
     fill = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
     return Preprocess(mode="pad", side=side, fill=fill, mean=mean, std=std)
+
+
+def _processor_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The image processor's config under either of its file names; empty where there is none."""
+    data = checkpoint.read_json("preprocessor_config.json")
+    if data is None:
+        data = (checkpoint.read_json("processor_config.json") or {}).get("image_processor")
+    return data or {}
+
+
+def _load_processor(checkpoint: Checkpoint, side: int) -> Any:
+    """The library's processor as the checkpoint configures it, in its pad-to-square mode."""
+    if _processor_config(checkpoint):
+        return LlavaImageProcessorPil.from_pretrained(
+            checkpoint.folder, do_pad=True, local_files_only=True
+        )
+    return LlavaImageProcessorPil(
+        do_pad=True,
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+    )

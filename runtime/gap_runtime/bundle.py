@@ -6,6 +6,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Final
 
 import numpy as np
@@ -106,13 +107,13 @@ def embedding_rows(table: np.ndarray, token_ids: list[int]) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal text, read in blocks."""
+def hash_file(path: Path, stop: Event | None = None) -> str:
+    """SHA-256 of a file as hexadecimal text, read in blocks; cut short once `stop` is set."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         block = bytearray(2**20)
         view = memoryview(block)
-        while size := file.readinto(block):
+        while (size := file.readinto(block)) and not (stop and stop.is_set()):
             digest.update(view[:size])
     return digest.hexdigest()
 

@@ -48,6 +48,7 @@ class Grounding:
 class StageValues:
     """What the stages gave on the way to an answer, for comparison with the reference."""
 
+    prompt_ids: list[int]
     pixels: np.ndarray
     visual_tokens: np.ndarray
     kept_index: np.ndarray
@@ -160,6 +161,7 @@ class Grounder:
             stop_ids=manifest.prompt.stop_ids if most is None else (),
         )
         return StageValues(
+            prompt_ids=prompt.prefix + prompt.suffix,
             pixels=pixels,
             visual_tokens=visual,
             kept_index=seen["kept_index"],

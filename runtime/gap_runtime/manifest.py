@@ -7,6 +7,7 @@ in them is an error, and SCHEMA goes up by one when they change.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from typing import Any, Final
 from gap_runtime.errors import BundleError, RecordError, SchemaError
 from gap_runtime.layout import TokenLayout
 from gap_runtime.records import dump_record, load_record
-from gap_runtime.tensors import StoredTensor, TensorSpec
+from gap_runtime.tensors import ITEM_BYTES, StoredTensor, TensorSpec
 
 SCHEMA: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
@@ -24,11 +25,14 @@ VISION: Final = "vision"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The checkpoint that the bundle was made from; `sha256` is of its index of tensors."""
+    """The checkpoint that the bundle was made from.
+
+    `index_sha256` is of its config and its index of tensors; the values are under `files`.
+    """
 
     checkpoint: str
     revision: str | None
-    sha256: str
+    index_sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +140,9 @@ class BoxFormat:
 class ReferenceSample:
     """PyTorch's answer to one picture and phrase at one ratio; arrays are `<key>/...`.
 
-    `ratio` is null for the answer without pruning. `score_margin` is how far the last kept
-    patch's score lies above the best removed one's, relative to it.
+    `ratio` is null for the answer without pruning. `prompt_ids` are the tokens before and after
+    the picture. `token_margins` is by how much each answer token (and the stop token) led the
+    next best, relative to the largest logit.
     """
 
     key: str
@@ -149,7 +154,8 @@ class ReferenceSample:
     answer: str
     token_ids: tuple[int, ...]
     boxes: tuple[tuple[float, float, float, float], ...]
-    score_margin: float | None
+    prompt_ids: tuple[int, ...]
+    token_margins: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +204,8 @@ class Manifest:
         for stage in self.stages:
             if stage.role == role and stage.kept in (None, kept):
                 return stage
-        raise BundleError(f"{self.name}: no {role} stage" + (f" for {kept} kept" if kept else ""))
+        which = f"{role} stage" + (f" for {kept} kept" if kept else "")
+        raise SchemaError(f"{self.name}: its manifest names no {which}; export again")
 
     def dump(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -234,11 +241,69 @@ def read_manifest(folder: Path) -> Manifest:
         advice = (
             "upgrade gap-runtime" if isinstance(found, int) and found > SCHEMA else "export again"
         )
-        raise SchemaError(f"{path}: schema {found}, this version reads {SCHEMA}; {advice}")
+        raise SchemaError(f"{path}: schema {found!r}, this version reads {SCHEMA}; {advice}")
     try:
         manifest = load_record(Manifest, data, str(path))
     except RecordError as error:
         raise SchemaError(f"{error}; export again with a matching gap-export") from error
+    _require_whole(manifest, path)
+    return manifest
+
+
+def _require_whole(manifest: Manifest, path: Path) -> None:
+    """Reject a manifest that speaks of files it does not list, or of nothing at all."""
+    named = [stage.file for stage in manifest.stages] + [manifest.embedding.file]
+    if manifest.prompt.tokenizer is not None:
+        named.append(manifest.prompt.tokenizer)
+    if manifest.reference is not None:
+        named += [manifest.reference.arrays, *(s.image for s in manifest.reference.samples)]
+    lost = sorted(set(named) - set(manifest.files))
+    if lost:
+        raise SchemaError(f"{path}: '{lost[0]}' is not among its files; export again")
+    outside = [name for name in manifest.files if ".." in Path(name).parts or name.startswith("/")]
+    if outside:
+        raise SchemaError(f"{path}: '{outside[0]}' lies outside the bundle; export again")
+    for where, dtype in (("dtype", manifest.dtype), ("embedding", manifest.embedding.dtype)):
+        if dtype not in ITEM_BYTES:
+            raise SchemaError(f"{path}: {where} '{dtype}' is unknown; upgrade gap-runtime")
+    embedding = manifest.embedding
+    if embedding.offset + embedding.length > manifest.files[embedding.file].size:
+        raise SchemaError(f"{path}: the embedding reaches past {embedding.file}; export again")
     if not manifest.ratios:
         raise SchemaError(f"{path}: ratios is empty; export again")
-    return manifest
+    _require_consistent(manifest, path)
+
+
+def _require_consistent(manifest: Manifest, path: Path) -> None:
+    """Reject numbers that the graphs' inputs and outputs contradict, or that nothing can use."""
+    layout, cache, decoder = manifest.layout, manifest.cache, manifest.stage(DECODER)
+    shapes = {spec.name: spec.shape for spec in (*decoder.inputs, *decoder.outputs)}
+    caches = [spec for spec in decoder.inputs if spec.name.startswith("cache_")]
+    wanted = (1, cache.heads, layout.capacity, cache.head_dim)
+    most = max(entry.kept for entry in manifest.ratios)
+    claims = {
+        "embedding": manifest.embedding.shape[-1] == shapes.get("embeddings", (None,))[-1],
+        "embedding.offset": manifest.embedding.offset >= 0,
+        "cache": len(caches) == 2 * cache.layers
+        and all((spec.shape, spec.dtype) == (wanted, cache.dtype) for spec in caches),
+        "layout.capacity": layout.capacity == layout.at(most).capacity,
+        "preprocess": manifest.preprocess.side > 0 and min(manifest.preprocess.std) > 0,
+        "box.scale": manifest.box.scale > 0,
+        "box.pattern": _groups(manifest.box.pattern) == 4 and _groups(manifest.box.attempt) == 0,
+    }
+    for entry in manifest.ratios:
+        outputs = {spec.name: spec.shape for spec in manifest.stage(VISION, entry.kept).outputs}
+        claims["layout"] = outputs.get("position_ids") == (1, layout.at(entry.kept).prompt)
+        if not claims["layout"]:
+            break
+    wrong = [name for name, holds in claims.items() if not holds]
+    if wrong:
+        raise SchemaError(f"{path}: {wrong[0]} does not fit the graphs; export again")
+
+
+def _groups(pattern: str) -> int | None:
+    """Groups of a regular expression, or None where it is none."""
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return None

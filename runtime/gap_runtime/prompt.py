@@ -50,6 +50,12 @@ class PromptEncoder:
         if image_id is None:
             raise BundleError(f"{tokenizer_file}: no token '{prompt.image_token}' in it")
         self._image_id: int = image_id
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._special = [
+            token.content
+            for token in added
+            if token.special and token.content != prompt.image_token
+        ]
 
     def encode(self, phrase: str) -> EncodedPrompt:
         """Token IDs of the prompt for a phrase.
@@ -61,6 +67,11 @@ class PromptEncoder:
         if not phrase:
             raise InputError(
                 "the phrase is empty; say what to look for, for example 'the red mug'"
+            )
+        special = [token for token in self._special if token in phrase]
+        if special:
+            raise InputError(
+                f"the phrase {phrase!r:.60} holds the special token '{special[0]}'; leave it out"
             )
         try:
             phrase.encode()

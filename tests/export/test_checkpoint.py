@@ -266,12 +266,12 @@ def test_a_downloaded_checkpoint_keeps_its_id_and_commit(sharded, tmp_path_facto
 
 
 def test_identity_changes_with_config_and_with_tensors(sharded):
-    before = open_checkpoint(str(sharded)).identity
-    assert open_checkpoint(str(sharded)).identity == before
+    before = open_checkpoint(str(sharded)).index_sha256
+    assert open_checkpoint(str(sharded)).index_sha256 == before
     (sharded / "config.json").write_text('{"a": 1}', encoding="utf-8")
-    changed = open_checkpoint(str(sharded)).identity
+    changed = open_checkpoint(str(sharded)).index_sha256
     save_file(
         {"a.weight": torch.ones(5, 3), "b.weight": torch.ones(7)},
         sharded / "model-00001-of-00002.safetensors",
     )
-    assert len({before, changed, open_checkpoint(str(sharded)).identity}) == 3
+    assert len({before, changed, open_checkpoint(str(sharded)).index_sha256}) == 3

@@ -14,6 +14,7 @@ import checkpoints
 import numpy as np
 import onnx
 import onnxruntime
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -822,11 +823,8 @@ def test_the_stored_dtype_is_the_default(tmp_path, make_plan, dtype):
 
 
 def test_a_reference_that_memory_cannot_hold(tiny_llava, tmp_path, make_plan, monkeypatch):
-    plan = make_plan(tiny_llava, tmp_path / "out", reference=True)
     size = sum(value.numel() * 4 for value in checkpoints.read_tensors(tiny_llava).values())
-    memory = pipeline.psutil.virtual_memory()
-    monkeypatch.setattr(
-        pipeline.psutil, "virtual_memory", lambda: memory._replace(available=size - 1)
-    )
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=size - 1))
     with pytest.raises(ExportError, match="--no-reference"):
-        pipeline._record(plan, tmp_path)
+        make_plan(tiny_llava, tmp_path / "out", reference=True)

@@ -56,7 +56,7 @@ def prompt():
 @pytest.fixture
 def layout():
     return BundleLayout(
-        prefix=1, patches=16, grid=(4, 4), extra=0, suffix=7, answer=5, capacity=29
+        prefix=1, patches=16, grid=(4, 4), extra=0, suffix=7, answer=5, capacity=21
     )
 
 
@@ -85,8 +85,13 @@ def manifest(llava_box, prompt, layout):
             ratio=ratio,
             kept=kept,
             inputs=(spec("pixels", 1, 3, 8, 8),),
-            outputs=(spec("visual_tokens", 1, kept, 2),),
+            outputs=(
+                spec("visual_tokens", 1, kept, 2),
+                spec("position_ids", 1, layout.at(kept).prompt, dtype="int64"),
+            ),
         )
+
+    caches = [spec(f"cache_{part}_00", 1, 1, layout.capacity, 2) for part in ("key", "value")]
 
     decoder = Stage(
         name="decoder",
@@ -94,7 +99,7 @@ def manifest(llava_box, prompt, layout):
         file="decoder.onnx",
         ratio=None,
         kept=None,
-        inputs=(spec("embeddings", 1, "S", 2), spec("write_slot", 1, dtype="int64")),
+        inputs=(spec("embeddings", 1, "S", 2), spec("write_slot", 1, dtype="int64"), *caches),
         outputs=(spec("logits", 1, 12),),
     )
     return Manifest(
@@ -104,7 +109,7 @@ def manifest(llava_box, prompt, layout):
         dtype="float32",
         target="onnxruntime",
         opset=24,
-        source=Source(checkpoint="tiny", revision=None, sha256="0" * 64),
+        source=Source(checkpoint="tiny", revision=None, index_sha256="0" * 64),
         versions={"gap-export": "0.1.0"},
         layout=layout,
         pruning=Pruning(strategy="cls_attention", positions="gap", seed=0),

@@ -112,3 +112,9 @@ def test_truncation_of_the_tokenizer_file_is_switched_off(tokenizer_file, prompt
     tokenizer.enable_truncation(max_length=4)
     tokenizer.save(str(tokenizer_file))
     assert len(PromptEncoder(tokenizer_file, prompt).encode("mug").suffix) == 5
+
+
+@pytest.mark.parametrize("phrase", ["the red </s>", "<unk>"])
+def test_phrase_with_a_special_token_is_refused(tokenizer_file, prompt, phrase):
+    with pytest.raises(InputError, match="special token"):
+        PromptEncoder(tokenizer_file, prompt).encode(phrase)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import ModuleType
@@ -28,8 +30,8 @@ _ERRORS: Final = (
     "NotImplemented",
     "RuntimeException",
 )
+_SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_row")
 _OPSET_24: Final = (1, 24)
-_BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16, a type that numpy lacks
 
 
 class OnnxVision:
@@ -52,7 +54,7 @@ class OnnxVision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
-    """Buffers for one row count, bound once and written in place at every run."""
+    """Buffers for one row count, written in place and bound anew at every run."""
 
     binding: Any
     embeddings: np.ndarray
@@ -92,6 +94,9 @@ class OnnxDecoder:
         call.position_ids[:] = position_ids
         call.write_slot[0] = write_slot
         call.logits_row[0] = logits_row
+        # Binding is what copies to a device, so it has to happen after writing.
+        for name in _SMALL_INPUTS:
+            call.binding.bind_cpu_input(name, getattr(call, name))
         try:
             self._session.run_with_iobinding(call.binding)
         except _run_errors(self._ort) as error:
@@ -109,9 +114,6 @@ class OnnxDecoder:
             logits_row=np.zeros(1, np.int64),
             logits=np.zeros((1, self._vocabulary), np.float32),
         )
-        for name in ("embeddings", "position_ids", "write_slot", "logits_row"):
-            array = getattr(call, name)
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         logits = call.logits
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         for name, value in self._cache.items():
@@ -160,13 +162,23 @@ def _open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) ->
             f"{path}: opset {bundle.manifest.opset} needs onnxruntime 1.24 or newer (on Python "
             f"3.11 or newer), found {_installed_packages()}"
         )
+    if bundle.manifest.dtype == "bfloat16":
+        raise EngineError(
+            f"{path}: onnxruntime has no bfloat16 kernels on CPU, and none were tried on CUDA; "
+            "export float32 or float16"
+        )
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        with contextlib.redirect_stdout(sys.stderr):
+            session = ort.InferenceSession(str(path), options, providers=providers)
     except _run_errors(ort) as error:
         reason = str(error).splitlines()[0].rpartition("failed:")[2][:200]
-        if bundle.manifest.dtype == "bfloat16" and providers == ["CPUExecutionProvider"]:
-            reason = "its CPU provider has no bfloat16 kernels; use CUDA or export float32"
         raise EngineError(f"{path}: {_installed_packages()} cannot load it: {reason}") from error
+    if device and _PROVIDERS[device] not in session.get_providers():
+        raise EngineError(
+            f"{path}: {_installed_packages()} could not start {_PROVIDERS[device]} (driver, CUDA "
+            "and cuDNN must fit it); without :cuda it runs on the CPU"
+        )
+    return session
 
 
 def _choose_providers(ort: ModuleType, device: str) -> list[str]:
@@ -185,11 +197,7 @@ def _choose_providers(ort: ModuleType, device: str) -> list[str]:
 
 def _zeros(ort: ModuleType, shape: tuple[int | str, ...], dtype: str, device: str) -> Any:
     """A cache tensor on the device. Zeros, because masked slots are still multiplied by 0."""
-    sizes = [int(size) for size in shape]
-    if dtype == "bfloat16":
-        array: np.ndarray = np.zeros(sizes, np.uint16)
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-    array = np.zeros(sizes, dtype)
+    array = np.zeros([int(size) for size in shape], dtype)
     return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
