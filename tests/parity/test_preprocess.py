@@ -43,7 +43,6 @@ PHRASES = (
     "\ufb01sh \u2163 \u00bd",
     "zero\u200bwidth",
     "non\u00a0breaking",
-    "<0x41> is no byte",
     "\u2581the\u2581circle",
     "x" * 300,
     "\x01\x7f",
