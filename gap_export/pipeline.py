@@ -39,6 +39,7 @@ from gap_runtime.manifest import (
     Source,
     Stage,
 )
+from gap_runtime.records import dump_record
 
 _REFERENCE: Final = "reference.npz"
 _SAMPLES: Final = "samples"
@@ -106,23 +107,21 @@ def _plan_weights(plan: ExportPlan, graphs: list[Traced]) -> WeightPlan:
 
 def _record(plan: ExportPlan, folder: Path) -> Reference:
     """Ask PyTorch about the samples, in float32 whatever the bundle's dtype."""
-    config = plan.request.named.config
-    samples = plan.samples
     model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE)
     records, arrays = record_reference(
         model,
         plan.spec,
-        samples,
+        plan.samples,
         plan.pairs,
         pruner=plan.pruner,
-        config=config.prune,
+        config=plan.request.named.config.prune,
         template=plan.prompt.template,
         most=plan.layout.answer,
         image_folder=_SAMPLES,
         box=plan.spec.box,
     )
     (folder / _SAMPLES).mkdir()
-    for path in {sample.path for sample in samples}:
+    for path in {sample.path for sample in plan.samples}:
         shutil.copyfile(path, folder / _SAMPLES / path.name)
     np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
     return Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
@@ -133,7 +132,7 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
     if bundle.manifest.reference is None:
         return None, "no reference was recorded"
     if bundle.manifest.dtype == "bfloat16":
-        return None, "bfloat16 does not run on this CPU; check on the target"
+        return None, "the onnxruntime backend does not run bfloat16"
     try:
         with display.step("checking against PyTorch on onnxruntime"):
             report = check_bundle(bundle, "onnxruntime:cpu")
@@ -249,10 +248,7 @@ def summarize(result: ExportResult) -> dict[str, Any]:
     report = result.report
     return {
         "bundle": str(result.plan.out),
-        "ratios": [
-            {"ratio": entry.ratio, "kept": entry.kept, "patches": entry.patches}
-            for entry in result.manifest.ratios
-        ],
+        "ratios": dump_record(result.manifest.ratios),
         "checked": report is not None and report.passed,
         "not_checked_because": result.note or None,
         "rows": 0 if report is None else len(report.rows),

@@ -12,6 +12,7 @@ from gap_export.checkpoint import Checkpoint, open_checkpoint
 from gap_export.config import (
     DIALECT,
     DTYPES,
+    IMAGE_FIELD,
     OPSET,
     NamedConfig,
     count_ratios,
@@ -164,7 +165,7 @@ def _plan_prompt(
         return prompt, prefix, config.suffix or _LEAST_SUFFIX
     image_token = _image_token(tokenizer, spec.image_token_id)
     prompt = Prompt(
-        template=template.replace("<image>", image_token),
+        template=template.replace(IMAGE_FIELD, image_token),
         image_token=image_token,
         tokenizer=TOKENIZER_FILE,
         stop_ids=spec.stop_ids,
@@ -187,7 +188,8 @@ def _image_token(tokenizer: Path, token_id: int) -> str:
         raise CheckpointError(str(error)) from error
     if token is None:
         raise CheckpointError(
-            f"{tokenizer}: no token {token_id}, which config.json names as the image token"
+            f"{tokenizer}: no token {token_id}, which config.json names as the image "
+            "token; give the tokenizer that belongs to this checkpoint"
         )
     return str(token)
 

@@ -94,8 +94,10 @@ def plan_weights(
         sources[name] = source
     # Named as in the checkpoint folder, not as in a blob store behind it.
     names = {path.resolve(): path.name for path in checkpoint.folder.glob("*.safetensors")}
-    whole = _worthwhile_files(checkpoint, sources.values(), dtype)
-    shards = {names.get(file, file.name): file for file in sorted(whole)}
+    whole = {
+        file: names.get(file, file.name)
+        for file in sorted(_worthwhile_files(checkpoint, sources.values(), dtype))
+    }
     converted = {s.key: s for s in sources.values() if s.dtype != dtype or s.file not in whole}
     converted_file = f"weights-{dtype}.safetensors"
     moved = _converted_places(converted.values(), dtype, converted_file)
@@ -103,7 +105,7 @@ def plan_weights(
         name: moved[source.key]
         if source.key in moved
         else StoredTensor(
-            file=names.get(source.file, source.file.name),
+            file=whole[source.file],
             offset=source.offset,
             dtype=dtype,
             shape=source.shape,
@@ -113,7 +115,7 @@ def plan_weights(
     return WeightPlan(
         dtype=dtype,
         placed=placed | moved,
-        shards=shards,
+        shards={name: file for file, name in whole.items()},
         converted=tuple(converted.values()),
         converted_file=converted_file,
     )
