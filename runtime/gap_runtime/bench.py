@@ -1,4 +1,4 @@
-"""Milliseconds of each stage at each ratio of a bundle: medians after a warm-up."""
+"""Milliseconds of each stage at each ratio and bucket of a bundle: medians after a warm-up."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from PIL import Image
 
 from gap_runtime.bundle import Bundle
 from gap_runtime.grounder import DEFAULT_BACKEND, Grounder
-from gap_runtime.manifest import RatioEntry
+from gap_runtime.image import fitting_size
+from gap_runtime.manifest import Bucket, RatioEntry
 
 _TOKENS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
-    """Medians at one ratio. `prompt` counts the slots of the padded prefill."""
+    """Medians at one ratio of a bucket. `prompt` counts the slots of the padded prefill."""
 
     ratio: float
+    bucket: str
     kept: int
     patches: int
     prompt: int
@@ -52,22 +54,24 @@ def bench_bundle(
     Args:
         bundle: An opened bundle with a tokenizer.
         backend: As in Grounder.
-        runs: Timed runs per ratio.
-        warmup: Untimed runs per ratio before them.
+        runs: Timed runs per ratio and bucket.
+        warmup: Untimed runs before them.
     """
     grounder = Grounder(bundle, backend)
-    side = bundle.manifest.preprocess.side
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
+    pictures = {bucket.name: _noise(bundle, bucket) for bucket in bundle.manifest.buckets}
     entries = bundle.manifest.ratios
-    times: dict[float, list[dict[str, float]]] = {entry.ratio: [] for entry in entries}
+    times: list[list[dict[str, float]]] = [[] for _ in entries]
     most = min(_TOKENS, bundle.manifest.layout.answer)
     for run in range(warmup + runs):
-        for entry in entries:
+        for entry, samples in zip(entries, times, strict=True):
+            picture = pictures[entry.bucket]
             values = grounder.run_stages(picture, "the red circle", entry, most=most)
             if run >= warmup:
-                times[entry.ratio].append(values.milliseconds)
-    rows = tuple(_make_row(bundle, entry, times[entry.ratio], most) for entry in entries)
+                samples.append(values.milliseconds)
+    rows = tuple(
+        _make_row(bundle, entry, samples, most)
+        for entry, samples in zip(entries, times, strict=True)
+    )
     return BenchReport(
         bundle=str(bundle.folder),
         backend=backend,
@@ -76,6 +80,13 @@ def bench_bundle(
         load_average=os.getloadavg()[0],
         rows=rows,
     )
+
+
+def _noise(bundle: Bundle, bucket: Bucket) -> Image.Image:
+    """A picture that fits a bucket."""
+    width, height = fitting_size(bucket, bundle.manifest.preprocess)
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
 
 
 def _make_row(
@@ -88,9 +99,10 @@ def _make_row(
     token_ms = median("decode") / max(most - 1, 1)
     return BenchRow(
         ratio=entry.ratio,
+        bucket=entry.bucket,
         kept=entry.kept,
         patches=entry.patches,
-        prompt=bundle.manifest.layout.at(entry.kept).prompt,
+        prompt=bundle.manifest.layout.at(entry).prompt,
         preprocess_ms=median("preprocess"),
         vision_ms=median("vision"),
         prefill_ms=median("prefill"),

@@ -67,19 +67,19 @@ class Bundle:
                         f"{files[name].sha256[:12]}...; the file has changed, export again"
                     )
 
-    def choose_ratio(self, ratio: float | None) -> RatioEntry:
-        """The entry of a ratio, or the bundle's first one.
+    def choose_ratio(self, ratio: float | None, bucket: str | None = None) -> RatioEntry:
+        """The entry of a ratio, or the bundle's first one; of a bucket, or of any.
 
         Raises:
             ConfigError: The bundle was not exported at that ratio.
         """
-        entries = self.manifest.ratios
-        if ratio is None:
-            return entries[0]
+        entries = [
+            entry for entry in self.manifest.ratios if bucket is None or entry.bucket == bucket
+        ]
         for entry in entries:
-            if abs(entry.ratio - ratio) < 1e-9:
+            if ratio is None or abs(entry.ratio - ratio) < 1e-9:
                 return entry
-        have = ", ".join(f"{entry.ratio:g}" for entry in entries)
+        have = ", ".join(dict.fromkeys(f"{entry.ratio:g}" for entry in entries))
         raise ConfigError(
             f"{self.folder}: no ratio {ratio:g}; have {have}; export with --ratio {ratio:g}"
         )

@@ -119,10 +119,15 @@ def check_bundle(
 
 
 def _samples_at(reference: Reference, entry: RatioEntry, bundle: Bundle) -> list[ReferenceSample]:
-    samples = [sample for sample in reference.samples if sample.ratio == entry.ratio]
+    samples = [
+        sample
+        for sample in reference.samples
+        if (sample.ratio, sample.bucket) == (entry.ratio, entry.bucket)
+    ]
     if not samples:
+        where = f" for pictures of {entry.bucket}" if entry.bucket else ""
         raise CheckError(
-            f"{bundle.folder}: no reference answers at ratio {entry.ratio:g}; export again"
+            f"{bundle.folder}: no reference answers at ratio {entry.ratio:g}{where}; export again"
         )
     return samples
 
@@ -191,7 +196,7 @@ def compare_stages(
     positions_equal = np.array_equal(found, wanted)
     # Other patches have other IDs, but the text at both ends keeps its own.
     ends_equal = np.array_equal(found[:1], wanted[:1]) and np.array_equal(found[-1:], wanted[-1:])
-    pixels_error = float(np.abs(values.pixels - expected["pixels"]).max())
+    pixels_error = _largest_error(values.pixels, expected["pixels"])
     # Where other patches were kept, slots hold other tokens and cannot be compared.
     visual_error = (
         _token_error(values.visual_tokens, expected["visual_tokens"]) if kept_equal else None
@@ -258,7 +263,8 @@ def is_near_tie(
     Args:
         kept: Patches by slot.
         expected: The reference's.
-        scores: By patch, higher is better; None where the pruner has none.
+        scores: By patch, higher is better, infinite where it is never removed; None where the
+            pruner has none.
         tolerance: Largest difference, relative to the lowest score that the reference kept.
     """
     if scores is None or kept.shape != expected.shape:
@@ -268,7 +274,8 @@ def is_near_tie(
     exchanged = np.setxor1d(kept, expected)
     if exchanged.size:
         return bool((np.abs(scores[exchanged] - cut) <= allowed).all())
-    return bool((np.abs(scores[kept] - scores[expected]) <= allowed).all())
+    moved = kept != expected
+    return bool((np.abs(scores[kept[moved]] - scores[expected[moved]]) <= allowed).all())
 
 
 def first_divergence(token_ids: list[int], expected: list[int]) -> int | None:
@@ -290,6 +297,13 @@ def match_boxes(boxes: tuple[Box, ...], expected: tuple[Box, ...]) -> float | No
 
 def _as_box(values: tuple[float, float, float, float]) -> Box:
     return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3])
+
+
+def _largest_error(values: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference; infinite where there is another number of values."""
+    if values.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(values - expected).max())
 
 
 def _token_error(values: np.ndarray, expected: np.ndarray) -> float:

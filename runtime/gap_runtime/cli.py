@@ -252,7 +252,9 @@ def _info(options: argparse.Namespace) -> int:
         f"answer up to {layout.answer}; cache {layout.capacity} slots"
     )
     for entry in manifest.ratios:
-        print(f"ratio {entry.ratio:g}: keeps {entry.kept} of {entry.patches}")
+        extra = f" and {entry.extra} made of the rest" if entry.extra else ""
+        bucket = f" ({entry.bucket})" if entry.bucket else ""
+        print(f"ratio {entry.ratio:g}{bucket}: keeps {entry.kept} of {entry.patches}{extra}")
     for stage in manifest.stages:
         print(f"stage {stage.file}")
         for label, specs in (("in ", stage.inputs), ("out", stage.outputs)):
@@ -282,9 +284,10 @@ def _bench(options: argparse.Namespace) -> int:
         print_json(dump_record(report))
         return 0
     for row in report.rows:
+        bucket = f"{row.bucket}, " if row.bucket else ""
         print(
-            f"ratio {row.ratio:g} ({row.kept} of {row.patches}): vision {row.vision_ms:.1f} ms, "
-            f"prefill of {row.prompt} {row.prefill_ms:.1f} ms, token {row.token_ms:.2f} ms "
-            f"({row.tokens_per_second:.0f}/s)"
+            f"ratio {row.ratio:g} ({bucket}{row.kept} of {row.patches}): "
+            f"vision {row.vision_ms:.1f} ms, prefill of {row.prompt} {row.prefill_ms:.1f} ms, "
+            f"token {row.token_ms:.2f} ms ({row.tokens_per_second:.0f}/s)"
         )
     return 0

@@ -44,13 +44,23 @@ class Display:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; numbers are right-aligned."""
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for k, name in enumerate(header):
-            numeric = all(isinstance(row[k], (int, float)) for row in rows)
-            table.add_column(name, justify="right" if numeric else "left")
-        for row in rows:
-            table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
-        self._console.print(table)
+        self._console.print(_make_table(title, header, rows))
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout, for commands whose result it is."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(_make_table(title, header, rows))
+
+
+def _make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for k, name in enumerate(header):
+        numeric = all(isinstance(row[k], (int, float)) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
+    return table
 
 
 def format_bytes(size: int) -> str:

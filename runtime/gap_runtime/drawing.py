@@ -8,6 +8,7 @@ from typing import Final
 from PIL import Image, ImageDraw, ImageFont
 
 from gap_runtime.boxes import Box, clip_box, unpad_box
+from gap_runtime.image import find_bucket
 from gap_runtime.manifest import Manifest
 
 _LEAST_SIDE: Final = 480
@@ -34,11 +35,14 @@ def draw_grounding(
     ).convert("RGBA")
     shade = Image.new("RGBA", canvas.size)
     draw = ImageDraw.Draw(shade)
-    rows, columns = manifest.layout.grid
+    bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
+    # Of several grids the last is the finest, and shows the whole picture too.
+    rows, columns = bucket.grids[-1]
+    tokens = [token for token in range(bucket.patches) if token not in bucket.fixed]
     kept = set(kept_index)
-    for patch in range(rows * columns):
-        box = _patch_box(patch, rows, columns, manifest, picture)
-        if patch not in kept and box is not None:
+    for place, token in enumerate(tokens[-rows * columns :]):
+        box = _patch_box(place, rows, columns, manifest, picture)
+        if token not in kept and box is not None:
             x0, y0, x1, y1 = (round(value * scale) for value in box.as_list())
             # Pillow counts the far edge in, which belongs to the next patch.
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=_SHADE)

@@ -11,14 +11,22 @@ import numpy as np
 from PIL import Image
 
 from gap_runtime.boxes import Box, parse_boxes
-from gap_runtime.bundle import Bundle
+from gap_runtime.bundle import Bundle, embedding_rows
 from gap_runtime.decode import Decoded, decode_greedily, splice_prompt
 from gap_runtime.errors import BundleError
-from gap_runtime.image import load_picture, make_pixels, to_rgb
-from gap_runtime.manifest import DECODER, VISION, RatioEntry
-from gap_runtime.prompt import PromptEncoder
+from gap_runtime.image import find_bucket, load_picture, make_pixels, to_rgb
+from gap_runtime.manifest import (
+    DECODER,
+    TEXT,
+    TEXT_FEATURES,
+    TEXT_IDS,
+    VISION,
+    RatioEntry,
+    Stage,
+)
+from gap_runtime.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
 from gap_runtime.registry import load_plugin
-from gap_runtime.session import Backend, DecoderSession, VisionSession
+from gap_runtime.session import Backend, DecoderSession, StageSession
 
 DEFAULT_BACKEND: Final = "onnxruntime"
 _BACKENDS: Final = "gap_runtime.backends"
@@ -94,10 +102,14 @@ class Grounder:
                 f"{bundle.folder}: no tokenizer in it (the checkpoint had none), so it takes no "
                 "phrase; add tokenizer.json to the checkpoint and export again"
             )
-        self.encoder = PromptEncoder(bundle.folder / prompt.tokenizer, prompt)
+        self.encoder = PromptEncoder(load_tokenizer(bundle.folder / prompt.tokenizer), prompt)
         self._table = bundle.map_embedding()
-        self._visions: dict[int, VisionSession] = {}
+        self._stages: dict[str, StageSession] = {}
         self._decoder: DecoderSession | None = None
+        self._phrases: PhraseEncoder | None = None
+        spec = bundle.manifest.phrase
+        if spec is not None and spec.tokenizer is not None:
+            self._phrases = PhraseEncoder(load_tokenizer(bundle.folder / spec.tokenizer), spec)
 
     def ground(
         self, image: str | Path | Image.Image, phrase: str, *, ratio: float | None = None
@@ -113,11 +125,14 @@ class Grounder:
             InputError: The picture or the phrase cannot be used.
             EngineError: The backend failed.
         """
-        entry = self.default_ratio if ratio is None else self.bundle.choose_ratio(ratio)
         picture = load_picture(image) if isinstance(image, (str, Path)) else to_rgb(image)
+        manifest = self.bundle.manifest
+        bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
+        wanted = self.default_ratio.ratio if ratio is None else ratio
+        entry = self.bundle.choose_ratio(wanted, bucket.name)
         values = self.run_stages(picture, phrase, entry)
         answer = self.encoder.decode(values.decoded.token_ids)
-        parsed = parse_boxes(answer, self.bundle.manifest.box, *picture.size)
+        parsed = parse_boxes(answer, manifest.box, *picture.size)
         return Grounding(
             phrase=phrase,
             answer=answer,
@@ -140,14 +155,20 @@ class Grounder:
         """
         manifest = self.bundle.manifest
         prompt = self.encoder.encode_within(phrase, manifest.layout)
-        vision, decoder = self._open_vision(entry.kept), self._open_decoder()
+        stage = manifest.stage(VISION, entry)
+        vision, decoder = self._open(stage), self._open_decoder()
+        reads_phrase = any(spec.name == TEXT_FEATURES for spec in stage.inputs)
+        text = self._open(manifest.stage(TEXT)) if reads_phrase and self._phrases else None
         began = time.perf_counter()
-        pixels = make_pixels(picture, manifest.preprocess)
+        pixels = make_pixels(picture, manifest.preprocess, manifest.bucket(entry.bucket))
         prepared = time.perf_counter()
-        seen = vision.run(pixels)
+        inputs = {"pixels": pixels}
+        if reads_phrase:
+            inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
+        seen = vision.run(inputs)
         visual, position_ids = seen["visual_tokens"], seen["position_ids"]
         looked = time.perf_counter()
-        layout = manifest.layout.at(entry.kept)
+        layout = manifest.layout.at(entry)
         embeddings = splice_prompt(
             self._table, prompt.prefix, visual, prompt.suffix, layout.prompt
         )
@@ -176,11 +197,19 @@ class Grounder:
             },
         )
 
-    def _open_vision(self, kept: int) -> VisionSession:
-        if kept not in self._visions:
-            stage = self.bundle.manifest.stage(VISION, kept)
-            self._visions[kept] = self._backend.open_vision(self.bundle, stage, self._device)
-        return self._visions[kept]
+    def _read_phrase(self, phrase: str, text: StageSession | None) -> np.ndarray:
+        """What the vision graph is told of the phrase, float32 [1, W]."""
+        if text is not None and self._phrases is not None:
+            return text.run({TEXT_IDS: self._phrases.encode(phrase)})[TEXT_FEATURES]
+        rows = embedding_rows(self._table, self.encoder.encode_phrase(phrase))
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        mean: np.ndarray = (rows / np.maximum(lengths, 1e-12)).mean(axis=0, keepdims=True)
+        return mean
+
+    def _open(self, stage: Stage) -> StageSession:
+        if stage.name not in self._stages:
+            self._stages[stage.name] = self._backend.open_stage(self.bundle, stage, self._device)
+        return self._stages[stage.name]
 
     def _open_decoder(self) -> DecoderSession:
         if self._decoder is None:

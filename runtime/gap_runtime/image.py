@@ -10,12 +10,11 @@ from typing import Final
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from gap_runtime.anyres import MAX_PIXELS, choose_canvas, make_views, mosaic_grid
 from gap_runtime.errors import BundleError, InputError
-from gap_runtime.manifest import Preprocess
+from gap_runtime.manifest import Bucket, Preprocess
 
-MAX_PIXELS: Final = 100_000_000
-"""Larger pictures are refused before they are unpacked (decompression bombs)."""
-
+_MODES: Final = "pad, stretch, anyres"
 _ORIENTATION: Final = 0x0112
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +42,7 @@ def load_picture(path: str | Path) -> Image.Image:
             # The size is checked below, with a lower limit than Pillow's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
+                # Before it is unpacked: a small file may hold a huge picture.
                 if picture.width * picture.height > MAX_PIXELS:
                     raise InputError(
                         f"{picture.width}x{picture.height} pixels, "
@@ -106,8 +106,8 @@ def pad_to_square(picture: Image.Image, fill: tuple[int, int, int]) -> Image.Ima
     return canvas
 
 
-def make_pixels(picture: Image.Image, spec: Preprocess) -> np.ndarray:
-    """Normalized pixels, float32 [1, 3, side, side].
+def make_pixels(picture: Image.Image, spec: Preprocess, bucket: Bucket) -> np.ndarray:
+    """Normalized pixels, float32 [1, 3, side, side], or [1, views, 3, side, side] of tiles.
 
     Raises:
         BundleError: The bundle asks for a mode that this version does not know.
@@ -115,11 +115,71 @@ def make_pixels(picture: Image.Image, spec: Preprocess) -> np.ndarray:
     References:
         The models' own `image_aspect_ratio=pad` with CLIP's processor: bicubic, 1/255, mean, std.
     """
+    if bucket.canvas is not None:
+        return make_views(picture, bucket.canvas, spec.side, spec.mean, spec.std)
     if spec.mode == "pad":
         picture = pad_to_square(picture, spec.fill)
     elif spec.mode != "stretch":
-        raise BundleError(f"preprocessing mode '{spec.mode}' is unknown; have pad, stretch")
+        raise BundleError(f"preprocessing mode '{spec.mode}' is unknown; have {_MODES}")
     resized = picture.resize((spec.side, spec.side), Image.Resampling.BICUBIC)
     scaled = np.asarray(resized, dtype=np.float32) * np.float32(1 / 255)
     mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1)[None])
+
+
+def find_bucket(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]) -> Bucket:
+    """The bucket of a picture of that (width, height).
+
+    Raises:
+        InputError: None of them is made for its shape; the message names the one to export.
+    """
+    if spec.mode != "anyres":
+        return buckets[0]
+    width, height = size
+    canvas, mosaic = _place(size, spec, buckets[0].grids[0][0])
+    for bucket in buckets:
+        if (bucket.canvas, bucket.grids[-1]) == (canvas, mosaic):
+            return bucket
+    if 0 in mosaic:
+        raise InputError(
+            f"a picture of {width}x{height} is so thin that none of its tiles' tokens is left on "
+            f"a canvas of {canvas[0]}x{canvas[1]}; crop it"
+        )
+    wanted = f"{canvas[0]}x{canvas[1]}/{width}:{height}"
+    raise InputError(
+        f"a picture of {width}x{height} needs graphs for {mosaic[0]}x{mosaic[1]} tokens on a "
+        f"canvas of {canvas[0]}x{canvas[1]}; have {', '.join(b.name for b in buckets)}; export "
+        f"with --set image.canvas={wanted}, or crop the picture to one of those"
+    )
+
+
+def fitting_size(bucket: Bucket, spec: Preprocess) -> tuple[int, int]:
+    """(width, height) of a picture whose bucket this is.
+
+    Raises:
+        BundleError: There is no such picture: another canvas wins for all that have its grid.
+    """
+    if bucket.canvas is None:
+        return spec.side, spec.side
+    (tile_grid, _), (rows, columns) = bucket.grids[0], bucket.grids[-1]
+    exact = (columns * spec.side // tile_grid, rows * spec.side // tile_grid)
+    # A smaller canvas may hold the exact size, and not the longest one that counts as much.
+    longest = (
+        min(-(-(columns + 1) * spec.side // tile_grid) - 1, bucket.canvas[0]),
+        min(-(-(rows + 1) * spec.side // tile_grid) - 1, bucket.canvas[1]),
+    )
+    for size in (exact, longest):
+        if _place(size, spec, tile_grid) == (bucket.canvas, (rows, columns)):
+            return size
+    raise BundleError(
+        f"no picture fits bucket '{bucket.name}': other canvases win for all of its shape; "
+        "export without it"
+    )
+
+
+def _place(
+    size: tuple[int, int], spec: Preprocess, tile_grid: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Canvas (width, height) and mosaic (rows, columns) of a picture of that (width, height)."""
+    canvas = choose_canvas(size, spec.canvases)
+    return canvas, mosaic_grid(size, canvas, tile_grid, spec.side)

@@ -10,11 +10,11 @@ from gap_runtime.bundle import Bundle
 from gap_runtime.manifest import Stage
 
 
-class VisionSession(Protocol):
-    """A loaded vision graph of one ratio."""
+class StageSession(Protocol):
+    """A loaded vision or text graph."""
 
-    def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs by name for pixels float32 [1, 3, H, W]."""
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for the stage's inputs by name."""
 
 
 class DecoderSession(Protocol):
@@ -36,8 +36,8 @@ class DecoderSession(Protocol):
 class Backend(Protocol):
     """A module in gap_runtime.backends."""
 
-    def open_vision(self, bundle: Bundle, stage: Stage, device: str) -> VisionSession:
-        """Load a vision graph; `device` is the part of the backend's name after the colon."""
+    def open_stage(self, bundle: Bundle, stage: Stage, device: str) -> StageSession:
+        """Load a vision or text graph; `device` is what the backend's name has after a colon."""
 
     def open_decoder(self, bundle: Bundle, stage: Stage, device: str) -> DecoderSession:
         """Load the decoder graph and make an empty cache."""

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gap_runtime import grounder
 from gap_runtime.bundle import describe_file
 from gap_runtime.manifest import (
+    SCHEMA,
     BoxFormat,
+    Bucket,
     BundleLayout,
     CacheShape,
     Manifest,
+    PhraseInput,
     Preprocess,
     Prompt,
     Pruning,
@@ -29,9 +34,12 @@ WORDS = (
 )
 
 
+CACHE_PARTS = ("key", "value")
+
+
 @pytest.fixture
 def llava_box():
-    # Copied from gap_export/models/llava.py.
+    # Copied from gap_export/blocks/hub.py.
     return BoxFormat(
         attempt=r"\[[^\[\]]*\]?",
         pattern=(
@@ -55,9 +63,7 @@ def prompt():
 
 @pytest.fixture
 def layout():
-    return BundleLayout(
-        prefix=1, patches=16, grid=(4, 4), extra=0, suffix=7, answer=5, capacity=21
-    )
+    return BundleLayout(prefix=1, suffix=7, answer=5, capacity=21)
 
 
 @pytest.fixture
@@ -72,38 +78,57 @@ def tokenizer_file(tmp_path):
     return path
 
 
-@pytest.fixture
-def manifest(llava_box, prompt, layout):
-    def spec(name, *shape, dtype="float32"):
-        return TensorSpec(name=name, dtype=dtype, shape=shape, meaning=f"the {name}")
+def make_tensor(name, *shape, dtype="float32"):
+    return TensorSpec(name=name, dtype=dtype, shape=shape, meaning=f"the {name}")
 
-    def vision(ratio, kept):
-        return Stage(
-            name=f"vision-{kept}",
-            role="vision",
-            file=f"vision-{kept}.onnx",
-            ratio=ratio,
-            kept=kept,
-            inputs=(spec("pixels", 1, 3, 8, 8),),
-            outputs=(
-                spec("visual_tokens", 1, kept, 2),
-                spec("position_ids", 1, layout.at(kept).prompt, dtype="int64"),
-            ),
-        )
 
-    caches = [spec(f"cache_{part}_00", 1, 1, layout.capacity, 2) for part in ("key", "value")]
+def make_vision(entry, layout, pixels, more=()):
+    name = f"vision-{entry.bucket}-{entry.kept}" if entry.bucket else f"vision-{entry.kept}"
+    counts = layout.at(entry)
+    return Stage(
+        name=name,
+        role="vision",
+        file=f"{name}.onnx",
+        bucket=entry.bucket,
+        ratio=entry.ratio,
+        kept=entry.kept,
+        inputs=(make_tensor("pixels", *pixels), *more),
+        outputs=(
+            make_tensor("visual_tokens", 1, counts.visual, 2),
+            make_tensor("kept_index", 1, entry.kept, dtype="int64"),
+            make_tensor("position_ids", 1, counts.prompt, dtype="int64"),
+        ),
+    )
 
-    decoder = Stage(
+
+def make_decoder(layout):
+    caches = [make_tensor(f"cache_{part}_00", 1, 1, layout.capacity, 2) for part in CACHE_PARTS]
+    return Stage(
         name="decoder",
         role="decoder",
         file="decoder.onnx",
+        bucket=None,
         ratio=None,
         kept=None,
-        inputs=(spec("embeddings", 1, "S", 2), spec("write_slot", 1, dtype="int64"), *caches),
-        outputs=(spec("logits", 1, 12),),
+        inputs=(
+            make_tensor("embeddings", 1, "S", 2),
+            make_tensor("write_slot", 1, dtype="int64"),
+            *caches,
+        ),
+        outputs=(make_tensor("logits", 1, 12),),
     )
+
+
+@pytest.fixture
+def manifest(llava_box, prompt, layout):
+    """One bucket of 4x4 patches, two ratios."""
+    entries = (
+        RatioEntry(ratio=0.5, bucket="", patches=16, kept=8, extra=0),
+        RatioEntry(ratio=0.75, bucket="", patches=16, kept=4, extra=0),
+    )
+    visions = (make_vision(entry, layout, (1, 3, 8, 8)) for entry in entries)
     return Manifest(
-        schema=1,
+        schema=SCHEMA,
         name="tiny-8of16",
         family="llava",
         dtype="float32",
@@ -112,18 +137,22 @@ def manifest(llava_box, prompt, layout):
         source=Source(checkpoint="tiny", revision=None, index_sha256="0" * 64),
         versions={"gap-export": "0.1.0"},
         layout=layout,
-        pruning=Pruning(strategy="cls_attention", positions="gap", seed=0),
-        ratios=(
-            RatioEntry(ratio=0.5, kept=8, patches=16),
-            RatioEntry(ratio=0.75, kept=4, patches=16),
-        ),
-        stages=(vision(0.5, 8), vision(0.75, 4), decoder),
+        pruning=Pruning(strategy="cls_attention", positions="gap", seed=0, extra_token=None),
+        buckets=(Bucket(name="", canvas=None, grids=((4, 4),), strip=1, fixed=()),),
+        ratios=entries,
+        stages=(*visions, make_decoder(layout)),
         cache=CacheShape(layers=1, heads=1, head_dim=2, dtype="float32"),
         embedding=StoredTensor(file="weights.bin", offset=8, dtype="float32", shape=(12, 2)),
         preprocess=Preprocess(
-            mode="pad", side=8, fill=(122, 116, 104), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+            mode="pad",
+            side=8,
+            fill=(122, 116, 104),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            canvases=(),
         ),
         prompt=prompt,
+        phrase=None,
         box=llava_box,
         reference=None,
         files={},
@@ -131,27 +160,179 @@ def manifest(llava_box, prompt, layout):
 
 
 @pytest.fixture
-def make_bundle(tmp_path, manifest, tokenizer_file):
-    """A function that writes the bundle, fields of its manifest replaced, and gives its folder."""
+def tiled(manifest):
+    """The changes that make it a bundle of tiles: two buckets, each of two grids and newlines."""
+    layout = dataclasses.replace(manifest.layout, capacity=25)
+    # A whole view of 2x2, then rows of the mosaic that end in a newline.
+    wide = Bucket(name="wide", canvas=(16, 8), grids=((2, 2), (2, 4)), strip=1, fixed=(8, 13))
+    tall = Bucket(
+        name="tall", canvas=(8, 16), grids=((2, 2), (4, 2)), strip=1, fixed=(6, 9, 12, 15)
+    )
+    entries = (
+        RatioEntry(ratio=0.5, bucket="wide", patches=14, kept=7, extra=0),
+        RatioEntry(ratio=0.25, bucket="wide", patches=14, kept=11, extra=0),
+        RatioEntry(ratio=0.5, bucket="tall", patches=16, kept=8, extra=0),
+        RatioEntry(ratio=0.25, bucket="tall", patches=16, kept=12, extra=0),
+    )
+    visions = (make_vision(entry, layout, (1, 3, 3, 8, 8)) for entry in entries)
+    return {
+        "layout": layout,
+        "buckets": (wide, tall),
+        "ratios": entries,
+        "stages": (*visions, make_decoder(layout)),
+        "box": dataclasses.replace(manifest.box, frame="original"),
+        "preprocess": dataclasses.replace(
+            manifest.preprocess, mode="anyres", canvases=((16, 8), (8, 16), (16, 16))
+        ),
+    }
 
-    def make(*, weights=None, **changes):
+
+@pytest.fixture
+def with_extra(manifest):
+    """The changes that make a token of the removed patches at the first ratio."""
+    layout = dataclasses.replace(manifest.layout, capacity=22)
+    first, second = manifest.ratios
+    entries = (dataclasses.replace(first, extra=1), second)
+    visions = (make_vision(entry, layout, (1, 3, 8, 8)) for entry in entries)
+    return {
+        "layout": layout,
+        "ratios": entries,
+        "stages": (*visions, make_decoder(layout)),
+        "pruning": dataclasses.replace(manifest.pruning, extra_token="last-visual"),
+    }
+
+
+@pytest.fixture
+def told_by_clip(manifest):
+    """The changes that make the vision graph of the second ratio read the phrase through CLIP."""
+    features = make_tensor("text_features", 1, 3)
+    text = Stage(
+        name="text",
+        role="text",
+        file="text.onnx",
+        bucket=None,
+        ratio=None,
+        kept=None,
+        inputs=(make_tensor("text_ids", 1, 6, dtype="int64"),),
+        outputs=(features,),
+    )
+    silent, _, decoder = manifest.stages
+    told = make_vision(manifest.ratios[1], manifest.layout, (1, 3, 8, 8), (features,))
+    return {
+        "stages": (silent, told, text, decoder),
+        "phrase": PhraseInput(source="clip", tokenizer="words.json", length=6, end_id=10),
+    }
+
+
+@pytest.fixture
+def told_by_embeddings(manifest):
+    """The changes that make the vision graph of the second ratio read the phrase's embeddings."""
+    silent, _, decoder = manifest.stages
+    features = make_tensor("text_features", 1, 2)
+    told = make_vision(manifest.ratios[1], manifest.layout, (1, 3, 8, 8), (features,))
+    return {
+        "stages": (silent, told, decoder),
+        "phrase": PhraseInput(source="embeddings", tokenizer=None, length=0, end_id=0),
+    }
+
+
+@pytest.fixture
+def make_bundle(tmp_path, manifest, tokenizer_file):
+    """A function that writes the bundle, fields of its manifest replaced, and gives its folder.
+
+    `more` are further files: bytes by name.
+    """
+
+    def make(*, weights=None, more=None, **changes):
+        changed = dataclasses.replace(manifest, **changes)
         folder = tmp_path / "bundle"
         folder.mkdir()
         table = np.arange(24, dtype="<f4").tobytes() if weights is None else weights
         contents = {
+            **{stage.file: b"no graph either" for stage in changed.stages},
             "decoder.onnx": b"no graph at all",
-            "vision-8.onnx": b"no graph either",
-            "vision-4.onnx": b"nor is this",
             "weights.bin": b"\xff" * 8 + table,
             "tokenizer.json": tokenizer_file.read_bytes(),
+            **(more or {}),
         }
+        if changed.phrase is not None and changed.phrase.tokenizer is not None:
+            contents[changed.phrase.tokenizer] = tokenizer_file.read_bytes()
         for name, content in contents.items():
             (folder / name).write_bytes(content)
         files = {name: describe_file(folder / name) for name in contents}
-        dataclasses.replace(manifest, **{"files": files, **changes}).write(folder)
+        dataclasses.replace(changed, files={**files, **changes.get("files", {})}).write(folder)
         return folder
 
     return make
+
+
+class FakeStage:
+    """A vision or text graph that takes what its stage declares, and gives what it promises."""
+
+    def __init__(self, stage, calls):
+        self.stage, self.calls = stage, calls
+
+    def run(self, inputs):
+        found = {name: (value.shape, str(value.dtype)) for name, value in inputs.items()}
+        assert found == {spec.name: (spec.shape, spec.dtype) for spec in self.stage.inputs}
+        self.calls.append((self.stage.name, inputs))
+        return {
+            spec.name: np.arange(math.prod(spec.shape)).reshape(spec.shape).astype(spec.dtype)
+            for spec in self.stage.outputs
+        }
+
+
+class FakeDecoder:
+    """Answers every prompt with one token and stops."""
+
+    def __init__(self, token, calls):
+        self.token, self.calls = token, calls
+
+    def run(self, embeddings, position_ids, write_slot, logits_row):
+        assert embeddings.shape[:2] == position_ids.shape
+        assert write_slot >= 0
+        assert logits_row >= 0
+        self.calls.append((embeddings.copy(), position_ids, write_slot, logits_row))
+        logits = np.zeros(12, np.float32)
+        logits[self.token if write_slot == 0 else 10] = 1
+        return logits
+
+
+class FakeBackend:
+    """A backend that runs no graph and writes down what is opened and run.
+
+    `opened` holds the names of stages, `calls` of each vision or text run its stage's name and
+    inputs, `decoded` the arguments of each decoder run.
+    """
+
+    def __init__(self, token):
+        self.token = token
+        self.opened, self.calls, self.decoded = [], [], []
+
+    def open_stage(self, bundle, stage, device):
+        assert bundle.manifest.name == "tiny-8of16"
+        assert stage.role in {"vision", "text"}
+        assert device == ""
+        self.opened.append(stage.name)
+        return FakeStage(stage, self.calls)
+
+    def open_decoder(self, bundle, stage, device):
+        assert stage.role == "decoder"
+        assert (bundle.manifest.opset, device) == (24, "")
+        self.opened.append(stage.name)
+        return FakeDecoder(self.token, self.decoded)
+
+
+@pytest.fixture
+def answer_with(monkeypatch):
+    """A function that puts a fake backend in place, which answers with a token, and gives it."""
+
+    def patch(token):
+        backend = FakeBackend(token)
+        monkeypatch.setattr(grounder, "open_backend", lambda name: (backend, name[:0]))
+        return backend
+
+    return patch
 
 
 @pytest.fixture

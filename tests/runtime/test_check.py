@@ -1,9 +1,12 @@
 """The comparison with the reference: equal values pass, every planted difference fails."""
 
 import dataclasses
+import io
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gap_runtime.boxes import Box
 from gap_runtime.bundle import Bundle
@@ -13,12 +16,15 @@ from gap_runtime.check import (
     check_bundle,
     compare_stages,
     first_divergence,
+    is_near_tie,
     match_boxes,
 )
+from gap_runtime.cli import main
 from gap_runtime.decode import Decoded
 from gap_runtime.errors import CheckError
 from gap_runtime.grounder import StageValues
-from gap_runtime.manifest import ReferenceSample
+from gap_runtime.image import make_pixels
+from gap_runtime.manifest import Reference, ReferenceSample
 
 TOLERANCE = Tolerance(pixels=1e-5, visual=1e-3, logits=1e-3, near_tie=1e-4, iou=0.9)
 STRICT = dataclasses.replace(TOLERANCE, iou=None)
@@ -54,6 +60,7 @@ def make_sample(**changes):
         sample="mug",
         image="mug.png",
         phrase="the mug",
+        bucket="",
         ratio=0.5,
         kept=20,
         answer="[0.1, 0.2, 0.3, 0.4]",
@@ -140,6 +147,9 @@ def test_differences_within_the_tolerances_pass():
     [
         ({"pixels": changed("pixels", (0, 1, 0, 0), 0.5)}, "pixels differ by"),
         ({"pixels": changed("pixels", (0, 1, 0, 0), np.nan)}, "pixels differ by"),
+        # Another number of views: numpy would compare each one, or raise.
+        ({"pixels": np.stack([make_expected()["pixels"]] * 3, axis=1)}, "pixels differ by inf"),
+        ({"pixels": make_expected()["pixels"][..., :1]}, "pixels differ by inf"),
         ({"kept_index": swapped(1)}, "kept patches differ (Jaccard 0.905, no near tie)"),
         (
             {"position_ids": np.where(np.arange(36) == 29, 99, np.arange(36))[None]},
@@ -369,3 +379,141 @@ def test_every_precision_of_the_exporter_has_tolerances():
 def test_bundle_without_reference_cannot_be_checked(make_bundle):
     with pytest.raises(CheckError, match="no reference answers in it"):
         check_bundle(Bundle.open(make_bundle()))
+
+
+def test_tokens_that_are_never_removed_do_not_spoil_a_tie():
+    # Fixed tokens have infinite scores; in the pruner's order they come last.
+    scores = np.array([1, 0.5, 0.50001, 0.1, np.inf, np.inf], np.float32)
+    expected = np.array([0, 2, 1, 4, 5])
+    assert is_near_tie(np.array([0, 1, 2, 4, 5]), expected, scores, 1e-4)
+    assert not is_near_tie(np.array([1, 2, 0, 4, 5]), expected, scores, 1e-4)
+
+
+def test_a_token_that_may_not_be_removed_ties_with_none():
+    scores = np.array([1, 0.5, 0.50001, 0.1, np.inf, np.inf], np.float32)
+    assert not is_near_tie(np.array([0, 1, 2, 4]), np.array([0, 1, 4, 5]), scores, 1e-4)
+    assert not is_near_tie(np.array([0, 1, 2, 5]), np.array([0, 1, 2, 4]), scores, 1e-4)
+
+
+def make_samples(manifest, image="photo.png", sizes=((8, 8),), wrong=()):
+    """A reference that a fake backend agrees with, and its files.
+
+    One sample per bucket and size; of the ratio and bucket pairs in `wrong` the answer differs.
+    """
+    samples, arrays, files = [], {}, {}
+    for bucket, size in zip(manifest.buckets, sizes, strict=True):
+        name = f"00-{bucket.name}"
+        picture = Image.new("RGB", size, (200, 100, 50))
+        file = io.BytesIO()
+        picture.save(file, "png")
+        files[f"{bucket.name}{image}"] = file.getvalue()
+        arrays[f"{name}/pixels"] = make_pixels(picture, manifest.preprocess, bucket)
+        for entry in manifest.ratios:
+            if entry.bucket != bucket.name:
+                continue
+            layout = manifest.layout.at(entry)
+            key, answer = f"{name}/kept-{entry.kept}", 11
+            arrays[f"{key}/visual_tokens"] = np.arange(layout.visual * 2.0).reshape(1, -1, 2)
+            arrays[f"{key}/kept_index"] = np.arange(entry.kept)[None]
+            arrays[f"{key}/position_ids"] = np.arange(layout.prompt)[None]
+            arrays[f"{key}/logits"] = np.eye(12, dtype=np.float32)[11]
+            if (entry.ratio, entry.bucket) in wrong:
+                answer = 8
+            samples.append(
+                make_sample(
+                    key=key,
+                    sample=name,
+                    image=f"{bucket.name}{image}",
+                    phrase="the red mug",
+                    bucket=bucket.name,
+                    ratio=entry.ratio,
+                    kept=entry.kept,
+                    answer="[0.25,0.25,0.75,0.50]",
+                    token_ids=(answer,),
+                    # Padded pictures are square here, so that both frames are the same.
+                    boxes=((0.25 * size[0], 0.25 * size[1], 0.75 * size[0], 0.5 * size[1]),),
+                    prompt_ids=(2, 4, 5, 6, 7, 8, 9, 3),
+                    token_margins=(0.5, 0.5),
+                )
+            )
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    files["reference.npz"] = packed.getvalue()
+    reference = Reference(arrays="reference.npz", dtype="float32", samples=tuple(samples))
+    return {"reference": reference, "more": files}
+
+
+def test_a_bundle_that_answers_as_the_reference_passes(make_bundle, manifest, answer_with):
+    answer_with(11)
+    report = check_bundle(Bundle.open(make_bundle(**make_samples(manifest))))
+    assert [row.reasons for row in report.rows] == [(), ()]
+    assert report.passed
+    assert [row.ratio for row in report.rows] == [0.5, 0.75]
+
+
+def test_a_bundle_with_an_extra_token_is_checked_with_it(
+    make_bundle, manifest, with_extra, answer_with
+):
+    answer_with(11)
+    changes = {**with_extra, **make_samples(dataclasses.replace(manifest, **with_extra))}
+    report = check_bundle(Bundle.open(make_bundle(**changes)))
+    assert [row.reasons for row in report.rows] == [(), ()]
+
+
+TILE_SIZES = ((16, 8), (8, 16))
+
+
+def test_every_bucket_is_checked_with_its_own_samples(make_bundle, manifest, tiled, answer_with):
+    backend = answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
+    report = check_bundle(Bundle.open(make_bundle(**tiled, **samples)))
+    assert [row.reasons for row in report.rows] == [()] * 4
+    assert report.passed
+    assert [(row.ratio, row.sample) for row in report.rows] == [
+        (0.5, "00-wide"),
+        (0.25, "00-wide"),
+        (0.5, "00-tall"),
+        (0.25, "00-tall"),
+    ]
+    assert [name for name, _ in backend.calls] == [
+        "vision-wide-7",
+        "vision-wide-11",
+        "vision-tall-8",
+        "vision-tall-12",
+    ]
+
+
+def test_a_difference_in_one_bucket_is_told_of_it_alone(make_bundle, manifest, tiled, answer_with):
+    answer_with(11)
+    changed_manifest = dataclasses.replace(manifest, **tiled)
+    samples = make_samples(changed_manifest, sizes=TILE_SIZES, wrong=[(0.25, "tall")])
+    report = check_bundle(Bundle.open(make_bundle(**tiled, **samples)))
+    assert [row.passed for row in report.rows] == [True, True, True, False]
+    assert report.rows[3].reasons == ("answers part at token 0",)
+
+
+def test_a_bucket_without_samples_cannot_be_checked(make_bundle, manifest, tiled, answer_with):
+    answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
+    known = samples["reference"].samples
+    samples["reference"] = dataclasses.replace(
+        samples["reference"], samples=tuple(each for each in known if each.key != "00-tall/kept-8")
+    )
+    bundle = Bundle.open(make_bundle(**tiled, **samples))
+    with pytest.raises(CheckError, match=r"at ratio 0\.5 for pictures of tall; export again"):
+        check_bundle(bundle)
+
+
+def test_check_as_json_has_a_row_for_every_bucket_and_ratio(
+    make_bundle, manifest, tiled, answer_with, capsys
+):
+    answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
+    assert main(["check", str(make_bundle(**tiled, **samples)), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["sample"], row["ratio"], row["passed"]) for row in rows] == [
+        ("00-wide", 0.5, True),
+        ("00-wide", 0.25, True),
+        ("00-tall", 0.5, True),
+        ("00-tall", 0.25, True),
+    ]

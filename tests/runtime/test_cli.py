@@ -5,11 +5,10 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from gap_runtime import __version__, grounder
+from gap_runtime import __version__
 from gap_runtime.cli import main
 
 
@@ -18,60 +17,6 @@ def picture(tmp_path):
     path = tmp_path / "photo.png"
     Image.new("RGB", (40, 20), (200, 200, 200)).save(path)
     return path
-
-
-class FakeVision:
-    def __init__(self, kept):
-        self.kept = kept
-
-    def run(self, pixels):
-        assert pixels.shape == (1, 3, 8, 8)
-        return {
-            "visual_tokens": np.zeros((1, self.kept, 2), np.float32),
-            "kept_index": np.arange(self.kept)[None],
-            "position_ids": np.arange(8 + self.kept)[None],
-        }
-
-
-class FakeDecoder:
-    """Answers with one token and stops."""
-
-    def __init__(self, token):
-        self.tokens = [token, 10]
-
-    def run(self, embeddings, position_ids, write_slot, logits_row):
-        assert embeddings.shape[:2] == position_ids.shape
-        assert write_slot >= 0
-        assert logits_row >= 0
-        logits = np.zeros(12, np.float32)
-        logits[self.tokens.pop(0)] = 1
-        return logits
-
-
-class FakeBackend:
-    """A backend whose decoder says the word for a box, or another."""
-
-    def __init__(self, token):
-        self.token = token
-
-    def open_vision(self, bundle, stage, device):
-        assert bundle.manifest.name == "tiny-8of16"
-        assert device == ""
-        return FakeVision(stage.kept)
-
-    def open_decoder(self, bundle, stage, device):
-        assert stage.role == "decoder"
-        assert (bundle.manifest.opset, device) == (24, "")
-        return FakeDecoder(self.token)
-
-
-@pytest.fixture
-def answer_with(monkeypatch):
-    def patch(token):
-        backend = FakeBackend(token)
-        monkeypatch.setattr(grounder, "open_backend", lambda name: (backend, name[:0]))
-
-    return patch
 
 
 def missing_image(folder, tmp_path):
@@ -93,7 +38,7 @@ def no_bundle(_folder, tmp_path):
 
 
 def newer_schema(folder, _tmp_path):
-    (folder / "manifest.json").write_text('{"schema": 2}', encoding="utf-8")
+    (folder / "manifest.json").write_text('{"schema": 3}', encoding="utf-8")
     return ["info", folder]
 
 
@@ -239,7 +184,8 @@ def test_info_has_the_fields_that_others_rely_on(make_bundle, capsys):
     main(["info", str(make_bundle()), "--json"])
     data = json.loads(capsys.readouterr().out)
     assert data["layout"]["prefix"] == 1
-    assert data["layout"]["patches"] == 16
+    assert data["ratios"][0]["patches"] == 16
+    assert data["buckets"][0]["grids"] == [[4, 4]]
     assert data["layout"]["suffix"] == 7
     assert data["layout"]["answer"] == 5
     stages = [(stage["file"], stage["ratio"]) for stage in data["stages"]]
@@ -257,6 +203,45 @@ def test_info_for_people_names_what_there_is(make_bundle, capsys):
     assert "vision-4.onnx" in out
     assert "5 files" in out
     assert "0 reference answers" in out
+
+
+def test_info_for_people_names_buckets(make_bundle, tiled, capsys):
+    assert main(["info", str(make_bundle(**tiled))]) == 0
+    out = capsys.readouterr().out
+    assert "ratio 0.5 (wide): keeps 7 of 14\n" in out
+    assert "ratio 0.25 (tall): keeps 12 of 16\n" in out
+    assert "vision-tall-12.onnx" in out
+
+
+def test_info_for_people_names_extra_tokens(make_bundle, with_extra, capsys):
+    assert main(["info", str(make_bundle(**with_extra))]) == 0
+    out = capsys.readouterr().out
+    assert "ratio 0.5: keeps 8 of 16 and 1 made of the rest\n" in out
+    assert "ratio 0.75: keeps 4 of 16\n" in out
+
+
+def test_picture_of_no_bucket_is_one_line_that_names_the_setting(
+    make_bundle, tiled, answer_with, tmp_path, capsys
+):
+    answer_with(11)
+    path = tmp_path / "square.png"
+    Image.new("RGB", (40, 40)).save(path)
+    assert main(["ground", str(make_bundle(**tiled)), str(path), "mug", "--json"]) == 2
+    said = capsys.readouterr()
+    error = json.loads(said.out)["error"]
+    assert error["kind"] == "input"
+    assert "export with --set image.canvas=16x16/40:40" in error["message"]
+    assert said.err.count("\n") == 1
+
+
+def test_ground_of_tiles(make_bundle, tiled, picture, answer_with, capsys):
+    answer_with(11)
+    command = ["ground", str(make_bundle(**tiled)), str(picture), "mug", "--ratio", "0.25"]
+    assert main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["ratio"], data["kept"], data["patches"]) == (0.25, 11, 14)
+    # 40x20, and the box is of the picture, not of a square around it.
+    assert data["boxes"] == [[10, 5, 30, 10]]
 
 
 def test_ground_as_json(make_bundle, picture, answer_with, capsys):

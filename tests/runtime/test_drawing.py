@@ -8,6 +8,7 @@ from PIL import Image
 
 from gap_runtime.boxes import Box
 from gap_runtime.drawing import BOX_COLOUR, draw_grounding, draw_panels
+from gap_runtime.errors import InputError
 
 GREY = (200, 200, 200)
 # 170/255 of the shade (16, 18, 28) over grey 200.
@@ -72,6 +73,79 @@ def test_stretched_pictures_have_no_padding(manifest):
     painted = draw(stretched, size=(480, 240), kept_index=ALL[1:])
     assert is_shaded(painted[30, 60])
     assert is_grey(painted[90, 60])
+
+
+@pytest.fixture
+def tiles(manifest, tiled):
+    """Pictures twice as wide as high show a mosaic of 2x4, tall ones one of 4x2."""
+    return dataclasses.replace(manifest, **tiled)
+
+
+# Of the wide bucket: four tokens of the whole view, then two rows of four and a newline.
+MOSAIC = (4, 5, 6, 7, 9, 10, 11, 12)
+WIDE = tuple(range(14))
+
+
+def test_of_several_grids_the_last_one_is_shaded(tiles):
+    removed = {5, 7, 9, 12}
+    kept = tuple(token for token in WIDE if token not in removed)
+    painted = draw(tiles, size=(480, 240), kept_index=kept)
+    for place, token in enumerate(MOSAIC):
+        row, column = divmod(place, 4)
+        if (row, column) == (1, 0):
+            continue  # where the label lies
+        colour = painted[row * 120 + 60, column * 120 + 60]
+        assert is_shaded(colour) if token in removed else is_grey(colour), token
+
+
+def test_each_token_of_the_last_grid_is_shaded_in_its_place(tiles):
+    for place, token in enumerate(MOSAIC):
+        kept = tuple(other for other in WIDE if other != token)
+        painted = draw(tiles, size=(480, 240), phrase="", kept_index=kept)
+        row, column = divmod(place, 4)
+        for y in (0, 1):
+            for x in range(4):
+                # High enough in a token that the label, at the foot, hides none.
+                colour = painted[y * 120 + 30, x * 120 + 60]
+                assert is_shaded(colour) if (y, x) == (row, column) else is_grey(colour)
+
+
+def test_tokens_of_the_whole_view_shade_nothing(tiles):
+    painted = draw(tiles, size=(480, 240), kept_index=(*MOSAIC, 8, 13))
+    assert (painted[:190] == GREY).all()
+
+
+def test_newlines_shade_nothing(tiles):
+    kept = tuple(token for token in WIDE if token not in {8, 13})
+    painted = draw(tiles, size=(480, 240), kept_index=kept)
+    assert (painted[:190] == GREY).all()
+
+
+def test_bucket_of_the_picture_decides_its_grid(tiles):
+    # Tall: 4x2, with newlines at 6, 9, 12 and 15; token 7 is the first of the second row.
+    kept = tuple(token for token in range(16) if token != 7)
+    painted = draw(tiles, size=(240, 480), kept_index=kept)
+    for y in range(3):
+        for x in (0, 1):
+            colour = painted[y * 120 + 60, x * 120 + 60]
+            assert is_shaded(colour) if (y, x) == (1, 0) else is_grey(colour)
+
+
+def test_fixed_tokens_before_a_single_grid_shift_it(manifest):
+    bucket = dataclasses.replace(manifest.buckets[0], fixed=(0, 5))
+    marked = dataclasses.replace(manifest, buckets=(bucket,))
+    # 18 tokens: 0 and 5 show nothing, so token 6 is the fifth patch.
+    kept = tuple(token for token in range(18) if token not in {0, 5, 6})
+    painted = draw(marked, kept_index=kept)
+    for patch in range(12):
+        row, column = divmod(patch, 4)
+        colour = painted[row * 120 + 60, column * 120 + 60]
+        assert is_shaded(colour) if patch == 4 else is_grey(colour), patch
+
+
+def test_picture_of_no_bucket_is_not_painted(tiles):
+    with pytest.raises(InputError, match=r"--set image\.canvas=16x16/480:480"):
+        draw(tiles, size=(480, 480))
 
 
 def test_box_is_outlined_in_its_colour(manifest):

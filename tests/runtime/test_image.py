@@ -9,9 +9,19 @@ import pytest
 from PIL import Image
 
 from gap_runtime import image
-from gap_runtime.errors import GapError, InputError
-from gap_runtime.image import load_picture, make_pixels, pad_to_square, to_rgb
-from gap_runtime.manifest import Preprocess
+from gap_runtime.anyres import choose_canvas, mosaic_grid, newline_index
+from gap_runtime.errors import BundleError, GapError, InputError
+from gap_runtime.image import (
+    find_bucket,
+    fitting_size,
+    load_picture,
+    make_pixels,
+    pad_to_square,
+    to_rgb,
+)
+from gap_runtime.manifest import Bucket, Preprocess
+
+ONE = Bucket(name="", canvas=None, grids=((2, 2),), strip=1, fixed=())
 
 COLOURS = np.array(
     [
@@ -246,7 +256,7 @@ def test_thin_picture_that_would_be_padded_to_a_bomb_is_refused(tmp_path, monkey
     monkeypatch.setattr(image, "MAX_PIXELS", 10_000)
     path = save(tmp_path, Image.new("RGB", (200, 2)))
     with pytest.raises(InputError, match="pixels"):
-        make_pixels(load_picture(path), make_spec(side=4))
+        make_pixels(load_picture(path), make_spec(side=4), ONE)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +288,7 @@ def make_spec(**changes):
         "fill": (0, 51, 255),
         "mean": (0.5, 0.25, 0.0),
         "std": (0.5, 0.25, 2.0),
+        "canvases": (),
     }
     return Preprocess(**{**values, **changes})
 
@@ -286,7 +297,7 @@ def test_pixels_are_scaled_and_normalized_by_channel():
     picture = np.array(
         [[[0, 0, 0], [255, 255, 255]], [[51, 102, 153], [255, 0, 51]]], dtype=np.uint8
     )
-    pixels = make_pixels(Image.fromarray(picture), make_spec())
+    pixels = make_pixels(Image.fromarray(picture), make_spec(), ONE)
     red = [[-1, 1], [-0.6, 1]]  # (v / 255 - 0.5) / 0.5
     green = [[-1, 3], [0.6, -1]]  # (v / 255 - 0.25) / 0.25
     blue = [[0, 0.5], [0.3, 0.1]]  # v / 255 / 2
@@ -294,7 +305,7 @@ def test_pixels_are_scaled_and_normalized_by_channel():
 
 
 def test_pixels_are_a_contiguous_float32_batch(noise):
-    pixels = make_pixels(noise, make_spec(side=7))
+    pixels = make_pixels(noise, make_spec(side=7), ONE)
     assert pixels.shape == (1, 3, 7, 7)
     assert pixels.dtype == np.float32
     assert pixels.flags["C_CONTIGUOUS"]
@@ -302,26 +313,176 @@ def test_pixels_are_a_contiguous_float32_batch(noise):
 
 def test_padding_has_the_fill_colour_in_pixels():
     # 1 wide, 2 high: the picture is the left column, the fill is the right one.
-    pixels = make_pixels(Image.new("RGB", (1, 2), (255, 255, 255)), make_spec())
+    pixels = make_pixels(Image.new("RGB", (1, 2), (255, 255, 255)), make_spec(), ONE)
     assert pixels[0, :, 0, 0] == pytest.approx([1, 3, 0.5], abs=1e-6)
     assert pixels[0, :, 1, 1] == pytest.approx([-1, -0.2, 0.5], abs=1e-6)
 
 
 def test_stretch_mode_does_not_pad():
-    pixels = make_pixels(Image.new("RGB", (1, 2), (255, 255, 255)), make_spec(mode="stretch"))
+    picture = Image.new("RGB", (1, 2), (255, 255, 255))
+    pixels = make_pixels(picture, make_spec(mode="stretch"), ONE)
     assert pixels[0, 0] == pytest.approx(np.ones((2, 2)), abs=1e-6)
 
 
 def test_unknown_mode_is_refused(noise):
-    with pytest.raises(GapError, match="mode 'crop' is unknown; have pad, stretch"):
-        make_pixels(noise, make_spec(mode="crop"))
+    with pytest.raises(GapError, match="mode 'crop' is unknown; have pad, stretch, anyres"):
+        make_pixels(noise, make_spec(mode="crop"), ONE)
 
 
 def test_resizing_is_bicubic():
     step = np.repeat(np.array([[100, 100, 200, 200]], dtype=np.uint8), 4, axis=0)
     picture = Image.fromarray(np.stack([step] * 3, axis=-1))
     spec = make_spec(side=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    row = make_pixels(picture, spec)[0, 0, 8] * 255
+    row = make_pixels(picture, spec, ONE)[0, 0, 8] * 255
     # A cubic overshoots on both sides of a step, a linear filter never does.
     assert row.min() < 98
     assert row.max() > 202
+
+
+CANVASES = ((672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336))
+"""(width, height), in the order of a published model's list."""
+
+
+def make_tiles_spec(side=336, canvases=CANVASES):
+    return make_spec(mode="anyres", side=side, canvases=canvases)
+
+
+def make_bucket(canvas, mosaic, tile_grid=24):
+    name = f"{canvas[0]}x{canvas[1]}-{mosaic[0]}x{mosaic[1]}"
+    return Bucket(
+        name=name,
+        canvas=canvas,
+        grids=((tile_grid, tile_grid), mosaic),
+        strip=1,
+        fixed=newline_index(mosaic, tile_grid),
+    )
+
+
+def test_tiles_are_the_views_of_a_buckets_canvas():
+    spec = make_spec(mode="anyres", side=4, canvases=((8, 4), (4, 8)))
+    picture = Image.new("RGB", (8, 4), (255, 255, 255))
+    pixels = make_pixels(picture, spec, make_bucket((8, 4), (2, 4), 2))
+    assert pixels.shape == (1, 3, 3, 4, 4)
+    assert pixels.dtype == np.float32
+    assert pixels[0, :, :, 0, 0] == pytest.approx(np.array([[1, 3, 0.5]] * 3), abs=1e-6)
+    # Of the other canvas half is black.
+    other = make_pixels(picture, spec, make_bucket((4, 8), (4, 2), 2))
+    assert other[0, 1, :, 0, 0] == pytest.approx([-1, -1, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["pad", "stretch"])
+@pytest.mark.parametrize("size", [(1, 1), (640, 480), (3, 999)])
+def test_without_tiles_every_picture_has_the_one_bucket(mode, size):
+    assert find_bucket(size, make_spec(mode=mode), (ONE,)) is ONE
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        ((640, 480), "672x672-36x48"),
+        ((1280, 960), "672x672-36x48"),
+        ((480, 640), "672x672-48x36"),
+        # Too small to need four tiles.
+        ((320, 240), "672x336-24x32"),
+        ((1008, 336), "1008x336-24x72"),
+    ],
+)
+def test_bucket_is_that_of_the_pictures_canvas_and_mosaic(size, name):
+    buckets = tuple(
+        make_bucket(canvas, mosaic)
+        for canvas, mosaic in (
+            ((672, 672), (36, 48)),
+            ((672, 672), (48, 36)),
+            ((672, 336), (24, 32)),
+            ((1008, 336), (24, 72)),
+        )
+    )
+    assert find_bucket(size, make_tiles_spec(), buckets).name == name
+
+
+def test_picture_without_a_bucket_is_told_which_one_to_export():
+    buckets = (make_bucket((672, 672), (36, 48)), make_bucket((672, 336), (24, 32)))
+    with pytest.raises(InputError) as caught:
+        find_bucket((480, 640), make_tiles_spec(), buckets)
+    assert str(caught.value) == (
+        "a picture of 480x640 needs graphs for 48x36 tokens on a canvas of 672x672; have "
+        "672x672-36x48, 672x336-24x32; export with --set image.canvas=672x672/480:640, or crop "
+        "the picture to one of those"
+    )
+
+
+def test_same_mosaic_on_another_canvas_is_another_bucket():
+    # 24x24 on the canvas of two tiles over each other, not side by side.
+    bucket = make_bucket((336, 672), (24, 24))
+    with pytest.raises(InputError, match=r"--set image\.canvas=672x336/336:336"):
+        find_bucket((336, 336), make_tiles_spec(), (bucket,))
+
+
+@pytest.mark.parametrize("size", [(1000, 1), (1, 1000)])
+def test_picture_too_thin_for_any_bucket_is_told_so(size):
+    bucket = make_bucket((672, 672), (36, 48))
+    with pytest.raises(InputError, match="so thin that none of its tiles' tokens is left") as told:
+        find_bucket(size, make_tiles_spec(), (bucket,))
+    assert "image.canvas" not in str(told.value)
+
+
+@pytest.mark.parametrize("mode", ["pad", "stretch"])
+def test_without_tiles_a_square_fits(mode):
+    assert fitting_size(ONE, make_spec(mode=mode, side=7)) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("canvas", "mosaic", "size"),
+    [
+        ((672, 672), (36, 48), (672, 504)),
+        ((672, 336), (24, 32), (448, 336)),
+        ((1008, 336), (6, 72), (1008, 84)),
+        # 336x672 would go on the smaller canvas of that size, and 349x672 does not fit it.
+        ((672, 672), (48, 24), (349, 672)),
+        # A square that fits both canvases of two tiles goes on the first one.
+        ((336, 672), (24, 24), (336, 349)),
+    ],
+)
+def test_fitting_size_of_a_bucket(canvas, mosaic, size):
+    bucket = make_bucket(canvas, mosaic)
+    assert fitting_size(bucket, make_tiles_spec()) == size
+    assert find_bucket(size, make_tiles_spec(), (bucket,)) is bucket
+
+
+TILES = (
+    *(((2, 1), (1, 2), (2, 2), (1, 3), (3, 1)), ((1, 1),), ((1, 1), (2, 2), (3, 3), (4, 4))),
+    *(((3, 3), (1, 2), (2, 1), (5, 1), (1, 5)), ((4, 3), (3, 4), (2, 6), (6, 2), (1, 1), (12, 1))),
+)
+"""(columns, rows) of tiles of each canvas."""
+
+
+@pytest.mark.parametrize(
+    ("side", "tile_grid"), [(336, 24), (224, 16), (384, 27), (448, 32), (28, 2), (30, 5), (12, 6)]
+)
+@pytest.mark.parametrize("tiles", TILES, ids=range(len(TILES)))
+def test_picture_of_the_fitting_size_finds_its_own_bucket(tiles, side, tile_grid):
+    spec = make_tiles_spec(side, tuple((columns * side, rows * side) for columns, rows in tiles))
+    rng = np.random.default_rng(0)
+    drawn = np.exp(rng.uniform(0, np.log(5000), (400, 2))).astype(int).tolist()
+    around = [(width, round(width / ratio)) for width in (100, 999) for ratio in (0.5, 0.52, 2)]
+    met = {}
+    for size in [*map(tuple, drawn), *around, *spec.canvases]:
+        canvas = choose_canvas(size, spec.canvases)
+        mosaic = mosaic_grid(size, canvas, tile_grid, side)
+        if 0 not in mosaic:
+            met[canvas, mosaic] = size
+    assert len(met) >= (1 if tile_grid == 2 else 5)
+    buckets = tuple(make_bucket(canvas, mosaic, tile_grid) for canvas, mosaic in met)
+    for bucket, size in zip(buckets, met.values(), strict=True):
+        assert find_bucket(size, spec, buckets) is bucket
+        assert find_bucket(fitting_size(bucket, spec), spec, buckets) is bucket
+        picture = Image.new("RGB", (1, 1)).resize(fitting_size(bucket, spec))
+        assert picture.width <= bucket.canvas[0]
+        assert picture.height <= bucket.canvas[1]
+
+
+def test_bucket_that_no_picture_can_have_is_refused():
+    # Whatever is so narrow fits the canvas of two tiles over each other.
+    bucket = make_bucket((672, 672), (48, 20))
+    with pytest.raises(BundleError, match="no picture fits bucket '672x672-48x20'"):
+        fitting_size(bucket, make_tiles_spec())

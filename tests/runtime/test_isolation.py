@@ -57,7 +57,7 @@ sys.modules["onnxruntime"] = None
 from gap_runtime.backends import onnxruntime
 from gap_runtime.errors import BackendMissingError
 try:
-    onnxruntime.open_vision(None, None, "")
+    onnxruntime.open_stage(None, None, "")
 except BackendMissingError as error:
     print(error)
 """

@@ -34,21 +34,24 @@ _SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_row"
 _OPSET_24: Final = (1, 24)
 
 
-class OnnxVision:
-    """A vision graph in an onnxruntime session."""
+class OnnxStage:
+    """A vision or text graph in an onnxruntime session."""
 
     def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
         """Load the graph."""
         self._ort = _import_onnxruntime()
         self._session = _open_session(self._ort, bundle, stage, device)
+        self._role = stage.role
         self._names = [spec.name for spec in stage.outputs]
 
-    def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs by name for pixels float32 [1, 3, H, W]."""
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for the stage's inputs by name."""
         try:
-            values = self._session.run(self._names, {"pixels": pixels})
+            values = self._session.run(self._names, inputs)
         except _run_errors(self._ort) as error:
-            raise EngineError(f"onnxruntime could not run the vision graph: {error}") from error
+            raise EngineError(
+                f"onnxruntime could not run the {self._role} graph: {error}"
+            ) from error
         return dict(zip(self._names, values, strict=True))
 
 
@@ -123,9 +126,9 @@ class OnnxDecoder:
         return call
 
 
-def open_vision(bundle: Bundle, stage: Stage, device: str) -> OnnxVision:
-    """Load a vision graph."""
-    return OnnxVision(bundle, stage, device)
+def open_stage(bundle: Bundle, stage: Stage, device: str) -> OnnxStage:
+    """Load a vision or text graph."""
+    return OnnxStage(bundle, stage, device)
 
 
 def open_decoder(bundle: Bundle, stage: Stage, device: str) -> OnnxDecoder:
