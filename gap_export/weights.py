@@ -1,8 +1,8 @@
 """Weights from a checkpoint's files into a bundle, without ever holding them all.
 
-A graph's initializers point into safetensors files beside it. A tensor that has the wanted dtype
-is used as it lies in the checkpoint's own file, which is brought into the bundle whole; the
-others are converted one by one into a new safetensors file.
+A graph's initializers point into weight files beside it. A tensor that has the wanted dtype is
+used as it lies in the checkpoint's own file, which is brought into the bundle whole; the others
+are converted, or made of several, one by one into a new safetensors file.
 """
 
 from __future__ import annotations
@@ -10,37 +10,43 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Final
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
-from gap_export.checkpoint import Checkpoint, TensorLocation
-from gap_export.errors import CheckpointError, ExportError
+from gap_export.checkpoint import Checkpoint, TensorLocation, read_tensor
+from gap_export.errors import ExportError
+from gap_export.sources import TensorSource
 from gap_export.tracing import Traced
 from gap_runtime.display import format_bytes
 from gap_runtime.tensors import ITEM_BYTES, StoredTensor
 
 _FICLONE: Final = 0x40049409
 """Linux's request to share a file's blocks copy-on-write (reflink)."""
+_SCAN_BYTES: Final = 4 * 2**20
+_PIECE_VALUES: Final = 4 * 2**20
+"""Values that are made at a time: 16 MiB in float32."""
 _SAFETENSORS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NOT_FINITE: Final = "values that are no finite numbers; give the checkpoint as it was published"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightPlan:
-    """Where every tensor will lie: `shards` are brought as they are, `converted` rewritten."""
+    """Where every tensor will lie: `shards` are brought as they are, `made` written anew."""
 
     dtype: str
     placed: dict[str, StoredTensor]
     shards: dict[str, Path]
-    converted: tuple[TensorLocation, ...]
-    converted_file: str
+    made: dict[str, TensorSource]
+    made_file: str
 
     @property
     def size(self) -> int:
@@ -50,74 +56,68 @@ class WeightPlan:
     def file_sizes(self) -> dict[str, int]:
         """Size in bytes of every weight file of the bundle."""
         sizes = {name: path.stat().st_size for name, path in self.shards.items()}
-        if self.converted:
-            last = self.placed[self.converted[-1].key]
-            sizes[self.converted_file] = last.offset + last.length
+        if self.made:
+            last = self.placed[next(reversed(self.made))]
+            sizes[self.made_file] = last.offset + last.length
         return sizes
 
 
 def plan_weights(
     checkpoint: Checkpoint,
+    sources: dict[str, TensorSource],
     wanted: dict[str, tuple[int, ...]],
     *,
     dtype: str,
-    canonical_name: Callable[[str], str],
-    substitute: Callable[[str], str | None],
 ) -> WeightPlan:
     """Decide where every wanted tensor comes from and goes to.
 
     Args:
-        checkpoint: The index of tensors.
-        wanted: Shape of each tensor by canonical name.
+        checkpoint: The index of tensors, with its parts.
+        sources: Where each tensor of the model comes from.
+        wanted: Shape of each tensor that is needed.
         dtype: That the graphs want.
-        canonical_name: Canonical name of a checkpoint key.
-        substitute: Canonical name of the stand-in for a tensor that is missing.
-
-    Raises:
-        CheckpointError: A tensor is missing or has another shape than the config says.
     """
-    found = {canonical_name(key): tensor for key, tensor in checkpoint.tensors.items()}
-    sources: dict[str, TensorLocation] = {}
-    for name, shape in wanted.items():
-        stand_in = substitute(name) if name not in found else None
-        source = found.get(stand_in or name)
-        if source is None:
-            raise CheckpointError(
-                f"{checkpoint.folder}: tensor '{name}' is missing; found {len(found)} others; "
-                "is this a checkpoint of the configured family?"
-            )
-        if source.shape != shape:
-            raise CheckpointError(
-                f"{source.file.name}: tensor '{source.key}' has shape {list(source.shape)}, "
-                f"config.json asks for {list(shape)}"
-            )
-        sources[name] = source
-    # Named as in the checkpoint folder, not as in a blob store behind it.
-    names = {path.resolve(): path.name for path in checkpoint.folder.glob("*.safetensors")}
-    whole = {
-        file: names.get(file, file.name)
-        for file in sorted(_worthwhile_files(checkpoint, sources.values(), dtype))
-    }
-    converted = {s.key: s for s in sources.values() if s.dtype != dtype or s.file not in whole}
-    converted_file = f"weights-{dtype}.safetensors"
-    moved = _converted_places(converted.values(), dtype, converted_file)
+    used = {name: sources[name] for name in wanted}
+    assert all(used[name].shape == shape for name, shape in wanted.items())
+    names = _file_names(checkpoint)
+    whole = {file: names[file] for file in sorted(_worthwhile_files(used.values(), dtype))}
+    # A tensor that stands in under several names is written once.
+    first: dict[int | TensorLocation, str] = {}
+    made: dict[str, TensorSource] = {}
+    places: dict[str, str] = {}
+    for name, source in used.items():
+        if not (lies_ready(source, dtype) and source.inputs[0].file in whole):
+            identity = source.inputs[0] if source.make is None else id(source)
+            places[name] = first.setdefault(identity, name)
+            made[places[name]] = source
+    made_file = f"weights-{dtype}.safetensors"
+    new = _made_places(made, dtype, made_file)
     placed = {
-        name: moved[source.key]
-        if source.key in moved
+        name: new[places[name]]
+        if name in places
         else StoredTensor(
-            file=whole[source.file],
-            offset=source.offset,
+            file=whole[source.inputs[0].file],
+            offset=source.inputs[0].offset,
             dtype=dtype,
             shape=source.shape,
         )
-        for name, source in sources.items()
+        for name, source in used.items()
     }
     return WeightPlan(
         dtype=dtype,
-        placed=placed | moved,
+        placed=placed,
         shards={name: file for file, name in whole.items()},
-        converted=tuple(converted.values()),
-        converted_file=converted_file,
+        made=made,
+        made_file=made_file,
+    )
+
+
+def lies_ready(source: TensorSource, dtype: str) -> bool:
+    """Whether a tensor can be used as it lies in the checkpoint's own file."""
+    return (
+        source.make is None
+        and source.inputs[0].dtype == dtype
+        and source.inputs[0].strides is None
     )
 
 
@@ -157,6 +157,39 @@ def strip_stage(name: str) -> str:
     return name.partition(".")[2]
 
 
+def find_not_finite(sources: dict[str, TensorSource], stop: Event) -> dict[str, TensorLocation]:
+    """Tensors that hold NaN or infinity, by name, of those that are used as they lie.
+
+    Read in blocks, so that memory does not grow; cut short once `stop` is set.
+    """
+    found = {}
+    buffer = bytearray(_SCAN_BYTES)
+    for name, source in sources.items():
+        tensor = source.inputs[0]
+        if stop.is_set():
+            break
+        if tensor.dtype in _SAFETENSORS and not _is_finite(tensor, buffer):
+            found[name] = tensor
+    return found
+
+
+def _is_finite(tensor: TensorLocation, buffer: bytearray) -> bool:
+    with tensor.file.open("rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        left = tensor.length
+        while left:
+            size = file.readinto(memoryview(buffer)[: min(left, len(buffer))])
+            if not size:
+                raise ExportError(f"{tensor.file}: cut short during the export; export again")
+            left -= size
+            values = torch.frombuffer(buffer, dtype=getattr(torch, tensor.dtype))
+            # Both extremes are NaN where any value is.
+            least, most = torch.aminmax(values[: size // values.itemsize])
+            if not (torch.isfinite(least) and torch.isfinite(most)):
+                return False
+    return True
+
+
 def write_placeholders(plan: WeightPlan, folder: Path) -> None:
     """Empty files of the right sizes, so that graphs can be proved before bytes are moved."""
     for name, size in plan.file_sizes().items():
@@ -183,8 +216,8 @@ def bring_weights(plan: WeightPlan, folder: Path, mode: str) -> None:
             _link(source, target)
         else:
             clone_file(source, target)
-    if plan.converted:
-        _convert(plan, folder / plan.converted_file)
+    if plan.made:
+        _make(plan, folder / plan.made_file)
 
 
 def clone_file(source: Path, target: Path) -> None:
@@ -197,41 +230,47 @@ def clone_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _worthwhile_files(
-    checkpoint: Checkpoint, sources: Iterable[TensorLocation], dtype: str
-) -> set[Path]:
+def _file_names(checkpoint: Checkpoint) -> dict[Path, str]:
+    """Names of the checkpoint's files in the bundle, by their real place.
+
+    As in the checkpoint folder, not as in a blob store behind it; those of parts with the role.
+    """
+    names: dict[Path, str] = {}
+    for role, each in (("", checkpoint), *sorted(checkpoint.parts.items())):
+        shown = {path.resolve(): path.name for path in each.folder.iterdir() if path.is_file()}
+        for file in {tensor.file for tensor in each.tensors.values()} - set(names):
+            name = shown.get(file, file.name)
+            names[file] = f"{role}-{name}" if role else name
+    return names
+
+
+def _worthwhile_files(sources: Iterable[TensorSource], dtype: str) -> set[Path]:
     """Files of which at least half is used as it lies; out of others, tensors are copied."""
+    used = {source.inputs[0] for source in sources if lies_ready(source, dtype)}
     lengths: dict[Path, int] = {}
-    for tensor in checkpoint.tensors.values():
+    for tensor in used:
         lengths[tensor.file] = lengths.get(tensor.file, 0) + tensor.length
-    used = {source.key: source for source in sources if source.dtype == dtype}
-    for tensor in used.values():
-        lengths[tensor.file] -= 2 * tensor.length
-    return {tensor.file for tensor in used.values() if lengths[tensor.file] <= 0}
+    return {file for file, length in lengths.items() if 2 * length >= file.stat().st_size}
 
 
-def _converted_places(
-    tensors: Iterable[TensorLocation], dtype: str, file: str
-) -> dict[str, StoredTensor]:
-    """Where converted tensors will lie, by checkpoint key."""
-    tensors = list(tensors)
-    offset = len(_header(tensors, dtype))
+def _made_places(made: dict[str, TensorSource], dtype: str, file: str) -> dict[str, StoredTensor]:
+    """Where the tensors will lie that are written anew."""
+    offset = len(_header(made, dtype))
     places = {}
-    for tensor in tensors:
-        place = StoredTensor(file=file, offset=offset, dtype=dtype, shape=tensor.shape)
-        places[tensor.key] = place
-        offset += place.length
+    for name, source in made.items():
+        places[name] = StoredTensor(file=file, offset=offset, dtype=dtype, shape=source.shape)
+        offset += places[name].length
     return places
 
 
-def _header(tensors: list[TensorLocation], dtype: str) -> bytes:
+def _header(made: dict[str, TensorSource], dtype: str) -> bytes:
     """A safetensors header; the library can only write files that it holds in memory."""
     entries, offset = {}, 0
-    for tensor in tensors:
-        length = tensor.length // ITEM_BYTES[tensor.dtype] * ITEM_BYTES[dtype]
-        entries[tensor.key] = {
+    for name, source in made.items():
+        length = math.prod(source.shape) * ITEM_BYTES[dtype]
+        entries[name] = {
             "dtype": _SAFETENSORS[dtype],
-            "shape": list(tensor.shape),
+            "shape": list(source.shape),
             "data_offsets": [offset, offset + length],
         }
         offset += length
@@ -240,30 +279,66 @@ def _header(tensors: list[TensorLocation], dtype: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _convert(plan: WeightPlan, path: Path) -> None:
+def _make(plan: WeightPlan, path: Path) -> None:
+    """Write all tensors that are made anew, a few rows at a time."""
     wanted = getattr(torch, plan.dtype)
     with path.open("wb") as file:
-        file.write(_header(list(plan.converted), plan.dtype))
-        for tensor in plan.converted:
-            values = read_tensor(tensor)
-            changed = values.to(wanted)
-            lost = torch.isinf(changed) & torch.isfinite(values)
-            if lost.any():
-                wider = "bfloat16 or float32" if plan.dtype == "float16" else "float32"
-                raise ExportError(
-                    f"{tensor.file.name}: tensor '{tensor.key}' holds "
-                    f"{values[lost].abs().max():.3g}, more than {plan.dtype} can; "
-                    f"use --dtype {wider}"
-                )
-            file.write(changed.contiguous().view(torch.uint8).numpy().data)
+        file.write(_header(plan.made, plan.dtype))
+        for name, source in plan.made.items():
+            for part in _parts(source):
+                values = make_tensor(part)
+                _require_fit(plan, name, source, values)
+                file.write(values.to(wanted).contiguous().view(torch.uint8).numpy().data)
 
 
-def read_tensor(tensor: TensorLocation) -> torch.Tensor:
-    """One tensor's values; read, not mapped, so that its memory is given back."""
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        data = np.fromfile(file, dtype=np.uint8, count=tensor.length)
-    return torch.from_numpy(data).view(getattr(torch, tensor.dtype)).reshape(tensor.shape)
+def _parts(source: TensorSource) -> Iterator[TensorSource]:
+    """A tensor's rows in pieces of a size that memory hardly notices; whole where it must be."""
+    if not (source.cut and source.shape):
+        yield source
+        return
+    rows = max(1, _PIECE_VALUES // max(math.prod(source.shape[1:]), 1))
+    for start in range(0, source.shape[0], rows):
+        yield source.rows(start, min(start + rows, source.shape[0]))
+
+
+def _require_fit(plan: WeightPlan, name: str, source: TensorSource, values: torch.Tensor) -> None:
+    """Refuse values that are no numbers, or more than the dtype can hold."""
+    if not values.numel():
+        return
+    # Both extremes are NaN where any value is.
+    least, most = torch.aminmax(values)
+    largest = max(abs(float(least)), abs(float(most)))
+    if not (math.isfinite(float(least)) and math.isfinite(float(most))):
+        broken = _find_broken(source)
+        where, key = (broken.file.name, broken.key) if broken else (plan.made_file, name)
+        raise ExportError(f"{where}: tensor '{key}' holds {NOT_FINITE}")
+    # What rounds to more than the largest number becomes infinite.
+    if torch.isinf(torch.tensor(largest, dtype=torch.float64).to(getattr(torch, plan.dtype))):
+        wider = "bfloat16 or float32" if plan.dtype == "float16" else "float32"
+        key = source.inputs[0].key if source.make is None else name
+        files = ", ".join(sorted({each.file.name for each in source.inputs}))
+        raise ExportError(
+            f"{files}: tensor '{key}' holds {largest:.3g}, more than {plan.dtype} can; "
+            f"use --dtype {wider}"
+        )
+
+
+def _find_broken(source: TensorSource) -> TensorLocation | None:
+    """The input that is not finite; None where only what is made of them is not."""
+    for location in source.inputs:
+        if not torch.isfinite(read_tensor(location)).all():
+            return location
+    return None
+
+
+def make_tensor(source: TensorSource) -> torch.Tensor:
+    """A tensor's values, in the stored dtype where it is used as it lies, else in float32."""
+    values = [read_tensor(location) for location in source.inputs]
+    if source.make is None:
+        return values[0]
+    made = source.make(*(value.float() for value in values))
+    assert tuple(made.shape) == source.shape
+    return made
 
 
 def _require_space(plan: WeightPlan, folder: Path, mode: str) -> None:
