@@ -1,7 +1,9 @@
 # make setup   .venv with everything for use and development
 # make demo    export, check, ground and draw the embedded model
 # make test    lint, types, layers, tests, and the runtime alone in clean environments
+# make matrix  parity of every family, pruner and position mode (about half an hour)
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
+# make pruners accuracy of every pruner by ratio and position mode on the held-out split (about an hour)
 # make train   train the embedded model again (about an hour on two cores)
 
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,\
@@ -12,7 +14,7 @@ DEMO := build/demo
 SAMPLE := refshapes/samples/test-006.png
 PHRASE := the top yellow circle
 
-.PHONY: setup demo test lint unit device effect train clean
+.PHONY: setup demo test lint unit device matrix effect pruners train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -46,8 +48,14 @@ unit: $(STAMP)
 device: $(STAMP)
 	bash tests/device.sh
 
+matrix: $(STAMP)
+	$(BIN)/python -m pytest -m matrix
+
 effect: $(STAMP)
 	$(BIN)/python refshapes/effect.py --out build/effect.json
+
+pruners: $(STAMP)
+	$(BIN)/python refshapes/pruners.py
 
 train: $(STAMP)
 	$(BIN)/python refshapes/train.py

@@ -6,7 +6,9 @@ import argparse
 import logging
 import os
 import signal
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="gap (default), compact, permuted or permuted-compact; the last three are ablations",
     )
     parser.add_argument(
+        "--extra-token",
+        metavar="RULE",
+        help="place of the token that prumerge and trim make of what they remove: last-visual "
+        "(default), append, centroid or drop",
+    )
+    parser.add_argument(
         "--dtype", metavar="NAME", help="float32, float16 or bfloat16 (default: as stored)"
     )
     parser.add_argument("--target", default="cpu", metavar="NAME", help="machine (default: cpu)")
@@ -84,6 +92,7 @@ def read_config(model: str, options: argparse.Namespace) -> NamedConfig:
         "prune.ratios": options.ratio,
         "prune.strategy": options.pruner,
         "prune.positions": options.positions,
+        "prune.extra_token": options.extra_token,
         "dtype": options.dtype,
     }
     overrides |= {key: value for key, value in flags.items() if value is not None}
@@ -135,6 +144,13 @@ def _parser() -> ArgumentParser:
 
 
 def _main(arguments: Sequence[str]) -> int:
+    commands = {"positions": _positions, "calibrate": _calibrate}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return _export(arguments)
+
+
+def _export(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     _configure_logging(verbose=options.verbose)
 
@@ -144,9 +160,11 @@ def _main(arguments: Sequence[str]) -> int:
     named = read_config(options.model, options)
     with display.step("loading libraries"):
         from gap_export import pipeline  # noqa: PLC0415 - loads torch
+        from gap_export.placement import require_replaceable  # noqa: PLC0415
         from gap_export.plan import plan_export  # noqa: PLC0415
     plan = plan_export(make_request(named, options, options.out))
     if options.dry_run:
+        require_replaceable(plan.out)
         _show_plan(display, plan)
         print_json(_plan_facts(plan)) if options.json else print(plan.out)
         return 0
@@ -159,9 +177,134 @@ def _main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _survey_parser(name: str, summary: str) -> ArgumentParser:
+    """The options that the commands share which look at a model and export nothing."""
+    parser = ArgumentParser(
+        prog=f"gap-export {name}", allow_abbrev=False, description=summary, epilog=_EPILOG
+    )
+    parser.add_argument("model", metavar="MODEL", help="as for gap-export")
+    parser.add_argument("--pruner", metavar="NAME", help="what chooses the tokens that stay")
+    parser.add_argument("--checkpoint", metavar="DIR", help="as for gap-export")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="any key of the model file",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
+    return parser
+
+
+def _survey(options: argparse.Namespace, display: Display) -> ExportPlan:
+    """The plan of an export that is not made."""
+    _configure_logging(verbose=options.verbose)
+    for name in ("ratio", "positions", "extra_token", "dtype"):
+        if name not in options:
+            setattr(options, name, None)
+    named = read_config(options.model, options)
+    with display.step("loading libraries"):
+        from gap_export.plan import ExportRequest, plan_export  # noqa: PLC0415 - loads torch
+    return plan_export(
+        ExportRequest(named=named, target="cpu", out=None, weights="link", reference=False)
+    )
+
+
+def _positions(arguments: Sequence[str]) -> int:
+    parser = _survey_parser("positions", "show the position IDs of every mode side by side")
+    parser.add_argument("--ratio", type=float, action="append", metavar="R", help="as gap-export")
+    parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="prune this picture in PyTorch")
+    parser.add_argument("--phrase", default="the red mug", help="default: the red mug")
+    options = parser.parse_args(arguments)
+
+    from gap_runtime.display import Display  # noqa: PLC0415
+
+    display = Display()
+    plan = _survey(options, display)
+    from gap_export.mapping import map_modes, shorten  # noqa: PLC0415
+    from gap_runtime.display import print_table  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    mappings = map_modes(plan, options.phrase, options.image)
+    if options.json:
+        print_json(dump_record(mappings))
+        return 0
+    for each in mappings:
+        bucket = f" ({each.bucket})" if each.bucket else ""
+        extra = f" and {each.extra} made of the rest" if each.extra else ""
+        print_table(
+            f"ratio {each.ratio:g}{bucket}: {each.kept} of {each.patches} visual tokens{extra}, "
+            f"{each.example}",
+            ["", *(mode.mode for mode in each.modes)],
+            [
+                [name, *(shorten(getattr(mode, field)) for mode in each.modes)]
+                for name, field in (
+                    ("text before: IDs", "prefix_ids"),
+                    ("visual slots: tokens", "visual_slots"),
+                    ("visual slots: IDs", "visual_ids"),
+                    ("text after: IDs", "suffix_ids"),
+                )
+            ]
+            + [["first answer token: ID", *(str(mode.first_answer_id) for mode in each.modes)]],
+        )
+    return 0
+
+
+def _calibrate(arguments: Sequence[str]) -> int:
+    parser = _survey_parser("calibrate", "propose a fixed count for a pruner's adaptive rule")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="your pictures; with phrases where it holds samples.json, a list of {image, phrase}",
+    )
+    parser.add_argument("--phrase", help="for pruners that read one")
+    options = parser.parse_args(arguments)
+
+    from gap_runtime.display import Display  # noqa: PLC0415
+
+    display = Display()
+    plan = _survey(options, display)
+    from gap_export.calibration import calibrate  # noqa: PLC0415
+    from gap_runtime.display import print_table  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    with display.step("running the adaptive rule"):
+        found = calibrate(plan, options.images, options.phrase)
+    for line in found.skipped:
+        display.say(f"left out: {line}")
+    if options.json:
+        print_json(dump_record(found))
+        return 0
+    print_table(
+        f"{found.pruner} on {options.images}: visual tokens that its own rule keeps",
+        ["bucket", "pictures", "of", "least", "mean", "9 of 10 at most", "most", "export with"],
+        [
+            [
+                each.bucket or "all",
+                each.pictures,
+                each.patches,
+                each.least,
+                each.mean,
+                each.ninth_decile,
+                each.most,
+                f"--ratio {each.ratio_of_mean} (mean) or {each.ratio_of_ninth_decile}",
+            ]
+            for each in found.buckets
+        ],
+    )
+    return 0
+
+
 def _configure_logging(*, verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     if not verbose:
+        # Libraries' advice to who writes a config, which whoever exports one cannot follow.
+        warnings.simplefilter("ignore", FutureWarning)
         # Read by the libraries when they are imported, which happens later.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -190,14 +333,15 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
     from gap_runtime.display import format_bytes  # noqa: PLC0415
 
     layout = plan.layout
-    full = layout.at(layout.patches)
     rows = []
-    for ratio, kept in plan.pairs:
-        pruned = layout.at(kept)
+    for entry in plan.entries:
+        pruned = layout.at(entry)
+        full = layout.at(replace(entry, kept=entry.patches, extra=0))
+        extra = f" + {entry.extra}" if entry.extra else ""
         rows.append(
             [
-                f"{ratio:g}",
-                f"{kept} of {layout.patches}",
+                f"{entry.ratio:g}" + (f" ({entry.bucket})" if entry.bucket else ""),
+                f"{entry.kept}{extra} of {entry.patches}",
                 f"{full.prompt} -> {pruned.prompt}",
                 " -> ".join(
                     format_bytes(each.capacity * plan.cache_bytes_per_slot)
@@ -215,7 +359,7 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
         f"prompt: {layout.prefix} text + visual + up to {layout.suffix} text; answer up to "
         f"{layout.answer}; the graph's cache has {layout.capacity} slots"
     )
-    most = full.positions
+    most = max(layout.at(entry).positions for entry in plan.entries)
     if most > plan.spec.max_positions:
         display.say(
             f"note: the longest prompt and answer reach position {most - 1}; the model was made "
@@ -229,14 +373,11 @@ def _plan_facts(plan: ExportPlan) -> dict[str, Any]:
 
     return {
         "bundle": str(plan.out),
-        "ratios": [
-            {"ratio": ratio, "kept": kept, "patches": plan.layout.patches}
-            for ratio, kept in plan.pairs
-        ],
+        "ratios": dump_record(plan.entries),
         "layout": dump_record(plan.layout),
         "dtype": plan.dtype,
         "checkpoint": str(plan.checkpoint.folder),
-        "weights_bytes": sum(tensor.length for tensor in plan.checkpoint.tensors.values()),
+        "weights_bytes": plan.weights_bytes,
         "cache_bytes": plan.layout.capacity * plan.cache_bytes_per_slot,
         "config": dump_record(plan.request.named.config),
     }

@@ -12,13 +12,14 @@ from typing import Any, Final
 
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
 from gap_runtime.layout import count_kept
-from gap_runtime.prompt import PHRASE_FIELD
+from gap_runtime.prompt import IMAGE_FIELD, PHRASE_FIELD
 from gap_runtime.records import load_record
 from gap_runtime.registry import describe_unknown, list_plugins
 
 POSITION_MODES: Final = ("gap", "compact", "permuted", "permuted-compact")
-IMAGE_FIELD: Final = "<image>"
-"""Stands for the image token in a template, whatever the tokenizer calls it."""
+EXTRA_RULES: Final = ("last-visual", "append", "centroid", "drop")
+BOX_FRAMES: Final = ("padded-square", "original")
+PHRASE_SOURCES: Final = ("clip", "embeddings")
 DTYPES: Final = ("float32", "float16", "bfloat16")
 DIALECT: Final = "native"
 OPSET: Final = 24
@@ -29,13 +30,18 @@ OPSET: Final = 24
 class PruneConfig:
     """Which visual tokens stay, and with which position IDs.
 
-    `ratios` are shares to remove, in [0, 1). `seed` is for strategies that draw.
+    `ratios` are shares to remove, in [0, 1). `seed` is for strategies that draw. `extra_token`
+    is where the token goes that a strategy makes of the removed ones. `phrase` is what those that
+    read the phrase compare with: CLIP's text tower (`clip`) or the language model's own token
+    `embeddings`; the family's own where it is null.
     """
 
     strategy: str = "cls_attention"
     ratios: tuple[float, ...] = (0.5,)
     positions: str = "gap"
     seed: int = 0
+    extra_token: str = "last-visual"
+    phrase: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,32 @@ class PromptConfig:
     prefix: int | None = None
     suffix: int | None = None
     answer: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """Picture sizes, for families whose number of visual tokens depends on them.
+
+    `canvas` lists canvases in pixels, each with the aspect of the pictures on it where that is
+    another one: `672x672/4:3,336x672`. One vision graph is made for each.
+    """
+
+    canvas: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """Facts about a vision tower whose file does not tell them; the family's own where null."""
+
+    heads: int | None = None
+    side: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxConfig:
+    """The frame of the answers' boxes, `padded-square` or `original`; the family's own if null."""
+
+    frame: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +108,22 @@ class TargetConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig:
-    """Everything that decides an export. `checkpoint` is a folder or a hub id."""
+    """Everything that decides an export. `checkpoint` is a folder, a file or a hub id.
+
+    `parts` are further checkpoints that the model is made of, by role: folders, files or hub
+    ids; looked for in the checkpoint's folder and beside it too.
+    """
 
     family: str
     checkpoint: str
     revision: str | None = None
     dtype: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    box: BoxConfig = field(default_factory=BoxConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
 
 
@@ -146,8 +186,13 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def count_ratios(config: PruneConfig, patches: int) -> list[tuple[float, int]]:
+def count_ratios(config: PruneConfig, patches: int, fixed: int = 0) -> list[tuple[float, int]]:
     """Each ratio with its kept count, in the order given.
+
+    Args:
+        config: The ratios.
+        patches: Visual tokens before pruning.
+        fixed: How many of them cannot be removed.
 
     Raises:
         ConfigError: A ratio cannot be used, or two come to the same count.
@@ -155,6 +200,11 @@ def count_ratios(config: PruneConfig, patches: int) -> list[tuple[float, int]]:
     pairs: list[tuple[float, int]] = []
     for ratio in config.ratios:
         kept = count_kept(patches, ratio)
+        if kept <= fixed:
+            raise ConfigError(
+                f"ratio {ratio:g} keeps {kept} of {patches} visual tokens, of which {fixed} mark "
+                f"the ends of rows and stay; use at most {(patches - fixed - 1) / patches:.4g}"
+            )
         for other, count in pairs:
             if count == kept:
                 raise ConfigError(
@@ -189,7 +239,7 @@ def _find(model: str) -> tuple[str, dict[str, Any], str]:
         return model, _read_model_file(path), path.name
     folder = Path(model).expanduser()
     if folder.is_dir():
-        data = {"family": _detect_family(folder), "checkpoint": str(folder)}
+        data = {"family": resolve_family(folder), "checkpoint": str(folder)}
         return folder.resolve().name, data, str(folder)
     if model.startswith((".", "/", "~")):
         raise ConfigError(f"{model}: no such folder")
@@ -220,14 +270,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RecordError(f"{path}: not valid TOML ({error})") from error
 
 
-def _detect_family(folder: Path) -> str:
+def resolve_family(folder: Path) -> str:
     """The family that the `model_type` of a folder's config.json names."""
     path = folder / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{folder}: no config.json in it; give a Hugging Face checkpoint folder"
+            f"{folder}: no config.json in it that tells the family; give the model's name and the "
+            f"folder: gap-export NAME --checkpoint {folder} (NAME: {', '.join(list_configs())})"
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
@@ -237,11 +288,6 @@ def _detect_family(folder: Path) -> str:
     if family not in names:
         raise UnknownNameError(f"{path}: {describe_unknown('model_type', found, names)}")
     return family
-
-
-def resolve_family(folder: Path, configured: str) -> str:
-    """The configured family, or where there is none the one that the folder names."""
-    return configured or _detect_family(folder)
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
@@ -257,6 +303,11 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 def _require_usable(config: ExportConfig, where: str) -> None:
     """Reject values that no model could use."""
     _require_one("prune.positions", config.prune.positions, POSITION_MODES, where)
+    _require_one("prune.extra_token", config.prune.extra_token, EXTRA_RULES, where)
+    if config.prune.phrase is not None:
+        _require_one("prune.phrase", config.prune.phrase, PHRASE_SOURCES, where)
+    if config.box.frame is not None:
+        _require_one("box.frame", config.box.frame, BOX_FRAMES, where)
     if config.dtype is not None:
         _require_one("dtype", config.dtype, DTYPES, where)
     strategies = list_plugins("gap_export.pruners")
@@ -272,6 +323,8 @@ def _require_usable(config: ExportConfig, where: str) -> None:
         ("prompt.prefix", config.prompt.prefix, 0),
         ("prompt.suffix", config.prompt.suffix, 1),
         ("prompt.answer", config.prompt.answer, 1),
+        ("vision.heads", config.vision.heads, 1),
+        ("vision.side", config.vision.side, 1),
     ):
         if count is not None and count < least:
             raise ConfigError(f"{where}: {key} is {count}, expected at least {least}")

@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
 
 from gap_export.checkpoint import Checkpoint
-from gap_export.features import EagerVision, Feature
-from gap_runtime.manifest import BoxFormat, Preprocess
+from gap_export.config import ExportConfig
+from gap_export.features import EagerVision, Feature, Geometry
+from gap_export.sources import TensorSource
+from gap_runtime.manifest import BoxFormat, Bucket, Preprocess
 
-# B batch (1), N patches, C vision width, D decoder width, S rows, V vocabulary.
+# B batch (1), N patches, K kept, F fixed tokens, C patch width, D decoder width, S rows,
+# V vocabulary, L text tokens, W text width.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """CLIP's text tower: `tokenizer` is the folder of its tokenizer, `length` its tokens."""
+
+    tokenizer: Path
+    length: int
+    end_id: int
+    width: int
+    library_config: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The facts about one checkpoint that the rest of the export works with.
 
-    `library_config` is the family's own business. `max_positions` is the number of position
-    IDs that the decoder was trained with.
+    `features` are the by-products that the tower gives, each with its sizes behind the patches.
+    `image_text` is what stands for the picture in a prompt and `image_token_id` the one token of
+    it that the visual tokens replace; both are None where the texts before and after the picture
+    are encoded apart. `text` is CLIP's text tower where the checkpoint has one.
+    `max_positions` is the number of position IDs that the decoder was trained with.
+    `library_config` is the family's own business.
     """
 
-    grid: tuple[int, int]
-    image_side: int
+    buckets: tuple[Bucket, ...]
     vision_width: int
+    features: dict[Feature, tuple[int, ...]]
+    text: TextSpec | None
     width: int
     layers: int
     cache_heads: int
     head_dim: int
     vocabulary: int
     max_positions: int
-    image_token_id: int
+    tokenizer: Path
+    image_text: str | None
+    image_token_id: int | None
     stop_ids: tuple[int, ...]
     preprocess: Preprocess
     box: BoxFormat
@@ -40,26 +63,38 @@ class ModelSpec:
     prefix: int
     library_config: Any
 
-    @property
-    def patches(self) -> int:
-        """Visual tokens before pruning."""
-        return self.grid[0] * self.grid[1]
+
+def geometry_of(bucket: Bucket) -> Geometry:
+    """Where the tokens of a bucket lie that may be removed."""
+    return Geometry(grids=bucket.grids, strip=bucket.strip)
 
 
 class EagerModel(Protocol):
     """A loaded checkpoint in PyTorch, run plainly, for the reference."""
 
     def make_pixels(self, picture: Image.Image) -> Tensor:
-        """Pixels [B, 3, H, W] of an RGB picture, by the library's own processor."""
+        """Pixels of an RGB picture, by the library's own processor where there is one."""
 
-    def look(self, pixels: Tensor) -> EagerVision:
-        """All hidden states and attention maps of the vision tower."""
+    def look(self, pixels: Tensor, bucket: Bucket) -> EagerVision:
+        """All that pruners may ask for of a picture."""
 
-    def project(self, vision: EagerVision) -> Tensor:
-        """All visual tokens [N, D]."""
+    def read_phrase(self, phrase: str) -> Tensor:
+        """Text features [W] of a phrase, by CLIP's own text tower."""
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token IDs by the library's own tokenizer."""
+    def text_patches(self, vision: EagerVision) -> Tensor:
+        """Patches [N, W] in the space of CLIP's text features."""
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Visual tokens [K, D] of patches [K, C]."""
+
+    def fixed_tokens(self, bucket: Bucket) -> Tensor:
+        """The tokens that are never removed, [F, D]."""
+
+    def encode(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Token IDs before and after the picture, by the library's own tokenizer."""
+
+    def encode_phrase(self, phrase: str) -> list[int]:
+        """Token IDs of a phrase alone, without special tokens."""
 
     def decode(self, token_ids: list[int]) -> str:
         """Text without special tokens."""
@@ -80,26 +115,39 @@ class Family(Protocol):
     EMBEDDING: str
     """Canonical name of the token embedding table."""
 
-    FEATURES: frozenset[Feature]
-    """Features that the tower can give to a pruner."""
+    PARTS: Mapping[str, str]
+    """Further checkpoints that the family can read, by role, each with where it usually is."""
 
-    def read_spec(self, checkpoint: Checkpoint) -> ModelSpec:
+    PHRASE: str
+    """What pruners that read the phrase compare with: `clip` or `embeddings`."""
+
+    def find_parts(self, checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
+        """Those of them that this checkpoint needs; `text` says whether a phrase is to be read."""
+
+    def read_spec(self, checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         """Read the checkpoint's config."""
 
-    def canonical_name(self, key: str) -> str:
-        """Name of a tensor in the traced modules, from its key in any known file layout."""
+    def find_weights(self, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
+        """Where every tensor comes from, by its name in the modules built here.
 
-    def substitute(self, name: str, spec: ModelSpec) -> str | None:
-        """Canonical name of the tensor that stands in for a missing one (tied weights)."""
+        Raises:
+            CheckpointError: A tensor is missing, misshapen or not known to the family.
+        """
 
-    def build_tower(self, spec: ModelSpec, needs: frozenset[Feature]) -> nn.Module:
-        """Pixels to patch features [B, N, C] and the features that a pruner needs."""
+    def build_tower(self, spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
+        """Pixels to patches [B, N, C] before the projector, and {Feature: by-product}."""
 
-    def fill_constants(self, tower: nn.Module) -> None:
-        """Give values to the tower's buffers that no checkpoint holds."""
+    def fill_constants(self, module: nn.Module) -> None:
+        """Give values to the buffers of a tower that no checkpoint holds."""
 
     def build_projector(self, spec: ModelSpec) -> nn.Module:
-        """Patch features [B, K, C] to visual tokens [B, K, D]."""
+        """Patches [B, K, C] to visual tokens [B, K, D]."""
+
+    def build_fixed_tokens(self, spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
+        """Nothing to the tokens that are never removed [B, F, D]; None where there are none."""
+
+    def build_text_tower(self, spec: ModelSpec) -> nn.Module:
+        """Token IDs int64 [B, L] of a phrase to text features float32 [B, W]."""
 
     def build_decoder(self, spec: ModelSpec, tables: tuple[Tensor, ...]) -> nn.Module:
         """The decoder; see gap_export.graph.decoder for its inputs and outputs."""

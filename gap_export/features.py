@@ -6,6 +6,7 @@ asks for, a pruner sees neither the family nor the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -14,62 +15,168 @@ from torch import Tensor
 
 from gap_export.config import PruneConfig
 
-# B batch (1), N patches, K kept, C vision width.
+# B batch (1), N visual tokens that may be removed, P patches (N times the strip), K kept,
+# C patch width, D decoder width, W text width, V views of the picture, T tokens of a view,
+# H heads, d head width.
 
 
 class Feature(Enum):
-    """A by-product of the vision tower that a pruner may ask for. The value is its name."""
+    """A by-product of the vision stage that a pruner may ask for. The value is its name.
+
+    All are float32 whatever the model's dtype. Shapes are by patch, P, but for the last three.
+    """
 
     CLS_ATTENTION = "cls_attention"
-    """[B, N] float32: attention that the CLS token pays to each patch, mean over heads, in the
-    block whose output the patches are."""
+    """[B, P]: attention that the CLS token pays to each patch, mean over heads, in the block
+    whose output the patches are."""
+
+    CLS_SIMILARITY = "cls_similarity"
+    """[B, P]: cosine between the state of the CLS token and that of each patch."""
+
+    KEYS = "keys"
+    """[B, P, d]: attention keys, mean over heads, in the block whose output the patches are."""
+
+    MERGE_ATTENTION = "merge_attention"
+    """[B, P]: attention that the CLS token pays to each patch in the block after the patches
+    (the last one where none follows), all heads taken as one: softmax(q k / sqrt(C))."""
+
+    MERGE_KEYS = "merge_keys"
+    """[B, P, C]: keys of that block."""
+
+    TOKENS = "tokens"
+    """[B, N, D]: all visual tokens, behind the projector."""
+
+    TEXT = "text_features"
+    """[B, W]: the phrase, an input of the vision graph."""
+
+    TEXT_PATCHES = "text_patches"
+    """[B, N, W]: patches in the space of the phrase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Where the tokens that may be removed lie: grids of (rows, columns), one after another.
+
+    A token is a horizontal strip of `strip` patches.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    strip: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, N."""
+        return sum(rows * columns for rows, columns in self.grids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionFeatures:
-    """Patches before the projector, with the features that the pruner asked for."""
+    """Tokens before the projector [B, N, C], with the features that the pruner asked for.
+
+    `text_sign` is +1 where patches that show the phrase are similar to it, and -1 for CLIP,
+    whose patches of the referred area are the least similar.
+    """
 
     patches_BNC: Tensor
-    grid: tuple[int, int]
-    extras: dict[Feature, Tensor]
+    geometry: Geometry
+    values: dict[Feature, Tensor]
+    text_sign: int
+
+    def by_token(self, feature: Feature) -> Tensor:
+        """A feature by patch [B, P, ...] as its mean over each token's strip [B, N, ...]."""
+        value = self.values[feature]
+        strip = self.geometry.strip
+        if strip == 1:
+            return value
+        batch, patches, *rest = value.shape
+        return value.reshape(batch, patches // strip, strip, *rest).mean(dim=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A pruner's choice: distinct patch indices in the pruner's own order.
+    """A pruner's choice: distinct tokens in the pruner's own order.
 
     `order` is int64 [B, K], or a tuple of K numbers where it is the same for every picture.
+    `mix_BKN` says by which weights a kept token takes in others (None: each stays as it is).
+    `extra_BN`, over `extra_divisor`, are the weights of the extra token (None: there is none).
     """
 
     order: Tensor | tuple[int, ...]
+    mix_BKN: Tensor | None = None
+    extra_BN: Tensor | None = None
+    extra_divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerVision:
-    """What the reference gives to a pruner's eager form: outputs of the library's own tower."""
+    """What the reference gives to a pruner's eager form: outputs of the model's own modules.
 
+    `patches` [N, C] and `tokens` [N, D] stand before and behind the projector. `hidden_states`
+    [V, T, C] and `attentions` [V, H, T, T] are by layer, `queries` and `keys` [V, T, C] the
+    outputs of each block's projections. `layer` is the index of the hidden state that the
+    patches are taken from. `arrange` brings [V, T - 1, ...] into the order of the patches.
+    `text` [W] and `text_patches` [N, W] are None for pruners that need no phrase.
+    """
+
+    patches: Tensor
+    tokens: Tensor
     hidden_states: tuple[Tensor, ...]
     attentions: tuple[Tensor, ...]
+    queries: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
     layer: int
-    """Index of the hidden state that the patches are taken from, counted from 0."""
-    grid: tuple[int, int]
+    geometry: Geometry
+    arrange: Callable[[Tensor], Tensor]
+    text: Tensor | None
+    text_patches: Tensor | None
+    text_sign: int
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """Values by view and patch [V, T - 1, ...] as means by token [N, ...]."""
+        arranged = self.arrange(values)
+        return arranged.reshape(-1, self.geometry.strip, *arranged.shape[1:]).mean(dim=1)
+
+    @property
+    def merge_block(self) -> int:
+        """Index of the block after the patches, or of the last one."""
+        return min(self.layer, len(self.keys) - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerChoice:
-    """An eager pruner's choice: indices in its own order, and all scores where it scores."""
+    """An eager pruner's choice: indices in its own order, and all scores where it scores.
+
+    `rows` [K, C] are the kept tokens where the pruner changes them, `extra` [C] is the extra
+    token and `extra_weights` [N] what it is made of.
+    """
 
     order: tuple[int, ...]
     scores: tuple[float, ...] | None
+    rows: Tensor | None = None
+    extra: Tensor | None = None
+    extra_weights: Tensor | None = None
 
 
 class Pruner(Protocol):
-    """A module in gap_export.pruners."""
+    """A module in gap_export.pruners.
+
+    One that has an adaptive rule also defines `count_adaptively(vision) -> int`, the number of
+    tokens that the rule keeps of one picture; see `AdaptivePruner`.
+    """
 
     NEEDS: frozenset[Feature]
+    EXTRA: int
+    """Extra tokens that it makes of what it removes: 0 or 1."""
 
     def prune(self, features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
-        """Choose patches in the graph; every size is a constant."""
+        """Choose tokens in the graph; every size is a constant."""
 
     def prune_eagerly(self, vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
         """The same choice for the reference, written plainly from the library's outputs."""
+
+
+class AdaptivePruner(Pruner, Protocol):
+    """A pruner whose method chooses the number of tokens by the picture."""
+
+    def count_adaptively(self, vision: EagerVision) -> int:
+        """Tokens that the published rule keeps of this picture, without extra ones."""

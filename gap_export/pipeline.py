@@ -19,11 +19,28 @@ import numpy as np
 from gap_export.config import OPSET
 from gap_export.errors import ExportError
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
-from gap_export.plan import REFERENCE_DTYPE, TOKENIZER_FILE, ExportPlan
+from gap_export.plan import REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
 from gap_export.reference import record_reference
-from gap_export.stages import trace_decoder, trace_pruning, trace_tower, write_graphs
+from gap_export.sources import TensorSource
+from gap_export.stages import (
+    Graphs,
+    trace_decoder,
+    trace_pruning,
+    trace_text,
+    trace_tower,
+    write_graphs,
+)
+from gap_export.tokenizer import TOKENIZER_FILE, read_tokenizer
 from gap_export.tracing import Traced, join
-from gap_export.weights import WeightPlan, bring_weights, plan_weights, wanted_shapes
+from gap_export.weights import (
+    NOT_FINITE,
+    WeightPlan,
+    bring_weights,
+    find_not_finite,
+    lies_ready,
+    plan_weights,
+    wanted_shapes,
+)
 from gap_runtime.bundle import Bundle, describe_file, hash_file
 from gap_runtime.check import CheckReport, check_bundle
 from gap_runtime.display import Display, format_bytes
@@ -34,7 +51,6 @@ from gap_runtime.manifest import (
     FileEntry,
     Manifest,
     Pruning,
-    RatioEntry,
     Reference,
     Source,
     Stage,
@@ -62,29 +78,23 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
     require_replaceable(plan.out)
-    tensors = plan.checkpoint.tensors.values()
-    sources = {tensor.file for tensor in tensors if tensor.dtype == plan.dtype}
-    with folder_aside(plan.out) as folder, _SourceHashes(sources) as hashes:
-        with display.step("tracing the vision tower"):
-            tower = trace_tower(plan)
-        with display.step("tracing the decoder"):
-            decoder = trace_decoder(plan)
-        with display.step(f"joining {len(plan.pairs)} pruning stage(s)"):
-            visions = {kept: join(tower, trace_pruning(plan, kept)) for _, kept in plan.pairs}
+    ready = {name: s for name, s in plan.sources.items() if lies_ready(s, plan.dtype)}
+    with folder_aside(plan.out) as folder, _SourceReader(ready) as reader:
+        graphs = _trace(plan, display)
         with display.step("proving the graphs"):
-            weights = _plan_weights(plan, [*visions.values(), decoder])
-            stages = write_graphs(plan, weights, folder, visions, decoder)
+            weights = _plan_weights(plan, graphs.all)
+            stages = write_graphs(plan, weights, folder, graphs)
         with display.step(f"bringing {format_bytes(weights.size)} of weights"):
             bring_weights(weights, folder, plan.request.weights)
+            reader.require_finite(weights)
         reference = None
         if plan.request.reference:
             with display.step("asking PyTorch"):
                 reference = _record(plan, folder)
-        if plan.prompt.tokenizer is not None:
-            shutil.copyfile(plan.checkpoint.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+        _write_tokenizers(plan, folder)
         with display.step("hashing"):
-            files = _describe_files(weights, folder, hashes)
-        manifest = _make_manifest(plan, weights, stages, reference, files)
+            entries = _describe_files(weights, folder, reader)
+        manifest = _make_manifest(plan, weights, stages, reference, entries)
         report, note = _check(Bundle(folder=folder, manifest=manifest), display)
         # Last, so that a folder that was left behind never looks like a bundle.
         manifest.write(folder)
@@ -92,17 +102,23 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
     return ExportResult(plan=plan, manifest=manifest, report=report, note=note)
 
 
+def _trace(plan: ExportPlan, display: Display) -> Graphs:
+    with display.step("tracing the vision tower"):
+        towers = {bucket.name: trace_tower(plan, bucket) for bucket in plan.spec.buckets}
+        text = trace_text(plan)
+    with display.step("tracing the decoder"):
+        decoder = trace_decoder(plan)
+    with display.step(f"joining {len(plan.entries)} pruning stage(s)"):
+        visions = tuple(
+            join(towers[entry.bucket], trace_pruning(plan, entry)) for entry in plan.entries
+        )
+    return Graphs(visions=visions, decoder=decoder, text=text)
+
+
 def _plan_weights(plan: ExportPlan, graphs: list[Traced]) -> WeightPlan:
-    spec, family = plan.spec, plan.family
     wanted = wanted_shapes(graphs)
-    wanted[family.EMBEDDING] = (spec.vocabulary, spec.width)
-    return plan_weights(
-        plan.checkpoint,
-        wanted,
-        dtype=plan.dtype,
-        canonical_name=family.canonical_name,
-        substitute=lambda name: family.substitute(name, spec),
-    )
+    wanted[plan.family.EMBEDDING] = (plan.spec.vocabulary, plan.spec.width)
+    return plan_weights(plan.checkpoint, plan.sources, wanted, dtype=plan.dtype)
 
 
 def _record(plan: ExportPlan, folder: Path) -> Reference:
@@ -110,21 +126,34 @@ def _record(plan: ExportPlan, folder: Path) -> Reference:
     model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE)
     records, arrays = record_reference(
         model,
-        plan.spec,
         plan.samples,
-        plan.pairs,
+        plan.spec,
+        plan.entries,
         pruner=plan.pruner,
         config=plan.request.named.config.prune,
-        template=plan.prompt.template,
+        prompt=plan.prompt,
+        phrase=plan.phrase,
         most=plan.layout.answer,
-        image_folder=_SAMPLES,
-        box=plan.spec.box,
+        folder=folder,
+        images=_SAMPLES,
     )
-    (folder / _SAMPLES).mkdir()
-    for path in {sample.path for sample in plan.samples}:
-        shutil.copyfile(path, folder / _SAMPLES / path.name)
     np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
     return Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
+
+
+def _write_tokenizers(plan: ExportPlan, folder: Path) -> None:
+    """The language model's tokenizer, and CLIP's where phrases go through its text tower."""
+    if plan.tokenizer is not None:
+        source = plan.spec.tokenizer / TOKENIZER_FILE
+        if source.is_file():
+            shutil.copyfile(source, folder / TOKENIZER_FILE)
+        else:
+            plan.tokenizer.save(str(folder / TOKENIZER_FILE))
+    if plan.reads_clip:
+        assert plan.spec.text is not None
+        tokenizer = read_tokenizer(plan.spec.text.tokenizer)
+        assert tokenizer is not None
+        tokenizer.save(str(folder / TEXT_TOKENIZER_FILE))
 
 
 def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
@@ -148,16 +177,18 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
     return report, ""
 
 
-class _SourceHashes:
-    """SHA-256 of the checkpoint's files, computed while graphs are traced.
+class _SourceReader:
+    """Hashes the checkpoint's files and looks for broken values while graphs are traced.
 
-    Hashing needs no interpreter lock, so it costs the tracing nothing.
+    Neither needs the interpreter lock, so that they cost the tracing little.
     """
 
-    def __init__(self, files: set[Path]) -> None:
+    def __init__(self, ready: dict[str, TensorSource]) -> None:
         self._stop = Event()
         self._pool = ThreadPoolExecutor()
+        files = {source.inputs[0].file for source in ready.values()}
         self._before = {file: _fingerprint(file) for file in files}
+        self._not_finite = self._pool.submit(find_not_finite, ready, self._stop)
         self._found: dict[Path, Future[str]] = {
             file: self._pool.submit(hash_file, file, self._stop) for file in sorted(files)
         }
@@ -170,7 +201,13 @@ class _SourceHashes:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def result(self, file: Path) -> str:
+    def require_finite(self, weights: WeightPlan) -> None:
+        """Refuse a checkpoint in which a tensor that is used holds NaN or infinity."""
+        for name, tensor in self._not_finite.result().items():
+            if name in weights.placed:
+                raise ExportError(f"{tensor.file.name}: tensor '{tensor.key}' holds {NOT_FINITE}")
+
+    def hash(self, file: Path) -> str:
         """The hash of a file that has not changed since the export began."""
         sha256 = self._found[file].result()
         if _fingerprint(file) != self._before[file]:
@@ -185,7 +222,7 @@ def _fingerprint(file: Path) -> tuple[int, int]:
 
 
 def _describe_files(
-    weights: WeightPlan, folder: Path, hashes: _SourceHashes
+    weights: WeightPlan, folder: Path, reader: _SourceReader
 ) -> dict[str, FileEntry]:
     """Size and hash of every file of the bundle."""
     entries = {}
@@ -195,7 +232,7 @@ def _describe_files(
         entries[name] = (
             describe_file(path)
             if source is None
-            else FileEntry(size=path.stat().st_size, sha256=hashes.result(source))
+            else FileEntry(size=path.stat().st_size, sha256=reader.hash(source))
         )
     return entries
 
@@ -223,10 +260,14 @@ def _make_manifest(
         ),
         versions={name: metadata.version(name) for name in packages},
         layout=plan.layout,
-        pruning=Pruning(strategy=prune.strategy, positions=prune.positions, seed=prune.seed),
-        ratios=tuple(
-            RatioEntry(ratio=ratio, kept=kept, patches=spec.patches) for ratio, kept in plan.pairs
+        pruning=Pruning(
+            strategy=prune.strategy,
+            positions=prune.positions,
+            seed=prune.seed,
+            extra_token=prune.extra_token if plan.pruner.EXTRA else None,
         ),
+        buckets=spec.buckets,
+        ratios=plan.entries,
         stages=tuple(stages),
         cache=CacheShape(
             layers=spec.layers,
@@ -237,6 +278,7 @@ def _make_manifest(
         embedding=weights.placed[plan.family.EMBEDDING],
         preprocess=spec.preprocess,
         prompt=plan.prompt,
+        phrase=plan.phrase,
         box=spec.box,
         reference=reference,
         files=files,

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import psutil
+from tokenizers import Tokenizer
 
-from gap_export.checkpoint import Checkpoint, open_checkpoint
+from gap_export.checkpoint import Checkpoint, open_checkpoint, open_part
 from gap_export.config import (
     DIALECT,
     DTYPES,
-    IMAGE_FIELD,
     OPSET,
     NamedConfig,
+    PruneConfig,
     count_ratios,
     load_target,
     resolve_family,
 )
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.family import Family, ModelSpec
-from gap_export.features import Pruner
-from gap_export.placement import require_replaceable
+from gap_export.features import Feature, Pruner
+from gap_export.graph.positions import keeps_raster_order
 from gap_export.reference import Sample, read_samples
+from gap_export.sources import TensorSource
+from gap_export.tokenizer import TOKENIZER_FILE, read_tokenizer
 from gap_runtime.display import format_bytes
-from gap_runtime.errors import BundleError, ConfigError
-from gap_runtime.layout import TokenLayout
-from gap_runtime.manifest import BundleLayout, Prompt
-from gap_runtime.prompt import PromptEncoder, load_tokenizer
-from gap_runtime.registry import load_plugin
+from gap_runtime.errors import ConfigError, UnknownNameError
+from gap_runtime.manifest import Bucket, BundleLayout, PhraseInput, Prompt, RatioEntry
+from gap_runtime.prompt import IMAGE_FIELD, PromptEncoder
+from gap_runtime.registry import describe_unknown, load_plugin
 from gap_runtime.tensors import ITEM_BYTES
 
 REFERENCE_DTYPE: Final = "float32"
-TOKENIZER_FILE: Final = "tokenizer.json"
+TEXT_TOKENIZER_FILE: Final = "text_tokenizer.json"
 _LEAST_SUFFIX: Final = 64
 _PHRASE_ROOM: Final = 32
 
@@ -51,7 +54,10 @@ class ExportRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportPlan:
-    """Everything that follows from the request and the checkpoint's index, before any work."""
+    """Everything that follows from the request and the checkpoint's index, before any work.
+
+    `entries` are the ratios, for each bucket. `sources` are the model's tensors by name.
+    """
 
     request: ExportRequest
     checkpoint: Checkpoint
@@ -59,10 +65,13 @@ class ExportPlan:
     family: Family
     pruner: Pruner
     spec: ModelSpec
+    sources: dict[str, TensorSource]
     dtype: str
     layout: BundleLayout
-    pairs: list[tuple[float, int]]
+    entries: tuple[RatioEntry, ...]
+    phrase: PhraseInput | None
     prompt: Prompt
+    tokenizer: Tokenizer | None
     samples: list[Sample]
     out: Path
 
@@ -72,6 +81,27 @@ class ExportPlan:
         spec = self.spec
         return 2 * spec.layers * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
 
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        files = {each for source in self.sources.values() for each in source.inputs}
+        return sum(tensor.length for tensor in files)
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether phrases go through CLIP's text tower."""
+        return self.phrase is not None and self.phrase.source == "clip"
+
+    def reads_phrase(self, entry: RatioEntry) -> bool:
+        """Whether the vision graph of a ratio takes the phrase."""
+        unpruned = entry.kept == entry.patches
+        positions = self.request.named.config.prune.positions
+        return self.phrase is not None and not (unpruned and keeps_raster_order(positions))
+
+    def bucket(self, entry: RatioEntry) -> Bucket:
+        """The bucket of a ratio."""
+        return next(bucket for bucket in self.spec.buckets if bucket.name == entry.bucket)
+
 
 def plan_export(request: ExportRequest) -> ExportPlan:
     """Read configs and indices and settle every number, without tracing or writing.
@@ -79,61 +109,145 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     Raises:
         GapError: Anything about the request or the checkpoint that cannot work.
     """
-    config = request.named.config
     _require_target(request.target)
-    checkpoint = open_checkpoint(config.checkpoint, config.revision)
-    family_name = resolve_family(checkpoint.folder, config.family)
-    family: Family = load_plugin("gap_export.models", family_name, "family")
-    pruner: Pruner = load_plugin("gap_export.pruners", config.prune.strategy, "pruner")
-    lacking = sorted(need.value for need in pruner.NEEDS - family.FEATURES)
-    if lacking:
-        raise ConfigError(
-            f"pruner '{config.prune.strategy}' needs {', '.join(lacking)}, which family "
-            f"'{family_name}' does not give; choose another --pruner"
+    model = read_model(request.named)
+    config, spec = request.named.config, model.spec
+    entries = tuple(
+        RatioEntry(
+            ratio=ratio,
+            bucket=bucket.name,
+            patches=bucket.patches,
+            kept=kept,
+            extra=_count_extra(model.pruner, config.prune, kept, bucket),
         )
-    spec = family.read_spec(checkpoint)
-    pairs = count_ratios(config.prune, spec.patches)
-    prompt, prefix, suffix = _plan_prompt(request, checkpoint, spec)
-    most_kept = max(kept for _, kept in pairs)
-    widest = TokenLayout(
-        prefix=prefix,
-        patches=spec.patches,
-        kept=most_kept,
-        extra=0,
-        suffix=suffix,
-        answer=config.prompt.answer,
+        for bucket in spec.buckets
+        for ratio, kept in count_ratios(config.prune, bucket.patches, len(bucket.fixed))
     )
-    layout = BundleLayout(
-        prefix=prefix,
-        patches=spec.patches,
-        grid=spec.grid,
-        extra=0,
-        suffix=suffix,
-        answer=config.prompt.answer,
-        capacity=widest.capacity,
+    tokenizer = read_tokenizer(spec.tokenizer)
+    prompt, prefix, suffix = _plan_prompt(request, tokenizer, spec)
+    layout = BundleLayout(prefix=prefix, suffix=suffix, answer=config.prompt.answer, capacity=0)
+    capacity = max(layout.at(entry).capacity for entry in entries)
+    counts = "-".join(
+        f"{'-'.join(str(e.kept) for e in entries if e.bucket == b.name)}of{b.patches}"
+        for b in spec.buckets
     )
-    counts = "-".join(str(kept) for _, kept in pairs)
-    default_out = Path(f"{request.named.name}-{counts}of{spec.patches}")
-    out = (request.out or default_out).expanduser()
+    out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
     out = out.resolve() if out.is_symlink() else out
-    require_replaceable(out)
+    sources = model.family.find_weights(model.checkpoint, spec)
     samples: list[Sample] = []
     if request.reference:
         samples = read_samples(config.check.samples)
-        _require_memory(checkpoint)
+        require_memory(model.checkpoint, sources)
     return ExportPlan(
         request=request,
+        checkpoint=model.checkpoint,
+        family_name=model.family_name,
+        family=model.family,
+        pruner=model.pruner,
+        spec=spec,
+        sources=sources,
+        dtype=config.dtype or _stored_dtype(sources),
+        layout=replace(layout, capacity=capacity),
+        entries=entries,
+        phrase=_plan_phrase(model, config.prune),
+        prompt=prompt,
+        tokenizer=tokenizer,
+        samples=samples,
+        out=out,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A checkpoint, its family and the pruner that is asked for."""
+
+    checkpoint: Checkpoint
+    family_name: str
+    family: Family
+    pruner: Pruner
+    spec: ModelSpec
+
+
+def read_model(named: NamedConfig) -> Model:
+    """Open a configured checkpoint with its parts, and see that the pruner can be served.
+
+    Raises:
+        GapError: The checkpoint is broken, or lacks what the pruner needs.
+    """
+    config = named.config
+    family_name = config.family
+    parts_beside: frozenset[str] = frozenset()
+    if family_name:
+        family: Family = load_plugin("gap_export.models", family_name, "family")
+        usual = {**family.PARTS, **config.parts}
+        parts_beside = frozenset(Path(location).name for location in usual.values())
+    checkpoint = open_checkpoint(config.checkpoint, config.revision, ignored=parts_beside)
+    if not family_name:
+        family_name = resolve_family(checkpoint.folder)
+        family = load_plugin("gap_export.models", family_name, "family")
+    strategy = config.prune.strategy
+    pruner: Pruner = load_plugin("gap_export.pruners", strategy, "pruner")
+    source = config.prune.phrase or family.PHRASE
+    reads_clip = Feature.TEXT in pruner.NEEDS and source == "clip"
+    unknown = sorted(set(config.parts) - set(family.PARTS))
+    if unknown:
+        raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
+    locations = family.find_parts(checkpoint, text=reads_clip) | config.parts
+    parts = {
+        role: open_part(location, checkpoint.folder, role)
+        for role, location in locations.items()
+        if location
+    }
+    checkpoint = replace(checkpoint, parts=parts)
+    spec = family.read_spec(checkpoint, config)
+    if config.box.frame is not None:
+        spec = replace(spec, box=replace(spec.box, frame=config.box.frame))
+    given = set(spec.features) | {Feature.TOKENS, Feature.TEXT}
+    if not reads_clip:
+        given.add(Feature.TEXT_PATCHES)
+    lacking = sorted(need.value for need in pruner.NEEDS - given)
+    if reads_clip and spec.text is None:
+        raise ConfigError(
+            f"pruner '{strategy}' compares patches with the phrase through CLIP's text tower, "
+            f"which family '{family_name}' does not have; use --set prune.phrase=embeddings"
+        )
+    if lacking:
+        raise ConfigError(
+            f"pruner '{strategy}' needs {', '.join(lacking)}, which family '{family_name}' does "
+            "not give; choose another --pruner"
+        )
+    return Model(
         checkpoint=checkpoint,
         family_name=family_name,
         family=family,
         pruner=pruner,
         spec=spec,
-        dtype=config.dtype or _stored_dtype(checkpoint),
-        layout=layout,
-        pairs=pairs,
-        prompt=prompt,
-        samples=samples,
-        out=out,
+    )
+
+
+def _count_extra(pruner: Pruner, config: PruneConfig, kept: int, bucket: Bucket) -> int:
+    """Extra tokens of a ratio: none where nothing is removed that they could be made of."""
+    made = kept < bucket.patches and config.extra_token != "drop"
+    return pruner.EXTRA if made else 0
+
+
+def _plan_phrase(model: Model, config: PruneConfig) -> PhraseInput | None:
+    """How the vision graph is told the phrase, None where the pruner does not read it.
+
+    Raises:
+        CheckpointError: CLIP's text tower has no tokenizer.
+    """
+    if Feature.TEXT not in model.pruner.NEEDS:
+        return None
+    text = model.spec.text
+    if text is None or config.phrase == "embeddings":
+        return PhraseInput(source="embeddings", tokenizer=None, length=0, end_id=0)
+    if read_tokenizer(text.tokenizer) is None:
+        raise CheckpointError(
+            f"{text.tokenizer}: no tokenizer in it; CLIP's is needed to read phrases"
+        )
+    return PhraseInput(
+        source="clip", tokenizer=TEXT_TOKENIZER_FILE, length=text.length, end_id=text.end_id
     )
 
 
@@ -148,24 +262,28 @@ def _require_target(name: str) -> None:
 
 
 def _plan_prompt(
-    request: ExportRequest, checkpoint: Checkpoint, spec: ModelSpec
+    request: ExportRequest, tokenizer: Tokenizer | None, spec: ModelSpec
 ) -> tuple[Prompt, int, int]:
     """The prompt record and the numbers of tokens before and (at most) after the image."""
     config = request.named.config.prompt
     template = config.template or spec.template
-    tokenizer = checkpoint.folder / TOKENIZER_FILE
-    if not tokenizer.is_file():
+    if tokenizer is None:
         if request.reference:
             raise CheckpointError(
-                f"{checkpoint.folder}: no {TOKENIZER_FILE} in it; add the model's tokenizer, or "
+                f"{spec.tokenizer}: no {TOKENIZER_FILE} in it; add the model's tokenizer, or "
                 "export the graphs alone with --no-reference"
             )
-        prompt = Prompt(template=template, image_token="", tokenizer=None, stop_ids=spec.stop_ids)
+        prompt = Prompt(
+            template=template, image_token=None, tokenizer=None, stop_ids=spec.stop_ids
+        )
         prefix = spec.prefix if config.prefix is None else config.prefix
         return prompt, prefix, config.suffix or _LEAST_SUFFIX
-    image_token = _image_token(tokenizer, spec.image_token_id)
+    image_token = None
+    if spec.image_token_id is not None:
+        image_token = _image_token(tokenizer, spec.image_token_id, spec.tokenizer)
+        template = template.replace(IMAGE_FIELD, spec.image_text or image_token)
     prompt = Prompt(
-        template=template.replace(IMAGE_FIELD, image_token),
+        template=template,
         image_token=image_token,
         tokenizer=TOKENIZER_FILE,
         stop_ids=spec.stop_ids,
@@ -181,32 +299,34 @@ def _plan_prompt(
     return prompt, len(encoded.prefix), suffix
 
 
-def _image_token(tokenizer: Path, token_id: int) -> str:
-    try:
-        token = load_tokenizer(tokenizer).id_to_token(token_id)
-    except BundleError as error:
-        raise CheckpointError(str(error)) from error
+def _image_token(tokenizer: Tokenizer, token_id: int, folder: Path) -> str:
+    token = tokenizer.id_to_token(token_id)
     if token is None:
         raise CheckpointError(
-            f"{tokenizer}: no token {token_id}, which config.json names as the image "
-            "token; give the tokenizer that belongs to this checkpoint"
+            f"{folder}: its tokenizer has no token {token_id}, which config.json names as the "
+            "image token; give the tokenizer that belongs to this checkpoint"
         )
     return str(token)
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that most of the checkpoint's bytes have: no conversion is the default."""
+def _stored_dtype(sources: dict[str, TensorSource]) -> str:
+    """The dtype that most of the model's bytes have: no conversion is the default."""
     sizes: dict[str, int] = {}
-    for tensor in checkpoint.tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
+    for source in sources.values():
+        for tensor in source.inputs:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
     floats = {name: size for name, size in sizes.items() if name in DTYPES}
     return max(floats, key=lambda name: floats[name]) if floats else "float32"
 
 
-def _require_memory(checkpoint: Checkpoint) -> None:
-    """Refuse a reference that the machine would be killed for."""
-    tensors = checkpoint.tensors.values()
-    needed = sum(t.length // ITEM_BYTES[t.dtype] for t in tensors) * ITEM_BYTES[REFERENCE_DTYPE]
+def require_memory(checkpoint: Checkpoint, sources: dict[str, TensorSource]) -> None:
+    """Refuse a reference that the machine would be killed for.
+
+    Raises:
+        ExportError: The model does not fit in memory.
+    """
+    values = sum(math.prod(source.shape) for source in sources.values())
+    needed = values * ITEM_BYTES[REFERENCE_DTYPE]
     available = psutil.virtual_memory().available
     if needed > available:
         raise ExportError(

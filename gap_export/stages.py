@@ -2,58 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Final
 
 import onnx_ir as ir
 
 from gap_export.config import OPSET
+from gap_export.family import geometry_of
 from gap_export.features import Feature
 from gap_export.graph.decoder import DecoderStage, cache_names
-from gap_export.graph.vision import PruneStage, TowerStage
+from gap_export.graph.text import TextStage
+from gap_export.graph.vision import PruneStage, TowerStage, sort_features
 from gap_export.onnx_rules import prove_graph
 from gap_export.plan import ExportPlan
 from gap_export.tracing import FREE_ROWS, Traced, trace
 from gap_export.weights import WeightPlan, bind_weights, write_placeholders
-from gap_runtime.manifest import DECODER, VISION, Stage
+from gap_runtime.manifest import DECODER, TEXT, VISION, Bucket, RatioEntry, Stage
 from gap_runtime.tensors import TensorSpec
 
-_DECODER_FILE: Final = "decoder.onnx"
 
-
-def trace_tower(plan: ExportPlan) -> Traced:
+def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     """The tower's graph, the same for all ratios."""
-    spec, needs = plan.spec, plan.pruner.NEEDS
+    spec, needs = plan.spec, _by_tower(plan)
+    side = spec.preprocess.side
+    views = _count_views(bucket, side)
     return trace(
-        lambda: TowerStage(plan.family.build_tower(spec, needs), needs),
+        lambda: TowerStage(plan.family.build_tower(spec, bucket, needs), needs),
         dtype=plan.dtype,
         inputs=[
             TensorSpec(
                 name="pixels",
                 dtype="float32",
-                shape=(1, 3, spec.image_side, spec.image_side),
-                meaning="normalized picture",
+                shape=(1, 3, side, side) if views is None else (1, views, 3, side, side),
+                meaning="normalized picture" if views is None else "whole picture, then its tiles",
             )
         ],
-        outputs=_between(plan),
+        outputs=_between(plan, bucket),
         finish=lambda stage: plan.family.fill_constants(stage.tower),  # type: ignore[arg-type]
     )
 
 
-def trace_pruning(plan: ExportPlan, kept: int) -> Traced:
-    """The graph from patches to visual tokens, kept index and position IDs at one kept count."""
-    layout, spec = plan.layout.at(kept), plan.spec
+def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
+    """The graph from patches to visual tokens, kept index and position IDs at one ratio."""
+    layout, spec = plan.layout.at(entry), plan.spec
+    bucket = plan.bucket(entry)
+    between = _between(plan, bucket)
+    phrase = [_describe_phrase(plan)] if plan.reads_phrase(entry) else []
     return trace(
         lambda: PruneStage(
             plan.pruner,
             plan.family.build_projector(spec),
+            plan.family.build_fixed_tokens(spec, bucket),
             config=plan.request.named.config.prune,
             layout=layout,
-            grid=spec.grid,
+            geometry=geometry_of(bucket),
+            fixed=bucket.fixed,
+            given=[*sort_features(_by_tower(plan)), *([Feature.TEXT] if phrase else [])],
+            text_sign=-1 if plan.reads_clip else 1,
         ),
         dtype=plan.dtype,
-        inputs=_between(plan),
+        inputs=[*between, *phrase],
         outputs=[
             TensorSpec(
                 name="visual_tokens",
@@ -64,8 +73,8 @@ def trace_pruning(plan: ExportPlan, kept: int) -> Traced:
             TensorSpec(
                 name="kept_index",
                 dtype="int64",
-                shape=(1, kept),
-                meaning="patch that each visual slot holds",
+                shape=(1, entry.kept),
+                meaning="visual token that each kept slot holds",
             ),
             TensorSpec(
                 name="position_ids",
@@ -74,7 +83,29 @@ def trace_pruning(plan: ExportPlan, kept: int) -> Traced:
                 meaning="position of every slot of the longest prompt",
             ),
         ],
-        nested=len(plan.pruner.NEEDS),
+        nested=len(between) - 1 + len(phrase),
+    )
+
+
+def trace_text(plan: ExportPlan) -> Traced | None:
+    """CLIP's text tower; None where no graph reads the phrase through it."""
+    text = plan.spec.text
+    if not plan.reads_clip:
+        return None
+    assert text is not None
+    return trace(
+        lambda: TextStage(plan.family.build_text_tower(plan.spec)),
+        dtype=plan.dtype,
+        inputs=[
+            TensorSpec(
+                name="text_ids",
+                dtype="int64",
+                shape=(1, text.length),
+                meaning="the phrase's tokens, padded with end tokens",
+            )
+        ],
+        outputs=[_describe_phrase(plan)],
+        finish=lambda stage: plan.family.fill_constants(stage.tower),  # type: ignore[arg-type]
     )
 
 
@@ -92,8 +123,8 @@ def trace_decoder(plan: ExportPlan) -> Traced:
         )
         for name in names
     ]
-    widest = max(kept for _, kept in plan.pairs)
-    tables = plan.family.rotary_tables(spec, plan.layout.at(widest).positions)
+    positions = max(plan.layout.at(entry).positions for entry in plan.entries)
+    tables = plan.family.rotary_tables(spec, positions)
     return trace(
         lambda: DecoderStage(plan.family.build_decoder(spec, tables)),
         dtype=plan.dtype,
@@ -139,12 +170,22 @@ def trace_decoder(plan: ExportPlan) -> Traced:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graphs:
+    """All graphs of a bundle; vision graphs in the order of the plan's entries."""
+
+    visions: tuple[Traced, ...]
+    decoder: Traced
+    text: Traced | None
+
+    @property
+    def all(self) -> list[Traced]:
+        """Every graph."""
+        return [*self.visions, self.decoder, *([self.text] if self.text else [])]
+
+
 def write_graphs(
-    plan: ExportPlan,
-    weights: WeightPlan,
-    folder: Path,
-    visions: dict[int, Traced],
-    decoder: Traced,
+    plan: ExportPlan, weights: WeightPlan, folder: Path, graphs: Graphs
 ) -> list[Stage]:
     """Write and prove every graph beside placeholders of the weights.
 
@@ -153,53 +194,82 @@ def write_graphs(
     """
     write_placeholders(weights, folder)
     stages = []
-    for ratio, kept in plan.pairs:
-        name = f"vision-{kept}of{plan.spec.patches}"
-        stage = _describe_stage(name, VISION, f"{name}.onnx", visions[kept], ratio, kept)
-        _write_graph(visions[kept], weights, folder / stage.file, stage, free=frozenset())
-        stages.append(stage)
-    stage = _describe_stage(DECODER, DECODER, _DECODER_FILE, decoder, None, None)
-    _write_graph(decoder, weights, folder / stage.file, stage, free=frozenset({FREE_ROWS}))
-    return [*stages, stage]
+    for entry, vision in zip(plan.entries, graphs.visions, strict=True):
+        bucket = f"-{entry.bucket}" if entry.bucket else ""
+        name = f"vision{bucket}-{entry.kept}of{entry.patches}"
+        stages.append(_describe_stage(name, VISION, vision, entry))
+        _write_graph(vision, weights, folder, stages[-1], free=frozenset())
+    if graphs.text is not None:
+        stages.append(_describe_stage(TEXT, TEXT, graphs.text, None))
+        _write_graph(graphs.text, weights, folder, stages[-1], free=frozenset())
+    stages.append(_describe_stage(DECODER, DECODER, graphs.decoder, None))
+    _write_graph(graphs.decoder, weights, folder, stages[-1], free=frozenset({FREE_ROWS}))
+    return stages
 
 
-def _between(plan: ExportPlan) -> list[TensorSpec]:
+def _by_tower(plan: ExportPlan) -> frozenset[Feature]:
+    """Needs of the pruner that the tower serves; the others come later or with the phrase."""
+    later = {Feature.TOKENS, Feature.TEXT}
+    if not plan.reads_clip:
+        later.add(Feature.TEXT_PATCHES)
+    return plan.pruner.NEEDS - later
+
+
+def _between(plan: ExportPlan, bucket: Bucket) -> list[TensorSpec]:
     """What the tower hands to the pruning stage."""
-    spec = plan.spec
+    spec, tokens = plan.spec, geometry_of(bucket).tokens
     patches = TensorSpec(
         name="patches",
         dtype=plan.dtype,
-        shape=(1, spec.patches, spec.vision_width),
-        meaning="patch features before the projector",
+        shape=(1, tokens, spec.vision_width),
+        meaning="tokens before the projector",
     )
-    needs: list[Feature] = sorted(plan.pruner.NEEDS, key=lambda feature: feature.value)
-    extras = [
+    features = [
         TensorSpec(
-            name=need.value, dtype="float32", shape=(1, spec.patches), meaning="score by patch"
+            name=feature.value,
+            dtype="float32",
+            shape=(1, tokens * bucket.strip, *spec.features[feature]),
+            meaning="by-product of the tower",
         )
-        for need in needs
+        for feature in sort_features(_by_tower(plan))
     ]
-    return [patches, *extras]
+    return [patches, *features]
 
 
-def _describe_stage(
-    name: str, role: str, file: str, traced: Traced, ratio: float | None, kept: int | None
-) -> Stage:
+def _describe_phrase(plan: ExportPlan) -> TensorSpec:
+    """The vision graph's input besides the picture, where the pruner reads the phrase."""
+    text = plan.spec.text
+    width = text.width if plan.reads_clip and text else plan.spec.width
+    return TensorSpec(
+        name=Feature.TEXT.value, dtype="float32", shape=(1, width), meaning="the phrase"
+    )
+
+
+def _count_views(bucket: Bucket, side: int) -> int | None:
+    """Views of a tiled picture, None where the picture is not tiled."""
+    if bucket.canvas is None:
+        return None
+    return 1 + bucket.canvas[0] // side * (bucket.canvas[1] // side)
+
+
+def _describe_stage(name: str, role: str, traced: Traced, entry: RatioEntry | None) -> Stage:
     return Stage(
         name=name,
         role=role,
-        file=file,
-        ratio=ratio,
-        kept=kept,
+        file=f"{name}.onnx",
+        bucket=entry.bucket if entry else None,
+        ratio=entry.ratio if entry else None,
+        kept=entry.kept if entry else None,
         inputs=traced.inputs,
         outputs=traced.outputs,
     )
 
 
 def _write_graph(
-    traced: Traced, weights: WeightPlan, path: Path, stage: Stage, *, free: frozenset[str]
+    traced: Traced, weights: WeightPlan, folder: Path, stage: Stage, *, free: frozenset[str]
 ) -> None:
-    bind_weights(traced, weights, path.parent)
+    path = folder / stage.file
+    bind_weights(traced, weights, folder)
     traced.model.graph.name = stage.name
     traced.model.producer_name = "gap-export"
     traced.model.producer_version = metadata.version("gap-export")

@@ -134,15 +134,23 @@ def tidy(model: ir.Model) -> None:
 
 
 def join(first: Traced, second: Traced) -> Traced:
-    """One graph that feeds the outputs of the first into the inputs of the second, by place.
+    """One graph that feeds the outputs of the first into the second's inputs of the same names.
 
-    Both graphs are copied, so that the first can be joined again.
+    What the second takes besides becomes an input of the whole. Both graphs are copied, so that
+    the first can be joined again.
     """
     head, tail = first.model.clone(), second.model.clone()
     graph, rest = head.graph, tail.graph
-    for given, taken in zip(graph.outputs, rest.inputs, strict=True):
-        ir.convenience.replace_all_uses_with(taken, given)
-    kept_names = second.parameters | {spec.name for spec in second.outputs}
+    given = {spec.name: value for spec, value in zip(first.outputs, graph.outputs, strict=True)}
+    inputs = list(first.inputs)
+    for value, spec in zip(list(rest.inputs), second.inputs, strict=True):
+        if spec.name in given:
+            ir.convenience.replace_all_uses_with(value, given[spec.name])
+        else:
+            rest.inputs.remove(value)
+            graph.inputs.append(value)
+            inputs.append(spec)
+    kept_names = second.parameters | {spec.name for spec in (*second.outputs, *second.inputs)}
     for value in list(_values(rest)):
         if value.name not in kept_names:
             value.name = f"prune.{value.name}"
@@ -162,7 +170,7 @@ def join(first: Traced, second: Traced) -> Traced:
     tidy(head)
     return Traced(
         model=head,
-        inputs=first.inputs,
+        inputs=tuple(inputs),
         outputs=second.outputs,
         parameters=first.parameters | second.parameters,
     )
@@ -178,12 +186,14 @@ def linear_as_gemm(x: Any, weight: Any, bias: Any = None) -> Any:
     if rank == 2:
         return op.Gemm(x, weight, bias, transB=1)
     assert rank == 3, x.shape
-    assert x.shape[0] == 1, x.shape
+    # ONNX shape inference loses a free dimension here; beside a batch of one it stays known.
+    sizes = [size for size in x.shape[:-1] if size != 1] or [1]
+    assert len(sizes) == 1 or all(isinstance(size, int) for size in sizes), x.shape
+    count = sizes[0] if len(sizes) == 1 else sizes[0] * sizes[1]
     rows = op.Reshape(x, op.Constant(value_ints=[-1, width]))
     product = op.Gemm(rows, weight, bias, transB=1)
-    # ONNX shape inference loses a free dimension here; the batch of one keeps it known.
-    rows.shape = ir.Shape([x.shape[1], width])
-    product.shape = ir.Shape([x.shape[1], weight.shape[0]])
+    rows.shape = ir.Shape([count, width])
+    product.shape = ir.Shape([count, weight.shape[0]])
     rows.dtype = product.dtype = x.dtype
     leading = [size if isinstance(size, int) else -1 for size in x.shape[:-1]]
     return op.Reshape(product, op.Constant(value_ints=[*leading, weight.shape[0]]))

@@ -22,7 +22,7 @@ from rich.progress import track
 from gap_export.config import NamedConfig, load_config
 from gap_export.pipeline import export
 from gap_export.plan import ExportPlan, ExportRequest, plan_export
-from gap_export.reference import answer_eagerly
+from gap_export.reference import answer_eagerly, ask
 from gap_runtime import Bundle, Grounder
 from gap_runtime.boxes import Box, iou, parse_boxes
 from gap_runtime.display import Display
@@ -78,7 +78,10 @@ def main() -> None:
     options = parser.parse_args()
     # One short sequence at a time gains nothing from more threads.
     torch.set_num_threads(1)
-    named = load_config("refshapes", {"prune.strategy": options.pruner})
+    # Pruners that read the phrase compare it with the model's own embeddings: it has no CLIP.
+    named = load_config(
+        "refshapes", {"prune.strategy": options.pruner, "prune.phrase": "embeddings"}
+    )
     folder = options.out.parent / "effect"
     plans = {mode: export_mode(named, mode, options.ratio, folder) for mode in MODES}
     grounders = {mode: Grounder(Bundle.open(folder / mode), "onnxruntime:cpu") for mode in MODES}
@@ -88,16 +91,23 @@ def main() -> None:
     hits = {side: dict.fromkeys(MODES, 0) for side in ("pytorch", "onnxruntime")}
     differing = dict.fromkeys(MODES, 0)
     for scene, question in track(asked, description="asking"):
+        put = ask(
+            model,
+            scene.image,
+            question.phrase,
+            bucket=first.spec.buckets[0],
+            template=first.prompt.template,
+            reads=first.phrase,
+        )
         for mode, plan in plans.items():
             eager = answer_eagerly(
                 model,
-                plan.spec,
-                scene.image,
-                plan.prompt.template.replace("{phrase}", question.phrase),
-                choose=None if mode == "unpruned" else plan.pruner.prune_eagerly,
-                kept=plan.pairs[0][1],
+                put,
+                entry=None if mode == "unpruned" else plan.entries[0],
+                pruner=plan.pruner,
                 config=plan.request.named.config.prune,
                 most=plan.layout.answer,
+                stop_ids=plan.prompt.stop_ids,
             )
             exported = grounders[mode].ground(scene.image, question.phrase)
             hits["pytorch"][mode] += is_hit(eager.text, scene, question, plan.spec)

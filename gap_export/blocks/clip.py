@@ -1,37 +1,71 @@
-"""CLIP's vision tower, Hugging Face's own module, run as far as its features are needed."""
+"""CLIP's towers, Hugging Face's own modules, run as far as their features are needed."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 
+from gap_export.blocks.hub import parse_config, require_clip_tower
+from gap_export.blocks.scores import cls_attention, cls_similarity, mean_keys, merge_attention
+from gap_export.checkpoint import Checkpoint
 from gap_export.errors import CheckpointError
+from gap_export.family import TextSpec
 from gap_export.features import Feature
+from gap_export.sources import TensorSource, expected_shapes, match_tensors, stored
 
-# B batch (1), N patches, C vision width, H heads, d head width.
+# B batch (1), V views (1 but for tiles), N patches of all views, P patches of one, T P + CLS,
+# C vision width, W text width, L text tokens.
+
+_CLIP_NAMES: Final = {
+    "vision_model.": "vision_tower.",
+    "text_model.": "text.text_model.",
+    "text_projection.": "text.text_projection.",
+}
 
 
 class ClipTower(nn.Module):
     """The tower up to the block whose output the projector takes, and its by-products."""
 
-    def __init__(self, config: CLIPVisionConfig, layer: int, needs: frozenset[Feature]) -> None:
+    def __init__(
+        self,
+        config: CLIPVisionConfig,
+        layer: int,
+        needs: frozenset[Feature],
+        *,
+        arrange: tuple[int, ...] | None = None,
+        text_width: int | None = None,
+    ) -> None:
         """Declare the used blocks.
 
         Args:
             config: Of the whole tower.
             layer: Index of the hidden state that is wanted, as in `resolve_layer`.
             needs: By-products to compute.
+            arrange: Which patches, of all views one after another, to give and in which order.
+            text_width: Of CLIP's text features, where TEXT_PATCHES are needed.
         """
         super().__init__()
         used = copy.deepcopy(config)
-        used.num_hidden_layers = layer
+        merges = bool(needs & {Feature.MERGE_ATTENTION, Feature.MERGE_KEYS})
+        # Of the block after the patches only the norm and two projections are run.
+        used.num_hidden_layers = min(layer + merges, config.num_hidden_layers)
         used._attn_implementation = "sdpa"  # noqa: SLF001 - the library's own switch
         self.vision_tower = CLIPVisionModel(used)
-        self.needs = needs
+        self.layer, self.needs = layer, needs
+        self.order = arrange
+        if Feature.TEXT_PATCHES in needs:
+            assert text_width is not None
+            self.visual_projection = nn.Linear(config.hidden_size, text_width, bias=False)
 
     def fill_constants(self) -> None:
         """Give a value to the position indices, which no checkpoint holds."""
@@ -39,32 +73,191 @@ class ClipTower(nn.Module):
         embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, dict[Feature, Tensor]]:
-        """Patch features [B, N, C] without CLS, and the by-products asked for."""
-        tower = self.vision_tower
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-        block_input = hidden
-        for block in tower.encoder.layers:
-            block_input, hidden = hidden, block(hidden, None)
-        extras = {}
+        """Patches [B, N, C] without CLS, and the by-products asked for."""
+        tower, blocks = self.vision_tower, self.vision_tower.encoder.layers
+        states_VTC = tower.pre_layrnorm(tower.embeddings(pixels.flatten(0, -4)))
+        before_VTC = states_VTC
+        for block in blocks[: self.layer]:
+            before_VTC, states_VTC = states_VTC, block(states_VTC, None)
+        values: dict[Feature, Tensor] = {}
+        last = blocks[self.layer - 1]
         if Feature.CLS_ATTENTION in self.needs:
-            extras[Feature.CLS_ATTENTION] = cls_attention(tower.encoder.layers[-1], block_input)
-        return hidden[:, 1:], extras
+            query, key = _project(last, before_VTC)
+            values[Feature.CLS_ATTENTION] = cls_attention(query, key, last.self_attn.num_heads)
+        if Feature.KEYS in self.needs:
+            _, key = _project(last, before_VTC)
+            values[Feature.KEYS] = mean_keys(key, last.self_attn.num_heads)
+        if Feature.CLS_SIMILARITY in self.needs:
+            values[Feature.CLS_SIMILARITY] = cls_similarity(states_VTC)
+        if self.needs & {Feature.MERGE_ATTENTION, Feature.MERGE_KEYS}:
+            follows = self.layer < len(blocks)
+            merging = blocks[self.layer] if follows else last
+            query, key = _project(merging, states_VTC if follows else before_VTC)
+            values[Feature.MERGE_ATTENTION] = merge_attention(query, key)
+            values[Feature.MERGE_KEYS] = key[:, 1:].float()
+        if Feature.TEXT_PATCHES in self.needs:
+            normed = tower.post_layernorm(states_VTC[:, 1:])
+            values[Feature.TEXT_PATCHES] = self.visual_projection(normed).float()
+        return self._arrange(states_VTC[:, 1:]), {
+            feature: self._arrange(value) for feature, value in values.items()
+        }
+
+    def _arrange(self, value_VP: Tensor) -> Tensor:
+        """[V, P, ...] to [B, N, ...]."""
+        flat_BN = value_VP.flatten(0, 1)[None]
+        if self.order is None:
+            return flat_BN
+        return torch.index_select(flat_BN, 1, torch.tensor(self.order))
 
 
-def cls_attention(block: Any, hidden_BTC: Tensor) -> Tensor:
-    """[B, N] float32: a block's attention from CLS to each patch, mean over heads.
+class ClipTextTower(nn.Module):
+    """CLIP's text tower: the phrase as one vector in the space that its patches share."""
 
-    One row of the attention map is computed here; the block itself runs fused.
+    def __init__(self, spec: TextSpec) -> None:
+        """Declare the parameters; the features are taken from the first end token."""
+        super().__init__()
+        used = copy.deepcopy(spec.library_config)
+        used._attn_implementation = "sdpa"  # noqa: SLF001 - the library's own switch
+        self.text = CLIPTextModelWithProjection(used)
+        self.end_id, self.length = spec.end_id, spec.length
+
+    def fill_constants(self) -> None:
+        """Give a value to the position indices, which no checkpoint holds."""
+        self.text.text_model.embeddings.position_ids = torch.arange(self.length)[None]
+
+    def forward(self, text_ids_BL: Tensor) -> Tensor:
+        """Text features float32 [B, W]."""
+        tower = self.text.text_model
+        states_BLC = tower.embeddings(text_ids_BL)
+        place_L = torch.arange(self.length)
+        # Finite, so that float16 holds it.
+        mask = torch.where(place_L[None] > place_L[:, None], -1e4, 0.0)
+        for block in tower.encoder.layers:
+            states_BLC = block(states_BLC, mask[None, None].to(states_BLC.dtype))
+        states_BLC = tower.final_layer_norm(states_BLC)
+        # Old parsers find the largest of floats only.
+        end_B = (text_ids_BL == self.end_id).float().argmax(dim=1)
+        pooled_BC = torch.index_select(states_BLC, 1, end_B)[:, 0]
+        features_BW: Tensor = self.text.text_projection(pooled_BC).float()
+        return features_BW
+
+
+def _project(block: Any, states_VTC: Tensor) -> tuple[Tensor, Tensor]:
+    """Query of CLS [V, C] and keys [V, T, C] of a block, which itself runs fused."""
+    normed = block.layer_norm1(states_VTC)
+    return block.self_attn.q_proj(normed[:, 0]), block.self_attn.k_proj(normed)
+
+
+def read_clip(part: Checkpoint) -> tuple[CLIPVisionConfig, CLIPTextConfig | None]:
+    """The configs of a CLIP checkpoint's towers; of the text tower where it has one.
+
+    Raises:
+        CheckpointError: It is no CLIP checkpoint.
     """
-    attention = block.self_attn
-    normed = block.layer_norm1(hidden_BTC)
-    heads = (attention.num_heads, attention.head_dim)
-    query_BHd = attention.q_proj(normed[:, 0]).unflatten(-1, heads).float()
-    key_BTHd = attention.k_proj(normed).unflatten(-1, heads).float()
-    logits_BHT = (key_BTHd.permute(0, 2, 1, 3) @ query_BHd[..., None])[..., 0] * attention.scale
-    weights_BHT = torch.softmax(logits_BHT, dim=-1)
-    scores_BN: Tensor = weights_BHT.mean(dim=1)[:, 1:]
-    return scores_BN
+    data = part.require_json("config.json")
+    where = str(part.folder / "config.json")
+    if data.get("model_type") == "clip":
+        whole = parse_config(lambda: CLIPConfig.from_dict(data), where, "CLIP")
+        vision, text = whole.vision_config, whole.text_config
+        text.projection_dim = vision.projection_dim = whole.projection_dim
+    else:
+        vision = parse_config(lambda: CLIPVisionConfig.from_dict(data), where, "CLIP")
+        text = None
+    require_clip_tower(vision, where)
+    return vision, text
+
+
+def read_text_spec(part: Checkpoint, vision_width: int) -> TextSpec | None:
+    """CLIP's text tower of a checkpoint, None where it has none.
+
+    Raises:
+        CheckpointError: Its vision tower is not as wide as the patches that it is to compare.
+    """
+    vision, text = read_clip(part)
+    if vision.hidden_size != vision_width:
+        raise CheckpointError(
+            f"{part.folder / 'config.json'}: a vision tower {vision.hidden_size} wide, expected "
+            f"{vision_width}; give the CLIP checkpoint that the model was trained with: "
+            "--set parts.clip=DIR"
+        )
+    if text is None:
+        return None
+    # The first configs name a wrong one; the end token is the last of the vocabulary.
+    end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    return TextSpec(
+        tokenizer=part.folder,
+        length=text.max_position_embeddings,
+        end_id=end,
+        width=text.projection_dim,
+        library_config=text,
+    )
+
+
+def clip_features(
+    vision: CLIPVisionConfig, text: TextSpec | None
+) -> dict[Feature, tuple[int, ...]]:
+    """By-products that a CLIP tower gives, with their sizes behind the patches."""
+    width = vision.hidden_size
+    features: dict[Feature, tuple[int, ...]] = {
+        Feature.CLS_ATTENTION: (),
+        Feature.CLS_SIMILARITY: (),
+        Feature.KEYS: (width // vision.num_attention_heads,),
+        Feature.MERGE_ATTENTION: (),
+        Feature.MERGE_KEYS: (width,),
+    }
+    if text is not None:
+        features[Feature.TEXT_PATCHES] = (text.width,)
+    return features
+
+
+def find_clip_weights(part: Checkpoint, *, vision: bool, text: bool) -> dict[str, TensorSource]:
+    """Tensors of a CLIP checkpoint by their names in the modules here.
+
+    Args:
+        part: The checkpoint.
+        vision: Whether its vision tower is wanted; another one is used otherwise.
+        text: Whether the text tower and the common space are.
+    """
+    vision_config, text_config = read_clip(part)
+    expected: dict[str, tuple[int, ...]] = {}
+    ignored = ["logit_scale", r"position_ids$"]
+    if vision:
+        expected |= tower_shapes(vision_config)
+    else:
+        ignored.append(r"^vision_model\.")
+    if text and text_config is not None:
+        expected |= expected_shapes(lambda: _Text(text_config))
+        shape = (text_config.projection_dim, vision_config.hidden_size)
+        expected["visual_projection.weight"] = shape
+    else:
+        ignored.append(r"^text_|^visual_projection\.")
+    found = match_tensors(part, expected, rename=clip_name, ignored=ignored)
+    return {name: stored(tensor) for name, tensor in found.items()}
+
+
+def clip_name(key: str) -> str:
+    """Name of a tensor in the modules here, from its key in a CLIP checkpoint."""
+    for old, new in _CLIP_NAMES.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+class _Tower(nn.Module):
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.vision_tower = CLIPVisionModel(config)
+
+
+class _Text(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.text = CLIPTextModelWithProjection(config)
+
+
+def tower_shapes(config: CLIPVisionConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a whole tower."""
+    return expected_shapes(lambda: _Tower(config))
 
 
 def resolve_layer(config: CLIPVisionConfig, layer: int, where: str) -> int:

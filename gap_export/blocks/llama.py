@@ -1,5 +1,7 @@
 """The Llama decoder as a graph: RMS norms, rotary embedding, grouped heads, gated MLP.
 
+Mistral's is the same but for its window, which a prompt must not outgrow.
+
 Parameter names are those of a Hugging Face checkpoint below `language_model` and `lm_head`.
 """
 
@@ -15,11 +17,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gap_export.blocks.operators import attend, rms_norm, rotate, write_cache
 from gap_export.errors import CheckpointError
+from gap_export.sources import expected_shapes
 
 # B batch (1), S rows, H query heads, G key/value heads, d head width, L cache slots, D width,
 # V vocabulary, P positions.
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_TYPES = ("llama", "mistral")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +48,14 @@ def read_llama_shape(config: LlamaConfig, where: str) -> LlamaShape:
     Raises:
         CheckpointError: The config asks for something that this decoder does not have.
     """
-    if config.model_type != "llama":
+    if config.model_type not in _TYPES:
         raise CheckpointError(
-            f"{where}: text_config.model_type '{config.model_type}', expected 'llama'"
+            f"{where}: the language model is of type '{config.model_type}', expected "
+            f"{' or '.join(_TYPES)}"
         )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise CheckpointError(f"{where}: sliding_window {window}, expected none")
     if config.hidden_act not in {"silu", "swish"}:
         raise CheckpointError(
             f"{where}: text_config.hidden_act '{config.hidden_act}', expected silu"
@@ -65,12 +73,13 @@ def read_llama_shape(config: LlamaConfig, where: str) -> LlamaShape:
         width=config.hidden_size,
         heads=config.num_attention_heads,
         cache_heads=config.num_key_value_heads,
-        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
         mlp=config.intermediate_size,
         vocabulary=config.vocab_size,
         epsilon=config.rms_norm_eps,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
+        attention_bias=getattr(config, "attention_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False),
     )
 
 
@@ -83,6 +92,19 @@ def rotary_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor]:
     cosine, sine = rotary(torch.zeros(1, 1), torch.arange(positions)[None])
     half = cosine.shape[-1] // 2
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+
+
+def llama_name(key: str) -> str:
+    """Name of a tensor in the modules here, from its key in a language model's own checkpoint."""
+    return f"language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key
+
+
+def decoder_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the decoder, its head and the token embedding table."""
+    tables = (torch.empty(0), torch.empty(0))
+    return expected_shapes(lambda: LlamaDecoder(shape, *tables)) | {
+        "language_model.embed_tokens.weight": (shape.vocabulary, shape.width)
+    }
 
 
 class LlamaDecoder(nn.Module):

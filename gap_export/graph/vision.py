@@ -2,16 +2,17 @@
 
 The tower is the same for all ratios; the pruning stage is small.
 
-    name           dtype    shape           meaning
+    name           dtype    shape            meaning
     in
-    pixels         float32  [1, 3, H, W]    normalized picture
+    pixels         float32  [1, 3, H, W]     normalized picture; [1, views, 3, H, W] of tiles
+    text_features  float32  [1, W]           the phrase, only where the pruner reads it
     between
-    patches        model's  [1, N, C]       patch features before the projector
-    <feature>      float32  [1, N]          by-products that the pruner needs
+    patches        model's  [1, N, C]        tokens before the projector
+    <feature>      float32  [1, P, ...]      by-products that the pruner needs
     out
-    visual_tokens  float32  [1, K, D]       tokens of the kept patches, in slot order
-    kept_index     int64    [1, K]          patch that each visual slot holds
-    position_ids   int64    [1, s+K+T]      position of every slot of the longest prompt
+    visual_tokens  float32  [1, K+E, D]      kept and extra tokens, in slot order
+    kept_index     int64    [1, K]           visual token that each kept slot holds
+    position_ids   int64    [1, s+K+E+T]     position of every slot of the longest prompt
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from gap_export.config import PruneConfig
-from gap_export.features import Feature, Pruner, VisionFeatures
-from gap_export.graph.positions import keeps_raster_order, map_positions, sort_ascending
+from gap_export.features import Feature, Geometry, Kept, Pruner, VisionFeatures
+from gap_export.graph.positions import CENTROID, keeps_raster_order, place_tokens
 from gap_runtime.layout import TokenLayout
 
-# B batch (1), N patches, K kept, C vision width, D decoder width, S prompt slots.
+# B batch (1), N visual tokens but fixed ones, F fixed tokens, K kept, V visual slots, C patch
+# width, D decoder width, P patches, W text width.
 
 
 class TowerStage(nn.Module):
@@ -34,12 +36,12 @@ class TowerStage(nn.Module):
         """Wrap a tower that gives (patches, by-products)."""
         super().__init__()
         self.tower = tower
-        self.needs = sorted(needs, key=lambda feature: feature.value)
+        self.needs = sort_features(needs)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Patches [B, N, C], then the by-products."""
-        patches_BNC, extras = self.tower(pixels)
-        return patches_BNC, *(extras[feature] for feature in self.needs)
+        patches_BNC, values = self.tower(pixels)
+        return patches_BNC, *(values[feature].float() for feature in self.needs)
 
 
 class PruneStage(nn.Module):
@@ -49,42 +51,124 @@ class PruneStage(nn.Module):
         self,
         pruner: Pruner,
         projector: nn.Module,
+        fixed_tokens: nn.Module | None,
         *,
         config: PruneConfig,
         layout: TokenLayout,
-        grid: tuple[int, int],
+        geometry: Geometry,
+        fixed: tuple[int, ...],
+        given: list[Feature],
+        text_sign: int,
     ) -> None:
-        """Fix the kept count and the position mode."""
+        """Fix the kept count and the position mode.
+
+        Args:
+            pruner: Chooses.
+            projector: Patches to visual tokens.
+            fixed_tokens: Gives the tokens that are never removed, None where there are none.
+            config: Position mode and the pruner's settings.
+            layout: Token counts.
+            geometry: Of the tokens that may be removed.
+            fixed: Indices of those that may not.
+            given: Features that come as inputs, in order.
+            text_sign: See VisionFeatures.
+        """
         super().__init__()
-        self.pruner, self.projector = pruner, projector
-        self.config, self.layout, self.grid = config, layout, grid
-        self.needs = sorted(pruner.NEEDS, key=lambda feature: feature.value)
+        self.pruner, self.projector, self.fixed_tokens = pruner, projector, fixed_tokens
+        self.config, self.layout, self.geometry = config, layout, geometry
+        self.given, self.text_sign = given, text_sign
+        self.fixed = fixed
+        kept_always = set(fixed)
+        self.removable = [k for k in range(layout.patches) if k not in kept_always]
 
-    def forward(self, patches_BNC: Tensor, extras: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, patches_BNC: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Visual tokens, kept index and position IDs; see the table above."""
-        features = VisionFeatures(
-            patches_BNC=patches_BNC,
-            grid=self.grid,
-            extras=dict(zip(self.needs, extras, strict=True)),
-        )
-        mode, kept = self.config.positions, self.layout.kept
-        if kept == self.layout.patches and keeps_raster_order(mode):
-            raster_BK = order_BK = torch.arange(kept)[None]
-            chosen_BKC = patches_BNC
+        mode, kept = self.config.positions, self.layout.kept - len(self.fixed)
+        if kept == self.geometry.tokens and keeps_raster_order(mode):
+            choice, features = Kept(order=tuple(range(kept))), None
         else:
-            order_BK, raster_BK = _both_orders(
-                self.pruner.prune(features, kept, self.config).order
-            )
-            if keeps_raster_order(mode):
-                order_BK = raster_BK
-            chosen_BKC = torch.index_select(patches_BNC, 1, order_BK[0])
-        # Projecting after the choice spares the removed patches' work.
-        tokens_BKD = self.projector(chosen_BKC).float()
-        return tokens_BKD, order_BK, map_positions(self.layout, raster_BK, mode)
+            features = self._features(patches_BNC, values)
+            choice = self.pruner.prune(features, kept, self.config)
+        rows_BKC, extra_BN = self._mix(patches_BNC, choice, kept)
+        tokens_BVD = self._project(rows_BKC, choice, features)
+        if self.fixed_tokens is not None:
+            fixed_BFD = self.fixed_tokens()
+            tokens_BVD = torch.cat([tokens_BVD[:, :kept], fixed_BFD, tokens_BVD[:, kept:]], dim=1)
+        places = place_tokens(
+            self.layout,
+            self._full_order(choice.order),
+            mode,
+            extra_rule=None if extra_BN is None else self.config.extra_token,
+            centroid_B=self._centroid(extra_BN),
+        )
+        visual_BVD = torch.index_select(tokens_BVD, 1, places.slots_BV[0])
+        return visual_BVD.float(), places.kept_BK, places.position_ids_BS
+
+    def _features(self, patches_BNC: Tensor, values: list[Tensor]) -> VisionFeatures:
+        """What came in, and what follows from it."""
+        found = dict(zip(self.given, values, strict=True))
+        needs = self.pruner.NEEDS
+        by_embeddings = Feature.TEXT_PATCHES in needs and Feature.TEXT_PATCHES not in found
+        if Feature.TOKENS in needs or by_embeddings:
+            found[Feature.TOKENS] = self.projector(patches_BNC).float()
+        if by_embeddings:
+            found[Feature.TEXT_PATCHES] = nn.functional.normalize(found[Feature.TOKENS], dim=-1)
+        return VisionFeatures(
+            patches_BNC=patches_BNC,
+            geometry=self.geometry,
+            values=found,
+            text_sign=self.text_sign,
+        )
+
+    def _mix(self, patches_BNC: Tensor, choice: Kept, kept: int) -> tuple[Tensor, Tensor | None]:
+        """Kept tokens and the extra one behind them [B, K+E, C], and the extra one's weights."""
+        dtype = patches_BNC.dtype
+        order = choice.order
+        order_BK = torch.tensor([order]) if isinstance(order, tuple) else order
+        if isinstance(order, tuple) and order == tuple(range(self.geometry.tokens)):
+            return patches_BNC, None
+        if choice.mix_BKN is None or kept == self.geometry.tokens:
+            rows_BKC = torch.index_select(patches_BNC, 1, order_BK[0])
+        else:
+            rows_BKC = (choice.mix_BKN.float() @ patches_BNC.float()).to(dtype)
+        if not self.layout.extra:
+            return rows_BKC, None
+        extra_BN = choice.extra_BN
+        assert extra_BN is not None
+        extra_B1C = extra_BN.float()[:, None] @ patches_BNC.float() / choice.extra_divisor
+        extra_B1C = extra_B1C.to(dtype)
+        return torch.cat([rows_BKC, extra_B1C], dim=1), extra_BN
+
+    def _project(self, rows_BKC: Tensor, choice: Kept, features: VisionFeatures | None) -> Tensor:
+        """Visual tokens; picked where all were projected for the pruner already."""
+        ready = None if features is None else features.values.get(Feature.TOKENS)
+        if ready is None or choice.mix_BKN is not None or self.layout.extra:
+            # Projecting after the choice spares the removed patches' work.
+            tokens_BKD: Tensor = self.projector(rows_BKC)
+            return tokens_BKD
+        order = choice.order
+        order_BK = torch.tensor([order]) if isinstance(order, tuple) else order
+        return torch.index_select(ready, 1, order_BK[0]).to(rows_BKC.dtype)
+
+    def _full_order(self, order: Tensor | tuple[int, ...]) -> Tensor | tuple[int, ...]:
+        """The pruner's order as indices among all visual tokens, fixed ones last."""
+        if not self.fixed:
+            return order
+        if isinstance(order, tuple):
+            return (*(self.removable[index] for index in order), *self.fixed)
+        full_BK = torch.tensor(self.removable)[order]
+        return torch.cat([full_BK, torch.tensor([self.fixed])], dim=1)
+
+    def _centroid(self, extra_BN: Tensor | None) -> Tensor | None:
+        """Mean index of what the extra token is made of, weighted and rounded half up."""
+        if extra_BN is None or self.config.extra_token != CENTROID:
+            return None
+        index_N = torch.tensor(self.removable, dtype=torch.float32)
+        weights_BN = extra_BN.float()
+        mean_B = (weights_BN * index_N).sum(dim=1) / weights_BN.sum(dim=1)
+        return torch.floor(mean_B + 0.5).to(torch.int64)
 
 
-def _both_orders(order: Tensor | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The pruner's order and raster order, int64 [B, K]; sorted now where it is a constant."""
-    if isinstance(order, tuple):
-        return torch.tensor([order]), torch.tensor([sorted(order)])
-    return order, sort_ascending(order)
+def sort_features(features: frozenset[Feature]) -> list[Feature]:
+    """Features in the order of their names."""
+    return sorted(features, key=lambda feature: feature.value)

@@ -15,12 +15,13 @@ from gap_export.config import PruneConfig
 from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final = frozenset({Feature.CLS_ATTENTION})
+EXTRA: Final = 0
 
 
 def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
-    """Top patches by score, best first. Scores are float32 whatever the model's dtype."""
+    """Top tokens by score, best first."""
     del config
-    scores_BN = features.extras[Feature.CLS_ATTENTION]
+    scores_BN = features.by_token(Feature.CLS_ATTENTION)
     return Kept(order=torch.topk(scores_BN, kept, dim=-1).indices)
 
 
@@ -28,6 +29,6 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     """The same from the tower's own attention map; ties go to the lower index."""
     del config
     attention = vision.attentions[vision.layer - 1]
-    scores = attention[0, :, 0, 1:].mean(dim=0)
+    scores = vision.by_token(attention[:, :, 0, 1:].mean(dim=1))
     order = torch.sort(scores, descending=True, stable=True).indices
     return EagerChoice(order=tuple(order[:kept].tolist()), scores=tuple(scores.tolist()))

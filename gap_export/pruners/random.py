@@ -13,19 +13,20 @@ from gap_export.config import PruneConfig
 from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final[frozenset[Feature]] = frozenset()
+EXTRA: Final = 0
 
 
 def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     """The drawn patches, in the order of the draw."""
-    return Kept(order=_draw(features.grid, kept, config.seed))
+    return Kept(order=_draw(features.geometry.tokens, kept, config.seed))
 
 
 def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
     """The same draw."""
-    return EagerChoice(order=_draw(vision.grid, kept, config.seed), scores=None)
+    return EagerChoice(order=_draw(vision.geometry.tokens, kept, config.seed), scores=None)
 
 
-def _draw(grid: tuple[int, int], kept: int, seed: int) -> tuple[int, ...]:
+def _draw(tokens: int, kept: int, seed: int) -> tuple[int, ...]:
     """The first `kept` of a permutation, so that a higher ratio keeps a subset of a lower."""
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(grid[0] * grid[1])
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(tokens)
     return tuple(int(index) for index in order[:kept])

@@ -3,13 +3,17 @@
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 
+import pruner_formulas
 import pytest
 
 from gap_export import cli
+from gap_export.config import POSITION_MODES, package_data
 from gap_runtime import cli as runtime_cli
+from gap_runtime.layout import count_kept
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
 
@@ -55,6 +59,22 @@ ERRORS = [
     (["refshapes", "--checkpoint", "nowhere"], 3, "checkpoint", "no such checkpoint folder"),
     (["refshapes", "--out", "file"], 2, "config", "exists and is no bundle"),
     (["refshapes", "--speed", "9"], 2, "config", "--speed"),
+    (["refshapes", "--extra-token", "first"], 2, "config", "prune.extra_token 'first'"),
+    (["refshapes", "--set", "prune.phrase=words"], 2, "config", "prune.phrase 'words'"),
+    (["refshapes", "--set", "parts.wheel=x"], 2, "unknown-name", "unknown part 'wheel'"),
+    (["refshapes", "--set", "parts.clip=nowhere"], 3, "checkpoint", "no such part 'clip'"),
+    (["positions"], 2, "config", "MODEL"),
+    (["positions", "refshaps"], 2, "unknown-name", "did you mean refshapes"),
+    (["positions", "refshapes", "--ratio", "1"], 2, "config", "outside [0, 1)"),
+    (["positions", "refshapes", "--image", "nowhere.png"], 2, "input", "nowhere.png"),
+    (["calibrate", "refshapes"], 2, "config", "--images"),
+    (["calibrate", "refshapes", "--images", "."], 2, "config", "no adaptive rule"),
+    (
+        ["calibrate", "refshapes", "--images", "nowhere", "--pruner", "prumerge"],
+        2,
+        "input",
+        "no such folder",
+    ),
     ([], 2, "config", "MODEL"),
 ]
 
@@ -137,18 +157,34 @@ def test_dry_run_facts(run, tiny_llava, tmp_path):
     assert "Traceback" not in err
     assert facts["bundle"] == "tiny-llava-13-6of25"
     assert facts["ratios"] == [
-        {"ratio": 0.5, "kept": 13, "patches": 25},
-        {"ratio": 0.75, "kept": 6, "patches": 25},
+        {"ratio": 0.5, "bucket": "", "patches": 25, "kept": 13, "extra": 0},
+        {"ratio": 0.75, "bucket": "", "patches": 25, "kept": 6, "extra": 0},
     ]
     layout = facts["layout"]
     assert layout["capacity"] == layout["prefix"] + 13 + 24 + 8
-    assert (layout["grid"], layout["suffix"], layout["answer"]) == ([5, 5], 24, 8)
+    assert set(layout) == {"prefix", "suffix", "answer", "capacity"}
+    assert (layout["suffix"], layout["answer"]) == (24, 8)
     # Keys and values of 2 layers, 2 heads of 16, 2 bytes each.
     assert facts["cache_bytes"] == layout["capacity"] * 2 * 2 * 2 * 16 * 2
     assert facts["dtype"] == "float16"
     assert facts["config"]["prune"]["positions"] == "compact"
     assert facts["checkpoint"] == str(tiny_llava)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rule", "extra"), [("append", 1), ("drop", 0)])
+def test_dry_run_counts_the_token_that_is_made_of_the_rest(run, tiny_llava, rule, extra):
+    """Only where something is removed."""
+    code, out, err = run(
+        *(tiny_llava, "--dry-run", "--json", "--set", TEMPLATE, "--set", "prompt.suffix=24"),
+        *("--pruner", "prumerge", "--extra-token", rule, "--ratio", "0.5", "--ratio", "0"),
+    )
+    facts = json.loads(out)
+    layout = facts["layout"]
+    assert code == 0
+    assert [entry["extra"] for entry in facts["ratios"]] == [extra, 0]
+    assert layout["capacity"] == layout["prefix"] + 25 + 24 + layout["answer"]
+    assert ("13 + 1 of 25" in err) == (extra == 1)
 
 
 def test_dry_run_for_people(run, tiny_llava, tmp_path):
@@ -186,10 +222,102 @@ def test_export_with_json(run, tiny_llava, tmp_path):
     assert code == 0
     assert "tracing the decoder" in err
     assert result["bundle"] == "bundle"
-    assert result["ratios"] == [{"ratio": 0.75, "kept": 6, "patches": 25}]
+    assert result["ratios"] == [
+        {"ratio": 0.75, "bucket": "", "patches": 25, "kept": 6, "extra": 0}
+    ]
     assert result["checked"] is False
     assert (result["pruner"], result["positions"]) == ("spatial", "gap")
     assert (tmp_path / "bundle" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("rule", ["last-visual", "append", "centroid", "drop"])
+@pytest.mark.parametrize("pruner", ["random", "prumerge"])
+def test_positions_are_the_oracles(run, tiny_llava, pruner, rule):
+    code, out, _ = run(
+        *("positions", tiny_llava, "--json", "--set", TEMPLATE, "--phrase", "the mug"),
+        *("--pruner", pruner, "--extra-token", rule, "--ratio", "0", "--ratio", "0.75"),
+    )
+    mappings = json.loads(out)
+    assert code == 0
+    assert [(m["kept"], m["patches"]) for m in mappings] == [(25, 25), (6, 25)]
+    # Without a picture the extra token is said to be made of what is in the middle.
+    weights = [int(index == 25 // 2) for index in range(25)]
+    for mapping in mappings:
+        made = pruner == "prumerge" and rule != "drop" and mapping["kept"] < 25
+        assert mapping["extra"] == int(made)
+        modes = {mode["mode"]: mode for mode in mapping["modes"]}
+        assert list(modes) == list(POSITION_MODES)
+        order = [token for token in modes["permuted"]["visual_slots"] if token != -1]
+        for name, mode in modes.items():
+            before, after = len(mode["prefix_ids"]), len(mode["suffix_ids"])
+            slots, ids, first = pruner_formulas.place(
+                before, 25, after, order, name, rule if made else None, weights
+            )
+            shown = [pruner_formulas.EXTRA if s == -1 else s for s in mode["visual_slots"]]
+            assert shown == slots
+            assert mode["prefix_ids"] + mode["visual_ids"] + mode["suffix_ids"] == ids
+            assert mode["first_answer_id"] == first
+
+
+def test_positions_of_a_picture_are_those_of_its_answer(run, refshapes_samples):
+    picture = refshapes_samples / "test-006.png"
+    code, out, _ = run(
+        *("positions", "refshapes", "--json", "--image", picture, "--phrase", "the red one"),
+        *("--ratio", "0.5"),
+    )
+    mapping = json.loads(out)[0]
+    assert code == 0
+    assert picture.name in mapping["example"]
+    modes = {mode["mode"]: mode for mode in mapping["modes"]}
+    order = modes["permuted"]["visual_slots"]
+    assert sorted(order) == modes["gap"]["visual_slots"]
+    assert order != sorted(order)
+    assert len(set(order)) == 32
+
+
+def test_positions_for_people_are_one_table_a_ratio(run, tiny_llava):
+    code, out, _ = run(
+        *("positions", tiny_llava, "--set", TEMPLATE, "--ratio", "0.5", "--ratio", "0.75")
+    )
+    assert code == 0
+    assert "13 of 25" in out
+    assert "6 of 25" in out
+    for mode in POSITION_MODES:
+        assert out.count(mode) >= 2
+
+
+@pytest.fixture
+def refshapes_samples():
+    return package_data("refshapes") / "samples"
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_calibrate_proposes_ratios_that_keep_what_the_rule_kept(
+    run, tmp_path, refshapes_samples, listed
+):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pictures = sorted(refshapes_samples.glob("*.png"))
+    for path in [*pictures, *([refshapes_samples / "samples.json"] if listed else [])]:
+        shutil.copyfile(path, folder / path.name)
+    if not listed:
+        (folder / "broken.png").write_bytes(b"no picture")
+    code, out, err = run(
+        "calibrate", "refshapes", "--json", "--images", folder, "--pruner", "prumerge"
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert found["pruner"] == "prumerge"
+    assert (len(found["skipped"]), "broken.png" in err) == (int(not listed), not listed)
+    (bucket,) = found["buckets"]
+    assert (bucket["bucket"], bucket["patches"]) == ("", 64)
+    assert bucket["pictures"] >= len(pictures)
+    assert 1 <= bucket["least"] <= bucket["mean"] <= bucket["most"] <= 64
+    for ratio, count in (
+        (bucket["ratio_of_mean"], bucket["mean"]),
+        (bucket["ratio_of_ninth_decile"], bucket["ninth_decile"]),
+    ):
+        assert count_kept(64, ratio) == round(count)
 
 
 def run_python(code, *arguments, cwd=None):
@@ -205,9 +333,18 @@ def run_python(code, *arguments, cwd=None):
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "rich", "PIL")
 
 
-@pytest.mark.parametrize("command", ["gap_export", "gap_runtime"])
-@pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_help_imports_no_library(command, flag):
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("gap_export", ["--help"]),
+        ("gap_export", ["--version"]),
+        ("gap_export", ["positions", "--help"]),
+        ("gap_export", ["calibrate", "--help"]),
+        ("gap_runtime", ["--help"]),
+        ("gap_runtime", ["--version"]),
+    ],
+)
+def test_help_imports_no_library(command, arguments):
     code = (
         "import sys\n"
         f"from {command}.cli import main\n"
@@ -215,10 +352,10 @@ def test_help_imports_no_library(command, flag):
         "except SystemExit as end:\n    assert not end.code\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
     )
-    done = run_python(code, flag)
+    done = run_python(code, *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "[]\n"
-    assert ("usage:" in done.stdout) == (flag == "--help")
+    assert ("usage:" in done.stdout) == ("--help" in arguments)
 
 
 def flags(parser):
@@ -246,10 +383,46 @@ def test_the_flags_of_gap_export_are_these():
     parser = cli._parser()
     assert positionals(parser) == ["model"]
     assert flags(parser) == HELP | {
-        *("--ratio", "--pruner", "--positions", "--dtype", "--target", "--set", "--weights"),
-        *("--no-reference", "--checkpoint", "--out", "--dry-run", "--json"),
+        *("--ratio", "--pruner", "--positions", "--extra-token", "--dtype", "--target", "--set"),
+        *("--weights", "--no-reference", "--checkpoint", "--out", "--dry-run", "--json"),
         *("-v", "--verbose", "--version"),
     }
+
+
+class Parsed(Exception):  # noqa: N818 - no error
+    """Ends a command as soon as it would read its arguments."""
+
+
+@pytest.fixture
+def survey_parser(monkeypatch):
+    """A function that gives the parser of a command that exports nothing."""
+
+    def find(command):
+        def stop(parser, _):
+            raise Parsed(parser)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.ArgumentParser, "parse_args", stop)
+            with pytest.raises(Parsed) as caught:
+                cli._main([command])
+        return caught.value.args[0]
+
+    return find
+
+
+SURVEYS = ["positions", "calibrate"]
+
+
+def test_the_commands_that_export_nothing_have_these_flags(survey_parser):
+    shared = {"--pruner", "--checkpoint", "--set", "--json", "-v", "--verbose"}
+    own = {
+        "positions": {"--ratio", "--extra-token", "--image", "--phrase"},
+        "calibrate": {"--images", "--phrase"},
+    }
+    for command in SURVEYS:
+        parser = survey_parser(command)
+        assert positionals(parser) == ["model"]
+        assert flags(parser) == HELP | shared | own[command]
 
 
 def test_the_commands_and_flags_of_gap_runtime_are_these():
@@ -275,8 +448,19 @@ def test_flags_are_not_abbreviated(run, arguments):
     assert arguments[0] in err
 
 
-def test_every_flag_says_what_it_does():
-    for parser in (cli._parser(), *subparsers(runtime_cli._parser()).values()):
+@pytest.mark.parametrize(
+    "arguments",
+    [["positions", "--rat", "0.5"], ["calibrate", "--image", "x"], ["positions", "--js"]],
+)
+def test_flags_of_other_commands_are_not_abbreviated(run, arguments):
+    code, _, err = run(arguments[0], "refshapes", *arguments[1:])
+    assert code == 2
+    assert "--" in err
+
+
+def test_every_flag_says_what_it_does(survey_parser):
+    surveys = [survey_parser(command) for command in SURVEYS]
+    for parser in (cli._parser(), *surveys, *subparsers(runtime_cli._parser()).values()):
         for action in parser._actions:
             assert action.help, action
 
@@ -285,3 +469,4 @@ def test_weights_are_cloned_and_answers_recorded_by_default():
     options = cli._parser().parse_args(["refshapes"])
     assert (options.weights, options.reference, options.target) == ("clone", True, "cpu")
     assert (options.ratio, options.pruner, options.positions, options.dtype) == (None,) * 4
+    assert options.extra_token is None

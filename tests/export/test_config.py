@@ -1,7 +1,9 @@
 """Configuration: shipped files, names, overrides and what is refused."""
 
 import argparse
+import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,13 @@ def request_for(*arguments):
     return read_config(options.model, options).config
 
 
+def family_templates(family):
+    """What a family asks where its configuration has no template."""
+    found = vars(importlib.import_module(f"gap_export.models.{family}")).items()
+    values = [value for name, value in found if "TEMPLATE" in name]
+    return [text for v in values for text in (v.values() if isinstance(v, dict) else [v])]
+
+
 def test_the_shipped_files_are_listed():
     assert {"refshapes", "llava-1.5-7b", "llava-1.5-13b"} <= set(MODELS)
     assert list_configs() == MODELS
@@ -64,8 +73,11 @@ def test_every_shipped_model_file_loads(name):
     assert named.name == name
     assert (ROOT / "gap_export" / "models" / f"{named.config.family}.py").is_file()
     template = named.config.prompt.template
-    assert template.count("<image>") == template.count("{phrase}") == 1
-    assert template.index("<image>") < template.index("{phrase}")
+    templates = family_templates(named.config.family) if template is None else [template]
+    assert templates
+    for each in templates:
+        assert each.count("<image>") == each.count("{phrase}") == 1
+        assert each.index("<image>") < each.index("{phrase}")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -78,9 +90,17 @@ def test_every_shipped_target_loads(name):
 def test_defaults(toml):
     config = load_config(str(toml('family = "llava"\ncheckpoint = "a/b"')), {}).config
     assert config.prune == PruneConfig(
-        strategy="cls_attention", ratios=(0.5,), positions="gap", seed=0
+        strategy="cls_attention",
+        ratios=(0.5,),
+        positions="gap",
+        seed=0,
+        extra_token="last-visual",
+        phrase=None,
     )
-    assert config.dtype is None
+    assert (config.dtype, config.revision, config.parts) == (None, None, {})
+    assert config.image.canvas is None
+    assert (config.vision.heads, config.vision.side) == (None, None)
+    assert config.box.frame is None
 
 
 def test_a_wrong_model_name_lists_near_matches():
@@ -136,6 +156,15 @@ def test_counts_are_rounded_half_up_and_keep_their_order():
     assert count_ratios(PruneConfig(ratios=(0.9,)), 5) == [(0.9, 1)]
 
 
+def test_tokens_that_stay_are_part_of_the_count():
+    """The last of 25 mark the ends of rows: a ratio that leaves only them keeps no patch."""
+    assert count_ratios(PruneConfig(ratios=(0.75, 0.8)), 25, 4) == [(0.75, 6), (0.8, 5)]
+    with pytest.raises(ConfigError, match=r"ratio 0.84 keeps 4 of 25.* of which 4 mark") as caught:
+        count_ratios(PruneConfig(ratios=(0.84,)), 25, 4)
+    advised = float(re.search(r"use at most ([\d.]+)$", str(caught.value))[1])
+    assert count_ratios(PruneConfig(ratios=(advised,)), 25, 4) == [(advised, 5)]
+
+
 def test_unknown_pruner():
     message = refusal("refshapes", prune__strategy="cls_atention")
     assert "cls_atention" in message
@@ -155,6 +184,39 @@ def test_unknown_dtype():
         assert part in message
 
 
+def test_unknown_rule_for_the_extra_token():
+    message = refusal("refshapes", prune__extra_token="first")
+    for part in ("refshapes.toml", "prune.extra_token", "first", "last-visual, append, centroid"):
+        assert part in message
+
+
+def test_unknown_source_of_phrases():
+    message = refusal("refshapes", prune__phrase="words")
+    for part in ("refshapes.toml", "prune.phrase", "words", "clip, embeddings"):
+        assert part in message
+
+
+def test_unknown_frame_of_boxes():
+    message = refusal("refshapes", box__frame="square")
+    for part in ("refshapes.toml", "box.frame", "square", "padded-square, original"):
+        assert part in message
+
+
+@pytest.mark.parametrize("frame", ["padded-square", "original"])
+def test_frames_of_boxes(frame):
+    assert load_config("refshapes", {"box.frame": frame}).config.box.frame == frame
+
+
+@pytest.mark.parametrize("rule", ["last-visual", "append", "centroid", "drop"])
+def test_rules_for_the_extra_token(rule):
+    assert load_config("refshapes", {"prune.extra_token": rule}).config.prune.extra_token == rule
+
+
+@pytest.mark.parametrize("source", ["clip", "embeddings"])
+def test_sources_of_phrases(source):
+    assert load_config("refshapes", {"prune.phrase": source}).config.prune.phrase == source
+
+
 def test_unknown_target():
     with pytest.raises(UnknownNameError, match=r"unknown target 'cppu'; did you mean cpu"):
         load_target("cppu")
@@ -169,7 +231,8 @@ def test_a_target_is_a_name_not_a_path(name):
 def test_unknown_set_key():
     message = refusal("refshapes", prune__rato=0.5)
     assert message == (
-        "refshapes.toml: prune: unknown key 'rato'; have strategy, ratios, positions, seed"
+        "refshapes.toml: prune: unknown key 'rato'; have strategy, ratios, positions, seed, "
+        "extra_token, phrase"
     )
     assert "unknown key 'prun'" in refusal("refshapes", prun__ratios=[0.5])
 
@@ -183,6 +246,10 @@ def test_unknown_set_key():
         ("prune__ratios", 0.5, ("prune: ratios", "0.5 (float)", "expected a list")),
         ("prune__ratios", ["0.5"], ("ratios[0]", "'0.5' (str)", "expected float")),
         ("prune", 3, ("prune", "3 (int)", "expected a table")),
+        ("parts", "folder", ("parts", "'folder' (str)", "expected a table")),
+        ("parts__clip", 3, ("parts", "3 (int)", "expected str")),
+        ("image__canvas", 672, ("image: canvas", "672 (int)", "expected str")),
+        ("vision__heads", "many", ("vision: heads", "'many' (str)", "expected int")),
     ],
 )
 def test_a_set_value_of_the_wrong_type(key, value, parts):
@@ -210,6 +277,9 @@ def test_set_text_that_is_no_assignment(text):
         ('dtype="float16"', ("dtype", "float16")),
         ("prompt.template=a=b: {phrase}", ("prompt.template", "a=b: {phrase}")),
         ("prompt.template=", ("prompt.template", "")),
+        ("prune.extra_token=append", ("prune.extra_token", "append")),
+        ("parts.clip=../clip-vit", ("parts.clip", "../clip-vit")),
+        ("image.canvas=672x672/4:3,336x672", ("image.canvas", "672x672/4:3,336x672")),
     ],
 )
 def test_set_text_is_toml_or_a_bare_string(text, expected):
@@ -220,6 +290,23 @@ def test_set_text_is_toml_or_a_bare_string(text, expected):
 @pytest.mark.parametrize("key", ["suffix", "answer"])
 def test_counts_below_one(key, count):
     assert f"prompt.{key} is {count}" in refusal("refshapes", **{f"prompt__{key}": count})
+
+
+@pytest.mark.parametrize("key", ["heads", "side"])
+def test_facts_of_a_vision_tower_are_counts(key):
+    assert f"vision.{key} is 0" in refusal("refshapes", **{f"vision__{key}": 0})
+    config = load_config("refshapes", {f"vision.{key}": 7}).config
+    assert getattr(config.vision, key) == 7
+
+
+def test_parts_are_named_by_role(toml):
+    path = toml('family = "llava"\ncheckpoint = "a/b"\n[parts]\nclip = "org/clip"\n')
+    assert load_config(str(path), {}).config.parts == {"clip": "org/clip"}
+    assert request_for(str(path), "--set", "parts.clip=./mine").parts == {"clip": "./mine"}
+    assert request_for(str(path), "--set", "parts.base=x").parts == {
+        "clip": "org/clip",
+        "base": "x",
+    }
 
 
 def test_no_ratio_at_all():
@@ -282,7 +369,7 @@ def test_a_checkpoint_folder_names_its_own_family(tmp_path):
     assert named.config.checkpoint == str(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llava_next", "", "../llava"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llava_onevision", "", "../llava"])
 def test_a_folder_of_another_model_type(tmp_path, model_type):
     folder = model_folder(tmp_path / "mine", model_type)
     message = refusal(folder)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gap_export.config import PHRASE_SOURCES
 from gap_export.family import Family
-from gap_export.features import Pruner
+from gap_export.features import AdaptivePruner, Feature, Pruner
 from gap_runtime import manifest
 from gap_runtime.session import Backend
 
@@ -29,6 +30,8 @@ MODULES = [
     for package, (folder, _) in PLUGINS.items()
     for path in sorted(folder.glob("[!_]*.py"))
 ]
+FAMILIES = sorted(path.stem for path in (ROOT / "gap_export" / "models").glob("[!_]*.py"))
+FAMILY_NAMES = sorted({name for stem in FAMILIES for name in (stem, stem.replace("_", "-"))})
 every_file = pytest.mark.parametrize("path", FILES, ids=NAMES)
 
 
@@ -39,16 +42,22 @@ def parse(path):
 def test_there_is_something_to_read():
     assert len(FILES) > 40
     assert len(MODULES) >= 5
+    assert len(FAMILIES) == len(set(FAMILIES)) >= 2
+
+
+def test_families_are_told_from_other_words():
+    """Names are looked for as they are written in code, in configurations and on the hub."""
+    assert {"llava"} <= set(FAMILIES)
+    assert {stem.replace("_", "-") for stem in FAMILIES} <= set(FAMILY_NAMES)
+    assert set(FAMILIES) <= set(FAMILY_NAMES)
 
 
 @every_file
 def test_no_family_is_named_outside_its_own_file(path):
-    families = [f.stem for f in (ROOT / "gap_export" / "models").glob("[!_]*.py")]
-    assert "llava" in families
     if path.parent.name == "models":
         return
     text = path.read_text(encoding="utf-8").lower()
-    lines = [line for line in text.splitlines() if any(name in line for name in families)]
+    lines = [line for line in text.splitlines() if any(name in line for name in FAMILY_NAMES)]
     assert lines == []
 
 
@@ -86,7 +95,11 @@ def test_everything_is_caught_only_where_a_library_leaves_no_choice():
             kinds = ast.unparse(node.type) if node.type else ""
             if not kinds or re.search(r"\b(Base)?Exception\b", kinds):
                 broad.append((path.name, lines[node.lineno - 1].partition("#")[2].strip()))
-    assert broad == [("prompt.py", "tokenizers raises bare Exception")]
+    assert broad == [
+        ("tokenizer.py", "tokenizers raises bare Exception"),
+        ("torch_files.py", "a damaged pickle can fail in every way"),
+        ("prompt.py", "tokenizers raises bare Exception"),
+    ]
 
 
 @every_file
@@ -96,10 +109,21 @@ def test_every_module_opens_with_a_docstring(path):
     assert docstring.splitlines()[0].endswith(".")
 
 
-@pytest.mark.parametrize("name", ["decoder.py", "vision.py", "positions.py"])
+# A header, then a row for each tensor or rule.
+TABLE_ROWS = {"decoder.py": 4, "positions.py": 4, "text.py": 3, "vision.py": 4}
+
+
+@pytest.mark.parametrize("name", TABLE_ROWS)
 def test_graph_files_open_with_a_table(name):
     docstring = ast.get_docstring(parse(ROOT / "gap_export" / "graph" / name))
-    assert len(re.findall(r"^ {4}\S+ {2,}\S+", docstring, re.MULTILINE)) >= 4
+    rows = re.findall(r"^ {4}\S+ {2,}\S+", docstring, re.MULTILINE)
+    assert len(rows) >= TABLE_ROWS[name]
+
+
+def test_every_graph_file_is_looked_at():
+    assert {path.name for path in (ROOT / "gap_export" / "graph").glob("[!_]*.py")} == set(
+        TABLE_ROWS
+    )
 
 
 def read_version(path):
@@ -133,9 +157,15 @@ def members(protocol):
 
 
 def test_protocols_ask_for_something():
-    assert members(Pruner) == {"NEEDS", "prune", "prune_eagerly"}
-    assert {"EMBEDDING", "read_spec", "build_decoder", "load_eager"} <= members(Family)
-    assert {"open_vision", "open_decoder"} <= members(Backend)
+    assert members(Pruner) == {"NEEDS", "EXTRA", "prune", "prune_eagerly"}
+    assert members(AdaptivePruner) == {"count_adaptively"}
+    assert members(Family) == {
+        *("EMBEDDING", "PARTS", "PHRASE"),
+        *("find_parts", "read_spec", "find_weights"),
+        *("build_tower", "fill_constants", "build_projector", "build_fixed_tokens"),
+        *("build_text_tower", "build_decoder", "rotary_tables", "load_eager"),
+    }
+    assert members(Backend) == {"open_stage", "open_decoder"}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -148,6 +178,37 @@ def test_every_plugin_fits_its_protocol(name):
         if inspect.isfunction(promised):
             wanted = list(inspect.signature(promised).parameters)[1:]
             assert list(inspect.signature(getattr(module, member)).parameters) == wanted, member
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ".pruners." in name])
+def test_an_adaptive_rule_fits_its_protocol(name):
+    """It is optional, so that a wrong spelling would go unnoticed."""
+    module = importlib.import_module(name)
+    own = {
+        member
+        for member, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == name and member[0] != "_"
+    }
+    counts = own - members(Pruner)
+    assert counts <= members(AdaptivePruner)
+    for member in counts:
+        wanted = list(inspect.signature(getattr(AdaptivePruner, member)).parameters)[1:]
+        assert list(inspect.signature(getattr(module, member)).parameters) == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ".pruners." in name])
+def test_a_pruner_says_what_it_needs_and_makes(name):
+    module = importlib.import_module(name)
+    assert isinstance(module.NEEDS, frozenset)
+    assert all(isinstance(need, Feature) for need in module.NEEDS)
+    assert module.EXTRA in {0, 1}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ".models." in name])
+def test_a_family_says_what_it_reads(name):
+    module = importlib.import_module(name)
+    assert all(role.isidentifier() and place for role, place in module.PARTS.items())
+    assert module.PHRASE in PHRASE_SOURCES
 
 
 def test_the_format_page_names_every_key_of_the_manifest():

@@ -73,7 +73,7 @@ def relative(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("pruner", ["cls_attention", "spatial", "random"])
+@pytest.mark.parametrize("pruner", ["cls_attention", "spatial", "random", "divprune"])
 def test_gap_equals_the_full_sequence_with_pruned_keys_masked(
     checkpoint, oracle, export, tmp_path, pruner
 ):
@@ -108,7 +108,7 @@ def test_decoding_on_with_the_slot_as_position_does_not_either(
     grounder = Grounder(bundle, "onnxruntime:cpu")
     entry = bundle.manifest.ratios[0]
     _, values, prompt = exported_answer(bundle_folder, "the mug")
-    layout = bundle.manifest.layout.at(entry.kept)
+    layout = bundle.manifest.layout.at(entry)
     length = layout.prefix + layout.kept + len(prompt.suffix)
     kept = values.kept_index[0].tolist()
     expected = oracle.answer(values.pixels, prompt.prefix, prompt.suffix, kept, 2).numpy()
@@ -156,7 +156,7 @@ def test_visual_tokens_and_positions_by_a_plain_onnxruntime_script(
     side = bundle.manifest.preprocess.side
     pixels = np.random.default_rng(1).standard_normal((1, 3, side, side)).astype(np.float32)
     tokens, kept, positions = session.run(None, {"pixels": pixels})
-    layout = bundle.manifest.layout
+    layout = bundle.manifest.layout.at(bundle.manifest.ratios[0])
     everything = oracle.visual_tokens(pixels).numpy()
     assert relative(tokens[0], everything[kept[0]]) < 1e-4
     expected = [

@@ -14,7 +14,9 @@ def test_optimum_cli_exports_a_bundle(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["ratios"] == [{"ratio": 0.75, "kept": 16, "patches": 64}]
+    assert manifest["ratios"] == [
+        {"ratio": 0.75, "bucket": "", "patches": 64, "kept": 16, "extra": 0}
+    ]
     assert manifest["reference"] is not None
 
 

@@ -4,20 +4,24 @@ import json
 from pathlib import Path
 
 import numpy as np
+import originals
 import pytest
 from PIL import Image
 from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from gap_export.models import llava
+from gap_export.blocks.hub import FRACTION_BOX
+from gap_export.tokenizer import read_tokenizer
 from gap_runtime.errors import InputError
 from gap_runtime.image import make_pixels, to_rgb
-from gap_runtime.manifest import Preprocess, Prompt
-from gap_runtime.prompt import PromptEncoder
+from gap_runtime.manifest import Bucket, Preprocess, Prompt
+from gap_runtime.prompt import PromptEncoder, load_tokenizer
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "refshapes" / "checkpoint"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILL = (122, 116, 104)
+# Of a family whose pictures all take the same road.
+BUCKET = Bucket(name="", canvas=None, grids=((8, 8),), strip=1, fixed=())
 TEMPLATES = (
     "USER: <image>\nWhere is {phrase}? ASSISTANT:",
     "A chat. USER: <image>\n{phrase}\nASSISTANT:",
@@ -60,11 +64,16 @@ def make_picture(width, height, mode="RGB", seed=0):
     return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert(mode)
 
 
-def huggingface_pixels(picture, side):
+def make_spec(side, mode="pad"):
+    return Preprocess(mode=mode, side=side, fill=FILL, mean=MEAN, std=STD, canvases=())
+
+
+def huggingface_pixels(picture, side, *, pad=True):
+    size = {"shortest_edge": side} if pad else {"height": side, "width": side}
     processor = LlavaImageProcessorPil(
-        do_pad=True,
+        do_pad=pad,
         background_color=FILL,
-        size={"shortest_edge": side},
+        size=size,
         crop_size={"height": side, "width": side},
         image_mean=list(MEAN),
         image_std=list(STD),
@@ -72,6 +81,7 @@ def huggingface_pixels(picture, side):
     return processor(picture, return_tensors="np")["pixel_values"]
 
 
+@pytest.mark.parametrize("mode", ["pad", "stretch"])
 @pytest.mark.parametrize("side", [112, 336])
 @pytest.mark.parametrize(
     "size",
@@ -90,11 +100,10 @@ def huggingface_pixels(picture, side):
         (1, 50),
     ],
 )
-def test_pixels_equal_hugging_faces(size, side):
+def test_pixels_equal_hugging_faces(size, side, mode):
     picture = make_picture(*size)
-    spec = Preprocess(mode="pad", side=side, fill=FILL, mean=MEAN, std=STD)
-    pixels = make_pixels(picture, spec)
-    expected = huggingface_pixels(picture, side)
+    pixels = make_pixels(picture, make_spec(side, mode), BUCKET)
+    expected = huggingface_pixels(picture, side, pad=mode == "pad")
     assert pixels.shape == expected.shape == (1, 3, side, side)
     assert np.abs(pixels - expected).max() <= 1e-5
 
@@ -102,8 +111,7 @@ def test_pixels_equal_hugging_faces(size, side):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1", "CMYK"])
 def test_other_modes_equal_hugging_faces(mode):
     picture = make_picture(120, 77, "L" if mode == "LA" else "RGB").convert(mode)
-    spec = Preprocess(mode="pad", side=112, fill=FILL, mean=MEAN, std=STD)
-    pixels = make_pixels(to_rgb(picture), spec)
+    pixels = make_pixels(to_rgb(picture), make_spec(112), BUCKET)
     assert np.abs(pixels - huggingface_pixels(picture.convert("RGB"), 112)).max() <= 1e-5
 
 
@@ -116,7 +124,7 @@ def tokenizer(request):
 
 def make_encoder(template):
     prompt = Prompt(template=template, image_token="<image>", tokenizer=None, stop_ids=(2,))
-    return PromptEncoder(CHECKPOINT / "tokenizer.json", prompt)
+    return PromptEncoder(load_tokenizer(CHECKPOINT / "tokenizer.json"), prompt)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -146,6 +154,35 @@ def test_image_token_in_the_phrase_is_refused_by_the_real_tokenizer():
         make_encoder(TEMPLATES[0]).encode("the <image> circle")
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_older_tokenizer_files_become_one_that_reads_as_hugging_face_does(tmp_path, legacy):
+    """SentencePiece's model has no image token: both sides of the picture are encoded apart."""
+    folder = originals.make_sentencepiece(tmp_path / "old", legacy=legacy)
+    read_tokenizer(folder).save(str(tmp_path / "tokenizer.json"))
+    library = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for template in TEMPLATES:
+        prompt = Prompt(template=template, image_token=None, tokenizer=None, stop_ids=(2,))
+        encoder = PromptEncoder(load_tokenizer(tmp_path / "tokenizer.json"), prompt)
+        for phrase in (" ".join(each.split()) for each in PHRASES):
+            before, _, after = template.format(phrase=phrase).partition("<image>")
+            encoded = encoder.encode(phrase)
+            assert encoded.prefix == library(before)["input_ids"]
+            assert encoded.suffix == library(after, add_special_tokens=False)["input_ids"]
+            assert encoded.prefix[0] == library.bos_token_id
+            assert library.bos_token_id not in encoded.suffix
+            own = library(phrase, add_special_tokens=False)["input_ids"]
+            assert encoder.encode_phrase(phrase) == own
+            ids = [*encoded.suffix, library.eos_token_id]
+            expected = library.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            assert encoder.decode(ids) == expected.strip()
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    assert read_tokenizer(tmp_path) is None
+
+
 @pytest.mark.parametrize(
     "answer", ["[0.12, 0.34, 0.56, 0.78]", "[0.00, 0.05, 1.00, 0.95]", "the red circle is there."]
 )
@@ -164,4 +201,4 @@ def test_fill_is_the_mean_as_hugging_face_pads():
 def test_the_pattern_in_the_runtimes_tests_is_the_exporters():
     # tests/runtime/conftest.py holds a copy, because those tests run without gap_export.
     number = r"\s*(-?\d+(?:\.\d+)?)\s*"
-    assert llava._BOX.pattern == rf"\[{number},{number},{number},{number}\]"
+    assert FRACTION_BOX.pattern == rf"\[{number},{number},{number},{number}\]"

@@ -11,8 +11,11 @@ from gap_runtime import cli as runtime_cli
 from gap_runtime.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"]
-PARSERS = {"gap-export": export_cli._parser, "gap-runtime": runtime_cli._parser}
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"),
+    "docs/models.md",
+]
+COMMANDS = {"gap-export": export_cli._main, "gap-runtime": runtime_cli._main}
 
 
 def commands():
@@ -23,10 +26,28 @@ def commands():
                 yield pytest.param(found.group(1), id=f"{page}: {found.group(1)}"[:70])
 
 
+class Taken(Exception):  # noqa: N818 - no error
+    """Ends a command when it has read its arguments."""
+
+
 @pytest.mark.parametrize("command", list(commands()))
-def test_command_of_a_document_is_taken(command):
+def test_command_of_a_document_is_taken(command, monkeypatch):
+    parse = runtime_cli.ArgumentParser.parse_args
+
+    def stop(parser, arguments):
+        parse(parser, arguments)
+        raise Taken
+
+    monkeypatch.setattr(runtime_cli.ArgumentParser, "parse_args", stop)
     name, *arguments = shlex.split(command, comments=True)
-    PARSERS[name]().parse_args(arguments)
+    with pytest.raises(Taken):
+        COMMANDS[name](arguments)
+
+
+def test_the_documents_show_every_command_of_the_exporter():
+    shown = " ".join(str(command.values[0]) for command in commands())
+    for command in ("positions", "calibrate"):
+        assert f"gap-export {command} " in shown
 
 
 def test_every_command_of_the_runtime_is_in_its_readme():

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from gap_export.checkpoint import open_checkpoint
-from gap_export.config import package_data
-from gap_export.models import llava
-from gap_export.reference import answer_eagerly
+from gap_export.config import load_config
+from gap_export.plan import ExportRequest, plan_export
+from gap_export.reference import answer_eagerly, ask
 from gap_runtime import Bundle, Grounder
 from gap_runtime.boxes import Box, iou
 from gap_runtime.check import check_bundle
@@ -78,24 +77,50 @@ def test_gap_keeps_the_accuracy_and_other_ids_lose_it(refshapes_bundle, export, 
     assert max(lost.values()) < unpruned / 3
 
 
+def grounder_prompt(grounder, phrase):
+    encoded = grounder.encoder.encode(phrase)
+    return encoded.prefix + encoded.suffix
+
+
 def test_pytorch_and_onnx_give_the_same_text(refshapes_bundle, asked):
     bundle = Bundle.open(refshapes_bundle)
     grounder = Grounder(bundle, "onnxruntime:cpu")
-    checkpoint = open_checkpoint(str(package_data("refshapes") / "checkpoint"))
-    spec = llava.read_spec(checkpoint)
-    model = llava.load_eager(checkpoint, spec, "float32")
-    for scene, question in asked[:25]:
-        eager = answer_eagerly(
-            model,
-            spec,
-            scene.image,
-            bundle.manifest.prompt.template.replace("{phrase}", question.phrase),
-            choose=None,
-            kept=64,
-            config=None,
-            most=24,
+    plan = plan_export(
+        ExportRequest(
+            named=load_config("refshapes", {"prune.ratios": [0.0]}),
+            target="cpu",
+            out=None,
+            weights="clone",
+            reference=False,
         )
-        assert eager.text == grounder.ground(scene.image, question.phrase, ratio=0.0).answer
+    )
+    (entry,), (bucket,) = plan.entries, plan.spec.buckets
+    model = plan.family.load_eager(plan.checkpoint, plan.spec, "float32")
+    for scene, question in asked[:25]:
+        put = ask(
+            model,
+            scene.image,
+            question.phrase,
+            bucket=bucket,
+            template=bundle.manifest.prompt.template,
+            reads=None,
+        )
+        exported = grounder.ground(scene.image, question.phrase, ratio=0.0)
+        assert put.prefix + put.suffix == grounder_prompt(grounder, question.phrase)
+        # Not pruned at all, and pruned by nothing.
+        for pruned in (None, entry):
+            eager = answer_eagerly(
+                model,
+                put,
+                entry=pruned,
+                pruner=plan.pruner,
+                config=plan.request.named.config.prune,
+                most=24,
+                stop_ids=bundle.manifest.prompt.stop_ids,
+            )
+            assert eager.text == exported.answer
+            assert eager.token_ids == list(exported.token_ids)
+            assert eager.order == list(range(64))
 
 
 def test_ground_draws_and_prints_json(refshapes_bundle, tmp_path, capsys):
@@ -125,8 +150,11 @@ def test_bench_reports_every_ratio(refshapes_bundle, capsys):
 def test_info_is_the_manifest(refshapes_bundle, capsys):
     assert main(["info", str(refshapes_bundle), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
-    assert info["layout"]["patches"] == 64
-    assert {"prefix", "patches", "suffix", "answer"} <= set(info["layout"])
+    assert [bucket["grids"] for bucket in info["buckets"]] == [[[8, 8]]]
+    assert [(entry["patches"], entry["kept"], entry["extra"]) for entry in info["ratios"]] == [
+        (64, kept, 0) for kept in (64, 48, 32, 16)
+    ]
+    assert {"prefix", "suffix", "answer", "capacity"} == set(info["layout"])
     assert [stage["ratio"] for stage in info["stages"]] == [0.0, 0.25, 0.5, 0.75, None]
     assert all({"file", "inputs", "outputs"} <= set(stage) for stage in info["stages"])
 

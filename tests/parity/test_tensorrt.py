@@ -41,7 +41,7 @@ def bundle(export, tmp_path_factory):
 
 
 def test_the_vision_graph_builds(bundle):
-    stage = bundle.manifest.stage("vision", 32)
+    stage = bundle.manifest.stage("vision", bundle.manifest.ratios[0])
     layers, inputs, size = build(bundle.folder / stage.file, [])
     assert inputs == ["pixels"]
     assert layers["TOPK"] == 2
@@ -55,7 +55,7 @@ def test_the_decoder_builds_with_a_prefill_and_a_step_profile(bundle):
     width = manifest.embedding.shape[1]
     profiles = [
         {"embeddings": (1, rows, width), "position_ids": (1, rows)}
-        for rows in (manifest.layout.at(32).prompt, 1)
+        for rows in (manifest.layout.at(manifest.ratios[0]).prompt, 1)
     ]
     layers, inputs, size = build(bundle.folder / stage.file, profiles)
     assert set(inputs) == {spec.name for spec in stage.inputs}

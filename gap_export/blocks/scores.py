@@ -1,0 +1,51 @@
+"""By-products of a vision tower that pruners score patches with, from a block's projections.
+
+All are float32 whatever the model's dtype; the first token of a view is CLS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# V views, T tokens of a view (CLS first), P patches of a view, C width, H heads, d head width.
+
+
+def cls_attention(query_VC: Tensor, key_VTC: Tensor, heads: int) -> Tensor:
+    """[V, P]: attention from CLS to each patch, mean over heads.
+
+    One row of the attention map: the block itself runs fused.
+    """
+    query_VHd = _split(query_VC, heads)
+    key_VTHd = _split(key_VTC, heads)
+    scale = query_VHd.shape[-1] ** -0.5
+    logits_VHT = (key_VTHd.permute(0, 2, 1, 3) @ query_VHd[..., None])[..., 0] * scale
+    return torch.softmax(logits_VHT, dim=-1).mean(dim=1)[:, 1:]
+
+
+def merge_attention(query_VC: Tensor, key_VTC: Tensor) -> Tensor:
+    """[V, P]: attention from CLS to each patch, all heads taken as one wide head.
+
+    References:
+        PruMerge, arXiv:2403.15388.
+    """
+    scale = query_VC.shape[-1] ** -0.5
+    logits_VT = (key_VTC.float() @ query_VC.float()[..., None])[..., 0] * scale
+    return torch.softmax(logits_VT, dim=-1)[:, 1:]
+
+
+def cls_similarity(states_VTC: Tensor) -> Tensor:
+    """[V, P]: cosine between the state of CLS and that of each patch."""
+    unit_VTC = functional.normalize(states_VTC.float(), dim=-1)
+    return (unit_VTC[:, 1:] @ unit_VTC[:, 0, :, None])[..., 0]
+
+
+def mean_keys(key_VTC: Tensor, heads: int) -> Tensor:
+    """[V, P, d]: keys of the patches, mean over heads."""
+    return _split(key_VTC[:, 1:], heads).mean(dim=2)
+
+
+def _split(x_VC: Tensor, heads: int) -> Tensor:
+    """[..., C] to float32 [..., H, d]."""
+    return x_VC.reshape(*x_VC.shape[:-1], heads, x_VC.shape[-1] // heads).float()

@@ -1,0 +1,122 @@
+"""What several pruners do with scores and indices.
+
+The first part is for graphs: operators with constant sizes only. The second is for the reference
+and uses nothing of the first.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+
+# B batch (1), N visual tokens, K kept, C patch width, V views, T tokens of a view.
+
+_NEIGHBOURS: Final = 32
+
+
+def sort_ascending(index_BK: Tensor) -> Tensor:
+    """Indices in raster order; ONNX has no sort, and float32 holds indices up to 2**24."""
+    count = index_BK.shape[1]
+    values_BK = torch.topk(index_BK.to(torch.float32), count, largest=False).values
+    return values_BK.to(torch.int64)
+
+
+def mark(index_BK: Tensor, tokens: int) -> Tensor:
+    """One-hot rows: float32 [B, K, N]."""
+    return (index_BK[..., None] == torch.arange(tokens)).float()
+
+
+def mark_removed(marks_BKN: Tensor) -> Tensor:
+    """1 where a token is in no row, else 0: float32 [B, N]."""
+    return 1.0 - marks_BKN.amax(dim=1)
+
+
+def score_by_phrase(features: VisionFeatures) -> Tensor:
+    """Dot products of the patches with the phrase, turned so that more is better: [B, N]."""
+    text_BW1 = features.values[Feature.TEXT][..., None]
+    return features.text_sign * (features.values[Feature.TEXT_PATCHES] @ text_BW1)[..., 0]
+
+
+def merge_nearest(features: VisionFeatures, order_BK: Tensor) -> Kept:
+    """Each kept token takes in its 32 nearest, weighted by attention; the rest is the extra one.
+
+    Nearest by the cosine of keys, kept ones too. Neighbours are all that are as near as the 32nd,
+    so an exact tie takes in more.
+
+    References:
+        PruMerge, arXiv:2403.15388.
+    """
+    attention_BN = features.by_token(Feature.MERGE_ATTENTION)
+    unit_BNC = functional.normalize(features.by_token(Feature.MERGE_KEYS), dim=-1)
+    tokens = unit_BNC.shape[1]
+    own_BKN = mark(order_BK, tokens)
+    mix_BKN = own_BKN
+    neighbours = min(_NEIGHBOURS, tokens - 1)
+    if neighbours:
+        centers_BKC = torch.index_select(unit_BNC, 1, order_BK[0])
+        cosine_BKN = torch.where(own_BKN > 0, -2.0, centers_BKC @ unit_BNC.mT)
+        limit_BK1 = torch.topk(cosine_BKN, neighbours, dim=-1).values[..., -1:]
+        near_BKN = (cosine_BKN >= limit_BK1).float()
+        mix_BKN = own_BKN + near_BKN * attention_BN[:, None]
+    return Kept(order=order_BK, mix_BKN=mix_BKN, extra_BN=mark_removed(own_BKN) * attention_BN)
+
+
+def attend_as_one(vision: EagerVision) -> Tensor:
+    """What CLS pays to each token in the block after the patches, all heads taken as one: [N]."""
+    queries = vision.queries[vision.merge_block].double()
+    keys = vision.keys[vision.merge_block].double()
+    scale = keys.shape[-1] ** -0.5
+    views = [torch.softmax(k @ q[0] * scale, dim=0) for q, k in zip(queries, keys, strict=True)]
+    return vision.by_token(torch.stack(views)[:, 1:])
+
+
+def merge_nearest_eagerly(
+    vision: EagerVision, order: tuple[int, ...], attention: Tensor, scores: Tensor
+) -> EagerChoice:
+    """The choice with its merged rows, one token after another.
+
+    Args:
+        vision: Of the picture.
+        order: Kept tokens.
+        attention: Weights [N].
+        scores: For the choice [N].
+    """
+    given = tuple(scores.tolist())
+    if len(order) == len(attention):
+        return EagerChoice(order=order, scores=given)
+    patches = vision.patches.double()
+    keys = vision.by_token(vision.keys[vision.merge_block][:, 1:].double())
+    directions = torch.stack([key / key.norm().clamp(min=1e-12) for key in keys])
+    rows = []
+    for center in order:
+        cosines = directions @ directions[center]
+        nearest = torch.sort(cosines, descending=True, stable=True).indices.tolist()
+        nearest.remove(center)
+        near = nearest[:_NEIGHBOURS]
+        rows.append(patches[center] + attention[near] @ patches[near])
+    weights = attention.clone()
+    weights[list(order)] = 0
+    return EagerChoice(
+        order=order,
+        scores=given,
+        rows=torch.stack(rows).to(vision.patches.dtype),
+        extra=(weights @ patches).to(vision.patches.dtype),
+        extra_weights=weights,
+    )
+
+
+def count_outliers(values: Tensor) -> int:
+    """How many values lie more than 1.5 quartile ranges above the third quartile.
+
+    As published the count goes through a ratio and back.
+    """
+    first, third = torch.quantile(
+        values.double(), torch.tensor([0.25, 0.75], dtype=torch.float64)
+    ).tolist()
+    outliers = sum(value > third + 1.5 * (third - first) for value in values.tolist())
+    return int(len(values) * (outliers / len(values)))

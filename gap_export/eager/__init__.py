@@ -1,0 +1,1 @@
+"""Models run plainly in PyTorch for the reference; shares no code with the graphs."""

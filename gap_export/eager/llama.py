@@ -1,0 +1,98 @@
+"""A language model of Hugging Face's, asked row by row, with its own tokenizer and cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from gap_export.tokenizer import load_library_tokenizer
+from gap_runtime.prompt import IMAGE_FIELD
+
+# D decoder width, S rows, V vocabulary.
+
+
+class EagerLlama:
+    """A decoder, its head, embeddings and tokenizer."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        head: nn.Module,
+        tokenizer: Path,
+        *,
+        image_token_id: int | None,
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            decoder: The library's model without its head.
+            head: Hidden states to logits.
+            tokenizer: Folder of the tokenizer.
+            image_token_id: Token that stands for the picture; None where the tokenizer has none
+                and prompts hold `<image>`.
+        """
+        self._decoder, self._head = decoder.eval(), head
+        self._tokenizer = load_library_tokenizer(tokenizer)
+        self._image_token_id = image_token_id
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self._decoder.parameters()).dtype
+
+    def encode(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Token IDs before and after the picture."""
+        if self._image_token_id is None:
+            before, _, after = prompt.partition(IMAGE_FIELD)
+            return self._ids(before, special=True), self._ids(after, special=False)
+        ids = self._ids(prompt, special=True)
+        at = ids.index(self._image_token_id)
+        return ids[:at], ids[at + 1 :]
+
+    def encode_phrase(self, phrase: str) -> list[int]:
+        """Token IDs of a phrase alone, without special tokens."""
+        return self._ids(phrase, special=False)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text without special tokens."""
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.strip()
+
+    @torch.no_grad()
+    def embed(self, token_ids: list[int]) -> Tensor:
+        """Token embeddings [S, D]."""
+        table: Any = self._decoder.get_input_embeddings()  # type: ignore[operator]
+        rows: Tensor = table(torch.tensor(token_ids, dtype=torch.int64))
+        return rows
+
+    def start_cache(self) -> Any:
+        """An empty cache of the library's own kind."""
+        return DynamicCache()
+
+    @torch.no_grad()
+    def run_decoder(self, embeddings: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """Logits [V] of the last row; each row sees the cache and the rows before it."""
+        rows, seen = len(embeddings), cache.get_seq_length()
+        # An explicit mask: without one the library takes gaps in the position IDs for the
+        # borders of packed sequences.
+        hidden = torch.full((rows, seen + rows), torch.finfo(self.dtype).min)
+        mask = hidden.triu(seen + 1).to(self.dtype)[None, None]
+        output = self._decoder(
+            inputs_embeds=embeddings[None],
+            position_ids=position_ids[None],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits: Tensor = self._head(output.last_hidden_state[0, -1])
+        return logits.float()
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids

@@ -1,0 +1,132 @@
+"""A grounding model put together of its eager parts; fits gap_export.family.EagerModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gap_export.checkpoint import Checkpoint
+from gap_export.eager.clip import EagerClipText
+from gap_export.eager.llama import EagerLlama
+from gap_export.errors import CheckpointError
+from gap_export.features import EagerVision, Geometry
+from gap_runtime.manifest import Bucket
+
+# V views, P patches of a view, N visual tokens, F fixed ones, C patch width, D decoder width,
+# S rows, W text width.
+
+Arrange = Callable[[Tensor], Tensor]
+
+
+class EagerTower(Protocol):
+    """A vision tower in PyTorch."""
+
+    def look(
+        self, views: Tensor, project: Arrange, *, geometry: Geometry, arrange: Arrange
+    ) -> EagerVision:
+        """All that pruners may ask for of the views [V, 3, H, W] of a picture."""
+
+    def normalize(self, patches: Tensor) -> Tensor:
+        """The tower's last norm on patches [N, C]."""
+
+
+def one_view(bucket: Bucket) -> Arrange:
+    """Patches as the one view of the picture has them."""
+    del bucket
+    return lambda values: values[0]
+
+
+class EagerGrounder:
+    """Tower, projector and language model, each the library's own or written plainly."""
+
+    def __init__(
+        self,
+        *,
+        tower: EagerTower,
+        project: Arrange,
+        language: EagerLlama,
+        process: Callable[[Image.Image], Tensor],
+        clip: EagerClipText | None = None,
+        arrange: Callable[[Bucket], Arrange] = one_view,
+        fixed_token: Tensor | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            tower: Pixels to patches.
+            project: Patches [K, C] to visual tokens [K, D].
+            language: Embeddings to logits.
+            process: A picture to pixels.
+            clip: For phrases.
+            arrange: How patches of several views become one row, by bucket.
+            fixed_token: The one [D] that stands at every fixed index.
+        """
+        self._tower, self._project, self._language = tower, project, language
+        self._process, self._clip = process, clip
+        self._arrange, self._fixed_token = arrange, fixed_token
+        self.encode, self.encode_phrase = language.encode, language.encode_phrase
+        self.decode, self.embed = language.decode, language.embed
+        self.start_cache, self.run_decoder = language.start_cache, language.run_decoder
+
+    def make_pixels(self, picture: Image.Image) -> Tensor:
+        """Pixels of an RGB picture."""
+        return self._process(picture)
+
+    def look(self, pixels: Tensor, bucket: Bucket) -> EagerVision:
+        """All that pruners may ask for of a picture."""
+        return self._tower.look(
+            pixels.flatten(0, -4),
+            self.project,
+            geometry=Geometry(grids=bucket.grids, strip=bucket.strip),
+            arrange=self._arrange(bucket),
+        )
+
+    def read_phrase(self, phrase: str) -> Tensor:
+        """Text features [W] of a phrase."""
+        assert self._clip is not None
+        return self._clip.read_phrase(phrase)
+
+    def text_patches(self, vision: EagerVision) -> Tensor:
+        """Patches [N, W] in the space of text features."""
+        assert self._clip is not None
+        return self._clip.project_patches(self._tower.normalize(vision.patches))
+
+    @torch.no_grad()
+    def project(self, patches: Tensor) -> Tensor:
+        """Visual tokens [K, D] of patches [K, C]."""
+        return self._project(patches)
+
+    def fixed_tokens(self, bucket: Bucket) -> Tensor:
+        """The tokens that are never removed, [F, D]."""
+        assert self._fixed_token is not None
+        return self._fixed_token.detach().expand(len(bucket.fixed), -1)
+
+
+@contextmanager
+def loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn the many errors of a library that loads a checkpoint into one line.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.folder}: PyTorch cannot load it ({reason:.200}); mend it, or export the "
+            "graphs alone with --no-reference"
+        ) from error
+
+
+def load_state(module: Any, tensors: dict[str, Tensor], *, strict: bool = True) -> None:
+    """Put tensors into a library's module; what it does not get must be no parameter."""
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    lacking = sorted(set(missing) & {name for name, _ in module.named_parameters()})
+    if lacking or (strict and unexpected):
+        raise ValueError(f"tensor '{(lacking or sorted(unexpected))[0]}' has no place")

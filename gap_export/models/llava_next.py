@@ -1,0 +1,333 @@
+"""LLaVA-NeXT (1.6): CLIP tower on tiles of the picture, Llama or Mistral decoder.
+
+A picture gives a view of the whole and a mosaic of tiles without the padding of their canvas; a
+newline token ends each row of the mosaic and is never removed. The number of tokens follows from
+canvas and aspect, so each such bucket has graphs of its own. Visual tokens are counted in the
+packed sequence: the whole view, then the mosaic's rows with their newlines.
+
+The frame of its boxes is published nowhere. It was trained on LLaVA-1.5's boxes, which are on the
+padded square; `--set box.frame=original` chooses the other one.
+
+References:
+    LLaVA-NeXT: Improved reasoning, OCR, and world knowledge (2024); llava-hf checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaNextImageProcessorPil as NextProcessor
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+
+from gap_export.blocks.clip import (
+    ClipTextTower,
+    ClipTower,
+    clip_features,
+    find_clip_weights,
+    read_text_spec,
+    resolve_layer,
+    tower_shapes,
+)
+from gap_export.blocks.hub import (
+    FRACTION_BOX,
+    IGNORED,
+    find_image_token,
+    find_stop_ids,
+    library_name,
+    parse_config,
+    processor_config,
+    read_normalization,
+    refuse_quantized,
+    require_clip_tower,
+    require_patches_alone,
+)
+from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, read_llama_shape
+from gap_export.blocks.llama import rotary_tables as llama_tables
+from gap_export.checkpoint import Checkpoint
+from gap_export.config import ExportConfig
+from gap_export.eager.clip import EagerClip, EagerClipText
+from gap_export.eager.llama import EagerLlama
+from gap_export.eager.model import EagerGrounder, loading
+from gap_export.errors import CheckpointError
+from gap_export.family import EagerModel, ModelSpec
+from gap_export.features import Feature
+from gap_export.sources import TensorSource, expected_shapes, match_tensors, stored
+from gap_runtime.anyres import choose_canvas, mosaic_grid, mosaic_index, newline_index
+from gap_runtime.errors import BundleError, ConfigError
+from gap_runtime.image import fitting_size
+from gap_runtime.manifest import Bucket, Preprocess
+
+# B batch (1), V views, P patches of a view, N removable tokens, K kept, F newlines, D width.
+
+EMBEDDING: Final = "language_model.embed_tokens.weight"
+PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
+PHRASE: Final = "clip"
+_LM_HEAD: Final = "lm_head.weight"
+_NEWLINE: Final = "image_newline"
+_TEMPLATES: Final = {
+    "llama": "USER: <image>\nPlease provide the bounding box coordinate of the region this "
+    "sentence describes: {phrase} ASSISTANT:",
+    "mistral": "[INST] <image>\nPlease provide the bounding box coordinate of the region this "
+    "sentence describes: {phrase} [/INST]",
+}
+_PREFIX: Final = 5
+_BUCKET: Final = re.compile(r"(\d+)x(\d+)(?:/(\d+):(\d+))?")
+
+
+def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
+    """CLIP, for its text tower; the vision tower was trained and is inside."""
+    del checkpoint
+    return dict(PARTS) if text else {}
+
+
+def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
+    """Read config.json and the preprocessing config, and settle the buckets.
+
+    Raises:
+        CheckpointError: The config describes something that this family does not have.
+        ConfigError: `image.canvas` cannot be read or names a canvas that the model has not.
+    """
+    where = str(checkpoint.folder / "config.json")
+    data = checkpoint.require_json("config.json")
+    if data.get("model_type") != "llava_next":
+        raise CheckpointError(
+            f"{where}: model_type {data.get('model_type')!r}, expected 'llava_next'"
+        )
+    refuse_quantized(data, where)
+    library = parse_config(lambda: LlavaNextConfig.from_dict(data), where, "LLaVA-NeXT")
+    vision, text = library.vision_config, library.text_config
+    require_clip_tower(vision, where)
+    require_patches_alone(library, where)
+    resolve_layer(vision, library.vision_feature_layer, where)
+    shape = read_llama_shape(text, where)
+    clip = checkpoint.parts.get("clip")
+    text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
+    mean, std = read_normalization(checkpoint, vision.image_size)
+    # The library writes (height, width).
+    canvases = tuple((int(width), int(height)) for height, width in library.image_grid_pinpoints)
+    side = vision.image_size
+    if not canvases or any(size % side or size <= 0 for canvas in canvases for size in canvas):
+        raise CheckpointError(
+            f"{where}: image_grid_pinpoints {list(canvases)}, expected multiples of {side}"
+        )
+    preprocess = Preprocess(
+        mode="anyres", side=side, fill=(0, 0, 0), mean=mean, std=std, canvases=canvases
+    )
+    return ModelSpec(
+        buckets=_read_buckets(config.image.canvas, preprocess, vision.patch_size),
+        vision_width=vision.hidden_size,
+        features=clip_features(vision, text_spec),
+        text=text_spec,
+        width=shape.width,
+        layers=shape.layers,
+        cache_heads=shape.cache_heads,
+        head_dim=shape.head_dim,
+        vocabulary=shape.vocabulary,
+        max_positions=text.max_position_embeddings,
+        tokenizer=checkpoint.folder,
+        image_text=None,
+        image_token_id=find_image_token(data, library.image_token_id),
+        stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
+        preprocess=preprocess,
+        box=FRACTION_BOX,
+        template=_TEMPLATES[text.model_type],
+        prefix=_PREFIX,
+        library_config=library,
+    )
+
+
+def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
+    """Every tensor, all in the checkpoint but CLIP's text tower."""
+    config = spec.library_config
+    shape = read_llama_shape(config.text_config, "config.json")
+    expected = expected_shapes(lambda: _Projector(config)) | decoder_shapes(shape)
+    expected |= tower_shapes(config.vision_config) | {_NEWLINE: (spec.width,)}
+    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    found = match_tensors(
+        checkpoint,
+        expected,
+        rename=library_name,
+        ignored=IGNORED,
+        optional=frozenset({_LM_HEAD} if tied else ()),
+    )
+    sources = {name: stored(tensor) for name, tensor in found.items()}
+    sources.setdefault(_LM_HEAD, sources[EMBEDDING])
+    if spec.text is not None:
+        sources |= find_clip_weights(checkpoint.parts["clip"], vision=False, text=True)
+    return sources
+
+
+def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
+    """CLIP on every view, its patches in the packed order without newlines."""
+    config = spec.library_config
+    layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
+    whole, mosaic = bucket.grids
+    assert bucket.canvas is not None
+    tiles = mosaic_index(bucket.canvas, mosaic, whole[0], spec.preprocess.side)
+    return ClipTower(
+        config.vision_config,
+        layer,
+        needs,
+        arrange=(*range(whole[0] * whole[1]), *(int(index) for index in tiles)),
+        text_width=spec.text.width if spec.text else None,
+    )
+
+
+def fill_constants(module: nn.Module) -> None:
+    """Give values to a tower's buffers that no checkpoint holds."""
+    assert isinstance(module, (ClipTower, ClipTextTower))
+    module.fill_constants()
+
+
+def build_projector(spec: ModelSpec) -> nn.Module:
+    """Hugging Face's projector, under its name in the checkpoint."""
+    return _Projector(spec.library_config)
+
+
+def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
+    """The newline, once for each row of the mosaic."""
+    return _Newlines(spec.width, len(bucket.fixed))
+
+
+def build_text_tower(spec: ModelSpec) -> nn.Module:
+    """CLIP's."""
+    assert spec.text is not None
+    return ClipTextTower(spec.text)
+
+
+def build_decoder(spec: ModelSpec, tables: tuple[Tensor, ...]) -> nn.Module:
+    """The Llama or Mistral decoder."""
+    shape = read_llama_shape(spec.library_config.text_config, "config.json")
+    return LlamaDecoder(shape, *tables)
+
+
+def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
+    """Cosine and sine by position ID."""
+    return llama_tables(spec.library_config.text_config, positions)
+
+
+def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
+    """Hugging Face's LlavaNextForConditionalGeneration with the checkpoint's weights."""
+    with loading(checkpoint):
+        model = LlavaNextForConditionalGeneration.from_pretrained(
+            checkpoint.folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            local_files_only=True,
+        )
+        processor = _load_processor(checkpoint, spec)
+        config = spec.library_config
+        layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
+        return EagerGrounder(
+            tower=EagerClip(model.model.vision_tower, layer),
+            project=model.model.multi_modal_projector,
+            language=EagerLlama(
+                model.model.language_model,
+                model.lm_head,
+                spec.tokenizer,
+                image_token_id=spec.image_token_id,
+            ),
+            process=lambda picture: processor(picture, return_tensors="pt")["pixel_values"],
+            clip=None if spec.text is None else EagerClipText(spec.text.tokenizer, model.dtype),
+            arrange=lambda bucket: _pack_views(bucket, spec.preprocess.side),
+            fixed_token=model.model.image_newline,
+        )
+
+
+class _Projector(nn.Module):
+    def __init__(self, config: LlavaNextConfig) -> None:
+        super().__init__()
+        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+
+    def forward(self, patches_BNC: Tensor) -> Tensor:
+        tokens_BND: Tensor = self.multi_modal_projector(patches_BNC)
+        return tokens_BND
+
+
+class _Newlines(nn.Module):
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.image_newline = nn.Parameter(torch.empty(width))
+        self.rows = rows
+
+    def forward(self) -> Tensor:
+        return self.image_newline.expand(1, self.rows, -1)
+
+
+def _read_buckets(text: str | None, spec: Preprocess, patch: int) -> tuple[Bucket, ...]:
+    """The buckets that `image.canvas` lists; one for the squarest large canvas by default."""
+    if text is None:
+        width, height = max(spec.canvases, key=lambda size: (min(size), size[0] * size[1]))
+        text = f"{width}x{height}"
+    buckets = [_read_bucket(item.strip(), spec, spec.side // patch) for item in text.split(",")]
+    return tuple({bucket.name: bucket for bucket in buckets}.values())
+
+
+def _read_bucket(item: str, spec: Preprocess, tile_grid: int) -> Bucket:
+    match = _BUCKET.fullmatch(item)
+    if match is None:
+        raise ConfigError(
+            f"image.canvas '{item}': expected WIDTHxHEIGHT or WIDTHxHEIGHT/ASPECT, for example "
+            "672x672/4:3"
+        )
+    canvas = (int(match[1]), int(match[2]))
+    if canvas not in spec.canvases:
+        have = ", ".join(f"{width}x{height}" for width, height in spec.canvases)
+        raise ConfigError(f"image.canvas '{item}': the model has no such canvas; have {have}")
+    aspect = (int(match[3]), int(match[4])) if match[3] else canvas
+    if min(aspect) == 0:
+        raise ConfigError(f"image.canvas '{item}': an aspect of 0; expected one like 4:3")
+    mosaic = mosaic_grid(aspect, canvas, tile_grid, spec.side)
+    if 0 in mosaic:
+        raise ConfigError(f"image.canvas '{item}': so thin a picture leaves no tile; crop it")
+    bucket = Bucket(
+        name=f"{canvas[0]}x{canvas[1]}-{mosaic[0]}x{mosaic[1]}",
+        canvas=canvas,
+        grids=((tile_grid, tile_grid), mosaic),
+        strip=1,
+        fixed=newline_index(mosaic, tile_grid),
+    )
+    try:
+        fitting_size(bucket, spec)
+    except BundleError as error:
+        scale = -(-max(max(size) for size in spec.canvases) // min(aspect))
+        best = choose_canvas((aspect[0] * scale, aspect[1] * scale), spec.canvases)
+        raise ConfigError(
+            f"image.canvas '{item}': pictures of {aspect[0]}:{aspect[1]} go on other canvases, "
+            f"large ones on {best[0]}x{best[1]}; use {best[0]}x{best[1]}/{aspect[0]}:{aspect[1]}"
+        ) from error
+    return bucket
+
+
+def _pack_views(bucket: Bucket, side: int) -> Callable[[Tensor], Tensor]:
+    """How patches [V, P, ...] become one row: the whole view, then the mosaic without padding."""
+    (grid, _), (rows, columns) = bucket.grids
+    assert bucket.canvas is not None
+    across, down = bucket.canvas[0] // side, bucket.canvas[1] // side
+    top, left = (down * grid - rows) // 2, (across * grid - columns) // 2
+
+    def pack(values: Tensor) -> Tensor:
+        tiles = values[1:].reshape(down, across, grid, grid, *values.shape[2:])
+        bands = [torch.cat(list(band), dim=1) for band in tiles]
+        canvas = torch.cat(bands, dim=0)
+        mosaic = canvas[top : top + rows, left : left + columns]
+        return torch.cat([values[0], mosaic.flatten(0, 1)])
+
+    return pack
+
+
+def _load_processor(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
+    """The library's processor as the checkpoint configures it."""
+    if processor_config(checkpoint):
+        return NextProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
+    side = spec.preprocess.side
+    return NextProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=[[height, width] for width, height in spec.preprocess.canvases],
+    )

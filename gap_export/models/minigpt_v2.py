@@ -1,0 +1,405 @@
+"""MiniGPT-v2: EVA-CLIP-g on stretched pictures, four patches to a token, Llama-2-chat with LoRA.
+
+Three checkpoints make the model: the published one holds the projector and the LoRA weights, EVA
+and the language model lie beside it. What is merged or stretched is made tensor by tensor.
+
+EVA's file holds one block more than the model runs, and neither it nor any config tells the
+number of heads or the size of pictures: `--set vision.heads=N` and `vision.side=N` do, where they
+are not those of EVA-CLIP-g (88 wide heads, 448 pixels).
+
+References:
+    MiniGPT-v2, arXiv:2310.09478; Vision-CAIR/MiniGPT-4.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gap_export.blocks.eva import EvaShape, EvaTower
+from gap_export.blocks.hub import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
+from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, read_llama_shape
+from gap_export.blocks.llama import rotary_tables as llama_tables
+from gap_export.checkpoint import Checkpoint, TensorLocation
+from gap_export.config import ExportConfig
+from gap_export.eager.eva import EagerEva
+from gap_export.eager.files import load_tensors
+from gap_export.eager.llama import EagerLlama
+from gap_export.eager.model import EagerGrounder, loading
+from gap_export.errors import CheckpointError
+from gap_export.family import EagerModel, ModelSpec
+from gap_export.features import Feature
+from gap_export.sources import TensorSource, expected_shapes, match_tensors, require_shape, stored
+from gap_runtime.errors import ConfigError
+from gap_runtime.manifest import BoxFormat, Bucket, Preprocess
+
+# B batch (1), N visual tokens, C patch width (of a whole strip), D decoder width.
+
+EMBEDDING: Final = "language_model.embed_tokens.weight"
+PARTS: Final = {"vision": "eva_vit_g.pth", "language": "meta-llama/Llama-2-7b-chat-hf"}
+PHRASE: Final = "embeddings"
+_STRIP: Final = 4
+_SIDE: Final = 448
+_HEAD_WIDTH: Final = 88
+_LAYERS: Final = 39
+_LORA_ALPHA: Final = 16
+_TEMPLATE: Final = "<s>[INST] <Img><image></Img> [refer] give me the location of {phrase} [/INST]"
+_PREFIX: Final = 10
+_NUMBER: Final = r"\s*<\s*(\d+)\s*>"
+_BOX: Final = BoxFormat(
+    attempt=r"\{[^{}]*\}?",
+    pattern=rf"\{{{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}\s*\}}",
+    scale=100.0,
+    frame="original",
+)
+_LORA_KEY: Final = re.compile(
+    r"^llama_model\.base_model\.model\.model\.(layers\.\d+\.self_attn\.[qv]_proj)"
+    r"\.lora_([AB])(?:\.default)?\.weight$"
+)
+_UNUSED_VISION: Final = (r"^(norm|fc_norm|head)\.", r"^mask_token$", r"relative_position")
+
+
+def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
+    """EVA and the language model."""
+    del checkpoint, text
+    return dict(PARTS)
+
+
+def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
+    """Read the language model's config and the sizes of EVA's tensors.
+
+    Raises:
+        CheckpointError: A part is not what it should be.
+        ConfigError: `vision.heads` or `vision.side` do not fit the tower.
+    """
+    language = checkpoint.require_part("language")
+    where = str(language.folder / "config.json")
+    data = language.require_json("config.json")
+    llama = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
+    shape = read_llama_shape(llama, where)
+    tower = _read_tower(checkpoint.require_part("vision"), config)
+    return ModelSpec(
+        buckets=(
+            Bucket(name="", canvas=None, grids=(_token_grid(tower),), strip=_STRIP, fixed=()),
+        ),
+        vision_width=_STRIP * tower.width,
+        features={
+            Feature.CLS_ATTENTION: (),
+            Feature.CLS_SIMILARITY: (),
+            Feature.KEYS: (tower.width // tower.heads,),
+            Feature.MERGE_ATTENTION: (),
+            Feature.MERGE_KEYS: (tower.width,),
+        },
+        text=None,
+        width=shape.width,
+        layers=shape.layers,
+        cache_heads=shape.cache_heads,
+        head_dim=shape.head_dim,
+        vocabulary=shape.vocabulary,
+        max_positions=llama.max_position_embeddings,
+        tokenizer=language.folder,
+        image_text=None,
+        image_token_id=None,
+        stop_ids=find_stop_ids(language, llama.eos_token_id),
+        preprocess=Preprocess(
+            mode="stretch",
+            side=tower.side,
+            fill=(0, 0, 0),
+            mean=CLIP_MEAN,
+            std=CLIP_STD,
+            canvases=(),
+        ),
+        box=_BOX,
+        template=_TEMPLATE,
+        prefix=_PREFIX,
+        library_config=_Config(tower, llama),
+    )
+
+
+def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
+    """Tensors of all three checkpoints: LoRA merged, EVA's biases joined, its table stretched."""
+    tower, llama = spec.library_config.tower, spec.library_config.llama
+    shape = read_llama_shape(llama, "config.json")
+    has_norm = any(key.startswith("ln_vision.") for key in checkpoint.tensors)
+    own = match_tensors(
+        checkpoint,
+        expected_shapes(lambda: _Projector(spec)) | _own_shapes(checkpoint, tower),
+        rename=_own_name,
+        optional=frozenset() if has_norm else frozenset({"ln_vision.weight", "ln_vision.bias"}),
+    )
+    language = match_tensors(
+        checkpoint.parts["language"], decoder_shapes(shape), rename=llama_name, ignored=IGNORED
+    )
+    sources = {name: stored(tensor) for name, tensor in language.items()}
+    sources |= _merge_lora(language, own)
+    sources |= _find_tower(checkpoint.parts["vision"], tower)
+    for name in ("llama_proj.weight", "llama_proj.bias"):
+        sources[name] = stored(own[name])
+    for name, value in (("ln_vision.weight", 1.0), ("ln_vision.bias", 0.0)):
+        sources[name] = stored(own[name]) if name in own else _constant(value, (tower.width,))
+    return sources
+
+
+def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
+    """EVA as a whole."""
+    return EvaTower(spec.library_config.tower, bucket.strip, needs)
+
+
+def fill_constants(module: nn.Module) -> None:
+    """Nothing: every tensor of the tower is in a file."""
+    del module
+
+
+def build_projector(spec: ModelSpec) -> nn.Module:
+    """One linear layer from whole strips, under its name in the checkpoint."""
+    return _Projector(spec)
+
+
+def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
+    """None: every visual token shows patches."""
+    del spec, bucket
+    return None
+
+
+def build_text_tower(spec: ModelSpec) -> nn.Module:
+    """There is none; phrases are compared by the language model's embeddings."""
+    raise NotImplementedError
+
+
+def build_decoder(spec: ModelSpec, tables: tuple[Tensor, ...]) -> nn.Module:
+    """The Llama decoder."""
+    return LlamaDecoder(read_llama_shape(spec.library_config.llama, "config.json"), *tables)
+
+
+def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
+    """Cosine and sine by position ID."""
+    return llama_tables(spec.library_config.llama, positions)
+
+
+def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
+    """Hugging Face's LlamaForCausalLM with LoRA added, and EVA written plainly."""
+    wanted = getattr(torch, dtype)
+    tower: EvaShape = spec.library_config.tower
+    language = checkpoint.parts["language"]
+    with loading(checkpoint):
+        model = LlamaForCausalLM.from_pretrained(
+            language.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
+        )
+        own = load_tensors(checkpoint, wanted)
+        _add_lora(model, own)
+        weight, bias = own["llama_proj.weight"], own["llama_proj.bias"]
+        norm = (
+            own.get("ln_vision.weight", torch.ones(tower.width, dtype=wanted)),
+            own.get("ln_vision.bias", torch.zeros(tower.width, dtype=wanted)),
+        )
+        return EagerGrounder(
+            tower=EagerEva(
+                load_tensors(checkpoint.parts["vision"], wanted),
+                norm,
+                layers=tower.layers,
+                heads=tower.heads,
+                strip=_STRIP,
+            ),
+            project=lambda patches: patches @ weight.T + bias,
+            language=EagerLlama(model.model, model.lm_head, spec.tokenizer, image_token_id=None),
+            process=_make_processor(tower.side),
+        )
+
+
+class _Config:
+    """The sizes of both towers."""
+
+    def __init__(self, tower: EvaShape, llama: LlamaConfig) -> None:
+        self.tower, self.llama = tower, llama
+
+
+class _Projector(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.llama_proj = nn.Linear(spec.vision_width, spec.width)
+
+    def forward(self, patches_BNC: Tensor) -> Tensor:
+        tokens_BND: Tensor = self.llama_proj(patches_BNC)
+        return tokens_BND
+
+
+def _read_tower(part: Checkpoint, config: ExportConfig) -> EvaShape:
+    """The sizes of EVA's tower, from its tensors' shapes."""
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in part.tensors:
+            raise CheckpointError(f"{part.folder}: tensor '{key}' is missing; is it EVA's file?")
+        return part.tensors[key].shape
+
+    convolution = shape("patch_embed.proj.weight")
+    width, patch = convolution[0], convolution[-1]
+    blocks = {int(key.split(".")[1]) for key in part.tensors if key.startswith("blocks.")}
+    side = config.vision.side or _SIDE
+    heads = config.vision.heads or max(1, width // _HEAD_WIDTH)
+    if width % heads:
+        raise ConfigError(
+            f"vision.heads is {heads}, which does not divide EVA's width of {width}; give the "
+            "number with --set vision.heads=N"
+        )
+    if side % patch or (side // patch) ** 2 % _STRIP:
+        raise ConfigError(
+            f"vision.side is {side}, expected an even number of patches of {patch} pixels a side"
+        )
+    return EvaShape(
+        layers=min(len(blocks), _LAYERS),
+        width=width,
+        heads=heads,
+        mlp=shape("blocks.0.mlp.fc1.weight")[0],
+        side=side,
+        patch=patch,
+    )
+
+
+def _token_grid(tower: EvaShape) -> tuple[int, int]:
+    """Rows and columns of tokens; one row where strips run over the ends of rows of patches."""
+    side = tower.side // tower.patch
+    return (side, side // _STRIP) if side % _STRIP == 0 else (1, tower.patches // _STRIP)
+
+
+def _own_name(key: str) -> str:
+    """Name of a tensor of the published checkpoint."""
+    match = _LORA_KEY.match(key)
+    return f"{match[1]}.lora_{match[2]}" if match else key
+
+
+def _own_shapes(checkpoint: Checkpoint, tower: EvaShape) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the published checkpoint may hold besides the projector.
+
+    LoRA's rank is read off its own tensors; `_merge_lora` compares them with the weights.
+    """
+    shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    # Those that no graph can use are wanted all the same, so that they are refused.
+    shapes |= dict.fromkeys(checkpoint.unreadable, ())
+    lora = {_own_name(key): shape for key, shape in shapes.items() if _LORA_KEY.match(key)}
+    return lora | {"ln_vision.weight": (tower.width,), "ln_vision.bias": (tower.width,)}
+
+
+def _merge_lora(
+    language: dict[str, TensorLocation], own: dict[str, TensorLocation]
+) -> dict[str, TensorSource]:
+    """The language model's weights that LoRA changes: W + alpha / r * B A."""
+    merged = {}
+    pairs = {name.partition(".lora_")[0] for name in own if ".lora_" in name}
+    kinds = {base_name.rpartition(".")[2] for base_name in pairs}
+    for name in language:
+        base_name = name.removeprefix("language_model.").removesuffix(".weight")
+        if base_name.rpartition(".")[2] in kinds and base_name not in pairs:
+            file = next(tensor.file for key, tensor in own.items() if ".lora_" in key)
+            raise CheckpointError(
+                f"{file.name}: LoRA of '{base_name}' is missing, which other layers have; "
+                "download the checkpoint again"
+            )
+    for base_name in sorted(pairs):
+        down, up = own.get(f"{base_name}.lora_A"), own.get(f"{base_name}.lora_B")
+        name = f"language_model.{base_name}.weight"
+        if down is None or up is None or name not in language:
+            alone = down or up
+            assert alone is not None
+            raise CheckpointError(
+                f"{alone.file.name}: tensor '{alone.key}' has no counterpart (lora_A, lora_B, or "
+                "the layer of the language model); download the checkpoint again"
+            )
+        weight = language[name]
+        rank = down.shape[0]
+        require_shape(down, (rank, weight.shape[1]))
+        require_shape(up, (weight.shape[0], rank))
+        merged[name] = TensorSource(
+            shape=weight.shape,
+            inputs=(weight, down, up),
+            make=_lora_merger(_LORA_ALPHA / rank),
+            cut=(True, False, True),
+        )
+    return merged
+
+
+def _lora_merger(scale: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda weight, down, up: weight + scale * (up @ down)
+
+
+def _find_tower(part: Checkpoint, tower: EvaShape) -> dict[str, TensorSource]:
+    """EVA's tensors by their names in the tower."""
+    expected = expected_shapes(lambda: EvaTower(tower, _STRIP, frozenset()).visual_encoder)
+    table = part.tensors.get("pos_embed")
+    width = (tower.width,)
+    for layer in range(tower.layers):
+        del expected[f"blocks.{layer}.attn.qkv.bias"]
+        expected |= {f"blocks.{layer}.attn.{name}_bias": width for name in ("q", "v")}
+    if table is not None:
+        trained = math.isqrt(max(table.shape[1] - 1, 0))
+        expected["pos_embed"] = (1, 1 + trained * trained, tower.width)
+    spare = rf"^blocks\.(?!({'|'.join(map(str, range(tower.layers)))})\.)"
+    found = match_tensors(part, expected, rename=lambda key: key, ignored=(*_UNUSED_VISION, spare))
+    sources = {name: stored(tensor) for name, tensor in found.items() if "_bias" not in name}
+    for layer in range(tower.layers):
+        biases = tuple(found[f"blocks.{layer}.attn.{name}_bias"] for name in ("q", "v"))
+        sources[f"blocks.{layer}.attn.qkv.bias"] = TensorSource(
+            shape=(3 * tower.width,), inputs=biases, make=_join_biases
+        )
+    if found["pos_embed"].shape[1] != 1 + tower.patches:
+        sources["pos_embed"] = TensorSource(
+            shape=(1, 1 + tower.patches, tower.width),
+            inputs=(found["pos_embed"],),
+            make=_table_stretcher(tower.side // tower.patch),
+        )
+    return {f"visual_encoder.{name}": source for name, source in sources.items()}
+
+
+def _join_biases(query: Tensor, value: Tensor) -> Tensor:
+    """One bias for the fused projection, zero for the keys."""
+    return torch.cat([query, torch.zeros_like(query), value])
+
+
+def _table_stretcher(side: int) -> Callable[[Tensor], Tensor]:
+    """The position table at `side` patches a side, CLS's row as it is."""
+
+    def stretch(table: Tensor) -> Tensor:
+        trained = math.isqrt(table.shape[1] - 1)
+        square = table[:, 1:].reshape(1, trained, trained, -1).permute(0, 3, 1, 2)
+        larger = functional.interpolate(
+            square, size=(side, side), mode="bicubic", align_corners=False
+        )
+        return torch.cat([table[:, :1], larger.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+    return stretch
+
+
+def _constant(value: float, shape: tuple[int, ...]) -> TensorSource:
+    return TensorSource(shape=shape, inputs=(), make=lambda: torch.full(shape, value))
+
+
+def _add_lora(model: Any, own: dict[str, Tensor]) -> None:
+    """Add every pair of LoRA matrices to its weight."""
+    weights = dict(model.named_parameters())
+    for key, down in own.items():
+        if ".lora_A." not in key:
+            continue
+        up = own[key.replace(".lora_A.", ".lora_B.")]
+        name = key.partition(".lora_A.")[0].removeprefix("llama_model.base_model.model.")
+        with torch.no_grad():
+            weights[f"{name}.weight"] += up @ down * (_LORA_ALPHA / down.shape[0])
+
+
+def _make_processor(side: int) -> Callable[[Image.Image], Tensor]:
+    """Stretched to a square and normalized, as the authors' evaluation does."""
+
+    def process(picture: Image.Image) -> Tensor:
+        resized = picture.resize((side, side), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        return ((pixels - mean) / std)[None]
+
+    return process

@@ -1,0 +1,310 @@
+"""Shikra: CLIP tower at 224 pixels, one linear projector, LLaMA decoder, white padding.
+
+The weights are published as differences to LLaMA's (`parts.base`), which are added tensor by
+tensor; `--set parts.base=` takes a checkpoint that is merged already.
+
+Of the authors' questions those that name the phrase before the picture cannot be used here, since
+the number of tokens before the picture is fixed at export; the default is one that names it after.
+
+References:
+    Shikra: Unleashing Multimodal LLM's Referential Dialogue Magic, arXiv:2306.15195.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from gap_export.blocks.clip import (
+    ClipTextTower,
+    ClipTower,
+    clip_features,
+    find_clip_weights,
+    read_clip,
+    read_text_spec,
+    resolve_layer,
+)
+from gap_export.blocks.hub import (
+    FRACTION_BOX,
+    IGNORED,
+    parse_config,
+    processor_config,
+    read_normalization,
+    refuse_quantized,
+)
+from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, read_llama_shape
+from gap_export.blocks.llama import rotary_tables as llama_tables
+from gap_export.checkpoint import Checkpoint
+from gap_export.config import ExportConfig
+from gap_export.eager.clip import EagerClip, EagerClipText
+from gap_export.eager.files import load_tensors
+from gap_export.eager.llama import EagerLlama
+from gap_export.eager.model import EagerGrounder, load_state, loading
+from gap_export.errors import CheckpointError
+from gap_export.family import EagerModel, ModelSpec
+from gap_export.features import Feature
+from gap_export.sources import TensorSource, expected_shapes, match_tensors, require_shape, stored
+from gap_runtime.manifest import Bucket, Preprocess
+
+# B batch (1), N patches, K kept, C vision width, D decoder width.
+
+EMBEDDING: Final = "language_model.embed_tokens.weight"
+PARTS: Final = {"clip": "openai/clip-vit-large-patch14", "base": "huggyllama/llama-7b"}
+PHRASE: Final = "clip"
+_LAYER: Final = -2
+_TEMPLATE: Final = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: In <image>, I need the "
+    "bounding box coordinates of {phrase}. ASSISTANT:"
+)
+_PREFIX: Final = 38
+_PATCH_TOKEN: Final = "<im_patch>"
+_IMAGE_TEXT: Final = f"<im_start>{_PATCH_TOKEN}<im_end>"
+_ADDED: Final = 3
+_WHITE: Final = (255, 255, 255)
+_STOP_ID: Final = 2
+"""The config on the hub names others, which are wrong."""
+
+
+def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
+    """CLIP; the base is asked for by the configuration, or where the name says delta."""
+    del text
+    data = checkpoint.require_json("config.json")
+    parts = {"clip": str(data.get("mm_vision_tower") or PARTS["clip"])}
+    if re.search("delta", checkpoint.hub_id or checkpoint.folder.name, re.IGNORECASE):
+        parts["base"] = PARTS["base"]
+    return parts
+
+
+def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
+    """Read config.json and CLIP's configs.
+
+    Raises:
+        CheckpointError: The config describes something that this family does not have.
+    """
+    del config
+    where = str(checkpoint.folder / "config.json")
+    data = checkpoint.require_json("config.json")
+    if data.get("model_type") != "shikra":
+        raise CheckpointError(f"{where}: model_type {data.get('model_type')!r}, expected 'shikra'")
+    refuse_quantized(data, where)
+    clip = checkpoint.require_part("clip")
+    vision, _ = read_clip(clip)
+    resolve_layer(vision, data.get("mm_vision_select_layer", _LAYER), where)
+    if data.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
+        raise CheckpointError(
+            f"{where}: mm_hidden_size {data['mm_hidden_size']}, but {clip.folder} is "
+            f"{vision.hidden_size} wide; give the right CLIP checkpoint: --set parts.clip=DIR"
+        )
+    facts = {key: value for key, value in data.items() if key not in {"model_type", "dtype"}}
+    llama = parse_config(lambda: LlamaConfig.from_dict(facts), where, "Llama")
+    shape = read_llama_shape(llama, where)
+    text_spec = read_text_spec(clip, vision.hidden_size)
+    side = vision.image_size // vision.patch_size
+    mean, std = read_normalization(clip, vision.image_size)
+    added = checkpoint.read_json("added_tokens.json") or {}
+    return ModelSpec(
+        buckets=(Bucket(name="", canvas=None, grids=((side, side),), strip=1, fixed=()),),
+        vision_width=vision.hidden_size,
+        features=clip_features(vision, text_spec),
+        text=text_spec,
+        width=shape.width,
+        layers=shape.layers,
+        cache_heads=shape.cache_heads,
+        head_dim=shape.head_dim,
+        vocabulary=shape.vocabulary,
+        max_positions=llama.max_position_embeddings,
+        tokenizer=checkpoint.folder,
+        image_text=_IMAGE_TEXT,
+        image_token_id=int(added.get(_PATCH_TOKEN, shape.vocabulary - _ADDED)),
+        stop_ids=(_STOP_ID,),
+        preprocess=Preprocess(
+            mode="pad",
+            side=vision.image_size,
+            fill=_WHITE,
+            mean=mean,
+            std=std,
+            canvases=(),
+        ),
+        box=FRACTION_BOX,
+        template=_TEMPLATE,
+        prefix=_PREFIX,
+        library_config=_Config(
+            vision, llama, resolve_layer(vision, data.get("mm_vision_select_layer", _LAYER), where)
+        ),
+    )
+
+
+def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
+    """CLIP's tensors and the language model's, its differences added to the base."""
+    shape = read_llama_shape(spec.library_config.llama, "config.json")
+    expected = decoder_shapes(shape) | expected_shapes(lambda: _Projector(spec))
+    own = match_tensors(
+        checkpoint,
+        expected,
+        rename=_own_name,
+        ignored=(*IGNORED, r"^model\.vision_tower\."),
+    )
+    sources = {name: stored(tensor) for name, tensor in own.items()}
+    base = checkpoint.parts.get("base")
+    if base is not None:
+        data, where = base.require_json("config.json"), str(base.folder / "config.json")
+        config = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
+        base_shape = dataclasses.replace(shape, vocabulary=config.vocab_size)
+        found = match_tensors(base, decoder_shapes(base_shape), rename=llama_name, ignored=IGNORED)
+        for name, tensor in found.items():
+            delta = own[name]
+            if delta.shape[0] < tensor.shape[0]:
+                require_shape(tensor, delta.shape)
+            sources[name] = TensorSource(
+                shape=delta.shape,
+                inputs=(tensor, delta),
+                make=_add_delta,
+                cut=(True, True),
+            )
+    clip = checkpoint.parts["clip"]
+    return sources | find_clip_weights(clip, vision=True, text=spec.text is not None)
+
+
+def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
+    """CLIP up to the block that the projector reads."""
+    del bucket
+    config = spec.library_config
+    text_width = spec.text.width if spec.text else None
+    return ClipTower(config.vision, config.layer, needs, text_width=text_width)
+
+
+def fill_constants(module: nn.Module) -> None:
+    """Give values to a tower's buffers that no checkpoint holds."""
+    assert isinstance(module, (ClipTower, ClipTextTower))
+    module.fill_constants()
+
+
+def build_projector(spec: ModelSpec) -> nn.Module:
+    """One linear layer, under its name in the checkpoint."""
+    return _Projector(spec)
+
+
+def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
+    """None: every visual token shows a patch."""
+    del spec, bucket
+    return None
+
+
+def build_text_tower(spec: ModelSpec) -> nn.Module:
+    """CLIP's."""
+    assert spec.text is not None
+    return ClipTextTower(spec.text)
+
+
+def build_decoder(spec: ModelSpec, tables: tuple[Tensor, ...]) -> nn.Module:
+    """The Llama decoder."""
+    return LlamaDecoder(read_llama_shape(spec.library_config.llama, "config.json"), *tables)
+
+
+def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
+    """Cosine and sine by position ID."""
+    return llama_tables(spec.library_config.llama, positions)
+
+
+def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
+    """Hugging Face's CLIPVisionModel and LlamaForCausalLM, the differences added plainly."""
+    wanted = getattr(torch, dtype)
+    clip = checkpoint.parts["clip"]
+    with loading(checkpoint):
+        tower = CLIPVisionModel.from_pretrained(
+            clip.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
+        )
+        tensors = _load_merged(checkpoint, wanted)
+        config = spec.library_config.llama
+        config._attn_implementation = "eager"  # noqa: SLF001 - the library's own switch
+        model = LlamaForCausalLM(config).to(wanted)
+        load_state(model, {k: v for k, v in tensors.items() if "projector" not in k}, strict=False)
+        weight, bias = (tensors[f"model.mm_projector.{name}"] for name in ("weight", "bias"))
+        processor = _load_processor(clip, spec.preprocess.side)
+        return EagerGrounder(
+            tower=EagerClip(tower, spec.library_config.layer),
+            project=lambda patches: patches @ weight.T + bias,
+            language=EagerLlama(
+                model.model,
+                model.lm_head,
+                spec.tokenizer,
+                image_token_id=spec.image_token_id,
+            ),
+            process=lambda picture: processor(_expand(picture), return_tensors="pt")[
+                "pixel_values"
+            ],
+            clip=None if spec.text is None else EagerClipText(clip.folder, wanted),
+        )
+
+
+class _Config:
+    """Both towers' configs and the hidden state that patches are taken from."""
+
+    def __init__(self, vision: Any, llama: LlamaConfig, layer: int) -> None:
+        self.vision, self.llama, self.layer = vision, llama, layer
+
+
+class _Projector(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.mm_projector = nn.Linear(spec.vision_width, spec.width)
+
+    def forward(self, patches_BNC: Tensor) -> Tensor:
+        tokens_BND: Tensor = self.mm_projector(patches_BNC)
+        return tokens_BND
+
+
+def _own_name(key: str) -> str:
+    """Name of a tensor of the published checkpoint."""
+    if key.startswith("model.mm_projector."):
+        return key.removeprefix("model.")
+    return llama_name(key)
+
+
+def _add_delta(base: Tensor, delta: Tensor) -> Tensor:
+    """The sum; rows of new tokens have no base."""
+    delta[: base.shape[0]] += base
+    return delta
+
+
+def _load_merged(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's tensors by the checkpoint's own keys."""
+    tensors = load_tensors(checkpoint, dtype)
+    base = checkpoint.parts.get("base")
+    if base is not None:
+        for key, value in load_tensors(base, dtype).items():
+            if not key.endswith("inv_freq"):
+                tensors[key][: len(value)] += value
+    return tensors
+
+
+def _load_processor(clip: Checkpoint, side: int) -> Callable[..., Any]:
+    """CLIP's own processor."""
+    if processor_config(clip):
+        processor: Callable[..., Any] = CLIPImageProcessorPil.from_pretrained(
+            clip.folder, local_files_only=True
+        )
+        return processor
+    made: Callable[..., Any] = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    return made
+
+
+def _expand(picture: Image.Image) -> Image.Image:
+    """The picture in the middle of a white square."""
+    width, height = picture.size
+    canvas = Image.new("RGB", (max(width, height),) * 2, _WHITE)
+    if width > height:
+        canvas.paste(picture, (0, (width - height) // 2))
+    else:
+        canvas.paste(picture, ((height - width) // 2, 0))
+    return canvas

@@ -1,0 +1,64 @@
+"""Keep patches that lie far apart: always the one farthest from those chosen.
+
+The distance is 1 - cosine behind the projector. The first is the one farthest from its nearest.
+Own order: that of the choice.
+
+References:
+    DivPrune (arXiv:2503.02175). The loop over tokens is unrolled: the count is a constant.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from gap_export.config import PruneConfig
+from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+
+# B batch (1), N visual tokens, D token width.
+
+NEEDS: Final = frozenset({Feature.TOKENS})
+EXTRA: Final = 0
+_LEAST: Final = 1e-6
+"""Least distance: what is less is rounding, and such tokens go by index."""
+_OWN: Final = -1.0
+_FAR: Final = 4.0
+
+
+def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
+    """Tokens in the order of choice; three nodes for each."""
+    del config
+    unit_ND = functional.normalize(features.values[Feature.TOKENS][0], dim=-1)
+    tokens = unit_ND.shape[0]
+    is_own_NN = torch.arange(tokens)[:, None] == torch.arange(tokens)
+    distance_NN = (1.0 - unit_ND @ unit_ND.T).clamp(min=_LEAST)
+    nearest_B1N = torch.where(is_own_NN, _FAR, distance_NN).amin(dim=1)[None, None]
+    # A token's distance to itself makes it the nearest for good once it is chosen.
+    distance_NN = torch.where(is_own_NN, _OWN, distance_NN)
+    chosen = [nearest_B1N.argmax(dim=-1)]
+    for step in range(1, kept):
+        # A lookup is one Gather.
+        row_B1N = functional.embedding(chosen[-1], distance_NN)
+        nearest_B1N = row_B1N if step == 1 else torch.minimum(nearest_B1N, row_B1N)
+        chosen.append(nearest_B1N.argmax(dim=-1))
+    return Kept(order=torch.cat(chosen, dim=1))
+
+
+def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
+    """The same from the projector's own output; ties go to the lower index."""
+    del config
+    directions = torch.stack([t / t.norm().clamp(min=1e-12) for t in vision.tokens.double()])
+    distances = (1 - directions @ directions.T).clamp(min=_LEAST)
+    total = len(distances)
+    to_others = distances.clone()
+    to_others[range(total), range(total)] = torch.inf
+    order = [int(to_others.min(dim=1).values.argmax())]
+    nearest = distances[order[0]]
+    while len(order) < kept:
+        offered = nearest.clone()
+        offered[order] = -torch.inf
+        order.append(int(offered.argmax()))
+        nearest = torch.minimum(nearest, distances[order[-1]])
+    return EagerChoice(order=tuple(order), scores=None)

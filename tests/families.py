@@ -1,0 +1,410 @@
+"""Every family as a small random checkpoint in the files that it was published in.
+
+One place knows which folders belong together and what `gap-export` has to be told about them, so
+that a test can ask for a family by name. Checkpoints are made once for all tests and only read.
+"""
+
+import copy
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import originals
+import pytest
+from checkpoints import make_llava_checkpoint
+from PIL import Image
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from gap_export import pipeline
+from gap_export.config import load_config
+from gap_export.plan import ExportRequest, plan_export
+from gap_runtime.display import Display
+
+FAMILIES = (
+    "llava",
+    "llava-original",
+    "llava-next-vicuna",
+    "llava-next-mistral",
+    "shikra",
+    "minigpt-v2",
+)
+PHRASE = "the red ring left of the blue box"
+READ_PHRASE = frozenset({"trim", "text_similarity", "cdpruner"})
+"""Pruners that look at the phrase."""
+ANSWER = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyCase:
+    """A family's files, and how they are asked for.
+
+    Everything lies in `home`. `model` and `checkpoint` are the arguments of that name of
+    `gap-export`, `overrides` are needed always, `text` only where the pruner reads the phrase.
+    `buckets` are the numbers of visual tokens of each bucket, all and never removed, `sizes`
+    (width, height) of a picture for each. `files` is what the maker gave.
+    """
+
+    name: str
+    home: Path
+    model: str
+    checkpoint: Path | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    buckets: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]
+    picture: Path
+    samples: Path
+    files: Any
+
+    def place(self, role=""):
+        """The folder or file of a part, of the checkpoint itself without a role."""
+        if not role:
+            return Path(self.model) if self.checkpoint is None else self.checkpoint
+        return Path((self.overrides | self.text)[f"parts.{role}"])
+
+    def copy(self, home):
+        """The same in files of its own, which a test may change."""
+        shutil.copytree(self.home, home)
+
+        def move(value):
+            return value.replace(str(self.home), str(home)) if isinstance(value, str) else value
+
+        return replace(
+            self,
+            home=home,
+            model=move(self.model),
+            checkpoint=self.checkpoint and Path(move(str(self.checkpoint))),
+            overrides={key: move(value) for key, value in self.overrides.items()},
+            text={key: move(value) for key, value in self.text.items()},
+            picture=Path(move(str(self.picture))),
+            samples=Path(move(str(self.samples))),
+            files=None,
+        )
+
+    def plan(self, out, *, pruner="cls_attention", weights="clone", reference=False, **overrides):
+        """The plan of an export with a short answer; overrides have `__` for the dot."""
+        values = self.overrides | {
+            "dtype": "float32",
+            "check.samples": str(self.samples),
+            "prompt.answer": ANSWER,
+            "prune.strategy": pruner,
+        }
+        values |= self.text if pruner in READ_PHRASE else {}
+        values |= {key.replace("__", "."): value for key, value in overrides.items()}
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        return plan_export(
+            ExportRequest(
+                named=load_config(self.model, values, checkpoint=checkpoint),
+                target="cpu",
+                out=Path(out),
+                weights=weights,
+                reference=reference,
+            )
+        )
+
+
+def export(plan):
+    """Carry out a plan without showing anything."""
+    return pipeline.export(plan, Display(quiet=True))
+
+
+_graphs: dict[tuple, Any] = {}
+_registries: dict[int, ONNXRegistry] = {}
+
+
+@contextmanager
+def shared_graphs():
+    """Exports in which graphs that are the same are traced once.
+
+    A tower is the same for all exports of a family whose pruners need the same of it, CLIP's text
+    tower for all of a family, a decoder for all that have as many slots and positions, a pruning
+    stage only for the same export again. All is still joined, written, proved and run anew.
+
+    Torch's table of operators, which it builds for every graph, is half of a small graph's time;
+    it is built once.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make_key in (
+            ("trace_tower", _tower_key),
+            ("trace_text", _text_key),
+            ("trace_decoder", _decoder_key),
+            ("trace_pruning", _pruning_key),
+        ):
+            patch.setattr(pipeline, name, _remember(getattr(pipeline, name), name, make_key))
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_build_registry))
+        yield
+
+
+def _remember(trace, name, make_key):
+    def trace_once(plan, *arguments):
+        key = (
+            name,
+            plan.family_name,
+            plan.dtype,
+            plan.request.target,
+            *make_key(plan, *arguments),
+        )
+        if key not in _graphs:
+            _graphs[key] = trace(plan, *arguments)
+        traced = _graphs[key]
+        # Weights are bound to the graph in place.
+        return traced and replace(traced, model=traced.model.clone())
+
+    return trace_once
+
+
+def _index(plan):
+    """What tells two models apart whose graphs differ: configs and shapes, but no values."""
+    needed = plan.family.find_parts(plan.checkpoint, text=False)
+    parts = {role: part for role, part in plan.checkpoint.parts.items() if role in needed}
+    return replace(plan.checkpoint, parts=parts).index_sha256
+
+
+def _tower_key(plan, bucket):
+    later = {"tokens", "text_features"} | (set() if plan.reads_clip else {"text_patches"})
+    needs = frozenset(need.value for need in plan.pruner.NEEDS) - later
+    text = plan.spec.text and plan.spec.text.width
+    return _index(plan), plan.request.named.config.vision, bucket, needs, text
+
+
+def _text_key(plan):
+    return plan.checkpoint.index_sha256, plan.reads_clip
+
+
+def _decoder_key(plan):
+    return (
+        _index(plan),
+        plan.layout.capacity,
+        max(plan.layout.at(entry).positions for entry in plan.entries),
+    )
+
+
+def _pruning_key(plan, entry):
+    prune, text = plan.request.named.config.prune, plan.spec.text and plan.spec.text.width
+    return _index(plan), prune, plan.layout, plan.bucket(entry), entry, text
+
+
+_build_from_torchlib = ONNXRegistry.from_torchlib
+
+
+def _build_registry(opset_version):
+    if opset_version not in _registries:
+        _registries[opset_version] = _build_from_torchlib(opset_version)
+    registry = copy.copy(_registries[opset_version])
+    registry.functions = {name: list(found) for name, found in registry.functions.items()}
+    return registry
+
+
+def make_picture(width, height, seed=0):
+    """Soft colours with sharp edges, RGB."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    waves = [128 + 100 * np.sin(rows / (3 + k) + columns / (5 - k) + seed) for k in range(3)]
+    values = np.stack(waves, axis=-1) + rng.integers(-20, 20, (height, width, 3))
+    values[height // 3 :, : width // 2] += 60
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def make_samples(folder, picture, phrase=PHRASE):
+    """A folder of one picture and one phrase, as `check.samples` takes it; the picture's path."""
+    folder.mkdir(parents=True)
+    picture.save(folder / "picture.png")
+    entries = [{"image": "picture.png", "phrase": phrase}]
+    (folder / "samples.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder / "picture.png"
+
+
+_made: dict[str, FamilyCase] = {}
+
+
+def find_family(name, tmp_path_factory):
+    """The family of that name; made when it is asked for first."""
+    if name not in _made:
+        home = tmp_path_factory.mktemp("families") / name
+        home.mkdir()
+        _made[name] = _MAKERS[name](home)
+    return _made[name]
+
+
+def _make_llava(home):
+    """5x5 patches; three query heads to a key head; nothing is a power of two."""
+    folder = make_llava_checkpoint(
+        home / "llava",
+        image_size=70,
+        vision_width=36,
+        vision_heads=3,
+        vision_layers=4,
+        width=66,
+        heads=6,
+        kv_heads=2,
+        head_dim=14,
+        mlp=90,
+        layers=3,
+        names="modern",
+        seed=1,
+    )
+    clip = originals.make_clip(
+        home / "clip", image_size=70, vision_width=36, vision_heads=3, projection=22, seed=2
+    )
+    return FamilyCase(
+        name="llava",
+        home=home,
+        model=str(folder),
+        text={"parts.clip": str(clip)},
+        buckets=((25, 0),),
+        sizes=((90, 61),),
+        picture=make_samples(home / "samples", make_picture(90, 61)),
+        samples=home / "samples",
+        files=folder,
+    )
+
+
+def _make_llava_original(home):
+    """5x5 patches; the vision tower lies in the CLIP folder beside the checkpoint."""
+    clip = originals.make_clip(
+        home / "openai" / "clip-tiny-patch14-70",
+        image_size=70,
+        vision_width=40,
+        vision_heads=5,
+        vision_layers=4,
+        files="bin",
+        text_eos="eot",
+        seed=3,
+    )
+    folder = originals.make_llava_original(
+        home / "liuhaotian" / "llava-v1.5-tiny", clip, width=60, heads=6, mlp=84, layers=3, seed=4
+    )
+    return FamilyCase(
+        name="llava-original",
+        home=home,
+        model=str(folder),
+        overrides={"parts.clip": str(clip)},
+        buckets=((25, 0),),
+        sizes=((61, 90),),
+        picture=make_samples(home / "samples", make_picture(61, 90)),
+        samples=home / "samples",
+        files=folder,
+    )
+
+
+def _make_next_vicuna(home):
+    """Tiles of 3x3 patches in two buckets: all 3 rows of a canvas of three tiles, and one row."""
+    folder = originals.make_llava_next(
+        home / "llava-v1.6-vicuna-tiny",
+        image_size=42,
+        vision_width=36,
+        vision_heads=3,
+        width=60,
+        heads=6,
+        max_shard_size="100KB",
+        seed=5,
+    )
+    clip = originals.make_clip(
+        home / "clip", image_size=42, vision_width=36, vision_heads=3, text_heads=4, seed=6
+    )
+    return FamilyCase(
+        name="llava-next-vicuna",
+        home=home,
+        model=str(folder),
+        overrides={"image.canvas": "126x42,126x42/9:1"},
+        text={"parts.clip": str(clip)},
+        buckets=((9 + 3 * 10, 3), (9 + 1 * 10, 1)),
+        sizes=((160, 50), (270, 30)),
+        picture=make_samples(home / "samples", make_picture(160, 50)),
+        samples=home / "samples",
+        files=folder,
+    )
+
+
+def _make_next_mistral(home):
+    """Tiles of 4x4 patches, 6 of 8 rows of a square canvas; today's names, grouped heads."""
+    folder = originals.make_llava_next(
+        home / "llava-v1.6-mistral-tiny",
+        text="mistral",
+        names="modern",
+        image_size=56,
+        vision_width=40,
+        vision_heads=5,
+        width=72,
+        heads=9,
+        kv_heads=3,
+        layers=3,
+        seed=7,
+    )
+    clip = originals.make_clip(
+        home / "clip", image_size=56, vision_width=40, vision_heads=5, projection=18, seed=8
+    )
+    return FamilyCase(
+        name="llava-next-mistral",
+        home=home,
+        model=str(folder),
+        overrides={"image.canvas": "112x112/4:3"},
+        text={"parts.clip": str(clip)},
+        buckets=((16 + 6 * 9, 6),),
+        sizes=((160, 120),),
+        picture=make_samples(home / "samples", make_picture(160, 120)),
+        samples=home / "samples",
+        files=folder,
+    )
+
+
+def _make_shikra(home):
+    """6x6 patches; the weights are differences, stored in float16."""
+    files = originals.make_shikra(
+        home, image_size=84, vision_width=48, vision_heads=3, width=56, heads=7, mlp=76, seed=9
+    )
+    return FamilyCase(
+        name="shikra",
+        home=home,
+        model=str(files.delta),
+        overrides={"parts.base": str(files.base), "parts.clip": str(files.clip)},
+        buckets=((36, 0),),
+        sizes=((90, 50),),
+        picture=make_samples(home / "samples", make_picture(90, 50)),
+        samples=home / "samples",
+        files=files,
+    )
+
+
+def _make_minigpt(home):
+    """8x8 patches, four to a token; the whole of EVA's file is run, its table is stretched."""
+    files = originals.make_minigpt(
+        home / "minigpt",
+        image_size=56,
+        patch_size=7,
+        spare_blocks=0,
+        ln_vision=True,
+        kv_heads=2,
+        layers=3,
+        seed=10,
+    )
+    return FamilyCase(
+        name="minigpt-v2",
+        home=home,
+        model="minigpt-v2",
+        checkpoint=files.checkpoint,
+        overrides={
+            "parts.vision": str(files.eva),
+            "parts.language": str(files.llama),
+            "vision.side": 56,
+        },
+        buckets=((16, 0),),
+        sizes=((80, 60),),
+        picture=make_samples(home / "samples", make_picture(80, 60)),
+        samples=home / "samples",
+        files=files,
+    )
+
+
+_MAKERS = {
+    "llava": _make_llava,
+    "llava-original": _make_llava_original,
+    "llava-next-vicuna": _make_next_vicuna,
+    "llava-next-mistral": _make_next_mistral,
+    "shikra": _make_shikra,
+    "minigpt-v2": _make_minigpt,
+}
