@@ -126,6 +126,7 @@ def ask(
         template: Prompt with `{phrase}`.
         reads: How the pruner is told the phrase, None where it is not.
     """
+    phrase = " ".join(phrase.split())  # as everywhere
     prefix, suffix = model.encode(template.replace(PHRASE_FIELD, phrase))
     pixels = model.make_pixels(picture)
     vision = model.look(pixels, bucket)

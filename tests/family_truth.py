@@ -22,6 +22,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
 )
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 NEWLINE = -1
@@ -236,19 +237,13 @@ def _packed_origin(config, sizes):
     """Which patch of all views each packed token shows, or NEWLINE: by the library's packing."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    height, width = _canvas(config, sizes)
+    height, width = select_best_resolution(sizes[0].tolist(), config.image_grid_pinpoints)
     views = 1 + (height // vision.image_size) * (width // vision.image_size)
     features = torch.arange(views * patches).reshape(views, patches, 1)
     packed, _ = LlavaNextModel.pack_image_features(
         SimpleNamespace(config=config), [features], sizes, "default", torch.tensor([NEWLINE])
     )
     return packed[0][:, 0].tolist()
-
-
-def _canvas(config, sizes):
-    from transformers.image_processing_utils import select_best_resolution
-
-    return select_best_resolution(sizes[0].tolist(), config.image_grid_pinpoints)
 
 
 # Shikra.

@@ -387,6 +387,17 @@ def test_minigpt_begins_twice(find, tmp_path):
     assert encoded.suffix == read.encode("</Img> find it [/INST]")
 
 
+def test_tokens_that_end_an_answer(plan, case):
+    """Shikra's config on the hub names others, which are wrong."""
+    if plan.tokenizer.token_to_id("<im_patch>") is None and plan.spec.image_token_id is not None:
+        assert plan.spec.stop_ids == (plan.tokenizer.token_to_id("</s>"),)
+    else:
+        assert plan.spec.stop_ids == (2,)
+    if case.name == "shikra":
+        data = json.loads((case.place() / "config.json").read_text(encoding="utf-8"))
+        assert data["eos_token_id"] == 1
+
+
 # Weights.
 
 
@@ -965,6 +976,16 @@ def test_a_part_that_is_a_file_is_nowhere(find, tmp_path, offline):
     message = refuse(case, tmp_path / "b", CheckpointError)
     assert message.startswith("eva_vit_g.pth: no such part 'vision'; looked for eva_vit_g.pth, ")
     assert message.endswith("--set parts.vision=DIR")
+    assert offline == []
+
+
+def test_a_folder_that_is_not_called_delta_is_merged_already(find, tmp_path, offline):
+    case = find("shikra").copy(tmp_path / "home")
+    case.place().rename(tmp_path / "home" / "shikra-7b")
+    overrides = {"parts.clip": case.overrides["parts.clip"]}
+    case = replace(case, model=str(tmp_path / "home" / "shikra-7b"), overrides=overrides)
+    plan = case.plan(tmp_path / "b")
+    assert plan.sources["lm_head.weight"].make is None
     assert offline == []
 
 

@@ -68,6 +68,7 @@ def require_equal(case, out, pruner, mode, **overrides):
         assert row.positions_equal, where
         assert row.same_prompt, where
         assert row.same_tokens, where
+        assert row.answer == row.reference_answer, where
         assert row.visual_error <= 1e-4, where
         assert row.relative_logit_error <= 1e-4, where
     require_places(out, case, pruner, mode)
