@@ -21,9 +21,6 @@ EXTRA_RULES: Final = ("last-visual", "append", "centroid", "drop")
 BOX_FRAMES: Final = ("padded-square", "original")
 PHRASE_SOURCES: Final = ("clip", "embeddings")
 DTYPES: Final = ("float32", "float16", "bfloat16")
-DIALECT: Final = "native"
-OPSET: Final = 24
-"""What the graphs are made of; targets that take another one are refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

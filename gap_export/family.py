@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.config import ExportConfig
+from gap_export.dialect import Dialect
 from gap_export.features import EagerVision, Feature, Geometry
 from gap_export.sources import TensorSource
 from gap_runtime.manifest import BoxFormat, Bucket, Preprocess
@@ -149,7 +150,9 @@ class Family(Protocol):
     def build_text_tower(self, spec: ModelSpec) -> nn.Module:
         """Token IDs int64 [B, L] of a phrase to text features float32 [B, W]."""
 
-    def build_decoder(self, spec: ModelSpec, tables: tuple[Tensor, ...]) -> nn.Module:
+    def build_decoder(
+        self, spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]
+    ) -> nn.Module:
         """The decoder; see gap_export.graph.decoder for its inputs and outputs."""
 
     def rotary_tables(self, spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:

@@ -9,85 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
 
 import onnx
 import onnx_ir as ir
 
-from gap_export.config import DIALECT
 from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
 from gap_runtime.tensors import TensorSpec
-
-NATIVE_OPERATORS: Final = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "ArgMax",
-        "Attention",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Conv",
-        "Cos",
-        "Div",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gelu",
-        "Gemm",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "LayerNormalization",
-        "Less",
-        "LessOrEqual",
-        "MatMul",
-        "Max",
-        "Min",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pad",
-        "Pow",
-        "RMSNormalization",
-        "Range",
-        "Reciprocal",
-        "ReduceL2",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "RotaryEmbedding",
-        "Shape",
-        "Sigmoid",
-        "Sin",
-        "Slice",
-        "Softmax",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Swish",
-        "Tanh",
-        "TensorScatter",
-        "Tile",
-        "TopK",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
-)
-"""Operators of the `native` dialect: standard, without control flow or data-dependent shapes."""
 
 
 def prove_graph(
@@ -96,6 +23,7 @@ def prove_graph(
     inputs: Iterable[TensorSpec],
     outputs: Iterable[TensorSpec],
     opset: int,
+    operators: frozenset[str],
     free: frozenset[str] = frozenset(),
 ) -> None:
     """Check a graph file against its promise.
@@ -105,6 +33,7 @@ def prove_graph(
         inputs: Promised inputs, in order.
         outputs: Promised outputs, in order.
         opset: Promised version of the standard operators.
+        operators: Those that the dialect has.
         free: Names of dimensions that may stay open.
 
     Raises:
@@ -116,7 +45,7 @@ def prove_graph(
     graph = model.graph
     _require_interface(path, "input", graph.inputs, list(inputs))
     _require_interface(path, "output", graph.outputs, list(outputs))
-    _require_operators(path, graph)
+    _require_operators(path, graph, operators)
     if dict(model.opset_imports) != {"": opset}:
         raise GraphError(f"{path.name}: opsets {dict(model.opset_imports)}, expected only {opset}")
     _require_static(path, graph, free)
@@ -149,17 +78,17 @@ def _require_interface(
         raise GraphError(f"{path.name}: {len(found)} {kind}s, promised {len(promised)}")
 
 
-def _require_operators(path: Path, graph: ir.Graph) -> None:
+def _require_operators(path: Path, graph: ir.Graph, operators: frozenset[str]) -> None:
     for node in graph:
         if node.domain != "":
             raise UnsupportedOpError(
                 f"{path.name}: node '{node.name}' is {node.domain}.{node.op_type}; "
                 "only standard operators are allowed"
             )
-        if node.op_type not in NATIVE_OPERATORS:
+        if node.op_type not in operators:
             raise UnsupportedOpError(
-                f"{path.name}: node '{node.name}' is {node.op_type}, which is not on the list of "
-                f"the {DIALECT} dialect"
+                f"{path.name}: node '{node.name}' is {node.op_type}, which the target's dialect "
+                "does not have"
             )
         if node.op_type == "TopK" and (
             node.inputs[1] is None or node.inputs[1].const_value is None

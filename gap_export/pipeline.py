@@ -16,7 +16,6 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from gap_export.config import OPSET
 from gap_export.errors import ExportError
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
 from gap_export.plan import REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
@@ -252,7 +251,7 @@ def _make_manifest(
         family=plan.family_name,
         dtype=plan.dtype,
         target=plan.request.target,
-        opset=OPSET,
+        opset=plan.target.opset,
         source=Source(
             checkpoint=plan.checkpoint.hub_id or plan.request.named.name,
             revision=plan.checkpoint.revision,

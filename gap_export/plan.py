@@ -12,15 +12,15 @@ from tokenizers import Tokenizer
 
 from gap_export.checkpoint import Checkpoint, open_checkpoint, open_part
 from gap_export.config import (
-    DIALECT,
     DTYPES,
-    OPSET,
     NamedConfig,
     PruneConfig,
+    TargetConfig,
     count_ratios,
     load_target,
     resolve_family,
 )
+from gap_export.dialect import Dialect
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.family import Family, ModelSpec
 from gap_export.features import Feature, Pruner
@@ -60,6 +60,8 @@ class ExportPlan:
     """
 
     request: ExportRequest
+    target: TargetConfig
+    dialect: Dialect
     checkpoint: Checkpoint
     family_name: str
     family: Family
@@ -109,7 +111,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     Raises:
         GapError: Anything about the request or the checkpoint that cannot work.
     """
-    _require_target(request.target)
+    target = load_target(request.target)
+    dialect = _load_dialect(request.target, target)
     model = read_model(request.named)
     config, spec = request.named.config, model.spec
     entries = tuple(
@@ -140,6 +143,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         require_memory(model.checkpoint, sources)
     return ExportPlan(
         request=request,
+        target=target,
+        dialect=dialect,
         checkpoint=model.checkpoint,
         family_name=model.family_name,
         family=model.family,
@@ -251,14 +256,15 @@ def _plan_phrase(model: Model, config: PruneConfig) -> PhraseInput | None:
     )
 
 
-def _require_target(name: str) -> None:
-    """Refuse a target whose graphs this version does not make."""
-    target = load_target(name)
-    if (target.dialect, target.opset) != (DIALECT, OPSET):
+def _load_dialect(name: str, target: TargetConfig) -> Dialect:
+    """The dialect of a target, which must have the target's opset."""
+    dialect: Dialect = load_plugin("gap_export.dialects", target.dialect, "dialect")
+    if target.opset not in dialect.OPSETS:
+        have = ", ".join(str(opset) for opset in sorted(dialect.OPSETS))
         raise ConfigError(
-            f"target '{name}' takes the {target.dialect} dialect of opset {target.opset}; this "
-            f"version exports {DIALECT} of opset {OPSET}"
+            f"target '{name}': dialect '{target.dialect}' has no opset {target.opset}; have {have}"
         )
+    return dialect
 
 
 def _plan_prompt(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gap_export.config import OPSET
 from gap_export.family import geometry_of
 from gap_export.features import Feature
 from gap_export.graph.decoder import DecoderStage, cache_names
@@ -30,6 +29,8 @@ def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     return trace(
         lambda: TowerStage(plan.family.build_tower(spec, bucket, needs), needs),
         dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
         inputs=[
             TensorSpec(
                 name="pixels",
@@ -62,6 +63,8 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             text_sign=-1 if plan.reads_clip else 1,
         ),
         dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
         inputs=[*between, *phrase],
         outputs=[
             TensorSpec(
@@ -96,6 +99,8 @@ def trace_text(plan: ExportPlan) -> Traced | None:
     return trace(
         lambda: TextStage(plan.family.build_text_tower(plan.spec)),
         dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
         inputs=[
             TensorSpec(
                 name="text_ids",
@@ -126,8 +131,10 @@ def trace_decoder(plan: ExportPlan) -> Traced:
     positions = max(plan.layout.at(entry).positions for entry in plan.entries)
     tables = plan.family.rotary_tables(spec, positions)
     return trace(
-        lambda: DecoderStage(plan.family.build_decoder(spec, tables)),
+        lambda: DecoderStage(plan.family.build_decoder(spec, plan.dialect, tables)),
         dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
         inputs=[
             TensorSpec(
                 name="embeddings",
@@ -198,12 +205,12 @@ def write_graphs(
         bucket = f"-{entry.bucket}" if entry.bucket else ""
         name = f"vision{bucket}-{entry.kept}of{entry.patches}"
         stages.append(_describe_stage(name, VISION, vision, entry))
-        _write_graph(vision, weights, folder, stages[-1], free=frozenset())
+        _write_graph(plan, vision, weights, folder, stages[-1])
     if graphs.text is not None:
         stages.append(_describe_stage(TEXT, TEXT, graphs.text, None))
-        _write_graph(graphs.text, weights, folder, stages[-1], free=frozenset())
+        _write_graph(plan, graphs.text, weights, folder, stages[-1])
     stages.append(_describe_stage(DECODER, DECODER, graphs.decoder, None))
-    _write_graph(graphs.decoder, weights, folder, stages[-1], free=frozenset({FREE_ROWS}))
+    _write_graph(plan, graphs.decoder, weights, folder, stages[-1])
     return stages
 
 
@@ -266,7 +273,7 @@ def _describe_stage(name: str, role: str, traced: Traced, entry: RatioEntry | No
 
 
 def _write_graph(
-    traced: Traced, weights: WeightPlan, folder: Path, stage: Stage, *, free: frozenset[str]
+    plan: ExportPlan, traced: Traced, weights: WeightPlan, folder: Path, stage: Stage
 ) -> None:
     path = folder / stage.file
     bind_weights(traced, weights, folder)
@@ -274,4 +281,11 @@ def _write_graph(
     traced.model.producer_name = "gap-export"
     traced.model.producer_version = metadata.version("gap-export")
     ir.save(traced.model, path)
-    prove_graph(path, inputs=stage.inputs, outputs=stage.outputs, opset=OPSET, free=free)
+    prove_graph(
+        path,
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        opset=plan.target.opset,
+        operators=plan.dialect.OPERATORS,
+        free=frozenset({FREE_ROWS} if stage.role == DECODER else ()),
+    )

@@ -19,11 +19,12 @@ from typing import Any, Final
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import PassManager, common
-from onnxscript import opset23, optimizer
+from onnxscript import optimizer
+from onnxscript.values import Opset
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gap_export.config import OPSET
+from gap_export.dialect import Dialect
 from gap_export.errors import ExportError
 from gap_runtime.tensors import TensorSpec
 
@@ -45,6 +46,8 @@ def trace(
     build: Callable[[], nn.Module],
     *,
     dtype: str,
+    dialect: Dialect,
+    opset: int,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     finish: Callable[[nn.Module], None] | None = None,
@@ -55,6 +58,8 @@ def trace(
     Args:
         build: Makes the module; runs where parameters have no memory.
         dtype: Of the module's parameters.
+        dialect: What the graph is written in.
+        opset: One of the dialect's.
         inputs: Inputs by position; a named dimension stays free.
         outputs: Outputs by position, with the dtypes and shapes that the graph must have.
         finish: Gives values to buffers; runs where memory is real.
@@ -82,11 +87,11 @@ def trace(
                 module,
                 arguments,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
                 dynamic_shapes=free,
-                custom_translation_table={torch.ops.aten.linear.default: linear_as_gemm},
+                custom_translation_table=_translations(dialect, opset),
                 optimize=False,
                 verbose=False,
             )
@@ -176,12 +181,38 @@ def join(first: Traced, second: Traced) -> Traced:
     )
 
 
-def linear_as_gemm(x: Any, weight: Any, bias: Any = None) -> Any:
+def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
+    """Torch operators that are written otherwise than the converter would."""
+    op: Any = Opset("", opset)
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        return linear_as_gemm(op, x, weight, bias)
+
+    table = {torch.ops.aten.linear.default: linear}
+    translate = dialect.translate_attention
+    if translate is None:
+        return table
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,  # noqa: FBT001, FBT002 - the operator's own arguments
+        scale: Any = None,
+    ) -> Any:
+        assert (dropout_p, is_causal) == (0.0, False)
+        return translate(op, query, key, value, attn_mask, scale or query.shape[-1] ** -0.5)
+
+    return table | {torch.ops.aten.scaled_dot_product_attention.default: attention}
+
+
+def linear_as_gemm(op: Any, x: Any, weight: Any, bias: Any = None) -> Any:
     """aten.linear as Gemm(transB=1), which takes weights [out, in] as checkpoints hold them.
 
     MatMul would need a Transpose, which runtimes fold into a second copy of the weight.
     """
-    op: Any = opset23
     width, rank = weight.shape[1], len(x.shape)
     if rank == 2:
         return op.Gemm(x, weight, bias, transB=1)

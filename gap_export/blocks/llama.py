@@ -8,6 +8,7 @@ Parameter names are those of a Hugging Face checkpoint below `language_model` an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gap_export.blocks.operators import attend, rms_norm, rotate, write_cache
+from gap_export.dialect import Dialect
 from gap_export.errors import CheckpointError
 from gap_export.sources import expected_shapes
 
@@ -101,8 +102,9 @@ def llama_name(key: str) -> str:
 
 def decoder_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the decoder, its head and the token embedding table."""
+    none: Any = None  # shapes follow from no operator
     tables = (torch.empty(0), torch.empty(0))
-    return expected_shapes(lambda: LlamaDecoder(shape, *tables)) | {
+    return expected_shapes(lambda: LlamaDecoder(shape, none, *tables)) | {
         "language_model.embed_tokens.weight": (shape.vocabulary, shape.width)
     }
 
@@ -110,10 +112,12 @@ def decoder_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
 class LlamaDecoder(nn.Module):
     """All layers and the head. Created without values; weights are bound after tracing."""
 
-    def __init__(self, shape: LlamaShape, cosine_Pd: Tensor, sine_Pd: Tensor) -> None:
+    def __init__(
+        self, shape: LlamaShape, dialect: Dialect, cosine_Pd: Tensor, sine_Pd: Tensor
+    ) -> None:
         """Declare the parameters; the rotary tables are constants of the graph."""
         super().__init__()
-        self.language_model = _Stack(shape)
+        self.language_model = _Stack(shape, dialect)
         self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.register_buffer("cosine", cosine_Pd, persistent=False)
         self.register_buffer("sine", sine_Pd, persistent=False)
@@ -133,7 +137,7 @@ class LlamaDecoder(nn.Module):
         dtype = self.lm_head.weight.dtype
         hidden_BSD = embeddings_BSD.to(dtype)
         mask_BHSL = slot_causal_mask(write_slot_B, position_ids_BS.shape[1], caches[0].shape[2])
-        tables = (self.cosine.to(dtype), self.sine.to(dtype))
+        tables = (self.cosine, self.sine)
         written: list[Tensor] = []
         for k, layer in enumerate(self.language_model.layers):
             hidden_BSD, key, value = layer(
@@ -153,12 +157,12 @@ class LlamaDecoder(nn.Module):
 class LlamaLayer(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
         """Declare the parameters."""
         super().__init__()
-        self.input_layernorm = _Norm(shape.width, shape.epsilon)
-        self.self_attn = LlamaAttention(shape)
-        self.post_attention_layernorm = _Norm(shape.width, shape.epsilon)
+        self.input_layernorm = _Norm(shape, dialect)
+        self.self_attn = LlamaAttention(shape, dialect)
+        self.post_attention_layernorm = _Norm(shape, dialect)
         self.mlp = LlamaMlp(shape)
 
     def forward(
@@ -182,9 +186,10 @@ class LlamaLayer(nn.Module):
 class LlamaAttention(nn.Module):
     """Grouped-query attention on a cache of fixed capacity."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
         """Declare the parameters."""
         super().__init__()
+        self.dialect = dialect
         query, cached = shape.heads * shape.head_dim, shape.cache_heads * shape.head_dim
         bias = shape.attention_bias
         self.head_dim = shape.head_dim
@@ -203,12 +208,15 @@ class LlamaAttention(nn.Module):
         cache: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention output and the caches with this call's rows written."""
-        query_BHSd = rotate(self._split(self.q_proj(hidden_BSD)), *tables, position_ids_BS)
-        key_BGSd = rotate(self._split(self.k_proj(hidden_BSD)), *tables, position_ids_BS)
+        operators = self.dialect
+        query_BHSd = operators.rotate(
+            self._split(self.q_proj(hidden_BSD)), *tables, position_ids_BS
+        )
+        key_BGSd = operators.rotate(self._split(self.k_proj(hidden_BSD)), *tables, position_ids_BS)
         value_BGSd = self._split(self.v_proj(hidden_BSD))
-        key_BGLd = write_cache(cache[0], key_BGSd, write_slot_B)
-        value_BGLd = write_cache(cache[1], value_BGSd, write_slot_B)
-        mixed_BHSd = attend(query_BHSd, key_BGLd, value_BGLd, mask_BHSL)
+        key_BGLd = operators.write_cache(cache[0], key_BGSd, write_slot_B)
+        value_BGLd = operators.write_cache(cache[1], value_BGSd, write_slot_B)
+        mixed_BHSd = operators.attend(query_BHSd, key_BGLd, value_BGLd, mask_BHSL)
         mixed_BSD = mixed_BHSd.transpose(1, 2).flatten(2)
         return self.o_proj(mixed_BSD), key_BGLd, value_BGLd
 
@@ -236,20 +244,20 @@ class LlamaMlp(nn.Module):
 
 
 class _Stack(nn.Module):
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(LlamaLayer(shape) for _ in range(shape.layers))
-        self.norm = _Norm(shape.width, shape.epsilon)
+        self.layers = nn.ModuleList(LlamaLayer(shape, dialect) for _ in range(shape.layers))
+        self.norm = _Norm(shape, dialect)
 
 
 class _Norm(nn.Module):
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(shape.width))
+        self.epsilon, self.dialect = shape.epsilon, dialect
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return rms_norm(x_BSD, self.weight, self.epsilon)
+        return self.dialect.rms_norm(x_BSD, self.weight, self.epsilon)
 
 
 def slot_causal_mask(write_slot_B: Tensor, rows: int, slots: int) -> Tensor:

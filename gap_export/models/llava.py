@@ -46,6 +46,7 @@ from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, read_llama_sha
 from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.checkpoint import Checkpoint
 from gap_export.config import ExportConfig
+from gap_export.dialect import Dialect
 from gap_export.eager.clip import EagerClip, EagerClipText
 from gap_export.eager.files import load_tensors, rename_tensors
 from gap_export.eager.llama import EagerLlama
@@ -195,10 +196,10 @@ def build_text_tower(spec: ModelSpec) -> nn.Module:
     return ClipTextTower(spec.text)
 
 
-def build_decoder(spec: ModelSpec, tables: tuple[Tensor, ...]) -> nn.Module:
+def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
     """The Llama decoder."""
     shape = read_llama_shape(spec.library_config.text_config, "config.json")
-    return LlamaDecoder(shape, *tables)
+    return LlamaDecoder(shape, dialect, *tables)
 
 
 def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:

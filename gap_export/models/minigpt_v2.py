@@ -31,6 +31,7 @@ from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, re
 from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.checkpoint import Checkpoint, TensorLocation
 from gap_export.config import ExportConfig
+from gap_export.dialect import Dialect
 from gap_export.eager.eva import EagerEva
 from gap_export.eager.files import load_tensors
 from gap_export.eager.llama import EagerLlama
@@ -175,9 +176,11 @@ def build_text_tower(spec: ModelSpec) -> nn.Module:
     raise NotImplementedError
 
 
-def build_decoder(spec: ModelSpec, tables: tuple[Tensor, ...]) -> nn.Module:
+def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
     """The Llama decoder."""
-    return LlamaDecoder(read_llama_shape(spec.library_config.llama, "config.json"), *tables)
+    return LlamaDecoder(
+        read_llama_shape(spec.library_config.llama, "config.json"), dialect, *tables
+    )
 
 
 def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:

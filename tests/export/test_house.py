@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gap_export.config import PHRASE_SOURCES
+from gap_export.dialect import Dialect
 from gap_export.family import Family
 from gap_export.features import AdaptivePruner, Feature, Pruner
 from gap_runtime import manifest
@@ -23,6 +24,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 PLUGINS = {
     "gap_export.models": (ROOT / "gap_export" / "models", Family),
     "gap_export.pruners": (ROOT / "gap_export" / "pruners", Pruner),
+    "gap_export.dialects": (ROOT / "gap_export" / "dialects", Dialect),
     "gap_runtime.backends": (ROOT / "runtime" / "gap_runtime" / "backends", Backend),
 }
 MODULES = [

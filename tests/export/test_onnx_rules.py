@@ -5,8 +5,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from gap_export.dialects import native, portable
 from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
-from gap_export.onnx_rules import NATIVE_OPERATORS, prove_graph
+from gap_export.onnx_rules import prove_graph
 from gap_runtime.tensors import TensorSpec
 
 FLOAT = TensorProto.FLOAT
@@ -77,8 +78,10 @@ def one_node(folder, operator, inputs=("x",), outputs=("y",), **more):
     return save(folder, [node], **options)
 
 
-def prove(path, inputs=(IN,), outputs=(OUT,), opset=24, free=frozenset()):
-    prove_graph(path, inputs=inputs, outputs=outputs, opset=opset, free=free)
+def prove(
+    path, inputs=(IN,), outputs=(OUT,), opset=24, free=frozenset(), operators=native.OPERATORS
+):
+    prove_graph(path, inputs=inputs, outputs=outputs, opset=opset, operators=operators, free=free)
 
 
 def refusal(kind, path, **promise):
@@ -182,14 +185,25 @@ def test_a_function_of_the_models_own(tmp_path):
     refusal(UnsupportedOpError, path)
 
 
-def test_no_control_flow_or_data_dependent_shape_is_on_the_list():
-    assert not NATIVE_OPERATORS & {
+@pytest.mark.parametrize("dialect", [native, portable])
+def test_no_control_flow_or_data_dependent_shape_is_on_the_list(dialect):
+    assert not dialect.OPERATORS & {
         *("If", "Loop", "Scan", "SequenceMap", "NonZero", "Compress", "Unique"),
         *("RandomNormal", "RandomUniform", "Bernoulli", "Multinomial", "NonMaxSuppression"),
     }
     assert {"RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention", "TopK"} <= (
-        NATIVE_OPERATORS
+        native.OPERATORS
     )
+    assert not portable.OPERATORS & {
+        *("RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention", "Gelu", "Swish"),
+    }
+
+
+def test_an_operator_of_another_dialect(tmp_path):
+    path = one_node(tmp_path, "Gelu")
+    prove(path)
+    with pytest.raises(UnsupportedOpError, match="Gelu"):
+        prove(path, operators=portable.OPERATORS)
 
 
 @pytest.mark.parametrize(

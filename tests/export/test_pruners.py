@@ -19,7 +19,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import gap_export.pruners
 from gap_export.blocks import scores
 from gap_export.blocks.clip import ClipTower, resolve_layer
-from gap_export.config import OPSET, PruneConfig
+from gap_export.config import PruneConfig
+from gap_export.dialects import native
 from gap_export.errors import CheckpointError
 from gap_export.features import EagerVision, Feature, Geometry, VisionFeatures
 from gap_export.onnx_rules import prove_graph
@@ -397,11 +398,17 @@ def export_stage(name, scene, kept, folder):
         if weights is not None:
             outputs.append(TensorSpec(name=key, dtype="float32", shape=shape, meaning=""))
     traced = trace(
-        lambda: stage, dtype="float32", inputs=inputs, outputs=outputs, nested=len(inputs) - 1
+        lambda: stage,
+        dtype="float32",
+        dialect=native,
+        opset=24,
+        inputs=inputs,
+        outputs=outputs,
+        nested=len(inputs) - 1,
     )
     path = folder / f"{name}.onnx"
     ir.save(traced.model, path)
-    prove_graph(path, inputs=inputs, outputs=outputs, opset=OPSET)
+    prove_graph(path, inputs=inputs, outputs=outputs, opset=24, operators=native.OPERATORS)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [spec.name for spec in outputs]
     return traced, dict(zip(names, session.run(names, given), strict=True))

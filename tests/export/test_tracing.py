@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import torch
 
+from gap_export.dialects import native
 from gap_export.tracing import join, trace
 from gap_runtime.tensors import TensorSpec
 
@@ -36,13 +37,15 @@ class Tail(torch.nn.Module):
 
 
 def trace_tower():
-    return trace(Tower, dtype="float32", inputs=[PIXELS], outputs=GIVEN)
+    return trace(Tower, dtype="float32", dialect=native, opset=24, inputs=[PIXELS], outputs=GIVEN)
 
 
 def trace_tail(*inputs):
     return trace(
         Tail,
         dtype="float32",
+        dialect=native,
+        opset=24,
         inputs=inputs,
         outputs=[spec("total", 1, 4), spec("best", 1, 2, dtype="int64")],
         nested=len(inputs) - 1,

@@ -10,12 +10,14 @@ from gap_export.plan import ExportRequest, plan_export
 from gap_runtime.display import Display
 
 
-def export_bundle(model, out, *, reference=True, checkpoint=None, weights="clone", **overrides):
+def export_bundle(
+    model, out, *, reference=True, checkpoint=None, weights="clone", target="cpu", **overrides
+):
     """Export through the pipeline; overrides are dotted keys with `__` for the dot."""
     values = {key.replace("__", "."): value for key, value in overrides.items()}
     request = ExportRequest(
         named=load_config(str(model), values, checkpoint=checkpoint),
-        target="cpu",
+        target=target,
         out=Path(out),
         weights=weights,
         reference=reference,

@@ -1,6 +1,7 @@
-"""ONNX operators of opset 23 and 24 as torch functions: each is one node in the traced graph.
+"""Fused standard operators of opset 23 and 24: each is one node of the graph.
 
-These exist for tracing and are not computed by torch; the reference uses other code.
+For onnxruntime 1.24 or newer and TensorRT 10.16 or newer. The functions exist for tracing and are
+not computed by torch; the reference uses other code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,78 @@ import torch
 from torch import Tensor
 
 # B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width.
+
+OPSETS: Final = frozenset({24})
+OPERATORS: Final = frozenset(
+    [
+        "Abs",
+        "Add",
+        "And",
+        "ArgMax",
+        "Attention",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Conv",
+        "Cos",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gelu",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "LayerNormalization",
+        "Less",
+        "LessOrEqual",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pad",
+        "Pow",
+        "RMSNormalization",
+        "Range",
+        "Reciprocal",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "RotaryEmbedding",
+        "Shape",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Swish",
+        "Tanh",
+        "TensorScatter",
+        "Tile",
+        "TopK",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
+)
+"""Standard operators without control flow or data-dependent shapes."""
 
 _FLOAT: Final = 1  # onnx.TensorProto.FLOAT
 
@@ -31,7 +104,7 @@ def rotate(x_BHSd: Tensor, cosine_Pd: Tensor, sine_Pd: Tensor, position_ids_BS: 
     """Rotary embedding by position ID, halves layout; tables hold head_dim / 2 columns."""
     return _operator(
         "RotaryEmbedding",
-        [x_BHSd, cosine_Pd, sine_Pd, position_ids_BS],
+        [x_BHSd, cosine_Pd.to(x_BHSd.dtype), sine_Pd.to(x_BHSd.dtype), position_ids_BS],
         {"interleaved": 0},
         like=x_BHSd,
         version=23,
@@ -62,6 +135,10 @@ def attend(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: 
         like=query_BHSd,
         version=24,
     )
+
+
+translate_attention: Final = None
+"""The converter's own translation is one Attention node; its softmax is the runtime's."""
 
 
 def _operator(

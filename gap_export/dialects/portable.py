@@ -1,0 +1,138 @@
+"""Plain operators of opset 18 to 20, for runtimes that know no fused attention.
+
+Norms, rotary embedding, attention and the cache update are written out. What needs float32 is
+cast in the graph itself: norms, rotary products, softmax. Masks are finite.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# B batch (1), S rows, H query heads, G key/value heads, R query heads of a key head, L cache
+# slots, P positions, D width, d head width.
+
+OPSETS: Final = frozenset({18, 19, 20})
+OPERATORS: Final = frozenset(
+    [
+        "Abs",
+        "Add",
+        "And",
+        "ArgMax",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Conv",
+        "Cos",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "LayerNormalization",
+        "Less",
+        "LessOrEqual",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pad",
+        "Pow",
+        "Range",
+        "Reciprocal",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Tanh",
+        "Tile",
+        "TopK",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
+)
+"""Operators that TensorRT 10.3's parser reads; none with control flow or open sizes."""
+
+_HIDDEN: Final = -1e30
+_FLOAT: Final = 1  # onnx.TensorProto.FLOAT
+
+
+def rms_norm(x_BSD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32."""
+    wide_BSD = x_BSD.float()
+    mean_BS1 = (wide_BSD * wide_BSD).mean(dim=-1, keepdim=True)
+    return (wide_BSD / torch.sqrt(mean_BS1 + epsilon)).to(x_BSD.dtype) * weight_D
+
+
+def rotate(x_BHSd: Tensor, cosine_Pd: Tensor, sine_Pd: Tensor, position_ids_BS: Tensor) -> Tensor:
+    """Rotary embedding by position ID, halves layout, in float32."""
+    # B1Sd: one axis of heads. Gathered as embeddings, whose shape stays known.
+    cosine = functional.embedding(position_ids_BS, cosine_Pd)[:, None]
+    sine = functional.embedding(position_ids_BS, sine_Pd)[:, None]
+    half = x_BHSd.shape[-1] // 2
+    first, second = x_BHSd[..., :half].float(), x_BHSd[..., half:].float()
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat(turned, dim=-1).to(x_BHSd.dtype)
+
+
+def write_cache(cache_BGLd: Tensor, update_BGSd: Tensor, write_slot_B: Tensor) -> Tensor:
+    """The cache with rows written from a slot on.
+
+    Every slot chooses between its old row and one of the new ones, which every runtime can do.
+    """
+    row_L = torch.arange(cache_BGLd.shape[2]) - write_slot_B
+    rows = update_BGSd.shape[2]
+    is_new_L = (row_L >= 0) & (row_L < rows)
+    moved_BGLd = torch.index_select(update_BGSd, 2, torch.where(is_new_L, row_L, 0))
+    return torch.where(is_new_L[:, None], moved_BGLd, cache_BGLd)
+
+
+def attend(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: Tensor) -> Tensor:
+    """Grouped attention over the whole cache with an explicit boolean mask."""
+    batch, heads, rows, width = query_BHSd.shape
+    groups = key_BGLd.shape[1]
+    query, key, value = query_BHSd, key_BGLd, value_BGLd
+    if heads != groups:
+        # Rows stay an axis of their own, so that only it is open.
+        query = query.reshape(batch, groups, heads // groups, rows, width)
+        key, value, mask_BHSL = key[:, :, None], value[:, :, None], mask_BHSL[:, :, None]
+    scores = (query @ key.transpose(-1, -2)).float() * width**-0.5
+    weights = torch.softmax(torch.where(mask_BHSL, scores, _HIDDEN), dim=-1)
+    return (weights.to(value.dtype) @ value).reshape(batch, heads, rows, width)
+
+
+def translate_attention(op: Any, query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+    """A tower's attention, written out; softmax in float32."""
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores = op.Mul(op.Cast(scores, to=_FLOAT), op.Constant(value_float=scale))
+    if mask is not None:
+        scores = op.Add(scores, op.Cast(mask, to=_FLOAT))
+    return op.MatMul(op.CastLike(op.Softmax(scores, axis=-1), value), value)

@@ -1,0 +1,124 @@
+"""The portable dialect: the same answers with plain operators, and engines for older TensorRT."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from engines import build
+
+from gap_export.dialects import native, portable
+from gap_runtime import Bundle, Grounder
+from gap_runtime.check import check_bundle
+from gap_runtime.image import load_picture
+
+
+@pytest.fixture(scope="module")
+def bundles(export, tmp_path_factory):
+    """One model in both dialects, with its reference."""
+    home = tmp_path_factory.mktemp("dialects")
+    return {
+        target: Bundle.open(
+            export("refshapes", home / target, target=target, prune__ratios=[0.5, 0.75])
+        )
+        for target in ("cpu", "portable")
+    }
+
+
+def test_a_portable_graph_has_plain_operators_alone(bundles):
+    manifest = bundles["portable"].manifest
+    assert manifest.opset == 18
+    for stage in manifest.stages:
+        graph = onnx.load(bundles["portable"].folder / stage.file, load_external_data=False)
+        assert [(each.domain, each.version) for each in graph.opset_import] == [("", 18)]
+        kinds = {node.op_type for node in graph.graph.node}
+        assert kinds <= portable.OPERATORS
+        assert not kinds & {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
+
+
+def test_both_dialects_pass_the_check_with_the_same_numbers(bundles):
+    values = {}
+    for target, bundle in bundles.items():
+        assert check_bundle(bundle, "onnxruntime:cpu").passed
+        sample = bundle.manifest.reference.samples[0]
+        grounder = Grounder(bundle, "onnxruntime:cpu")
+        picture = load_picture(bundle.folder / sample.image)
+        values[target] = grounder.run_stages(picture, sample.phrase, bundle.manifest.ratios[1])
+    one, other = values["cpu"], values["portable"]
+    assert np.array_equal(one.kept_index, other.kept_index)
+    assert one.decoded.token_ids == other.decoded.token_ids
+    scale = np.abs(one.decoded.prefill_logits).max()
+    difference = np.abs(one.decoded.prefill_logits - other.decoded.prefill_logits).max()
+    assert difference <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_functions_are_those_of_the_published_model(groups):
+    """Rotary embedding, cache and attention against a loop in float64."""
+    generator = torch.Generator().manual_seed(groups)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    heads, rows, slots, width, start = 4, 3, 9, 6, 2
+    query, key, value = (
+        draw(1, heads, rows, width),
+        draw(1, groups, slots, width),
+        draw(1, groups, slots, width),
+    )
+    update = draw(1, groups, rows, width)
+    written = portable.write_cache(key, update, torch.tensor([start]))
+    expected = key.clone()
+    expected[:, :, start : start + rows] = update
+    assert torch.equal(written, expected)
+
+    mask = torch.arange(slots)[None] <= (start + torch.arange(rows))[:, None]
+    mixed = portable.attend(query, key, value, mask[None, None])
+    for head in range(heads):
+        group = head // (heads // groups)
+        for row in range(rows):
+            seen = [slot for slot in range(slots) if mask[row, slot]]
+            scores = [query[0, head, row].double() @ key[0, group, s].double() for s in seen]
+            weights = torch.softmax(torch.stack(scores) * width**-0.5, dim=0)
+            wanted = sum(
+                w * value[0, group, s].double() for w, s in zip(weights, seen, strict=True)
+            )
+            assert torch.allclose(mixed[0, head, row].double(), wanted, atol=1e-5)
+
+    angles = draw(20, width // 2)
+    turned = portable.rotate(query, angles.cos(), angles.sin(), torch.tensor([[5, 7, 19]]))
+    for row, position in enumerate((5, 7, 19)):
+        pairs = torch.complex(query[0, :, row, : width // 2], query[0, :, row, width // 2 :])
+        spun = pairs * torch.polar(torch.ones(width // 2), angles[position])
+        wanted = torch.cat([spun.real, spun.imag], dim=-1)
+        assert torch.allclose(turned[0, :, row], wanted, atol=1e-5)
+
+
+def test_dialects_share_no_opset():
+    assert not native.OPSETS & portable.OPSETS
+
+
+def test_a_portable_decoder_builds_for_tensorrt(export, tmp_path):
+    bundle = Bundle.open(
+        export(
+            "refshapes",
+            tmp_path / "b",
+            target="portable",
+            reference=False,
+            dtype="float16",
+            prune__ratios=[0.5],
+        )
+    )
+    manifest = bundle.manifest
+    entry, width = manifest.ratios[0], manifest.embedding.shape[1]
+    profiles = [
+        {"embeddings": (1, rows, width), "position_ids": (1, rows)}
+        for rows in (manifest.layout.at(entry).prompt, 1)
+    ]
+    stage = manifest.stage("decoder")
+    layers, inputs, size = build(bundle.folder / stage.file, profiles)
+    assert set(inputs) == {spec.name for spec in stage.inputs}
+    assert not layers["ATTENTION_OUTPUT"]
+    assert size > 3_000_000
+    layers, inputs, size = build(bundle.folder / manifest.stage("vision", entry).file, [])
+    assert inputs == ["pixels"]
+    assert size > 1_000_000
