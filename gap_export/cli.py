@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import signal
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gap_runtime.cli import ArgumentParser, print_json, run_command
+from gap_export.command import add_export_arguments, configure_logging, make_request, read_config
+from gap_runtime.command import ArgumentParser, Command, print_json, run_command
+from gap_runtime.registry import list_plugins, load_plugin
 
 if TYPE_CHECKING:
-    from gap_export.config import NamedConfig
     from gap_export.pipeline import ExportResult
-    from gap_export.plan import ExportPlan, ExportRequest
+    from gap_export.plan import ExportPlan
     from gap_runtime.display import Display
 
+_COMMANDS = "gap_export.commands"
 _EPILOG = (
     "exit codes: 0 done, 2 wrong setting or input, 3 export failed, 4 bad bundle, 5 backend "
     "failed, 6 differs from PyTorch. "
@@ -35,83 +33,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(_main, arguments)
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that decide an export, for this command and for optimum-cli's."""
-    parser.add_argument(
-        "--ratio",
-        type=float,
-        action="append",
-        metavar="R",
-        help="share of visual tokens to REMOVE, in [0, 1); give it again for more graphs that "
-        "share all weights (default: the model file's, 0.5)",
-    )
-    parser.add_argument("--pruner", metavar="NAME", help="what chooses the tokens that stay")
-    parser.add_argument(
-        "--positions",
-        metavar="MODE",
-        help="gap (default), compact, permuted or permuted-compact; the last three are ablations",
-    )
-    parser.add_argument(
-        "--extra-token",
-        metavar="RULE",
-        help="place of the token that prumerge and trim make of what they remove: last-visual "
-        "(default), append, centroid or drop",
-    )
-    parser.add_argument(
-        "--dtype", metavar="NAME", help="float32, float16 or bfloat16 (default: as stored)"
-    )
-    parser.add_argument("--target", default="cpu", metavar="NAME", help="machine (default: cpu)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="any key of the model file, for example prompt.answer=32",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("clone", "link"),
-        default="clone",
-        help="how weights get into the bundle: copied (default) or hard-linked",
-    )
-    parser.add_argument(
-        "--no-reference",
-        action="store_false",
-        dest="reference",
-        help="do not record PyTorch's answers; `gap-runtime check` will not work",
-    )
+def _main(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in list_plugins(_COMMANDS):
+        return _run_command(arguments[0], arguments[1:])
+    return _export(arguments)
 
 
-def read_config(model: str, options: argparse.Namespace) -> NamedConfig:
-    """The model's configuration with the parsed options over it."""
-    from gap_export.config import load_config, parse_override  # noqa: PLC0415
-
-    overrides: dict[str, Any] = dict(parse_override(text) for text in options.overrides)
-    flags = {
-        "prune.ratios": options.ratio,
-        "prune.strategy": options.pruner,
-        "prune.positions": options.positions,
-        "prune.extra_token": options.extra_token,
-        "dtype": options.dtype,
-    }
-    overrides |= {key: value for key, value in flags.items() if value is not None}
-    return load_config(model, overrides, checkpoint=getattr(options, "checkpoint", None))
+def _run_command(name: str, arguments: Sequence[str]) -> int:
+    command: Command = load_plugin(_COMMANDS, name, "command")
+    options = command_parser(name, command).parse_args(arguments)
+    configure_logging(verbose=getattr(options, "verbose", False))
+    return command.run(options)
 
 
-def make_request(
-    named: NamedConfig, options: argparse.Namespace, out: Path | None
-) -> ExportRequest:
-    """The request that parsed options stand for."""
-    from gap_export.plan import ExportRequest  # noqa: PLC0415 - loads torch
-
-    return ExportRequest(
-        named=named,
-        target=options.target,
-        out=out,
-        weights=options.weights,
-        reference=options.reference,
+def command_parser(name: str, command: Command) -> ArgumentParser:
+    """The parser of a command besides exporting."""
+    parser = ArgumentParser(
+        prog=f"gap-export {name}", allow_abbrev=False, description=command.SUMMARY, epilog=_EPILOG
     )
+    command.add_arguments(parser)
+    return parser
 
 
 def _parser() -> ArgumentParser:
@@ -143,16 +84,9 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _main(arguments: Sequence[str]) -> int:
-    commands = {"positions": _positions, "calibrate": _calibrate}
-    if arguments and arguments[0] in commands:
-        return commands[arguments[0]](arguments[1:])
-    return _export(arguments)
-
-
 def _export(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
-    _configure_logging(verbose=options.verbose)
+    configure_logging(verbose=options.verbose)
 
     from gap_runtime.display import Display  # noqa: PLC0415 - rich only when a command runs
 
@@ -175,140 +109,6 @@ def _export(arguments: Sequence[str]) -> int:
         show_result(display, result)
         print(result.plan.out)
     return 0
-
-
-def _survey_parser(name: str, summary: str) -> ArgumentParser:
-    """The options that the commands share which look at a model and export nothing."""
-    parser = ArgumentParser(
-        prog=f"gap-export {name}", allow_abbrev=False, description=summary, epilog=_EPILOG
-    )
-    parser.add_argument("model", metavar="MODEL", help="as for gap-export")
-    parser.add_argument("--pruner", metavar="NAME", help="what chooses the tokens that stay")
-    parser.add_argument("--checkpoint", metavar="DIR", help="as for gap-export")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="any key of the model file",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
-    return parser
-
-
-def _survey(options: argparse.Namespace, display: Display) -> ExportPlan:
-    """The plan of an export that is not made."""
-    _configure_logging(verbose=options.verbose)
-    for name in ("ratio", "positions", "extra_token", "dtype"):
-        if name not in options:
-            setattr(options, name, None)
-    named = read_config(options.model, options)
-    with display.step("loading libraries"):
-        from gap_export.plan import ExportRequest, plan_export  # noqa: PLC0415 - loads torch
-    return plan_export(
-        ExportRequest(named=named, target="cpu", out=None, weights="link", reference=False)
-    )
-
-
-def _positions(arguments: Sequence[str]) -> int:
-    parser = _survey_parser("positions", "show the position IDs of every mode side by side")
-    parser.add_argument("--ratio", type=float, action="append", metavar="R", help="as gap-export")
-    parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="prune this picture in PyTorch")
-    parser.add_argument("--phrase", default="the red mug", help="default: the red mug")
-    options = parser.parse_args(arguments)
-
-    from gap_runtime.display import Display  # noqa: PLC0415
-
-    display = Display()
-    plan = _survey(options, display)
-    from gap_export.mapping import map_modes, shorten  # noqa: PLC0415
-    from gap_runtime.display import print_table  # noqa: PLC0415
-    from gap_runtime.records import dump_record  # noqa: PLC0415
-
-    mappings = map_modes(plan, options.phrase, options.image)
-    if options.json:
-        print_json(dump_record(mappings))
-        return 0
-    for each in mappings:
-        bucket = f" ({each.bucket})" if each.bucket else ""
-        extra = f" and {each.extra} made of the rest" if each.extra else ""
-        print_table(
-            f"ratio {each.ratio:g}{bucket}: {each.kept} of {each.patches} visual tokens{extra}, "
-            f"{each.example}",
-            ["", *(mode.mode for mode in each.modes)],
-            [
-                [name, *(shorten(getattr(mode, field)) for mode in each.modes)]
-                for name, field in (
-                    ("text before: IDs", "prefix_ids"),
-                    ("visual slots: tokens", "visual_slots"),
-                    ("visual slots: IDs", "visual_ids"),
-                    ("text after: IDs", "suffix_ids"),
-                )
-            ]
-            + [["first answer token: ID", *(str(mode.first_answer_id) for mode in each.modes)]],
-        )
-    return 0
-
-
-def _calibrate(arguments: Sequence[str]) -> int:
-    parser = _survey_parser("calibrate", "propose a fixed count for a pruner's adaptive rule")
-    parser.add_argument(
-        "--images",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="your pictures; with phrases where it holds samples.json, a list of {image, phrase}",
-    )
-    parser.add_argument("--phrase", help="for pruners that read one")
-    options = parser.parse_args(arguments)
-
-    from gap_runtime.display import Display  # noqa: PLC0415
-
-    display = Display()
-    plan = _survey(options, display)
-    from gap_export.calibration import calibrate  # noqa: PLC0415
-    from gap_runtime.display import print_table  # noqa: PLC0415
-    from gap_runtime.records import dump_record  # noqa: PLC0415
-
-    with display.step("running the adaptive rule"):
-        found = calibrate(plan, options.images, options.phrase)
-    for line in found.skipped:
-        display.say(f"left out: {line}")
-    if options.json:
-        print_json(dump_record(found))
-        return 0
-    print_table(
-        f"{found.pruner} on {options.images}: visual tokens that its own rule keeps",
-        ["bucket", "pictures", "of", "least", "mean", "9 of 10 at most", "most", "export with"],
-        [
-            [
-                each.bucket or "all",
-                each.pictures,
-                each.patches,
-                each.least,
-                each.mean,
-                each.ninth_decile,
-                each.most,
-                f"--ratio {each.ratio_of_mean} (mean) or {each.ratio_of_ninth_decile}",
-            ]
-            for each in found.buckets
-        ],
-    )
-    return 0
-
-
-def _configure_logging(*, verbose: bool) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
-    if not verbose:
-        # Libraries' advice to who writes a config, which whoever exports one cannot follow.
-        warnings.simplefilter("ignore", FutureWarning)
-        # Read by the libraries when they are imported, which happens later.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def show_result(display: Display, result: ExportResult) -> None:

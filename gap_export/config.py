@@ -94,16 +94,6 @@ class CheckConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TargetConfig:
-    """A kind of machine: what its engines are made with and which graphs it takes."""
-
-    backend: str
-    dialect: str
-    opset: int
-    description: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig:
     """Everything that decides an export. `checkpoint` is a folder, a file or a hub id.
 
@@ -153,19 +143,6 @@ def load_config(
     config = load_record(ExportConfig, data, where)
     _require_usable(config, where)
     return NamedConfig(name=name, config=config)
-
-
-def load_target(name: str) -> TargetConfig:
-    """The target of that name in export_configs/targets/.
-
-    Raises:
-        UnknownNameError: There is no such file.
-    """
-    path = package_data("export_configs") / "targets" / f"{name}.toml"
-    if not path.is_file():
-        names = [file.stem for file in path.parent.glob("*.toml")]
-        raise UnknownNameError(describe_unknown("target", name, names))
-    return load_record(TargetConfig, _read_toml(path), path.name)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

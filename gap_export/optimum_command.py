@@ -12,7 +12,8 @@ from typing import Final
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from gap_export.cli import add_export_arguments, make_request, read_config, show_result
+from gap_export.cli import show_result
+from gap_export.command import add_export_arguments, make_request, read_config
 
 
 class GapExportCommand(BaseOptimumCLICommand):
@@ -34,7 +35,7 @@ class GapExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Export, or end with gap-export's message and exit code."""
-        from gap_runtime.cli import run_command  # noqa: PLC0415
+        from gap_runtime.command import run_command  # noqa: PLC0415
 
         code = run_command(lambda _: self._export(), [])
         if code:

@@ -250,8 +250,7 @@ def _make_manifest(
         name=plan.out.name,
         family=plan.family_name,
         dtype=plan.dtype,
-        target=plan.request.target,
-        opset=plan.target.opset,
+        target=plan.target,
         source=Source(
             checkpoint=plan.checkpoint.hub_id or plan.request.named.name,
             revision=plan.checkpoint.revision,

@@ -15,9 +15,7 @@ from gap_export.config import (
     DTYPES,
     NamedConfig,
     PruneConfig,
-    TargetConfig,
     count_ratios,
-    load_target,
     resolve_family,
 )
 from gap_export.dialect import Dialect
@@ -33,6 +31,7 @@ from gap_runtime.errors import ConfigError, UnknownNameError
 from gap_runtime.manifest import Bucket, BundleLayout, PhraseInput, Prompt, RatioEntry
 from gap_runtime.prompt import IMAGE_FIELD, PromptEncoder
 from gap_runtime.registry import describe_unknown, load_plugin
+from gap_runtime.target import Target, load_target
 from gap_runtime.tensors import ITEM_BYTES
 
 REFERENCE_DTYPE: Final = "float32"
@@ -60,7 +59,7 @@ class ExportPlan:
     """
 
     request: ExportRequest
-    target: TargetConfig
+    target: Target
     dialect: Dialect
     checkpoint: Checkpoint
     family_name: str
@@ -112,7 +111,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         GapError: Anything about the request or the checkpoint that cannot work.
     """
     target = load_target(request.target)
-    dialect = _load_dialect(request.target, target)
+    dialect = _load_dialect(target)
     model = read_model(request.named)
     config, spec = request.named.config, model.spec
     entries = tuple(
@@ -151,7 +150,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         pruner=model.pruner,
         spec=spec,
         sources=sources,
-        dtype=config.dtype or _stored_dtype(sources),
+        dtype=config.dtype or target.dtype or _stored_dtype(sources),
         layout=replace(layout, capacity=capacity),
         entries=entries,
         phrase=_plan_phrase(model, config.prune),
@@ -256,13 +255,14 @@ def _plan_phrase(model: Model, config: PruneConfig) -> PhraseInput | None:
     )
 
 
-def _load_dialect(name: str, target: TargetConfig) -> Dialect:
+def _load_dialect(target: Target) -> Dialect:
     """The dialect of a target, which must have the target's opset."""
     dialect: Dialect = load_plugin("gap_export.dialects", target.dialect, "dialect")
     if target.opset not in dialect.OPSETS:
         have = ", ".join(str(opset) for opset in sorted(dialect.OPSETS))
         raise ConfigError(
-            f"target '{name}': dialect '{target.dialect}' has no opset {target.opset}; have {have}"
+            f"target '{target.name}': dialect '{target.dialect}' has no opset {target.opset}; "
+            f"have {have}"
         )
     return dialect
 

@@ -15,9 +15,10 @@ from typing import Any, Final
 from gap_runtime.errors import BundleError, RecordError, SchemaError
 from gap_runtime.layout import TokenLayout
 from gap_runtime.records import dump_record, load_record
+from gap_runtime.target import Target
 from gap_runtime.tensors import ITEM_BYTES, StoredTensor, TensorSpec
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 MANIFEST_FILE: Final = "manifest.json"
 DECODER: Final = "decoder"
 VISION: Final = "vision"
@@ -245,8 +246,7 @@ class Manifest:
     name: str
     family: str
     dtype: str
-    target: str
-    opset: int
+    target: Target
     source: Source
     versions: dict[str, str]
     layout: BundleLayout

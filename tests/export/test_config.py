@@ -7,18 +7,20 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from gap_export import config as config_module
 from gap_export.cli import add_export_arguments, read_config
 from gap_export.config import (
+    DTYPES,
     PruneConfig,
     count_ratios,
     list_configs,
     load_config,
-    load_target,
     parse_override,
 )
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
+from gap_runtime.target import load_target
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (ROOT / "export_configs").glob("*.toml"))
@@ -85,7 +87,10 @@ def test_every_shipped_target_loads(name):
     target = load_target(name)
     dialect = importlib.import_module(f"gap_export.dialects.{target.dialect}")
     assert target.opset in dialect.OPSETS
-    assert (ROOT / "runtime" / "gap_runtime" / "backends" / f"{target.backend}.py").is_file()
+    assert target.backend in {"onnxruntime", "tensorrt"}
+    assert bool(target.packages) == (target.backend == "tensorrt")
+    assert all(SpecifierSet(versions) for versions in target.packages.values())
+    assert target.dtype is None or target.dtype in DTYPES
 
 
 def test_defaults(toml):

@@ -180,8 +180,8 @@ def test_manifest_facts(bundle, prefix_ids):
         "extra_token": None,
     }
     assert data["phrase"] is None
-    assert (data["family"], data["dtype"], data["target"]) == ("llava", "float32", "cpu")
-    assert (data["opset"], data["name"], data["reference"]) == (24, "tiny", None)
+    assert (data["family"], data["dtype"], data["target"]["name"]) == ("llava", "float32", "cpu")
+    assert (data["target"]["opset"], data["name"], data["reference"]) == (24, "tiny", None)
     assert data["prompt"]["stop_ids"] == [2]
     assert data["source"]["checkpoint"] == "tiny-llava"
     assert {"gap-export", "torch", "transformers", "onnx"} <= set(data["versions"])

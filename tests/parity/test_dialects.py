@@ -26,7 +26,7 @@ def bundles(export, tmp_path_factory):
 
 def test_a_portable_graph_has_plain_operators_alone(bundles):
     manifest = bundles["portable"].manifest
-    assert manifest.opset == 18
+    assert manifest.target.opset == 18
     for stage in manifest.stages:
         graph = onnx.load(bundles["portable"].folder / stage.file, load_external_data=False)
         assert [(each.domain, each.version) for each in graph.opset_import] == [("", 18)]

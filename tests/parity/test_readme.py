@@ -8,6 +8,7 @@ import pytest
 
 from gap_export import cli as export_cli
 from gap_runtime import cli as runtime_cli
+from gap_runtime import command as runtime_command
 from gap_runtime.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,13 +33,13 @@ class Taken(Exception):  # noqa: N818 - no error
 
 @pytest.mark.parametrize("command", list(commands()))
 def test_command_of_a_document_is_taken(command, monkeypatch):
-    parse = runtime_cli.ArgumentParser.parse_args
+    parse = runtime_command.ArgumentParser.parse_args
 
     def stop(parser, arguments):
         parse(parser, arguments)
         raise Taken
 
-    monkeypatch.setattr(runtime_cli.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(runtime_command.ArgumentParser, "parse_args", stop)
     name, *arguments = shlex.split(command, comments=True)
     with pytest.raises(Taken):
         COMMANDS[name](arguments)

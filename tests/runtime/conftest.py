@@ -25,6 +25,7 @@ from gap_runtime.manifest import (
     Source,
     Stage,
 )
+from gap_runtime.target import load_target
 from gap_runtime.tensors import StoredTensor, TensorSpec
 
 BOX_WORD = "[0.25,0.25,0.75,0.50]"
@@ -132,8 +133,7 @@ def manifest(llava_box, prompt, layout):
         name="tiny-8of16",
         family="llava",
         dtype="float32",
-        target="onnxruntime",
-        opset=24,
+        target=load_target("cpu"),
         source=Source(checkpoint="tiny", revision=None, index_sha256="0" * 64),
         versions={"gap-export": "0.1.0"},
         layout=layout,
@@ -318,7 +318,7 @@ class FakeBackend:
 
     def open_decoder(self, bundle, stage, device):
         assert stage.role == "decoder"
-        assert (bundle.manifest.opset, device) == (24, "")
+        assert (bundle.manifest.target.opset, device) == (24, "")
         self.opened.append(stage.name)
         return FakeDecoder(self.token, self.decoded)
 

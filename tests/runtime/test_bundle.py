@@ -27,7 +27,7 @@ def test_a_whole_bundle_opens(make_bundle):
 
 
 def test_a_path_may_be_text(make_bundle):
-    assert Bundle.open(str(make_bundle())).manifest.schema == SCHEMA == 2
+    assert Bundle.open(str(make_bundle())).manifest.schema == SCHEMA == 3
 
 
 def test_what_is_written_is_what_is_read(make_bundle, manifest):
@@ -375,14 +375,14 @@ def test_a_phrases_tokenizer_is_among_the_files(make_bundle, edit_manifest, told
 
 def test_newer_schema_asks_for_an_upgrade(make_bundle, edit_manifest):
     folder = make_bundle()
-    edit_manifest(folder, schema=3)
-    with pytest.raises(SchemaError, match=r"schema 3, this version reads 2; upgrade gap-runtime"):
+    edit_manifest(folder, schema=9)
+    with pytest.raises(SchemaError, match=r"schema 9, this version reads 3; upgrade gap-runtime"):
         Bundle.open(folder)
 
 
 def test_newer_schema_is_named_even_when_its_keys_are_unknown(make_bundle, edit_manifest):
     folder = make_bundle()
-    edit_manifest(folder, schema=3, novelty=True)
+    edit_manifest(folder, schema=9, novelty=True)
     with pytest.raises(SchemaError, match="upgrade gap-runtime"):
         Bundle.open(folder)
 

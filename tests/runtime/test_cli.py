@@ -38,7 +38,7 @@ def no_bundle(_folder, tmp_path):
 
 
 def newer_schema(folder, _tmp_path):
-    (folder / "manifest.json").write_text('{"schema": 3}', encoding="utf-8")
+    (folder / "manifest.json").write_text('{"schema": 9}', encoding="utf-8")
     return ["info", folder]
 
 

@@ -160,9 +160,10 @@ def _open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) ->
     options.log_severity_level = 3
     path = bundle.folder / stage.file
     version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    if bundle.manifest.opset >= 24 and version < _OPSET_24:
+    opset = bundle.manifest.target.opset
+    if opset >= 24 and version < _OPSET_24:
         raise EngineError(
-            f"{path}: opset {bundle.manifest.opset} needs onnxruntime 1.24 or newer (on Python "
+            f"{path}: opset {opset} needs onnxruntime 1.24 or newer (on Python "
             f"3.11 or newer), found {_installed_packages()}"
         )
     if bundle.manifest.dtype == "bfloat16":

@@ -1,0 +1,64 @@
+"""Targets: kinds of machine, and what graphs and engines for them have to be."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from gap_runtime.errors import RecordError, UnknownNameError
+from gap_runtime.records import load_record
+from gap_runtime.registry import describe_unknown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_FOLDER: Final = Path(__file__).resolve().parent / "targets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A kind of machine; never a model.
+
+    `packages` are what builds and runs engines, by import name in order of preference, with the
+    versions that serve (PEP 440); empty where `backend` runs the graphs as they are. `dtype` is
+    that of an export which names none, null for the checkpoint's own. `memory_mib` is the memory
+    that the smallest machine of the kind has for everything, `workspace_mib` what a build may
+    use as scratch; null for no limit.
+    """
+
+    name: str
+    description: str
+    backend: str
+    dialect: str
+    opset: int
+    dtype: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    workspace_mib: int | None = None
+    memory_mib: int | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+def list_targets() -> list[str]:
+    """Names of all targets, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        UnknownNameError: There is no such file.
+        RecordError: The file is not as it should be.
+    """
+    if name not in list_targets():
+        raise UnknownNameError(describe_unknown("target", name, list_targets()))
+    path = _FOLDER / f"{name}.toml"
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: not valid TOML ({error})") from error
+    return load_record(Target, {**data, "name": name}, path.name)
