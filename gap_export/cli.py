@@ -14,6 +14,7 @@ from gap_runtime.command import ArgumentParser, Command, print_json, run_command
 from gap_runtime.registry import list_plugins, load_plugin
 
 if TYPE_CHECKING:
+    from gap_export.estimate import Estimate
     from gap_export.pipeline import ExportResult
     from gap_export.plan import ExportPlan
     from gap_runtime.display import Display
@@ -99,8 +100,7 @@ def _export(arguments: Sequence[str]) -> int:
     plan = plan_export(make_request(named, options, options.out))
     if options.dry_run:
         require_replaceable(plan.out)
-        _show_plan(display, plan)
-        print_json(_plan_facts(plan)) if options.json else print(plan.out)
+        _dry_run(display, plan, as_json=options.json)
         return 0
     result = pipeline.export(plan, display)
     if options.json:
@@ -109,6 +109,50 @@ def _export(arguments: Sequence[str]) -> int:
         show_result(display, result)
         print(result.plan.out)
     return 0
+
+
+def _dry_run(display: Display, plan: ExportPlan, *, as_json: bool) -> None:
+    """What would be made, and the memory and disk that it would take."""
+    from gap_export.estimate import estimate  # noqa: PLC0415 - loads torch
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    _show_plan(display, plan)
+    with display.step("estimating memory"):
+        found = estimate(plan)
+    _show_estimate(display, plan, found)
+    if as_json:
+        print_json(_plan_facts(plan) | {"memory": dump_record(found)})
+    else:
+        print(plan.out)
+
+
+def _show_estimate(display: Display, plan: ExportPlan, found: Estimate) -> None:
+    """Memory by what it is for, and whether the target has it."""
+    gib = 2**30
+    rows = [
+        ("weights, vision graph", found.vision_weights_bytes),
+        ("weights, text graph", found.text_weights_bytes),
+        ("weights, decoder", found.decoder_weights_bytes),
+        ("KV cache", found.cache_bytes),
+        ("activations, vision graph", found.vision_activations_bytes),
+        ("activations, prefill", found.prefill_activations_bytes),
+        ("token embeddings, mapped on the host", found.embedding_bytes),
+        ("reserve: system, Python, CUDA, TensorRT", found.reserve_bytes),
+        ("total, with the larger of the activations", found.total_bytes),
+        ("bundle on disk", found.bundle_bytes),
+    ]
+    display.table(
+        f"Estimate for target {plan.target.name}",
+        ["what", "GiB"],
+        [[name, size / gib] for name, size in rows if size],
+    )
+    if found.memory_bytes is None:
+        return
+    verdict = "fits" if found.fits else "does not fit"
+    display.say(
+        f"{verdict}: needs {found.total_bytes / gib:.1f} GiB to run, the smallest machine of "
+        f"target {plan.target.name} has {found.memory_bytes / gib:.1f} GiB; building takes more"
+    )
 
 
 def show_result(display: Display, result: ExportResult) -> None:

@@ -40,6 +40,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="NAME", help="float32, float16 or bfloat16 (default: as stored)"
     )
+    parser.add_argument(
+        "--quantize",
+        metavar="NAME",
+        help="int8 or int4: store the decoder's weights so (--set quantize.vision=true: the "
+        "vision tower's too)",
+    )
     parser.add_argument("--target", default="cpu", metavar="NAME", help="machine (default: cpu)")
     parser.add_argument(
         "--set",
@@ -74,6 +80,7 @@ def read_config(model: str, options: argparse.Namespace) -> NamedConfig:
         "prune.positions": options.positions,
         "prune.extra_token": options.extra_token,
         "dtype": options.dtype,
+        "quantize.weights": options.quantize,
     }
     overrides |= {key: value for key, value in flags.items() if value is not None}
     return load_config(model, overrides, checkpoint=getattr(options, "checkpoint", None))
@@ -113,7 +120,7 @@ def add_survey_arguments(parser: argparse.ArgumentParser) -> None:
 
 def survey(options: argparse.Namespace, display: Display) -> ExportPlan:
     """The plan of an export that is not made."""
-    for name in ("ratio", "positions", "extra_token", "dtype"):
+    for name in ("ratio", "positions", "extra_token", "dtype", "quantize"):
         if name not in options:
             setattr(options, name, None)
     named = read_config(options.model, options)

@@ -20,6 +20,8 @@ POSITION_MODES: Final = ("gap", "compact", "permuted", "permuted-compact")
 EXTRA_RULES: Final = ("last-visual", "append", "centroid", "drop")
 BOX_FRAMES: Final = ("padded-square", "original")
 PHRASE_SOURCES: Final = ("clip", "embeddings")
+QUANTIZED: Final = ("int8", "int4")
+QUANTIZE_METHODS: Final = ("awq", "nearest")
 DTYPES: Final = ("float32", "float16", "bfloat16")
 
 
@@ -94,6 +96,23 @@ class CheckConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeConfig:
+    """Which weights are stored in fewer bits, and how their values are found.
+
+    `weights` is `int8`, `int4` or null for none. `method` is `awq` (activation-aware, on the
+    sample pictures) or `nearest` (rounding); null: `awq` for int4 where samples are answered,
+    else `nearest`. The switches are for the decoder's linear layers, its head, and the vision
+    tower with the projector.
+    """
+
+    weights: str | None = None
+    method: str | None = None
+    decoder: bool = True
+    head: bool = True
+    vision: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig:
     """Everything that decides an export. `checkpoint` is a folder, a file or a hub id.
 
@@ -112,6 +131,7 @@ class ExportConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     box: BoxConfig = field(default_factory=BoxConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,14 +296,17 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 
 def _require_usable(config: ExportConfig, where: str) -> None:
     """Reject values that no model could use."""
-    _require_one("prune.positions", config.prune.positions, POSITION_MODES, where)
-    _require_one("prune.extra_token", config.prune.extra_token, EXTRA_RULES, where)
-    if config.prune.phrase is not None:
-        _require_one("prune.phrase", config.prune.phrase, PHRASE_SOURCES, where)
-    if config.box.frame is not None:
-        _require_one("box.frame", config.box.frame, BOX_FRAMES, where)
-    if config.dtype is not None:
-        _require_one("dtype", config.dtype, DTYPES, where)
+    for key, value, allowed in (
+        ("prune.positions", config.prune.positions, POSITION_MODES),
+        ("prune.extra_token", config.prune.extra_token, EXTRA_RULES),
+        ("prune.phrase", config.prune.phrase, PHRASE_SOURCES),
+        ("box.frame", config.box.frame, BOX_FRAMES),
+        ("dtype", config.dtype, DTYPES),
+        ("quantize.weights", config.quantize.weights, QUANTIZED),
+        ("quantize.method", config.quantize.method, QUANTIZE_METHODS),
+    ):
+        if value is not None:
+            _require_one(key, value, allowed, where)
     strategies = list_plugins("gap_export.pruners")
     if config.prune.strategy not in strategies:
         raise UnknownNameError(describe_unknown("pruner", config.prune.strategy, strategies))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +66,25 @@ class ModelSpec:
     library_config: Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmoothingGroup:
+    """Weights that read the same input, and what makes it: a norm's weight, or a linear layer's.
+
+    Dividing the maker's outputs and multiplying the readers' columns leaves the model the same.
+    """
+
+    maker: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputStatistics:
+    """Mean size and mean square of each input [I] of a weight, over all tokens seen."""
+
+    mean_size: Tensor
+    mean_square: Tensor
+
+
 def geometry_of(bucket: Bucket) -> Geometry:
     """Where the tokens of a bucket lie that may be removed."""
     return Geometry(grids=bucket.grids, strip=bucket.strip)
@@ -108,6 +128,9 @@ class EagerModel(Protocol):
 
     def run_decoder(self, embeddings: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Logits [V] of the last row; each row sees the cache and the rows before it."""
+
+    def observe(self) -> AbstractContextManager[Callable[[], dict[str, InputStatistics]]]:
+        """Watch the inputs of the decoder's linear layers, by the canonical name of the weight."""
 
 
 class Family(Protocol):
@@ -157,6 +180,9 @@ class Family(Protocol):
 
     def rotary_tables(self, spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
         """Constants of the decoder that depend on the number of positions."""
+
+    def smoothing_groups(self, spec: ModelSpec) -> list[SmoothingGroup]:
+        """The decoder's weights whose inputs can be scaled before they are quantized."""
 
     def load_eager(self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
         """The checkpoint in PyTorch, independent of every graph."""

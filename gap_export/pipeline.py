@@ -17,12 +17,16 @@ from typing import Any, Final, Self
 import numpy as np
 
 from gap_export.errors import ExportError
+from gap_export.family import InputStatistics
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
-from gap_export.plan import REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
+from gap_export.plan import HEAD, REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
+from gap_export.quantization import Scheme, quantize_sources
 from gap_export.reference import record_reference
+from gap_export.smoothing import smooth_model
 from gap_export.sources import TensorSource
 from gap_export.stages import (
     Graphs,
+    quantize_graphs,
     trace_decoder,
     trace_pruning,
     trace_text,
@@ -40,6 +44,7 @@ from gap_export.weights import (
     plan_weights,
     wanted_shapes,
 )
+from gap_runtime.build_script import write_build_script
 from gap_runtime.bundle import Bundle, describe_file, hash_file
 from gap_runtime.check import CheckReport, check_bundle
 from gap_runtime.display import Display, format_bytes
@@ -77,20 +82,28 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
     require_replaceable(plan.out)
-    ready = {name: s for name, s in plan.sources.items() if lies_ready(s, plan.dtype)}
+    ready = {name: s for name, s in plan.sources.items() if _stays(name, s, plan)}
     with folder_aside(plan.out) as folder, _SourceReader(ready) as reader:
         graphs = _trace(plan, display)
+        schemes: dict[str, Scheme] = {}
+        if plan.quantization is not None:
+            graphs, schemes = quantize_graphs(plan, graphs)
+        reference, statistics = None, None
+        if plan.request.reference:
+            with display.step("asking PyTorch"):
+                reference, statistics = _record(plan, folder)
+        sources = plan.sources
+        if schemes:
+            with display.step("planning quantized weights"):
+                sources = _quantize(plan, schemes, statistics or {})
         with display.step("proving the graphs"):
-            weights = _plan_weights(plan, graphs.all)
+            weights = _plan_weights(plan, sources, graphs.all)
             stages = write_graphs(plan, weights, folder, graphs)
         with display.step(f"bringing {format_bytes(weights.size)} of weights"):
             bring_weights(weights, folder, plan.request.weights)
             reader.require_finite(weights)
-        reference = None
-        if plan.request.reference:
-            with display.step("asking PyTorch"):
-                reference = _record(plan, folder)
         _write_tokenizers(plan, folder)
+        write_build_script(folder, plan.target, stages, plan.layout, plan.entries)
         with display.step("hashing"):
             entries = _describe_files(weights, folder, reader)
         manifest = _make_manifest(plan, weights, stages, reference, entries)
@@ -114,30 +127,64 @@ def _trace(plan: ExportPlan, display: Display) -> Graphs:
     return Graphs(visions=visions, decoder=decoder, text=text)
 
 
-def _plan_weights(plan: ExportPlan, graphs: list[Traced]) -> WeightPlan:
+def _stays(name: str, source: TensorSource, plan: ExportPlan) -> bool:
+    """Whether a tensor can be expected to be used as it lies in its file."""
+    quantized = name == HEAD or (len(source.shape) == 2 and name != plan.family.EMBEDDING)
+    return lies_ready(source, plan.dtype) and not (
+        quantized and plan.is_quantized(name, vision=False)
+    )
+
+
+def _quantize(
+    plan: ExportPlan, schemes: dict[str, Scheme], statistics: dict[str, InputStatistics]
+) -> dict[str, TensorSource]:
+    """The sources with quantized weights among them."""
+    sources, smoothings = dict(plan.sources), {}
+    if plan.quantization is not None and plan.quantization.method == "awq":
+        smoothed = smooth_model(
+            plan.sources,
+            schemes,
+            plan.family.smoothing_groups(plan.spec),
+            statistics,
+            dtype=plan.dtype,
+        )
+        sources |= smoothed.sources
+        smoothings = smoothed.smoothings
+    return sources | quantize_sources(sources, schemes, smoothings, dtype=plan.dtype)
+
+
+def _plan_weights(
+    plan: ExportPlan, sources: dict[str, TensorSource], graphs: list[Traced]
+) -> WeightPlan:
     wanted = wanted_shapes(graphs)
     wanted[plan.family.EMBEDDING] = (plan.spec.vocabulary, plan.spec.width)
-    return plan_weights(plan.checkpoint, plan.sources, wanted, dtype=plan.dtype)
+    return plan_weights(plan.checkpoint, sources, wanted, dtype=plan.dtype)
 
 
-def _record(plan: ExportPlan, folder: Path) -> Reference:
-    """Ask PyTorch about the samples, in float32 whatever the bundle's dtype."""
+def _record(plan: ExportPlan, folder: Path) -> tuple[Reference, dict[str, InputStatistics]]:
+    """Ask PyTorch about the samples, in float32 whatever the bundle's dtype.
+
+    What the decoder's linear layers saw meanwhile comes along.
+    """
     model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE)
-    records, arrays = record_reference(
-        model,
-        plan.samples,
-        plan.spec,
-        plan.entries,
-        pruner=plan.pruner,
-        config=plan.request.named.config.prune,
-        prompt=plan.prompt,
-        phrase=plan.phrase,
-        most=plan.layout.answer,
-        folder=folder,
-        images=_SAMPLES,
-    )
+    with model.observe() as summarize:
+        records, arrays = record_reference(
+            model,
+            plan.samples,
+            plan.spec,
+            plan.entries,
+            pruner=plan.pruner,
+            config=plan.request.named.config.prune,
+            prompt=plan.prompt,
+            phrase=plan.phrase,
+            most=plan.layout.answer,
+            folder=folder,
+            images=_SAMPLES,
+        )
+        statistics = summarize()
     np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
-    return Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
+    reference = Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
+    return reference, statistics
 
 
 def _write_tokenizers(plan: ExportPlan, folder: Path) -> None:
@@ -167,7 +214,10 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
     except BackendMissingError as error:
         return None, str(error)
     if not report.passed:
-        failed = next(row for row in report.rows if not row.passed)
+        failed = next(
+            (row for row in report.rows if not (row.passed or row.missed)),
+            next(row for row in report.rows if not row.passed),
+        )
         raise CheckError(
             f"{bundle.manifest.name}: the exported graphs differ from PyTorch: {failed.sample} "
             f"at ratio {failed.ratio:g}: {'; '.join(failed.reasons)}; nothing was "
@@ -250,6 +300,7 @@ def _make_manifest(
         name=plan.out.name,
         family=plan.family_name,
         dtype=plan.dtype,
+        quantization=plan.quantization,
         target=plan.target,
         source=Source(
             checkpoint=plan.checkpoint.hub_id or plan.request.named.name,

@@ -28,7 +28,14 @@ from gap_export.sources import TensorSource
 from gap_export.tokenizer import TOKENIZER_FILE, read_tokenizer
 from gap_runtime.display import format_bytes
 from gap_runtime.errors import ConfigError, UnknownNameError
-from gap_runtime.manifest import Bucket, BundleLayout, PhraseInput, Prompt, RatioEntry
+from gap_runtime.manifest import (
+    Bucket,
+    BundleLayout,
+    PhraseInput,
+    Prompt,
+    Quantization,
+    RatioEntry,
+)
 from gap_runtime.prompt import IMAGE_FIELD, PromptEncoder
 from gap_runtime.registry import describe_unknown, load_plugin
 from gap_runtime.target import Target, load_target
@@ -36,6 +43,9 @@ from gap_runtime.tensors import ITEM_BYTES
 
 REFERENCE_DTYPE: Final = "float32"
 TEXT_TOKENIZER_FILE: Final = "text_tokenizer.json"
+HEAD: Final = "lm_head.weight"
+"""Canonical name of the decoder's last linear layer, in every family."""
+_INT4_OPSET: Final = 21
 _LEAST_SUFFIX: Final = 64
 _PHRASE_ROOM: Final = 32
 
@@ -89,6 +99,25 @@ class ExportPlan:
         return sum(tensor.length for tensor in files)
 
     @property
+    def quantization(self) -> Quantization | None:
+        """What is quantized, and how; None for nothing."""
+        wanted = self.request.named.config.quantize
+        if wanted.weights is None:
+            return None
+        usual = "awq" if wanted.weights == "int4" and self.request.reference else "nearest"
+        parts = {"decoder": wanted.decoder, "head": wanted.head, "vision": wanted.vision}
+        return Quantization(
+            weights=wanted.weights,
+            method=wanted.method or usual,
+            parts=tuple(part for part, quantized in parts.items() if quantized),
+        )
+
+    def is_quantized(self, name: str, *, vision: bool) -> bool:
+        """Whether a linear layer's weight is to be quantized; `vision`: of a vision graph."""
+        part = "vision" if vision else "head" if name == HEAD else "decoder"
+        return self.quantization is not None and part in self.quantization.parts
+
+    @property
     def reads_clip(self) -> bool:
         """Whether phrases go through CLIP's text tower."""
         return self.phrase is not None and self.phrase.source == "clip"
@@ -114,6 +143,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     dialect = _load_dialect(target)
     model = read_model(request.named)
     config, spec = request.named.config, model.spec
+    _require_quantizable(request, target)
     entries = tuple(
         RatioEntry(
             ratio=ratio,
@@ -265,6 +295,28 @@ def _load_dialect(target: Target) -> Dialect:
             f"have {have}"
         )
     return dialect
+
+
+def _require_quantizable(request: ExportRequest, target: Target) -> None:
+    """Refuse a quantization that the target's operators cannot say, or that lacks samples."""
+    wanted = request.named.config.quantize
+    if wanted.weights is None:
+        return
+    if not (wanted.decoder or wanted.head or wanted.vision):
+        raise ConfigError(
+            f"quantize.weights is {wanted.weights}, but quantize.decoder, quantize.head and "
+            "quantize.vision are all off; turn one on"
+        )
+    if wanted.weights == "int4" and target.opset < _INT4_OPSET:
+        raise ConfigError(
+            f"target '{target.name}': int4 weights need opset {_INT4_OPSET}, its dialect "
+            f"'{target.dialect}' is written in {target.opset}; use --quantize int8"
+        )
+    if wanted.method == "awq" and not request.reference:
+        raise ConfigError(
+            "quantize.method awq watches PyTorch answer the sample pictures, which "
+            "--no-reference leaves out; use --set quantize.method=nearest"
+        )
 
 
 def _plan_prompt(

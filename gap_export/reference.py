@@ -115,6 +115,7 @@ def ask(
     bucket: Bucket,
     template: str,
     reads: PhraseInput | None,
+    before: Asked | None = None,
 ) -> Asked:
     """Run the vision tower and the tokenizer.
 
@@ -125,11 +126,12 @@ def ask(
         bucket: Of the picture.
         template: Prompt with `{phrase}`.
         reads: How the pruner is told the phrase, None where it is not.
+        before: Another question about this picture; the tower does not run again.
     """
     phrase = " ".join(phrase.split())  # as everywhere
     prefix, suffix = model.encode(template.replace(PHRASE_FIELD, phrase))
-    pixels = model.make_pixels(picture)
-    vision = model.look(pixels, bucket)
+    pixels = model.make_pixels(picture) if before is None else before.pixels
+    vision = model.look(pixels, bucket) if before is None else before.vision
     if reads is not None and reads.source == "clip":
         vision = replace(
             vision,

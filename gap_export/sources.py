@@ -7,18 +7,24 @@ so that a checkpoint that does not fit is refused at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Final
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gap_export.checkpoint import Checkpoint, TensorLocation, cut_rows
+from gap_export.checkpoint import Checkpoint, TensorLocation, cut_rows, read_tensor
 from gap_export.config import DTYPES
 from gap_export.errors import CheckpointError
 
 Make = Callable[..., Tensor]
+Encode = Callable[[], npt.NDArray[Any]]
+_PIECE_VALUES: Final = 4 * 2**20
+"""Values that are made at a time: 16 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +34,16 @@ class TensorSource:
     `make` takes the inputs' values in float32, which it may change, and gives the tensor in
     float32; where it is None, the tensor is the one input as it lies. `cut` says which inputs may
     be given in the same rows as those of the tensor that are wanted; where it is empty, the
-    tensor is only made whole.
+    tensor is only made whole. `encode` is for tensors that are no floating-point numbers, of
+    `dtype` (else the model's): it gives the bytes as they will lie in the file.
     """
 
     shape: tuple[int, ...]
     inputs: tuple[TensorLocation, ...]
     make: Make | None = None
     cut: tuple[bool, ...] = ()
+    dtype: str | None = None
+    encode: Encode | None = None
 
     def rows(self, start: int, stop: int) -> TensorSource:
         """The source of some rows of the tensor."""
@@ -48,6 +57,26 @@ class TensorSource:
 def stored(location: TensorLocation) -> TensorSource:
     """A tensor as it lies in its file."""
     return TensorSource(shape=location.shape, inputs=(location,), cut=(True,))
+
+
+def make_tensor(source: TensorSource) -> Tensor:
+    """A tensor's values, in the stored dtype where it is used as it lies, else in float32."""
+    values = [read_tensor(location) for location in source.inputs]
+    if source.make is None:
+        return values[0]
+    made = source.make(*(value.float() for value in values))
+    assert tuple(made.shape) == source.shape
+    return made
+
+
+def cut_pieces(source: TensorSource) -> Iterator[TensorSource]:
+    """A tensor's rows in pieces of a size that memory hardly notices; whole where it must be."""
+    if not (source.cut and source.shape):
+        yield source
+        return
+    rows = max(1, _PIECE_VALUES // max(math.prod(source.shape[1:]), 1))
+    for start in range(0, source.shape[0], rows):
+        yield source.rows(start, min(start + rows, source.shape[0]))
 
 
 def expected_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:

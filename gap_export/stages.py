@@ -15,8 +15,9 @@ from gap_export.graph.text import TextStage
 from gap_export.graph.vision import PruneStage, TowerStage, sort_features
 from gap_export.onnx_rules import prove_graph
 from gap_export.plan import ExportPlan
+from gap_export.quantization import Scheme, choose_scheme, quantize_graph
 from gap_export.tracing import FREE_ROWS, Traced, trace
-from gap_export.weights import WeightPlan, bind_weights, write_placeholders
+from gap_export.weights import WeightPlan, bind_weights, strip_stage, write_placeholders
 from gap_runtime.manifest import DECODER, TEXT, VISION, Bucket, RatioEntry, Stage
 from gap_runtime.tensors import TensorSpec
 
@@ -189,6 +190,29 @@ class Graphs:
     def all(self) -> list[Traced]:
         """Every graph."""
         return [*self.visions, self.decoder, *([self.text] if self.text else [])]
+
+
+def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> tuple[Graphs, dict[str, Scheme]]:
+    """The graphs with quantized weights in their linear layers, and each scheme by weight."""
+    assert plan.quantization is not None
+    dtype = plan.quantization.weights
+    schemes: dict[str, Scheme] = {}
+
+    def quantize(traced: Traced, *, vision: bool) -> Traced:
+        def choose(parameter: str, shape: tuple[int, ...]) -> Scheme | None:
+            wanted = plan.is_quantized(strip_stage(parameter), vision=vision)
+            return choose_scheme(dtype, shape) if wanted else None
+
+        quantized, found = quantize_graph(traced, choose)
+        schemes.update({strip_stage(name): scheme for name, scheme in found.items()})
+        return quantized
+
+    done = Graphs(
+        visions=tuple(quantize(each, vision=True) for each in graphs.visions),
+        decoder=quantize(graphs.decoder, vision=False),
+        text=graphs.text,
+    )
+    return done, schemes
 
 
 def write_graphs(

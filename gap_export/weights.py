@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -24,17 +24,17 @@ import torch
 
 from gap_export.checkpoint import Checkpoint, TensorLocation, read_tensor
 from gap_export.errors import ExportError
-from gap_export.sources import TensorSource
+from gap_export.sources import TensorSource, cut_pieces, make_tensor
 from gap_export.tracing import Traced
 from gap_runtime.display import format_bytes
-from gap_runtime.tensors import ITEM_BYTES, StoredTensor
+from gap_runtime.tensors import StoredTensor, count_bytes
 
 _FICLONE: Final = 0x40049409
 """Linux's request to share a file's blocks copy-on-write (reflink)."""
 _SCAN_BYTES: Final = 4 * 2**20
-_PIECE_VALUES: Final = 4 * 2**20
-"""Values that are made at a time: 16 MiB in float32."""
-_SAFETENSORS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SAFETENSORS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+_PACKED: Final = "U8"
+"""What the library's format calls values that share bytes: it has no 4-bit numbers."""
 NOT_FINITE: Final = "values that are no finite numbers; give the checkpoint as it was published"
 
 
@@ -87,7 +87,8 @@ def plan_weights(
     places: dict[str, str] = {}
     for name, source in used.items():
         if not (lies_ready(source, dtype) and source.inputs[0].file in whole):
-            identity = source.inputs[0] if source.make is None else id(source)
+            lies = source.make is None and source.encode is None
+            identity = source.inputs[0] if lies else id(source)
             places[name] = first.setdefault(identity, name)
             made[places[name]] = source
     made_file = f"weights-{dtype}.safetensors"
@@ -116,6 +117,7 @@ def lies_ready(source: TensorSource, dtype: str) -> bool:
     """Whether a tensor can be used as it lies in the checkpoint's own file."""
     return (
         source.make is None
+        and source.encode is None
         and source.inputs[0].dtype == dtype
         and source.inputs[0].strides is None
     )
@@ -133,7 +135,7 @@ def bind_weights(traced: Traced, plan: WeightPlan, folder: Path) -> None:
             location=place.file,
             offset=place.offset,
             length=place.length,
-            dtype=ir.DataType[place.dtype.upper().replace("FLOAT32", "FLOAT")],
+            dtype=ir.DataType["FLOAT" if place.dtype == "float32" else place.dtype.upper()],
             shape=ir.Shape(place.shape),
             name=name,
             base_dir=folder,
@@ -258,7 +260,9 @@ def _made_places(made: dict[str, TensorSource], dtype: str, file: str) -> dict[s
     offset = len(_header(made, dtype))
     places = {}
     for name, source in made.items():
-        places[name] = StoredTensor(file=file, offset=offset, dtype=dtype, shape=source.shape)
+        places[name] = StoredTensor(
+            file=file, offset=offset, dtype=source.dtype or dtype, shape=source.shape
+        )
         offset += places[name].length
     return places
 
@@ -267,10 +271,11 @@ def _header(made: dict[str, TensorSource], dtype: str) -> bytes:
     """A safetensors header; the library can only write files that it holds in memory."""
     entries, offset = {}, 0
     for name, source in made.items():
-        length = math.prod(source.shape) * ITEM_BYTES[dtype]
+        kind = source.dtype or dtype
+        length = count_bytes(source.shape, kind)
         entries[name] = {
-            "dtype": _SAFETENSORS[dtype],
-            "shape": list(source.shape),
+            "dtype": _SAFETENSORS.get(kind, _PACKED),
+            "shape": list(source.shape) if kind in _SAFETENSORS else [length],
             "data_offsets": [offset, offset + length],
         }
         offset += length
@@ -285,20 +290,13 @@ def _make(plan: WeightPlan, path: Path) -> None:
     with path.open("wb") as file:
         file.write(_header(plan.made, plan.dtype))
         for name, source in plan.made.items():
-            for part in _parts(source):
+            if source.encode is not None:
+                file.write(source.encode().data)
+                continue
+            for part in cut_pieces(source):
                 values = make_tensor(part)
                 _require_fit(plan, name, source, values)
                 file.write(values.to(wanted).contiguous().view(torch.uint8).numpy().data)
-
-
-def _parts(source: TensorSource) -> Iterator[TensorSource]:
-    """A tensor's rows in pieces of a size that memory hardly notices; whole where it must be."""
-    if not (source.cut and source.shape):
-        yield source
-        return
-    rows = max(1, _PIECE_VALUES // max(math.prod(source.shape[1:]), 1))
-    for start in range(0, source.shape[0], rows):
-        yield source.rows(start, min(start + rows, source.shape[0]))
 
 
 def _require_fit(plan: WeightPlan, name: str, source: TensorSource, values: torch.Tensor) -> None:
@@ -329,16 +327,6 @@ def _find_broken(source: TensorSource) -> TensorLocation | None:
         if not torch.isfinite(read_tensor(location)).all():
             return location
     return None
-
-
-def make_tensor(source: TensorSource) -> torch.Tensor:
-    """A tensor's values, in the stored dtype where it is used as it lies, else in float32."""
-    values = [read_tensor(location) for location in source.inputs]
-    if source.make is None:
-        return values[0]
-    made = source.make(*(value.float() for value in values))
-    assert tuple(made.shape) == source.shape
-    return made
 
 
 def _require_space(plan: WeightPlan, folder: Path, mode: str) -> None:

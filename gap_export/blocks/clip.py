@@ -145,7 +145,8 @@ class ClipTextTower(nn.Module):
 def _project(block: Any, states_VTC: Tensor) -> tuple[Tensor, Tensor]:
     """Query of CLS [V, C] and keys [V, T, C] of a block, which itself runs fused."""
     normed = block.layer_norm1(states_VTC)
-    return block.self_attn.q_proj(normed[:, 0]), block.self_attn.k_proj(normed)
+    # The same products as inside the block, which then stand in the graph once.
+    return block.self_attn.q_proj(normed)[:, 0], block.self_attn.k_proj(normed)
 
 
 def read_clip(part: Checkpoint) -> tuple[CLIPVisionConfig, CLIPTextConfig | None]:

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gap_export.dialect import Dialect
 from gap_export.errors import CheckpointError
+from gap_export.family import SmoothingGroup
 from gap_export.sources import expected_shapes
 
 # B batch (1), S rows, H query heads, G key/value heads, d head width, L cache slots, D width,
@@ -107,6 +108,33 @@ def decoder_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     return expected_shapes(lambda: LlamaDecoder(shape, none, *tables)) | {
         "language_model.embed_tokens.weight": (shape.vocabulary, shape.width)
     }
+
+
+def smoothing_groups(shape: LlamaShape) -> list[SmoothingGroup]:
+    """Weights whose inputs can be scaled: after both norms, after values and after the gate.
+
+    Grouped values feed several heads each, and biased layers would need their bias scaled; those
+    are left.
+    """
+    groups = []
+    for k in range(shape.layers):
+        layer = f"language_model.layers.{k}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        makers = {
+            f"{layer}.input_layernorm": [f"{attention}.{x}_proj" for x in "qkv"],
+            f"{layer}.post_attention_layernorm": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+        }
+        if shape.heads == shape.cache_heads and not shape.attention_bias:
+            makers[f"{attention}.v_proj"] = [f"{attention}.o_proj"]
+        if not shape.mlp_bias:
+            makers[f"{mlp}.up_proj"] = [f"{mlp}.down_proj"]
+        groups += [
+            SmoothingGroup(
+                maker=f"{maker}.weight", readers=tuple(f"{reader}.weight" for reader in readers)
+            )
+            for maker, readers in makers.items()
+        ]
+    return groups
 
 
 class LlamaDecoder(nn.Module):

@@ -27,6 +27,7 @@ OPERATORS: Final = frozenset(
         "Concat",
         "Conv",
         "Cos",
+        "DequantizeLinear",
         "Div",
         "Equal",
         "Erf",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from gap_export.family import InputStatistics
 from gap_export.tokenizer import load_library_tokenizer
 from gap_runtime.prompt import IMAGE_FIELD
 
@@ -93,6 +96,46 @@ class EagerLlama:
         logits: Tensor = self._head(output.last_hidden_state[0, -1])
         return logits.float()
 
+    @contextmanager
+    def observe(self) -> Iterator[Callable[[], dict[str, InputStatistics]]]:
+        """Watch the inputs of all linear layers, by the canonical name of the weight."""
+        layers = {f"language_model.{name}": layer for name, layer in self._decoder.named_modules()}
+        watched = {
+            f"{name}.weight": _InputWatch(layer)
+            for name, layer in {**layers, "lm_head": self._head}.items()
+            if isinstance(layer, nn.Linear)
+        }
+        try:
+            yield lambda: {name: watch.summarize() for name, watch in watched.items()}
+        finally:
+            for watch in watched.values():
+                watch.end()
+
     def _ids(self, text: str, *, special: bool) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
+
+
+class _InputWatch:
+    """Sums over the inputs of a linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._count = 0
+        self._sizes = torch.zeros(layer.in_features, dtype=torch.float64)
+        self._squares = torch.zeros(layer.in_features, dtype=torch.float64)
+        self._handle = layer.register_forward_pre_hook(self._see)
+
+    def _see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
+        self._count += len(rows)
+        self._sizes += rows.abs().sum(dim=0)
+        self._squares += rows.square().sum(dim=0)
+
+    def summarize(self) -> InputStatistics:
+        return InputStatistics(
+            mean_size=self._sizes / max(self._count, 1),
+            mean_square=self._squares / max(self._count, 1),
+        )
+
+    def end(self) -> None:
+        self._handle.remove()

@@ -72,6 +72,7 @@ class EagerGrounder:
         self.encode, self.encode_phrase = language.encode, language.encode_phrase
         self.decode, self.embed = language.decode, language.embed
         self.start_cache, self.run_decoder = language.start_cache, language.run_decoder
+        self.observe = language.observe
 
     def make_pixels(self, picture: Image.Image) -> Tensor:
         """Pixels of an RGB picture."""

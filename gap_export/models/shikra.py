@@ -41,6 +41,7 @@ from gap_export.blocks.hub import (
 )
 from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, read_llama_shape
 from gap_export.blocks.llama import rotary_tables as llama_tables
+from gap_export.blocks.llama import smoothing_groups as llama_groups
 from gap_export.checkpoint import Checkpoint
 from gap_export.config import ExportConfig
 from gap_export.dialect import Dialect
@@ -49,7 +50,7 @@ from gap_export.eager.files import load_tensors
 from gap_export.eager.llama import EagerLlama
 from gap_export.eager.model import EagerGrounder, load_state, loading
 from gap_export.errors import CheckpointError
-from gap_export.family import EagerModel, ModelSpec
+from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.features import Feature
 from gap_export.sources import TensorSource, expected_shapes, match_tensors, require_shape, stored
 from gap_runtime.manifest import Bucket, Preprocess
@@ -215,6 +216,11 @@ def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...])
 def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
     """Cosine and sine by position ID."""
     return llama_tables(spec.library_config.llama, positions)
+
+
+def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
+    """Those of the Llama decoder."""
+    return llama_groups(read_llama_shape(spec.library_config.llama, "config.json"))
 
 
 def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:

@@ -115,6 +115,20 @@ class Pruning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """Weights that are stored in fewer bits.
+
+    `weights` is `int8` (a scale for each output channel) or `int4` (one for each block of up to
+    128 inputs of it); `method` is how values were found: `nearest`, `awq`, or `checkpoint` for
+    one that came quantized. `parts` are those of `decoder`, `head` and `vision` that are so.
+    """
+
+    weights: str
+    method: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """One ONNX graph. `bucket`, `ratio` and `kept` are null for one that serves them all."""
 
@@ -246,6 +260,7 @@ class Manifest:
     name: str
     family: str
     dtype: str
+    quantization: Quantization | None
     target: Target
     source: Source
     versions: dict[str, str]
@@ -262,6 +277,11 @@ class Manifest:
     box: BoxFormat
     reference: Reference | None
     files: dict[str, FileEntry]
+
+    @property
+    def precision(self) -> str:
+        """What errors are judged by: the dtype, or that of the weights where quantized."""
+        return self.quantization.weights if self.quantization else self.dtype
 
     def stage(self, role: str, entry: RatioEntry | None = None) -> Stage:
         """The stage of that role (and, for a vision graph, of that ratio and bucket)."""

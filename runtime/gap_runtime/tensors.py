@@ -12,9 +12,20 @@ ITEM_BYTES: Final = {
     "bfloat16": 2,
     "int64": 8,
     "int32": 4,
+    "int8": 1,
     "bool": 1,
 }
-"""Bytes per element of every dtype that graphs and bundles use."""
+"""Bytes per element of every dtype that graphs and bundles use, whole bytes only."""
+
+_PACKED_BITS: Final = {"int4": 4, "uint4": 4}
+
+
+def count_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Size of a tensor as it is stored; values of 4 bits lie two in a byte."""
+    values = math.prod(shape)
+    if dtype in _PACKED_BITS:
+        return -(-values * _PACKED_BITS[dtype] // 8)
+    return values * ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,4 +50,4 @@ class StoredTensor:
     @property
     def length(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return count_bytes(self.shape, self.dtype)

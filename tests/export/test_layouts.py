@@ -15,7 +15,7 @@ from gap_export import cli
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError
 from gap_export.plan import read_model
-from gap_export.weights import make_tensor
+from gap_export.sources import make_tensor
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
 

@@ -31,7 +31,8 @@ from transformers import (
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.plan import ExportRequest, plan_export, read_model
-from gap_export.weights import make_tensor, strip_stage
+from gap_export.sources import make_tensor
+from gap_export.weights import strip_stage
 from gap_runtime import Bundle, Grounder
 from gap_runtime.bundle import hash_file
 from gap_runtime.errors import ConfigError, GapError, UnknownNameError

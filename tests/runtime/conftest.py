@@ -1,8 +1,10 @@
 """A minimal bundle with made-up graphs, for tests that run no graph."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +135,7 @@ def manifest(llava_box, prompt, layout):
         name="tiny-8of16",
         family="llava",
         dtype="float32",
+        quantization=None,
         target=load_target("cpu"),
         source=Source(checkpoint="tiny", revision=None, index_sha256="0" * 64),
         versions={"gap-export": "0.1.0"},
@@ -345,3 +348,13 @@ def edit_manifest():
         path.write_text(json.dumps({**data, **changes}), encoding="utf-8")
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def fakes():
+    """The module fake_tensorrt.py, which lies beside this one."""
+    path = Path(__file__).with_name("fake_tensorrt.py")
+    spec = importlib.util.spec_from_file_location("fake_tensorrt", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

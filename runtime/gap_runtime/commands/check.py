@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 def _show(display: Display, report: Any) -> None:
     """The rows of a check as a table."""
     display.table(
-        f"{report.dtype} on {report.backend} against PyTorch",
+        f"{report.precision} on {report.backend} against PyTorch",
         ["ratio", "sample", "kept", "positions", "logits", "tokens", "IoU", "result"],
         [
             [

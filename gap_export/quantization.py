@@ -1,0 +1,301 @@
+"""Weights in 8 or 4 bits: which ones, how their values are found, and what graphs say of them.
+
+Weight-only and symmetric. int8 has one scale for each output channel, int4 one for every block of
+up to 128 inputs of it. In the graph a weight is a standard DequantizeLinear before a MatMul, which
+TensorRT builds as it is and onnxruntime fuses to one kernel. Values are found tensor by tensor, so
+memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from gap_export.errors import ExportError
+from gap_export.sources import TensorSource, cut_pieces, make_tensor
+from gap_export.tracing import Traced
+
+VALUES: Final = ".values"
+SCALES: Final = ".scales"
+"""Suffixes of the two tensors that stand for a weight."""
+
+_LIMITS: Final = {"int8": 127, "int4": 7}
+_BLOCKS: Final = (128, 64, 32, 16)
+_CLIPS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How one weight [out, in] is quantized; `block` inputs share a scale, None: all of them."""
+
+    dtype: str
+    block: int | None
+
+    @property
+    def limit(self) -> int:
+        """The largest value."""
+        return _LIMITS[self.dtype]
+
+    def scales_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
+        """Shape of the scales."""
+        return (outputs,) if self.block is None else (inputs // self.block, outputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smoothing:
+    """What activation-aware scaling does to one weight [out, in] before it is quantized.
+
+    `columns` [in] and `rows` [out] are factors, `importance` [in] the mean square of each input,
+    by which errors count.
+    """
+
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+    importance: Tensor | None = None
+
+
+NO_SMOOTHING: Final = Smoothing()
+
+
+def choose_scheme(dtype: str, shape: tuple[int, ...]) -> Scheme | None:
+    """The scheme of a weight of that shape; None where it has to stay as it is.
+
+    The largest block that divides the inputs, and inputs in sixteens: what kernels take.
+    """
+    if len(shape) != 2 or shape[1] % _BLOCKS[-1]:
+        return None
+    if dtype == "int8":
+        return Scheme(dtype=dtype, block=None)
+    return Scheme(dtype=dtype, block=next(size for size in _BLOCKS if shape[1] % size == 0))
+
+
+def quantize_graph(
+    traced: Traced, choose: Callable[[str, tuple[int, ...]], Scheme | None]
+) -> tuple[Traced, dict[str, Scheme]]:
+    """Put quantized weights in place of those of linear layers.
+
+    Args:
+        traced: A graph, which is changed; its linear layers are Gemm with weights [out, in].
+        choose: The scheme of a parameter, None to leave it.
+
+    Returns:
+        The graph with its new parameters, and the scheme of each old one by name.
+    """
+    graph = traced.model.graph
+    schemes: dict[str, Scheme] = {}
+    for node in list(graph):
+        weight = node.inputs[1] if node.op_type == "Gemm" else None
+        if weight is None or weight.name not in traced.parameters:
+            continue
+        name = weight.name
+        shape = _static_shape(weight)
+        scheme = choose(name, shape)
+        if scheme is None:
+            continue
+        assert node.attributes.get_int("transB", 0) == 1
+        schemes[name] = scheme
+        # One for each use: kernels fuse it with the product, and TensorRT dies of a shared one.
+        _replace_gemm(graph, node, _dequantize(graph, node, weight, scheme))
+    for name in schemes:
+        graph.initializers.pop(name)
+    graph.sort()
+    new = {name + suffix for name in schemes for suffix in (VALUES, SCALES)}
+    parameters = (traced.parameters - set(schemes)) | new
+    return dataclasses.replace(traced, parameters=frozenset(parameters)), schemes
+
+
+def _static_shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+
+
+def _dequantize(graph: ir.Graph, before: ir.Node, weight: ir.Value, scheme: Scheme) -> ir.Value:
+    """A weight [in, out] from its values and scales."""
+    outputs, inputs = _static_shape(weight)
+    assert weight.dtype is not None
+    values = _declare(
+        graph,
+        f"{weight.name}{VALUES}",
+        (inputs, outputs),
+        ir.DataType[scheme.dtype.upper()],
+    )
+    scales = _declare(
+        graph, f"{weight.name}{SCALES}", scheme.scales_shape(outputs, inputs), weight.dtype
+    )
+    attributes = {"axis": 1} if scheme.block is None else {"axis": 0, "block_size": scheme.block}
+    node = ir.node("DequantizeLinear", [values, scales], attributes, name=f"{before.name}/weight")
+    result = node.outputs[0]
+    result.name = f"{before.outputs[0].name}.weight"
+    result.shape, result.type = ir.Shape((inputs, outputs)), scales.type
+    graph.insert_before(before, node)
+    return result
+
+
+def _declare(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+    """An initializer without a value, once for all who use it."""
+    if name not in graph.initializers:
+        graph.initializers[name] = ir.Value(
+            name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)
+        )
+    return graph.initializers[name]
+
+
+def _replace_gemm(graph: ir.Graph, gemm: ir.Node, weight: ir.Value) -> None:
+    """A product and a sum instead of a Gemm."""
+    x, old = gemm.inputs[0], gemm.outputs[0]
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    product = ir.node("MatMul", [x, weight], name=gemm.name)
+    nodes, result = [product], product.outputs[0]
+    result.name, result.shape, result.type = old.name, old.shape, old.type
+    if bias is not None:
+        result.name = f"{old.name}.product"
+        added = ir.node("Add", [result, bias], name=f"{gemm.name}/bias")
+        added.outputs[0].name, added.outputs[0].shape = old.name, old.shape
+        added.outputs[0].type = old.type
+        nodes.append(added)
+    ir.convenience.replace_nodes_and_values(
+        graph, gemm, [gemm], nodes, [old], [nodes[-1].outputs[0]]
+    )
+
+
+def quantize_sources(
+    sources: Mapping[str, TensorSource],
+    schemes: Mapping[str, Scheme],
+    smoothings: Mapping[str, Smoothing],
+    *,
+    dtype: str,
+) -> dict[str, TensorSource]:
+    """Where the values and scales of quantized weights come from, by name.
+
+    Args:
+        sources: Of the weights as they are.
+        schemes: Of those that are quantized.
+        smoothings: What is done to them before.
+        dtype: Of the scales.
+    """
+    made: dict[str, TensorSource] = {}
+    for name, scheme in schemes.items():
+        source = sources[name]
+        pair = _Pair(name, source, scheme, smoothings.get(name, NO_SMOOTHING), dtype)
+        outputs, inputs = source.shape
+        made[name + VALUES] = TensorSource(
+            shape=(inputs, outputs),
+            inputs=source.inputs,
+            dtype=scheme.dtype,
+            encode=pair.take_values,
+        )
+        made[name + SCALES] = TensorSource(
+            shape=scheme.scales_shape(outputs, inputs),
+            inputs=source.inputs,
+            encode=pair.take_scales,
+        )
+    return made
+
+
+class _Pair:
+    """Values and scales of a weight, found together and each taken once."""
+
+    def __init__(
+        self, name: str, source: TensorSource, scheme: Scheme, smoothing: Smoothing, dtype: str
+    ) -> None:
+        self._arguments = (name, source, scheme, smoothing, dtype)
+        self._found: dict[str, Bytes] = {}
+
+    def take_values(self) -> Bytes:
+        return self._take(VALUES)
+
+    def take_scales(self) -> Bytes:
+        return self._take(SCALES)
+
+    def _take(self, which: str) -> Bytes:
+        if which not in self._found:
+            self._found[VALUES], self._found[SCALES] = _quantize(*self._arguments)
+        return self._found.pop(which)
+
+
+def _quantize(
+    name: str, source: TensorSource, scheme: Scheme, smoothing: Smoothing, dtype: str
+) -> tuple[Bytes, Bytes]:
+    """Bytes of the values and of the scales of a weight, found a few rows at a time."""
+    outputs, inputs = source.shape
+    block = scheme.block or inputs
+    values = np.empty((inputs, outputs), np.int8)
+    scales = torch.empty((inputs // block, outputs), dtype=getattr(torch, dtype))
+    start = 0
+    for piece in cut_pieces(source):
+        rows = slice(start, start + piece.shape[0])
+        weight = make_tensor(piece).float()
+        if not bool(torch.isfinite(weight).all()):
+            raise ExportError(
+                f"{source.inputs[0].file.name}: tensor '{name}' holds values that are no finite "
+                "numbers; give the checkpoint as it was published"
+            )
+        if smoothing.columns is not None:
+            weight = weight * smoothing.columns
+        if smoothing.rows is not None:
+            weight = weight * smoothing.rows[rows, None]
+        found, scale = round_weight(weight, scheme, dtype, smoothing)
+        values[:, rows] = found.to(torch.int8).numpy().T
+        scales[:, rows] = scale.T.to(scales.dtype)
+        start = rows.stop
+    return _pack(values, scheme.dtype), scales.view(torch.uint8).numpy().reshape(-1)
+
+
+def round_weight(
+    weight: Tensor, scheme: Scheme, dtype: str, smoothing: Smoothing = NO_SMOOTHING
+) -> tuple[Tensor, Tensor]:
+    """The nearest values [rows, in] of a weight float32 [rows, in], and scales [rows, in / block].
+
+    Where it is known how much inputs count, the scale of each block is the one of a few that
+    loses least.
+    """
+    rows, inputs = weight.shape
+    blocks = weight.reshape(rows, -1, scheme.block or inputs)
+    # The scale that will be stored, so that rounding it is part of the error that is seen.
+    tiny = torch.finfo(getattr(torch, dtype)).tiny
+    largest = blocks.abs().amax(dim=-1, keepdim=True) / scheme.limit
+
+    def stored(scale: Tensor) -> Tensor:
+        return scale.to(getattr(torch, dtype)).float().clamp_min(tiny)
+
+    def nearest(scale: Tensor) -> Tensor:
+        return torch.round(blocks / scale).clamp_(-scheme.limit, scheme.limit)
+
+    scale = stored(largest)
+    values = nearest(scale)
+    if smoothing.importance is not None:
+        counts = smoothing.importance
+        if smoothing.columns is not None:
+            counts = counts / smoothing.columns.square()
+        counts = counts.reshape(1, -1, blocks.shape[-1])
+        least = ((values * scale - blocks).square() * counts).sum(dim=-1, keepdim=True)
+        for clip in _CLIPS[1:]:
+            other = stored(largest * clip)
+            tried = nearest(other)
+            loss = ((tried * other - blocks).square() * counts).sum(dim=-1, keepdim=True)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            scale = torch.where(better, other, scale)
+            values = torch.where(better, tried, values)
+    return values.reshape(rows, inputs), scale[..., 0]
+
+
+def _pack(values: npt.NDArray[np.int8], dtype: str) -> Bytes:
+    """Values as they lie in a file: 4-bit ones two in a byte, the first in the lower half."""
+    flat: Bytes = values.reshape(-1).view(np.uint8)  # type: ignore[assignment]
+    if dtype == "int8":
+        return flat
+    if len(flat) % 2:
+        flat = np.append(flat, np.uint8(0))
+    packed: Bytes = (flat[0::2] & 0xF) | (flat[1::2] << 4)
+    return packed
