@@ -1,8 +1,15 @@
 """Engines built by a real TensorRT (TensorRT-RTX builds without a GPU)."""
 
+import importlib.util
 from collections import Counter
+from pathlib import Path
 
 import tensorrt_rtx as trt
+
+from gap_runtime.backends import tensorrt as backend
+from gap_runtime.display import Display
+from gap_runtime.engines import BuildRequest
+from gap_runtime.target import load_target
 
 
 def build(path, profiles):
@@ -27,3 +34,24 @@ def build(path, profiles):
     assert engine is not None
     layers = (network.get_layer(k).type for k in range(network.num_layers))
     return Counter(str(kind).rpartition(".")[2] for kind in layers), inputs, engine.nbytes
+
+
+def build_bundle(bundle, *capabilities, target="rtx"):
+    """Engines of a bundle, built as `gap-runtime build` does; their records by stage."""
+    request = BuildRequest(
+        target=load_target(target),
+        entries=bundle.manifest.ratios,
+        compute_capabilities=capabilities or ("8.9",),
+        options={"package": "tensorrt_rtx"},
+    )
+    report = backend.build(bundle, request, Display(quiet=True))
+    return {engine.record.stage: engine.record for engine in report.engines}
+
+
+def load_fakes():
+    """The made-up TensorRT of the runtime's tests."""
+    path = Path(__file__).parent / "runtime" / "fake_tensorrt.py"
+    spec = importlib.util.spec_from_file_location("fake_tensorrt", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

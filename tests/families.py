@@ -85,7 +85,16 @@ class FamilyCase:
             files=None,
         )
 
-    def plan(self, out, *, pruner="cls_attention", weights="clone", reference=False, **overrides):
+    def plan(
+        self,
+        out,
+        *,
+        pruner="cls_attention",
+        weights="clone",
+        reference=False,
+        target="cpu",
+        **overrides,
+    ):
         """The plan of an export with a short answer; overrides have `__` for the dot."""
         values = self.overrides | {
             "dtype": "float32",
@@ -99,7 +108,7 @@ class FamilyCase:
         return plan_export(
             ExportRequest(
                 named=load_config(self.model, values, checkpoint=checkpoint),
-                target="cpu",
+                target=target,
                 out=Path(out),
                 weights=weights,
                 reference=reference,
@@ -218,37 +227,46 @@ def make_samples(folder, picture, phrase=PHRASE):
     return folder / "picture.png"
 
 
-_made: dict[str, FamilyCase] = {}
+_made: dict[tuple[str, int | None], FamilyCase] = {}
 
 
-def find_family(name, tmp_path_factory):
-    """The family of that name; made when it is asked for first."""
-    if name not in _made:
+def find_family(name, tmp_path_factory, *, head_dim=None):
+    """The family of that name; made when it is asked for first.
+
+    All heads are `head_dim` wide where it is given, otherwise of odd widths.
+    """
+    key = (name, head_dim)
+    if key not in _made:
         home = tmp_path_factory.mktemp("families") / name
         home.mkdir()
-        _made[name] = _MAKERS[name](home)
-    return _made[name]
+        _made[key] = _MAKERS[name](home, head_dim)
+    return _made[key]
 
 
-def _make_llava(home):
+def _make_llava(home, head_dim):
     """5x5 patches; three query heads to a key head; nothing is a power of two."""
     folder = make_llava_checkpoint(
         home / "llava",
         image_size=70,
-        vision_width=36,
+        vision_width=3 * (head_dim or 12),
         vision_heads=3,
         vision_layers=4,
         width=66,
         heads=6,
         kv_heads=2,
-        head_dim=14,
+        head_dim=head_dim or 14,
         mlp=90,
         layers=3,
         names="modern",
         seed=1,
     )
     clip = originals.make_clip(
-        home / "clip", image_size=70, vision_width=36, vision_heads=3, projection=22, seed=2
+        home / "clip",
+        image_size=70,
+        vision_width=3 * (head_dim or 12),
+        vision_heads=3,
+        projection=22,
+        seed=2,
     )
     return FamilyCase(
         name="llava",
@@ -263,12 +281,12 @@ def _make_llava(home):
     )
 
 
-def _make_llava_original(home):
+def _make_llava_original(home, head_dim):
     """5x5 patches; the vision tower lies in the CLIP folder beside the checkpoint."""
     clip = originals.make_clip(
         home / "openai" / "clip-tiny-patch14-70",
         image_size=70,
-        vision_width=40,
+        vision_width=5 * (head_dim or 8),
         vision_heads=5,
         vision_layers=4,
         files="bin",
@@ -276,7 +294,13 @@ def _make_llava_original(home):
         seed=3,
     )
     folder = originals.make_llava_original(
-        home / "liuhaotian" / "llava-v1.5-tiny", clip, width=60, heads=6, mlp=84, layers=3, seed=4
+        home / "liuhaotian" / "llava-v1.5-tiny",
+        clip,
+        width=6 * (head_dim or 10),
+        heads=6,
+        mlp=84,
+        layers=3,
+        seed=4,
     )
     return FamilyCase(
         name="llava-original",
@@ -291,20 +315,26 @@ def _make_llava_original(home):
     )
 
 
-def _make_next_vicuna(home):
+def _make_next_vicuna(home, head_dim):
     """Tiles of 3x3 patches in two buckets: all 3 rows of a canvas of three tiles, and one row."""
     folder = originals.make_llava_next(
         home / "llava-v1.6-vicuna-tiny",
         image_size=42,
-        vision_width=36,
+        vision_width=3 * (head_dim or 12),
         vision_heads=3,
-        width=60,
+        width=6 * (head_dim or 10),
         heads=6,
         max_shard_size="100KB",
         seed=5,
     )
     clip = originals.make_clip(
-        home / "clip", image_size=42, vision_width=36, vision_heads=3, text_heads=4, seed=6
+        home / "clip",
+        image_size=42,
+        vision_width=3 * (head_dim or 12),
+        vision_heads=3,
+        text_width=4 * (head_dim or 6),
+        text_heads=4,
+        seed=6,
     )
     return FamilyCase(
         name="llava-next-vicuna",
@@ -320,23 +350,28 @@ def _make_next_vicuna(home):
     )
 
 
-def _make_next_mistral(home):
+def _make_next_mistral(home, head_dim):
     """Tiles of 4x4 patches, 6 of 8 rows of a square canvas; today's names, grouped heads."""
     folder = originals.make_llava_next(
         home / "llava-v1.6-mistral-tiny",
         text="mistral",
         names="modern",
         image_size=56,
-        vision_width=40,
+        vision_width=5 * (head_dim or 8),
         vision_heads=5,
-        width=72,
+        width=9 * (head_dim or 8),
         heads=9,
         kv_heads=3,
         layers=3,
         seed=7,
     )
     clip = originals.make_clip(
-        home / "clip", image_size=56, vision_width=40, vision_heads=5, projection=18, seed=8
+        home / "clip",
+        image_size=56,
+        vision_width=5 * (head_dim or 8),
+        vision_heads=5,
+        projection=18,
+        seed=8,
     )
     return FamilyCase(
         name="llava-next-mistral",
@@ -352,10 +387,17 @@ def _make_next_mistral(home):
     )
 
 
-def _make_shikra(home):
+def _make_shikra(home, head_dim):
     """6x6 patches; the weights are differences, stored in float16."""
     files = originals.make_shikra(
-        home, image_size=84, vision_width=48, vision_heads=3, width=56, heads=7, mlp=76, seed=9
+        home,
+        image_size=84,
+        vision_width=48,
+        vision_heads=3,
+        width=7 * (head_dim or 8),
+        heads=7,
+        mlp=76,
+        seed=9,
     )
     return FamilyCase(
         name="shikra",
@@ -370,7 +412,7 @@ def _make_shikra(home):
     )
 
 
-def _make_minigpt(home):
+def _make_minigpt(home, head_dim):
     """8x8 patches, four to a token; the whole of EVA's file is run, its table is stretched."""
     files = originals.make_minigpt(
         home / "minigpt",
@@ -378,6 +420,7 @@ def _make_minigpt(home):
         patch_size=7,
         spare_blocks=0,
         ln_vision=True,
+        width=4 * (head_dim or 12),
         kv_heads=2,
         layers=3,
         seed=10,

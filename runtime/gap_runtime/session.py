@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 
 from gap_runtime.bundle import Bundle
+from gap_runtime.display import Display
+from gap_runtime.engines import BuildReport, BuildRequest
 from gap_runtime.manifest import Stage
 
 
@@ -41,3 +43,10 @@ class Backend(Protocol):
 
     def open_decoder(self, bundle: Bundle, stage: Stage, device: str) -> DecoderSession:
         """Load the decoder graph and make an empty cache."""
+
+
+class Builder(Protocol):
+    """A backend that compiles stages before it runs them."""
+
+    def build(self, bundle: Bundle, request: BuildRequest, display: Display) -> BuildReport:
+        """Make the engines that are missing or stale, keep those that are good."""

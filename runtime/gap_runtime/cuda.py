@@ -1,0 +1,195 @@
+"""A CUDA device through cuda-python: memory, one stream, copies and graphs.
+
+`cuda.bindings.runtime` is imported inside functions only. Every call gives an error code first;
+`Device` turns those into EngineError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from gap_runtime.errors import BackendMissingError, EngineError
+
+# The second name is that of cuda-python before 12.6.
+_MODULES: Final = ("cuda.bindings.runtime", "cuda.cudart")
+_INSTALL: Final = "pip install 'cuda-python>=12', of the major version of this machine's CUDA"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The first CUDA device of this machine. Bytes of its memory that are free, and of all."""
+
+    compute_capability: str
+    free_bytes: int
+    total_bytes: int
+
+
+def find_gpu() -> Gpu:
+    """The GPU that engines are built for and run on.
+
+    Raises:
+        BackendMissingError: cuda-python is not installed.
+        EngineError: There is no GPU, or its driver does not work.
+    """
+    return Device().describe()
+
+
+class Device:
+    """The first CUDA device, and a stream on it."""
+
+    def __init__(self) -> None:
+        """Find the device.
+
+        Raises:
+            BackendMissingError: cuda-python is not installed.
+            EngineError: There is no GPU, or its driver does not work.
+        """
+        self._cuda = _import_cuda()
+        status, count = self._cuda.cudaGetDeviceCount()
+        if int(status) != 0 or not count:
+            reason = "no device" if int(status) == 0 else _describe(self._cuda, status)
+            raise EngineError(
+                f"no GPU that CUDA can use on this machine ({reason}); check its driver"
+            )
+        self.call("cudaSetDevice", 0)
+        self._stream: Any = None
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What a function of the CUDA runtime gives behind its error code."""
+        status, *values = getattr(self._cuda, name)(*arguments)
+        if int(status) != 0:
+            raise EngineError(f"CUDA: {name}: {_describe(self._cuda, status)}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def describe(self) -> Gpu:
+        """Compute capability and memory."""
+        names = self._cuda.cudaDeviceAttr
+        major, minor = (
+            self.call("cudaDeviceGetAttribute", attribute, 0)
+            for attribute in (
+                names.cudaDevAttrComputeCapabilityMajor,
+                names.cudaDevAttrComputeCapabilityMinor,
+            )
+        )
+        free, total = self.call("cudaMemGetInfo")
+        return Gpu(compute_capability=f"{major}.{minor}", free_bytes=free, total_bytes=total)
+
+    @property
+    def stream(self) -> int:
+        """The stream that all work of this device is queued on."""
+        if self._stream is None:
+            self._stream = self.call("cudaStreamCreate")
+        return int(self._stream)
+
+    def allocate(self, size: int) -> DeviceMemory:
+        """Zeroed memory on the device."""
+        return DeviceMemory(self, size)
+
+    def pin(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """A zeroed array in page-locked host memory, from which copies are asynchronous.
+
+        The memory is released when the array and all views of it are gone.
+        """
+        size = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
+        address = int(self.call("cudaHostAlloc", size, 0))
+        buffer = (ctypes.c_byte * size).from_address(address)
+        weakref.finalize(buffer, self._cuda.cudaFreeHost, address).atexit = False
+        raw = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)
+        raw[:] = 0
+        return raw[: math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+    def to_device(self, memory: DeviceMemory, array: np.ndarray) -> None:
+        """Queue a copy of a contiguous array."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call(
+            "cudaMemcpyAsync", memory.address, array.ctypes.data, array.nbytes, kind, self.stream
+        )
+
+    def to_host(self, array: np.ndarray, memory: DeviceMemory) -> None:
+        """Queue a copy into a contiguous array."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call(
+            "cudaMemcpyAsync", array.ctypes.data, memory.address, array.nbytes, kind, self.stream
+        )
+
+    def synchronize(self) -> None:
+        """Wait until all that was queued is done."""
+        self.call("cudaStreamSynchronize", self.stream)
+
+    def capture(self, enqueue: Callable[[], None]) -> CapturedGraph:
+        """What `enqueue` queues, as a graph that is launched at once; nothing is run yet.
+
+        Raises:
+            EngineError: It cannot be captured; the stream is as it was before.
+        """
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            enqueue()
+        except EngineError:
+            # Ends the capture; what it gives is worth nothing, and an error of it is old news.
+            self._cuda.cudaStreamEndCapture(self.stream)
+            self._cuda.cudaGetLastError()
+            raise
+        graph = self.call("cudaStreamEndCapture", self.stream)
+        try:
+            return CapturedGraph(self, self.call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self._cuda.cudaGraphDestroy(graph)
+
+    def free(self, function: str, handle: Any) -> None:
+        """Release something; called by finalizers, so it says nothing of errors."""
+        getattr(self._cuda, function)(handle)
+
+
+class DeviceMemory:
+    """Zeroed memory on the device, released with the object."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        """Allocate `size` bytes."""
+        self._device, self.size = device, size
+        self.address = 0
+        # CUDA gives no address for nothing.
+        self.address = int(device.call("cudaMalloc", max(size, 1)))
+        device.call("cudaMemsetAsync", self.address, 0, max(size, 1), device.stream)
+
+    def __del__(self) -> None:
+        if self.address:
+            self._device.free("cudaFree", self.address)
+
+
+class CapturedGraph:
+    """Queued work that is launched as one."""
+
+    def __init__(self, device: Device, handle: Any) -> None:
+        """Take over an instantiated graph."""
+        self._device, self._handle = device, handle
+
+    def launch(self) -> None:
+        """Queue it."""
+        self._device.call("cudaGraphLaunch", self._handle, self._device.stream)
+
+    def __del__(self) -> None:
+        self._device.free("cudaGraphExecDestroy", self._handle)
+
+
+def _import_cuda() -> ModuleType:
+    for name in _MODULES:
+        with contextlib.suppress(ImportError):
+            return import_module(name)
+    raise BackendMissingError(f"cuda-python is not installed, which reaches the GPU; {_INSTALL}")
+
+
+def _describe(cuda: ModuleType, status: Any) -> str:
+    found, text = cuda.cudaGetErrorString(status)
+    return text.decode() if int(found) == 0 else f"error {int(status)}"

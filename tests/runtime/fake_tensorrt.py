@@ -1,0 +1,429 @@
+# ruff: noqa: N802, N815 - the names are those of CUDA
+"""TensorRT and CUDA without a GPU: the same calls, on host memory, with a function as the engine.
+
+Everything up to the launch is the real thing: which memory is allocated, copied, bound and where.
+What an engine computes is `compute(path, inputs) -> outputs`, for example onnxruntime. Rules that
+hold on a GPU are asserted: copies stay inside their memory, fresh memory is not zero, tensors
+that are no aliases do not overlap, only what was enqueued during a capture is replayed.
+"""
+
+import ctypes
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+
+SUCCESS, NO_DRIVER, NO_CAPTURE = 0, 35, 900
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+NUMPY = {"bfloat16": "uint16"}
+
+
+class FakeCuda(types.ModuleType):
+    """cuda.bindings.runtime with one device."""
+
+    def __init__(self, *, devices=1, capability=(8, 9), free=2**33, can_capture=True):
+        super().__init__("cuda.bindings.runtime")
+        self.devices, self.capability, self.free = devices, capability, free
+        self.can_capture = can_capture
+        self.blocks, self.recording, self.graphs = {}, None, []
+        self.counts = {"malloc": 0, "free": 0, "launch": 0, "enqueue": 0}
+        self.cudaDeviceAttr = types.SimpleNamespace(
+            cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
+        )
+        self.cudaMemcpyKind = types.SimpleNamespace(
+            cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2
+        )
+        self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def cudaGetDeviceCount(self):
+        return (SUCCESS, self.devices) if self.devices else (NO_DRIVER, None)
+
+    def cudaGetErrorString(self, status):
+        return SUCCESS, {NO_DRIVER: b"no driver"}.get(status, b"not allowed")
+
+    def cudaSetDevice(self, _index):
+        return (SUCCESS,)
+
+    def cudaDeviceGetAttribute(self, attribute, _index):
+        return SUCCESS, self.capability[attribute - 75]
+
+    def cudaMemGetInfo(self):
+        return SUCCESS, self.free, 2 * self.free
+
+    def cudaStreamCreate(self):
+        return SUCCESS, 7
+
+    def cudaStreamSynchronize(self, stream):
+        assert stream == 7
+        assert self.recording is None
+        return (SUCCESS,)
+
+    def cudaMalloc(self, size):
+        self.counts["malloc"] += 1
+        block = (ctypes.c_ubyte * size).from_buffer(bytearray(b"\xff" * size))
+        self.blocks[ctypes.addressof(block)] = block
+        return SUCCESS, ctypes.addressof(block)
+
+    def cudaHostAlloc(self, size, _flags):
+        return self.cudaMalloc(size)
+
+    def cudaFree(self, address):
+        self.counts["free"] += 1
+        del self.blocks[address]
+        return (SUCCESS,)
+
+    cudaFreeHost = cudaFree
+
+    def require_inside(self, address, size):
+        inside = any(
+            start <= address and address + size <= start + len(block)
+            for start, block in self.blocks.items()
+        )
+        assert inside, "outside of what was allocated"
+
+    def cudaMemsetAsync(self, address, value, size, _stream):
+        self.require_inside(address, size)
+        ctypes.memset(address, value, size)
+        return (SUCCESS,)
+
+    def cudaMemcpyAsync(self, to, source, size, kind, stream):
+        assert (kind in (1, 2), stream) == (True, 7)
+        self.require_inside(to, size)
+        self.require_inside(source, size)
+        self.submit(lambda: ctypes.memmove(to, source, size))
+        return (SUCCESS,)
+
+    def submit(self, work):
+        if self.recording is None:
+            work()
+        else:
+            self.recording.append(work)
+
+    def cudaStreamBeginCapture(self, _stream, _mode):
+        assert self.recording is None
+        self.recording = []
+        return (SUCCESS,)
+
+    def cudaStreamEndCapture(self, _stream):
+        work, self.recording = self.recording, None
+        return (SUCCESS, work) if self.can_capture else (NO_CAPTURE, None)
+
+    def cudaGetLastError(self):
+        return (SUCCESS,)
+
+    def cudaGraphInstantiate(self, graph, _flags):
+        self.graphs.append(graph)
+        return SUCCESS, len(self.graphs) - 1
+
+    def cudaGraphDestroy(self, _graph):
+        return (SUCCESS,)
+
+    def cudaGraphExecDestroy(self, _handle):
+        return (SUCCESS,)
+
+    def cudaGraphLaunch(self, handle, stream):
+        assert stream == 7
+        self.counts["launch"] += 1
+        for work in self.graphs[handle]:
+            work()
+        return (SUCCESS,)
+
+
+class FakeGraph:
+    """What the fake parser finds in a graph: the manifest's stage, with changes."""
+
+    def __init__(self, stage, layers=(), errors=(), warnings=()):
+        self.stage, self.layers = stage, layers
+        self.errors, self.warnings = errors, warnings
+
+
+class FakeTensorrt(types.ModuleType):
+    """The parts of TensorRT's API that are used; `graphs` are by file name."""
+
+    def __init__(self, name, version, cuda, compute=None):
+        super().__init__(name)
+        self.__version__ = version
+        self.cuda, self.compute = cuda, compute
+        self.graphs, self.configs, self.stop_at = {}, [], None
+        self.build_error = None
+        trt = self
+
+        class ILogger:
+            INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+
+        class IProgressMonitor:
+            pass
+
+        self.ILogger, self.IProgressMonitor = ILogger, IProgressMonitor
+        self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
+        self.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
+        self.ComputeCapability = types.SimpleNamespace(SM80=80, SM86=86, SM89=89, SM120=120)
+        self.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED=2)
+        for kind in (_Builder, _Parser, _Runtime):
+            setattr(self, kind.__name__.strip("_"), _bind(kind, trt))
+        self.OnnxParser = self.Parser
+
+    def add_bundle(self, bundle, *, is_in_place=True):
+        """Let the parser know the graphs of a bundle."""
+        for stage in bundle.manifest.stages:
+            caches = sum(spec.name.startswith("cache_") for spec in stage.inputs)
+            layers = ["KV_CACHE_UPDATE"] * caches if is_in_place else ["SELECT"]
+            self.graphs[stage.file] = FakeGraph(stage, layers)
+
+
+def _bind(kind, trt):
+    def make(*arguments):
+        return kind(trt, *arguments)
+
+    return make
+
+
+def _tensors(specs):
+    return [
+        types.SimpleNamespace(
+            name=spec.name,
+            dtype=f"DataType.{spec.dtype}",
+            shape=tuple(-1 if isinstance(size, str) else size for size in spec.shape),
+        )
+        for spec in specs
+    ]
+
+
+class _Builder:
+    def __init__(self, trt, log):
+        self.trt, self.log = trt, log
+
+    def create_network(self, flags):
+        assert flags == 1 << self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return types.SimpleNamespace(num_inputs=0, num_outputs=0, num_layers=0)
+
+    def create_builder_config(self):
+        config = _Config()
+        self.trt.configs.append(config)
+        return config
+
+    def create_optimization_profile(self):
+        profile = types.SimpleNamespace(shapes={})
+
+        def set_shape(name, low, best, high):
+            assert low == best == high
+            profile.shapes[name] = list(low)
+
+        profile.set_shape = set_shape
+        return profile
+
+    def build_serialized_network(self, network, config):
+        monitor = config.progress_monitor
+        monitor.phase_start("Building", None, 2)
+        for step in range(2):
+            monitor.phase_start("Timing", "Building", 1)
+            goes_on = monitor.step_complete("Timing", 0)
+            monitor.phase_finish("Timing")
+            if self.trt.stop_at is not None:
+                self.trt.stop_at(monitor)
+            if not (goes_on and monitor.step_complete("Building", step)):
+                return None
+        monitor.phase_finish("Building")
+        if self.trt.build_error:
+            self.log.log(self.trt.ILogger.ERROR, self.trt.build_error)
+            return None
+        profiles = [profile.shapes for profile in config.profiles]
+        return json.dumps({"path": network.path, "profiles": profiles}).encode()
+
+
+class _Config:
+    def __init__(self):
+        self.profiles, self.pools, self.capabilities, self.cache = [], {}, {}, None
+        self.num_compute_capabilities = None
+        self.progress_monitor = None
+
+    def set_memory_pool_limit(self, pool, size):
+        self.pools[pool] = size
+
+    def set_compute_capability(self, capability, index):
+        self.capabilities[index] = capability
+
+    def add_optimization_profile(self, profile):
+        self.profiles.append(profile)
+
+    def create_timing_cache(self, data):
+        return types.SimpleNamespace(data=data, serialize=lambda: b"timings:" + data)
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert ignore_mismatch is False
+        if cache.data.startswith(b"foreign"):
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+class _Parser:
+    def __init__(self, trt, network, log):
+        self.trt, self.network, self.log = trt, network, log
+        self.num_errors = 0
+
+    def parse_from_file(self, path):
+        assert Path(path).is_absolute()
+        graph, network = self.trt.graphs[Path(path).name], self.network
+        inputs, outputs = _tensors(graph.stage.inputs), _tensors(graph.stage.outputs)
+        network.path = path
+        network.num_inputs, network.get_input = len(inputs), inputs.__getitem__
+        network.num_outputs, network.get_output = len(outputs), outputs.__getitem__
+        network.num_layers = len(graph.layers)
+        network.get_layer = lambda k: types.SimpleNamespace(type=f"LayerType.{graph.layers[k]}")
+        for warning in graph.warnings:
+            self.log.log(self.trt.ILogger.WARNING, warning)
+        self.errors, self.num_errors = graph.errors, len(graph.errors)
+        return not graph.errors
+
+    def get_error(self, k):
+        name, operator, text = self.errors[k]
+        return types.SimpleNamespace(
+            node_name=lambda: name,
+            node_operator=lambda: operator,
+            node=lambda: 0,
+            code=lambda: "ErrorCode.UNSUPPORTED_NODE",
+            desc=lambda: text,
+        )
+
+
+class _Runtime:
+    def __init__(self, trt, log):
+        self.trt, self.log = trt, log
+
+    def deserialize_cuda_engine(self, data):
+        try:
+            told = json.loads(bytes(data))
+        except ValueError:
+            self.log.log(self.trt.ILogger.ERROR, "magic tag\ndoes not match")
+            return None
+        return _Engine(self.trt, told)
+
+
+class _Engine:
+    device_memory_size_v2 = 4096
+
+    def __init__(self, trt, told):
+        self.trt, self.path, self.profiles = trt, told["path"], told["profiles"]
+        self.graph = trt.graphs[Path(self.path).name]
+
+    def get_aliased_input_tensor(self, name):
+        is_in_place = "KV_CACHE_UPDATE" in self.graph.layers and name.startswith("next_")
+        return name.removeprefix("next_") if is_in_place else None
+
+    def create_execution_context(self, strategy):
+        assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return _Context(self)
+
+
+class _Context:
+    def __init__(self, engine):
+        self.engine, self.cuda = engine, engine.trt.cuda
+        self.profile, self.addresses, self.shapes, self.scratch = None, {}, {}, None
+        stage = engine.graph.stage
+        self.inputs = {spec.name: spec for spec in stage.inputs}
+        self.outputs = {spec.name: spec for spec in stage.outputs}
+
+    def set_optimization_profile_async(self, index, stream):
+        assert stream == 7
+        if index >= max(len(self.engine.profiles), 1):
+            return False
+        self.profile = self.engine.profiles[index] if self.engine.profiles else {}
+        return True
+
+    def set_device_memory(self, address, size):
+        self.cuda.require_inside(address, size)
+        assert size >= self.engine.device_memory_size_v2
+        self.scratch = address
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = tuple(shape)
+        return list(shape) == self.profile[name]
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return name in self.inputs or name in self.outputs
+
+    def execute_async_v3(self, stream):
+        assert stream == 7
+        assert self.scratch is not None
+        self.cuda.counts["enqueue"] += 1
+        addresses = dict(self.addresses)
+        self._require_apart(addresses)
+        self.cuda.submit(lambda: self._compute(addresses))
+        return True
+
+    def _require_apart(self, addresses):
+        places = {}
+        for name in (*self.inputs, *self.outputs):
+            alias = self.engine.get_aliased_input_tensor(name)
+            if alias:
+                assert addresses[name] == addresses[alias], f"{name} is to be in place"
+                continue
+            self.cuda.require_inside(addresses[name], self._size(name))
+            for start, end in places.values():
+                assert addresses[name] >= end or addresses[name] + self._size(name) <= start
+            places[name] = (addresses[name], addresses[name] + self._size(name))
+
+    def _shape(self, name):
+        spec = self.inputs.get(name) or self.outputs[name]
+        if any(isinstance(size, str) for size in spec.shape):
+            return self.shapes[name]
+        return spec.shape
+
+    def _size(self, name):
+        spec = self.inputs.get(name) or self.outputs[name]
+        return int(np.prod(self._shape(name))) * BYTES[spec.dtype]
+
+    def _view(self, name, addresses):
+        spec = self.inputs.get(name) or self.outputs[name]
+        raw = (ctypes.c_ubyte * self._size(name)).from_address(addresses[name])
+        dtype = NUMPY.get(spec.dtype, spec.dtype)
+        return np.frombuffer(raw, np.uint8).view(dtype).reshape(self._shape(name))
+
+    def _compute(self, addresses):
+        inputs = {name: self._view(name, addresses).copy() for name in self.inputs}
+        outputs = self.engine.trt.compute(self.engine.path, inputs)
+        for name in self.outputs:
+            view = self._view(name, addresses)
+            assert (outputs[name].shape, outputs[name].dtype) == (view.shape, view.dtype), name
+            view[...] = outputs[name]
+
+
+def _varint(value):
+    out = b""
+    while value > 0x7F:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def _field(number, content):
+    if isinstance(content, int):
+        return _varint(number << 3) + _varint(content)
+    content = content.encode() if isinstance(content, str) else content
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def encode_onnx(*, inputs, outputs, nodes=None, weights=(), opset=24, domain=""):
+    """An ONNX file's bytes.
+
+    `nodes` are (name, operator, domain, inputs), by default one that reads every input; `weights`
+    are (name, file, offset, length).
+    """
+    nodes = [("all", "Concat", "", list(inputs))] if nodes is None else nodes
+    graph = b""
+    for name, operator, where, read in nodes:
+        node = b"".join(_field(1, each) for each in read)
+        graph += _field(1, node + _field(3, name) + _field(4, operator) + _field(7, where))
+    for name, file, offset, length in weights:
+        told = {"location": file, "offset": str(offset), "length": str(length)}
+        entries = (_field(13, _field(1, k) + _field(2, v)) for k, v in told.items())
+        graph += _field(5, _field(1, 3) + _field(8, name) + b"".join(entries))
+    graph += b"".join(_field(11, _field(1, name)) for name in inputs)
+    graph += b"".join(_field(12, _field(1, name)) for name in outputs)
+    return _field(1, 10) + _field(7, graph) + _field(8, _field(1, domain) + _field(2, opset))
