@@ -172,8 +172,8 @@ def write_json(folder: Path, name: str, data: dict[str, Any]) -> None:
     (folder / name).write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
-def write_safetensors(folder: Path, shapes: Shapes) -> None:
-    """Float16 shards of at most 5 GB with their index."""
+def write_safetensors(folder: Path, shapes: Shapes, *, sparse: bool = False) -> None:
+    """Float16 shards of at most 5 GB with their index; sparse ones take no space."""
     shards = _split(shapes)
     weight_map = {}
     for k, names in enumerate(shards, start=1):
@@ -192,7 +192,10 @@ def write_safetensors(folder: Path, shapes: Shapes) -> None:
         header += b" " * (-len(header) % 8)
         with (folder / file).open("wb") as opened:
             opened.write(len(header).to_bytes(8, "little") + header)
-            _fill(opened, offset)
+            if sparse:
+                opened.truncate(opened.tell() + offset)
+            else:
+                _fill(opened, offset)
     write_json(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
@@ -276,7 +279,7 @@ def write_clip(folder: Path, side: int) -> None:
     write_torch(folder / "pytorch_model.bin", shapes, torch.float16)
 
 
-def write_library(folder: Path, kind: str, text: dict[str, Any]) -> None:
+def write_library(folder: Path, kind: str, text: dict[str, Any], *, sparse: bool = False) -> None:
     """LLaVA-1.5 or LLaVA-NeXT in Hugging Face's layout."""
     text = text | {"vocab_size": 32064}
     vision = vision_config(336)
@@ -303,7 +306,7 @@ def write_library(folder: Path, kind: str, text: dict[str, Any]) -> None:
         shapes["image_newline"] = (width,)
     shapes |= llama_shapes(text, "language_model.model.", "language_model.lm_head.weight")
     write_json(folder, "config.json", data)
-    write_safetensors(folder, shapes)
+    write_safetensors(folder, shapes, sparse=sparse)
 
 
 def write_shikra(folder: Path) -> None:

@@ -14,7 +14,7 @@ from gap_runtime.bundle import Bundle
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"),
-    "docs/models.md",
+    *("docs/models.md", "docs/targets.md", "docs/jetson.md", "docs/evaluation.md"),
 ]
 COMMANDS = {"gap-export": export_cli._main, "gap-runtime": runtime_cli._main}
 
@@ -47,13 +47,13 @@ def test_command_of_a_document_is_taken(command, monkeypatch):
 
 def test_the_documents_show_every_command_of_the_exporter():
     shown = " ".join(str(command.values[0]) for command in commands())
-    for command in ("positions", "calibrate"):
+    for command in ("positions", "calibrate", "evaluate"):
         assert f"gap-export {command} " in shown
 
 
 def test_every_command_of_the_runtime_is_in_its_readme():
     text = (ROOT / "runtime" / "README.md").read_text(encoding="utf-8")
-    for command in ("ground", "check", "info", "bench"):
+    for command in ("ground", "check", "info", "bench", "doctor", "evaluate"):
         assert f"gap-runtime {command} " in text
 
 
