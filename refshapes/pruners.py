@@ -2,8 +2,8 @@
 
     python refshapes/pruners.py [--expressions 500] [--out build/pruners.json]
 
-The exported graphs answer expressions of the held-out test split on onnxruntime. An answer counts
-when it holds exactly one usable box whose IoU with the true one is at least 0.5. Results are
+The exported graphs answer expressions of the held-out test split on onnxruntime, scored by the
+protocol `ours`. Results are
 written after each bundle; a second run goes on where the first one stopped. Pruners that read the
 phrase compare it with patches by the language model's embeddings: this model has no CLIP.
 """
@@ -13,26 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Final
-
-from effect import ask_all, is_hit
-from rich.progress import Progress
 
 from gap_export.config import load_config
 from gap_export.pipeline import export
 from gap_export.plan import ExportRequest, plan_export
-from gap_runtime import Bundle, Grounder
-from gap_runtime.display import Display
+from gap_runtime import Bundle
+from gap_runtime.display import Display, Pace
+from gap_runtime.rec.answer import BundleAnswerer, describe_bundle
+from gap_runtime.rec.data import Data, open_data
+from gap_runtime.rec.protocol import DEFAULT_PROTOCOL, load_protocol
+from gap_runtime.rec.results import Header
+from gap_runtime.rec.run import describe_data, evaluate
+from gap_runtime.rec.score import score_rows
 from gap_runtime.registry import list_plugins
 
 RATIOS: Final = (0.25, 0.5, 0.75, 0.9)
 MODES: Final = ("gap", "compact", "permuted")
 
 
-def measure(
-    strategy: str, mode: str, ratios: tuple[float, ...], expressions: int, progress: Progress
-) -> dict[str, float]:
+BACKEND: Final = "onnxruntime:cpu"
+
+
+def measure(strategy: str, mode: str, ratios: tuple[float, ...], data: Data) -> dict[str, float]:
     """Accuracy by ratio of one pruner in one mode."""
     named = load_config(
         "refshapes",
@@ -48,15 +53,24 @@ def measure(
         ExportRequest(named=named, target="cpu", out=folder, weights="link", reference=False)
     )
     export(plan, Display(quiet=True))
-    grounder = Grounder(Bundle.open(folder), "onnxruntime:cpu")
-    hits = dict.fromkeys(ratios, 0)
-    asked = ask_all(expressions)
-    for scene, question in progress.track(asked, description=f"{strategy}, {mode}"):
-        for ratio in ratios:
-            answer = grounder.ground(scene.image, question.phrase, ratio=ratio).answer
-            hits[ratio] += is_hit(answer, scene, question, plan.spec)
+    header = Header(
+        subject=describe_bundle(Bundle.open(folder), BACKEND),
+        data=describe_data(data),
+        box=plan.spec.box,
+    )
+    with Display().progress(f"{strategy}, {mode}") as show:
+        answers = evaluate(
+            data,
+            header,
+            partial(BundleAnswerer, folder, BACKEND),
+            ratios=ratios,
+            begin=lambda left: Pace(show, left, "answers"),
+        )
     shutil.rmtree(folder)
-    return {f"{ratio:g}": hits[ratio] / len(asked) for ratio in ratios}
+    scores = score_rows(
+        answers.rows, DEFAULT_PROTOCOL, load_protocol(DEFAULT_PROTOCOL), plan.spec.box
+    )
+    return {f"{score.ratio:g}": score.accuracy for score in scores}
 
 
 def print_table(results: dict[str, dict[str, float]], strategies: list[str]) -> None:
@@ -84,14 +98,14 @@ def main() -> None:
     results: dict[str, dict[str, float]] = data["accuracy"]
     strategies = list_plugins("gap_export.pruners")
     cells = [("unpruned", "gap", (0.0,))] + [(s, m, RATIOS) for s in strategies for m in MODES]
-    with Progress() as progress:
-        for strategy, mode, ratios in cells:
-            key = f"{strategy} {mode}"
-            if key in results:
-                continue
-            name = "spatial" if strategy == "unpruned" else strategy
-            results[key] = measure(name, mode, ratios, options.expressions, progress)
-            options.out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    asked = open_data("refshapes:test", limit=options.expressions)
+    for strategy, mode, ratios in cells:
+        key = f"{strategy} {mode}"
+        if key in results:
+            continue
+        name = "spatial" if strategy == "unpruned" else strategy
+        results[key] = measure(name, mode, ratios, asked)
+        options.out.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     unpruned = results["unpruned gap"]["0"]
     print(f"Acc@0.5 in % on {options.expressions} expressions, GAP / compact / permuted; ", end="")
     print(f"unpruned {100 * unpruned:.1f}\n")

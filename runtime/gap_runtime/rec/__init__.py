@@ -1,0 +1,1 @@
+"""Referring expression comprehension: data, protocols, scores and the long run over them."""

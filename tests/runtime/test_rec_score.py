@@ -1,0 +1,308 @@
+"""Figures against numbers worked out by hand or by plain loops."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gap_runtime.errors import ConfigError, InputError
+from gap_runtime.rec.protocol import load_protocol
+from gap_runtime.rec.results import (
+    Answers,
+    AnswerWriter,
+    DataFacts,
+    Header,
+    Row,
+    Subject,
+    dump_row,
+    read_answers,
+)
+from gap_runtime.rec.score import compare_rows, mcnemar_p, score_rows, wilson_interval
+
+OURS = load_protocol("ours")
+
+
+@pytest.fixture
+def header(llava_box):
+    return Header(
+        subject=Subject(
+            name="tiny",
+            sha256="0" * 64,
+            engine="onnxruntime",
+            strategy="cls_attention",
+            positions="gap",
+            dtype="float32",
+        ),
+        data=DataFacts(name="mine", format="plain", phrases=3, sha256="1" * 64),
+        box=llava_box,
+    )
+
+
+def make_row(key, answer="[0.1, 0.1, 0.3, 0.3]", *, ratio=0.5, box=(10.0, 10.0, 30.0, 30.0)):
+    return Row(
+        key=str(key),
+        ratio=ratio,
+        picture="a.png",
+        phrase="the red mug",
+        size=(100, 100),
+        box=box,
+        answer=answer,
+        token_ids=(1, 2, 3),
+        milliseconds={"vision": 1.0, "total": 4.0},
+        found=(),
+    )
+
+
+def failed(key, *, ratio=0.5):
+    return Row(key=str(key), ratio=ratio, picture="b.png", phrase="it", problem="b.png: broken")
+
+
+def test_figures(llava_box):
+    rows = [
+        make_row(1),
+        # Half of it: counts at 0.5, for ours has >=.
+        make_row(2, "[0.1, 0.1, 0.3, 0.2]"),
+        make_row(3, "nothing"),
+        make_row(4, "[0.3, 0.1, 0.1, 0.3]"),
+        # 400 of 100 * 100 is 4 %: medium; 200 is small, 5000 large.
+        make_row(5, box=(10.0, 10.0, 30.0, 20.0)),
+        make_row(6, "[0, 0, 1, 0.5]", box=(0.0, 0.0, 100.0, 50.0)),
+        failed(7),
+        make_row(8, ratio=0.0),
+    ]
+    unpruned, pruned = score_rows(rows, "ours", OURS, llava_box)
+    assert (unpruned.ratio, unpruned.phrases, unpruned.accuracy) == (0.0, 1, 1.0)
+    assert (pruned.protocol, pruned.ratio) == ("ours", 0.5)
+    assert (pruned.phrases, pruned.unasked, pruned.hits) == (6, 1, 4)
+    assert pruned.accuracy == pytest.approx(4 / 6)
+    assert (pruned.accuracy_25, pruned.accuracy_75) == pytest.approx((4 / 6, 2 / 6))
+    assert pruned.mean_iou == pytest.approx((1 + 0.5 + 0 + 0 + 0.5 + 1) / 6)
+    assert (pruned.unparsable, pruned.degenerate) == (1, 1)
+    assert (pruned.tokens, pruned.median_ms) == (3, 4)
+    assert pruned.milliseconds == {"vision": 1.0, "total": 4.0}
+    assert (pruned.low, pruned.high) == wilson_interval(4, 6)
+    sizes = {size.size: size for size in pruned.sizes}
+    assert {name: size.phrases for name, size in sizes.items()} == {
+        "small": 1,
+        "medium": 4,
+        "large": 1,
+    }
+    assert [sizes[name].accuracy for name in ("small", "medium", "large")] == [1.0, 0.5, 1.0]
+
+
+def test_nothing_asked_gives_no_numbers(llava_box):
+    (score,) = score_rows([failed(1)], "ours", OURS, llava_box)
+    assert (score.phrases, score.unasked, score.hits) == (0, 1, 0)
+    assert math.isnan(score.accuracy)
+    assert (score.low, score.high, score.sizes) == (0.0, 1.0, ())
+
+
+def test_wilson_intervals():
+    # R: prop.test(8, 10, correct = FALSE), binom::binom.wilson(0, 20).
+    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611252), abs=1e-6)
+    assert wilson_interval(20, 20)[1] == 1.0
+
+
+def test_mcnemar():
+    assert mcnemar_p(0, 0) == 1.0
+    assert mcnemar_p(5, 5) == 1.0
+    assert mcnemar_p(1, 7) == mcnemar_p(7, 1) == pytest.approx(2 * (1 + 8) / 256)
+    assert mcnemar_p(0, 10) == pytest.approx(2 / 1024)
+    by_sum = sum(math.comb(300, k) for k in range(121)) * 2 / 2**300
+    assert mcnemar_p(120, 180) == pytest.approx(by_sum)
+    assert 0 <= mcnemar_p(20_000, 21_000) < 1e-5
+
+
+def test_two_files_phrase_by_phrase(header):
+    wrong = "[0.5, 0.5, 0.6, 0.6]"
+    this = [make_row(1), make_row(2), make_row(3, wrong), make_row(4, wrong), failed(5)]
+    other = [make_row(1, "[0.10, 0.1, 0.3, 0.3]"), make_row(2, wrong), make_row(3), make_row(4)]
+    other += [make_row(5), make_row(6)]
+    (found,) = compare_rows(
+        Answers(header=header, rows=tuple(this)),
+        Answers(header=header, rows=tuple(other)),
+        "other.jsonl",
+        "ours",
+        OURS,
+    )
+    assert (found.phrases, found.only_this, found.only_other) == (4, 1, 2)
+    assert (found.accuracy, found.other_accuracy) == (0.5, 0.75)
+    assert found.p == mcnemar_p(1, 2)
+    # The same box in another text is another answer.
+    assert found.differing == 4
+
+
+def test_ratios_are_paired(header):
+    def answers(*ratios):
+        return Answers(header=header, rows=tuple(make_row(1, ratio=r) for r in ratios))
+
+    def pairs(this, other):
+        found = compare_rows(this, other, "other.jsonl", "ours", OURS)
+        return [(each.ratio, each.other_ratio) for each in found]
+
+    assert pairs(answers(0.0, 0.5), answers(0.5, 0.25, 0.0)) == [(0.0, 0.0), (0.5, 0.5)]
+    assert pairs(answers(0.25, 0.5), answers(0.0)) == [(0.25, 0.0), (0.5, 0.0)]
+    with pytest.raises(InputError, match=r"other.jsonl: has none of these ratios; have 0, 0.5"):
+        pairs(answers(0.25), answers(0.0, 0.5))
+
+
+def test_answers_to_other_phrases_are_not_compared(header):
+    this = Answers(header=header, rows=(make_row(1),))
+    other = Answers(header=header, rows=(make_row(1, box=(0.0, 0.0, 5.0, 5.0)),))
+    with pytest.raises(InputError, match="'1' is another phrase or box there"):
+        compare_rows(this, other, "other.jsonl", "ours", OURS)
+    other = Answers(header=header, rows=(make_row(2),))
+    with pytest.raises(InputError, match="no phrase in common"):
+        compare_rows(this, other, "other.jsonl", "ours", OURS)
+
+
+def write(path, header, *rows, resume=False):
+    with AnswerWriter(header, path, resume=resume) as writer:
+        for row in rows:
+            writer.add(row)
+        return list(writer.rows)
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path, header):
+    path = tmp_path / "deep" / "out.jsonl"
+    odd = make_row("3", 'a "quote" \u00e9 \ud83d [0.1, 0.1, 0.3, 0.3]\n')
+    rows = [make_row(1), failed(2), odd]
+    write(path, header, *rows)
+    found = read_answers(path)
+    assert found.header == header
+    assert found.rows[:2] == tuple(rows[:2])
+    assert found.rows[2].answer.startswith('a "quote" \u00e9')
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4
+    assert set(json.loads(lines[2])) == {"key", "ratio", "picture", "phrase", "problem"}
+
+
+@pytest.mark.parametrize("torn", ["", '{"key', "\0\0\0\n", '{"key": "4"}\x00\n'])
+def test_going_on_drops_a_torn_line_only(tmp_path, header, torn):
+    path = tmp_path / "out.jsonl"
+    write(path, header, make_row(1), make_row(2))
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn.encode())
+    assert [row.key for row in write(path, header, make_row(3), resume=True)] == ["1", "2", "3"]
+    assert path.read_bytes() == whole + dump_row(make_row(3))
+
+
+def test_going_on_after_any_byte(tmp_path, header):
+    """Killed wherever it may be: no line is lost, none comes twice."""
+    path = tmp_path / "out.jsonl"
+    rows = [make_row(1), failed(2), make_row(3)]
+    write(path, header, *rows)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with AnswerWriter(header, path, resume=True) as writer:
+            done = len(writer.rows)
+            for row in rows[done:]:
+                writer.add(row)
+        assert path.read_bytes() == whole
+        assert done == max(whole[:length].count(b"\n") - 1, 0)
+
+
+def test_a_file_is_not_written_over(tmp_path, header):
+    path = tmp_path / "out.jsonl"
+    write(path, header, make_row(1))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="exists; go on with it by --resume"):
+        AnswerWriter(header, path, resume=False)
+    others = [
+        ("data", {"sha256": "2" * 64}, "another data: its sha256 is '1111"),
+        ("subject", {"engine": "pytorch"}, "its engine is 'onnxruntime', now 'pytorch'"),
+        ("subject", {"sha256": "3" * 64}, "another model or bundle"),
+        ("box", {"frame": "original"}, "another box format"),
+    ]
+    import dataclasses
+
+    for name, changes, part in others:
+        changed = dataclasses.replace(getattr(header, name), **changes)
+        with pytest.raises(InputError, match=part):
+            AnswerWriter(dataclasses.replace(header, **{name: changed}), path, resume=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"photo", b"\x89PNG\r\n", b'{"a": 1}\n', b"x" * 3_000_000])
+def test_a_file_of_something_else_is_left_alone(tmp_path, header, content):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"out\.jsonl"):
+        AnswerWriter(header, path, resume=True)
+    assert path.read_bytes() == content
+    with pytest.raises(InputError):
+        read_answers(path)
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path, header):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "out.jsonl"
+    with (
+        AnswerWriter(header, path, resume=False),
+        pytest.raises(InputError, match="another run is writing to it"),
+    ):
+        AnswerWriter(header, path, resume=True)
+
+
+def change(**fields):
+    def edit(line):
+        return json.dumps({**json.loads(line), **fields})
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "part"),
+    [
+        (lambda _: "oops", "not valid JSON; the file was changed"),
+        (lambda _: "[]", "expected the fields answer, box"),
+        (change(more=1), "expected the fields"),
+        (change(box=[1, 2, 3]), "wrong kind"),
+        (change(box=[3, 2, 1, 4]), "spans no area"),
+        (change(size=[0, 5]), "spans no area"),
+        (change(answer=None), "wrong kind"),
+        (change(milliseconds=[]), "wrong kind"),
+        (change(key="2"), "comes twice"),
+    ],
+)
+def test_a_changed_file_names_the_line(tmp_path, header, edit, part):
+    path = tmp_path / "out.jsonl"
+    write(path, header, make_row(1), make_row(2))
+    first, second, third = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([first, edit(second), third, ""]), encoding="utf-8")
+    with pytest.raises(InputError, match=part) as caught:
+        read_answers(path)
+    assert str(caught.value).startswith(f"{path}:")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_version(tmp_path, header):
+    path = tmp_path / "out.jsonl"
+    write(path, header)
+    path.write_text(path.read_text(encoding="utf-8").replace('answers": 1', 'answers": 2'))
+    with pytest.raises(InputError, match="answers of version 2, this version reads 1"):
+        read_answers(path)
+    path.write_text("")
+    with pytest.raises(InputError, match="empty"):
+        read_answers(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_answers(Path(tmp_path) / "nowhere.jsonl")
+
+
+def test_classes_of_size_are_by_share(llava_box):
+    shares = [0.0299, 0.03, 0.1499, 0.15, 1.0]
+    rows = [
+        make_row(k, box=(0.0, 0.0, 100.0, 100 * share), answer="x")
+        for k, share in enumerate(shares)
+    ]
+    (score,) = score_rows(rows, "ours", OURS, llava_box)
+    assert [(s.size, s.phrases) for s in score.sizes] == [
+        ("small", 1),
+        ("medium", 2),
+        ("large", 2),
+    ]
+    assert np.isfinite(score.mean_iou)
