@@ -165,10 +165,17 @@ def show_result(display: Display, result: ExportResult) -> None:
     if result.report is None:
         display.say(f"graphs proved; parity with PyTorch not checked: {result.note}")
         return
-    errors = [row.relative_logit_error or 0.0 for row in result.report.rows]
+    checked = result.report.rows
+    errors = [row.relative_logit_error or 0.0 for row in checked]
+    equal = sum(row.same_tokens for row in checked)
+    kept = sum(not row.missed for row in checked)
+    said = (
+        f"{equal} of {len(checked)} answers equal PyTorch's"
+        if result.manifest.quantization is None
+        else f"{equal} of {len(checked)} answers equal PyTorch's, {kept} keep its box"
+    )
     display.say(
-        f"graphs proved; {len(result.report.rows)} answers equal PyTorch's on onnxruntime, "
-        f"largest relative logit error {max(errors):.1e}"
+        f"graphs proved; {said} on onnxruntime, largest relative logit error {max(errors):.1e}"
     )
 
 

@@ -20,6 +20,7 @@ from gap_export.errors import ExportError
 from gap_export.family import InputStatistics
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
 from gap_export.plan import HEAD, REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
+from gap_export.probe import find_bad_tensor
 from gap_export.quantization import Scheme, quantize_sources
 from gap_export.reference import record_reference
 from gap_export.smoothing import smooth_model
@@ -48,7 +49,8 @@ from gap_runtime.build_script import write_build_script
 from gap_runtime.bundle import Bundle, describe_file, hash_file
 from gap_runtime.check import CheckReport, check_bundle
 from gap_runtime.display import Display, format_bytes
-from gap_runtime.errors import BackendMissingError, CheckError
+from gap_runtime.errors import BackendMissingError, CheckError, EngineError
+from gap_runtime.image import load_picture
 from gap_runtime.manifest import (
     SCHEMA,
     CacheShape,
@@ -213,7 +215,11 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
             report = check_bundle(bundle, "onnxruntime:cpu")
     except BackendMissingError as error:
         return None, str(error)
+    except EngineError:
+        _require_finite(bundle)
+        raise
     if not report.passed:
+        _require_finite(bundle)
         failed = next(
             (row for row in report.rows if not (row.passed or row.missed)),
             next(row for row in report.rows if not row.passed),
@@ -224,6 +230,24 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
             "written; --no-reference exports the graphs unchecked"
         )
     return report, ""
+
+
+def _require_finite(bundle: Bundle) -> None:
+    """Say so where a failed check comes from an overflow, and in which tensor."""
+    assert bundle.manifest.reference is not None
+    if bundle.manifest.dtype == "float32":
+        return
+    for sample in bundle.manifest.reference.samples:
+        if sample.ratio is None:
+            continue
+        picture = load_picture(bundle.folder / sample.image)
+        entry = bundle.choose_ratio(sample.ratio, sample.bucket)
+        found = find_bad_tensor(bundle, picture, sample.phrase, entry)
+        if found is not None:
+            raise CheckError(
+                f"{bundle.manifest.name}: {found} is not finite in {bundle.manifest.dtype}; "
+                "nothing was written; export with --dtype bfloat16 or float32"
+            )
 
 
 class _SourceReader:

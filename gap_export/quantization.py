@@ -4,6 +4,9 @@ Weight-only and symmetric. int8 has one scale for each output channel, int4 one 
 up to 128 inputs of it. In the graph a weight is a standard DequantizeLinear before a MatMul, which
 TensorRT builds as it is and onnxruntime fuses to one kernel. Values are found tensor by tensor, so
 memory does not grow with the model.
+
+Weights that came quantized keep their integers. They may have zero points (uint4, uint8), int8 in
+blocks, and inputs that are sorted by block, which a Gather puts before the product.
 """
 
 from __future__ import annotations
@@ -20,26 +23,34 @@ import torch
 from torch import Tensor
 
 from gap_export.errors import ExportError
-from gap_export.sources import TensorSource, cut_pieces, make_tensor
+from gap_export.sources import PackedValues, TensorSource, cut_pieces, make_tensor
 from gap_export.tracing import Traced
+from gap_runtime.tensors import count_bytes
 
 VALUES: Final = ".values"
 SCALES: Final = ".scales"
-"""Suffixes of the two tensors that stand for a weight."""
+ZEROS: Final = ".zeros"
+ORDER: Final = ".order"
+"""Suffixes of the tensors that stand for a weight: always the first two."""
 
 _LIMITS: Final = {"int8": 127, "int4": 7}
 _BLOCKS: Final = (128, 64, 32, 16)
 _CLIPS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 Bytes = npt.NDArray[np.uint8]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How one weight [out, in] is quantized; `block` inputs share a scale, None: all of them."""
+    """How one weight [out, in] is quantized; `block` inputs share a scale, None: all of them.
+
+    Values without a sign have zero points. `is_ordered`: they lie in an order of their own.
+    """
 
     dtype: str
     block: int | None
+    is_ordered: bool = False
 
     @property
     def limit(self) -> int:
@@ -47,8 +58,34 @@ class Scheme:
         return _LIMITS[self.dtype]
 
     def scales_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
-        """Shape of the scales."""
+        """Shape of the scales, and of the zero points."""
         return (outputs,) if self.block is None else (inputs // self.block, outputs)
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether only later opsets can say it: 4 bits, or blocks of inputs."""
+        return self.block is not None or self.dtype.endswith("4")
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether there are zero points."""
+        return self.dtype.startswith("u")
+
+    def tensors(self, shape: Shape, dtype: str) -> dict[str, tuple[str, Shape]]:
+        """Dtype and shape of what stands for a weight, by suffix; `dtype` is that of scales."""
+        outputs, inputs = shape
+        scales = self.scales_shape(outputs, inputs)
+        found = {VALUES: (self.dtype, (inputs, outputs)), SCALES: (dtype, scales)}
+        if self.has_zeros:
+            found[ZEROS] = (self.dtype, scales)
+        if self.is_ordered:
+            # Four bytes, which is what all tensors of the file are aligned to.
+            found[ORDER] = ("int32", (inputs,))
+        return found
+
+    def count_bytes(self, shape: Shape, dtype: str) -> int:
+        """Size of all that stands for a weight; `dtype` is that of scales."""
+        return sum(count_bytes(size, kind) for kind, size in self.tensors(shape, dtype).values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +116,19 @@ def choose_scheme(dtype: str, shape: tuple[int, ...]) -> Scheme | None:
     return Scheme(dtype=dtype, block=next(size for size in _BLOCKS if shape[1] % size == 0))
 
 
+def packed_scheme(packed: PackedValues, inputs: int) -> Scheme:
+    """The scheme of a weight that came quantized.
+
+    Groups that are larger than kernels take become several blocks with the same scale.
+    """
+    is_whole = packed.bits == 8 and packed.group == inputs
+    return Scheme(
+        dtype=f"{'int' if packed.is_symmetric else 'uint'}{packed.bits}",
+        block=None if is_whole else next(size for size in _BLOCKS if packed.group % size == 0),
+        is_ordered=packed.order_I is not None,
+    )
+
+
 def quantize_graph(
     traced: Traced, choose: Callable[[str, tuple[int, ...]], Scheme | None]
 ) -> tuple[Traced, dict[str, Scheme]]:
@@ -105,11 +155,12 @@ def quantize_graph(
         assert node.attributes.get_int("transB", 0) == 1
         schemes[name] = scheme
         # One for each use: kernels fuse it with the product, and TensorRT dies of a shared one.
-        _replace_gemm(graph, node, _dequantize(graph, node, weight, scheme))
-    for name in schemes:
-        graph.initializers.pop(name)
+        _replace_gemm(graph, node, *_dequantize(graph, node, weight, scheme))
+    new = set()
+    for name, scheme in schemes.items():
+        weight = graph.initializers.pop(name)
+        new |= {name + suffix for suffix in scheme.tensors(_static_shape(weight), "")}
     graph.sort()
-    new = {name + suffix for name in schemes for suffix in (VALUES, SCALES)}
     parameters = (traced.parameters - set(schemes)) | new
     return dataclasses.replace(traced, parameters=frozenset(parameters)), schemes
 
@@ -119,26 +170,27 @@ def _static_shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
 
 
-def _dequantize(graph: ir.Graph, before: ir.Node, weight: ir.Value, scheme: Scheme) -> ir.Value:
-    """A weight [in, out] from its values and scales."""
+def _dequantize(
+    graph: ir.Graph, before: ir.Node, weight: ir.Value, scheme: Scheme
+) -> tuple[ir.Value, ir.Value | None]:
+    """A weight [in, out] from what stands for it, and the order of its inputs if it has one."""
     outputs, inputs = _static_shape(weight)
     assert weight.dtype is not None
-    values = _declare(
-        graph,
-        f"{weight.name}{VALUES}",
-        (inputs, outputs),
-        ir.DataType[scheme.dtype.upper()],
-    )
-    scales = _declare(
-        graph, f"{weight.name}{SCALES}", scheme.scales_shape(outputs, inputs), weight.dtype
-    )
+    tensors = scheme.tensors((outputs, inputs), weight.dtype.name)
+    found = {
+        suffix: _declare(graph, f"{weight.name}{suffix}", shape, ir.DataType[dtype.upper()])
+        for suffix, (dtype, shape) in tensors.items()
+    }
+    order = found.pop(ORDER, None)
     attributes = {"axis": 1} if scheme.block is None else {"axis": 0, "block_size": scheme.block}
-    node = ir.node("DequantizeLinear", [values, scales], attributes, name=f"{before.name}/weight")
+    node = ir.node(
+        "DequantizeLinear", list(found.values()), attributes, name=f"{before.name}/weight"
+    )
     result = node.outputs[0]
     result.name = f"{before.outputs[0].name}.weight"
-    result.shape, result.type = ir.Shape((inputs, outputs)), scales.type
+    result.shape, result.type = ir.Shape((inputs, outputs)), found[SCALES].type
     graph.insert_before(before, node)
-    return result
+    return result, order
 
 
 def _declare(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
@@ -150,12 +202,22 @@ def _declare(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataT
     return graph.initializers[name]
 
 
-def _replace_gemm(graph: ir.Graph, gemm: ir.Node, weight: ir.Value) -> None:
-    """A product and a sum instead of a Gemm."""
+def _replace_gemm(
+    graph: ir.Graph, gemm: ir.Node, weight: ir.Value, order: ir.Value | None
+) -> None:
+    """A product and a sum instead of a Gemm, of inputs in the weight's own order."""
     x, old = gemm.inputs[0], gemm.outputs[0]
+    assert x is not None
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    nodes = []
+    if order is not None:
+        gather = ir.node("Gather", [x, order], {"axis": 1}, name=f"{gemm.name}/order")
+        gather.outputs[0].name = f"{old.name}.ordered"
+        gather.outputs[0].shape, gather.outputs[0].type = x.shape, x.type
+        nodes, x = [gather], gather.outputs[0]
     product = ir.node("MatMul", [x, weight], name=gemm.name)
-    nodes, result = [product], product.outputs[0]
+    nodes.append(product)
+    result = product.outputs[0]
     result.name, result.shape, result.type = old.name, old.shape, old.type
     if bias is not None:
         result.name = f"{old.name}.product"
@@ -186,6 +248,9 @@ def quantize_sources(
     made: dict[str, TensorSource] = {}
     for name, scheme in schemes.items():
         source = sources[name]
+        if source.packed is not None:
+            made |= _packed_sources(name, source, source.packed, scheme)
+            continue
         pair = _Pair(name, source, scheme, smoothings.get(name, NO_SMOOTHING), dtype)
         outputs, inputs = source.shape
         made[name + VALUES] = TensorSource(
@@ -199,6 +264,43 @@ def quantize_sources(
             inputs=source.inputs,
             encode=pair.take_scales,
         )
+    return made
+
+
+def _packed_sources(
+    name: str, source: TensorSource, packed: PackedValues, scheme: Scheme
+) -> dict[str, TensorSource]:
+    """Where the integers of a weight that came quantized come from: its checkpoint's own."""
+    outputs, inputs = source.shape
+    shape = scheme.scales_shape(outputs, inputs)
+    repeats = packed.group // (scheme.block or inputs)
+    middle = np.uint8(2 ** (packed.bits - 1))
+
+    def values() -> Bytes:
+        found = packed.read_values().numpy()
+        # What is less than nothing wraps around, as signed values do.
+        return _pack(found if scheme.has_zeros else found - middle, scheme.dtype)
+
+    def zeros() -> Bytes:
+        return _pack(packed.read_zeros().repeat_interleave(repeats, 0).numpy(), scheme.dtype)
+
+    def order() -> Bytes:
+        assert packed.order_I is not None
+        return packed.order_I.int().view(torch.uint8).numpy()
+
+    encodes = {VALUES: values, ZEROS: zeros, ORDER: order}
+    made = {
+        name + suffix: TensorSource(
+            shape=size, inputs=source.inputs, dtype=dtype, encode=encodes[suffix]
+        )
+        for suffix, (dtype, size) in scheme.tensors(source.shape, "").items()
+        if suffix != SCALES
+    }
+    made[name + SCALES] = TensorSource(
+        shape=shape,
+        inputs=(packed.scales,),
+        make=lambda scales: scales.repeat_interleave(repeats, 0).reshape(shape),
+    )
     return made
 
 
@@ -235,17 +337,19 @@ def _quantize(
     for piece in cut_pieces(source):
         rows = slice(start, start + piece.shape[0])
         weight = make_tensor(piece).float()
-        if not bool(torch.isfinite(weight).all()):
-            raise ExportError(
-                f"{source.inputs[0].file.name}: tensor '{name}' holds values that are no finite "
-                "numbers; give the checkpoint as it was published"
-            )
         if smoothing.columns is not None:
             weight = weight * smoothing.columns
         if smoothing.rows is not None:
             weight = weight * smoothing.rows[rows, None]
         found, scale = round_weight(weight, scheme, dtype, smoothing)
-        values[:, rows] = found.to(torch.int8).numpy().T
+        # The largest of a block, and so its scale, is no number where any of its values is.
+        if not bool(torch.isfinite(scale).all()):
+            raise ExportError(
+                f"{source.inputs[0].file.name}: tensor '{name}' holds values that are no finite "
+                "numbers; give the checkpoint as it was published"
+            )
+        # Turned before it is put in place: strided writes would take most of the time.
+        values[:, rows] = found.to(torch.int8).T.contiguous().numpy()
         scales[:, rows] = scale.T.to(scales.dtype)
         start = rows.stop
     return _pack(values, scheme.dtype), scales.view(torch.uint8).numpy().reshape(-1)
@@ -269,7 +373,7 @@ def round_weight(
         return scale.to(getattr(torch, dtype)).float().clamp_min(tiny)
 
     def nearest(scale: Tensor) -> Tensor:
-        return torch.round(blocks / scale).clamp_(-scheme.limit, scheme.limit)
+        return (blocks / scale).round_().clamp_(-scheme.limit, scheme.limit)
 
     scale = stored(largest)
     values = nearest(scale)
@@ -290,12 +394,10 @@ def round_weight(
     return values.reshape(rows, inputs), scale[..., 0]
 
 
-def _pack(values: npt.NDArray[np.int8], dtype: str) -> Bytes:
+def _pack(values: npt.NDArray[np.int8] | Bytes, dtype: str) -> Bytes:
     """Values as they lie in a file: 4-bit ones two in a byte, the first in the lower half."""
-    flat: Bytes = values.reshape(-1).view(np.uint8)  # type: ignore[assignment]
-    if dtype == "int8":
+    flat = np.frombuffer(values.tobytes(), np.uint8)
+    if dtype.endswith("8"):
         return flat
-    if len(flat) % 2:
-        flat = np.append(flat, np.uint8(0))
-    packed: Bytes = (flat[0::2] & 0xF) | (flat[1::2] << 4)
-    return packed
+    # There are even many: inputs come in sixteens, packed outputs in eights.
+    return ((flat[0::2] & 0xF) | (flat[1::2] << 4)).astype(np.uint8)

@@ -28,14 +28,34 @@ _PIECE_VALUES: Final = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackedValues:
+    """The integers that a checkpoint holds in place of a weight [out, in].
+
+    The weight is (value - zero) * scale; `group` inputs of an output share a zero and a scale.
+    `is_symmetric` says that all zeros are the middle, 2 ** (bits - 1). `scales` lie as
+    [in / group, out]; `read_values` gives uint8 [in, out], sorted by group, and `read_zeros` uint8
+    [in / group, out]. `order_I` has the input of each row of values, None where they lie in order.
+    """
+
+    bits: int
+    group: int
+    is_symmetric: bool
+    scales: TensorLocation
+    order_I: Tensor | None
+    read_values: Callable[[], Tensor]
+    read_zeros: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSource:
     """A tensor of the model.
 
-    `make` takes the inputs' values in float32, which it may change, and gives the tensor in
-    float32; where it is None, the tensor is the one input as it lies. `cut` says which inputs may
-    be given in the same rows as those of the tensor that are wanted; where it is empty, the
-    tensor is only made whole. `encode` is for tensors that are no floating-point numbers, of
-    `dtype` (else the model's): it gives the bytes as they will lie in the file.
+    `make` takes the inputs' values, which it may change, integers as they are and all else in
+    float32, and gives the tensor in float32; where it is None, the tensor is the one input as it
+    lies. `cut` says which inputs may be given in the same rows as those of the tensor that are
+    wanted; where it is empty, the tensor is only made whole. `encode` is for tensors that are no
+    floating-point numbers, of `dtype` (else the model's): it gives the bytes as they will lie in
+    the file. `packed` is there where the tensor is a weight that came quantized.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +64,7 @@ class TensorSource:
     cut: tuple[bool, ...] = ()
     dtype: str | None = None
     encode: Encode | None = None
+    packed: PackedValues | None = None
 
     def rows(self, start: int, stop: int) -> TensorSource:
         """The source of some rows of the tensor."""
@@ -64,7 +85,9 @@ def make_tensor(source: TensorSource) -> Tensor:
     values = [read_tensor(location) for location in source.inputs]
     if source.make is None:
         return values[0]
-    made = source.make(*(value.float() for value in values))
+    made = source.make(
+        *(value.float() if value.is_floating_point() else value for value in values)
+    )
     assert tuple(made.shape) == source.shape
     return made
 

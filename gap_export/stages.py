@@ -15,7 +15,7 @@ from gap_export.graph.text import TextStage
 from gap_export.graph.vision import PruneStage, TowerStage, sort_features
 from gap_export.onnx_rules import prove_graph
 from gap_export.plan import ExportPlan
-from gap_export.quantization import Scheme, choose_scheme, quantize_graph
+from gap_export.quantization import Scheme, choose_scheme, packed_scheme, quantize_graph
 from gap_export.tracing import FREE_ROWS, Traced, trace
 from gap_export.weights import WeightPlan, bind_weights, strip_stage, write_placeholders
 from gap_runtime.manifest import DECODER, TEXT, VISION, Bucket, RatioEntry, Stage
@@ -192,16 +192,25 @@ class Graphs:
         return [*self.visions, self.decoder, *([self.text] if self.text else [])]
 
 
+def scheme_of(
+    plan: ExportPlan, name: str, shape: tuple[int, ...], *, vision: bool
+) -> Scheme | None:
+    """The scheme of a linear layer's weight; None where it stays. `vision`: of a vision graph."""
+    if plan.quantization is None or not plan.is_quantized(name, vision=vision):
+        return None
+    packed = plan.sources[name].packed
+    if packed is not None:
+        return packed_scheme(packed, shape[1])
+    return choose_scheme(plan.quantization.weights, shape)
+
+
 def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> tuple[Graphs, dict[str, Scheme]]:
     """The graphs with quantized weights in their linear layers, and each scheme by weight."""
-    assert plan.quantization is not None
-    dtype = plan.quantization.weights
     schemes: dict[str, Scheme] = {}
 
     def quantize(traced: Traced, *, vision: bool) -> Traced:
         def choose(parameter: str, shape: tuple[int, ...]) -> Scheme | None:
-            wanted = plan.is_quantized(strip_stage(parameter), vision=vision)
-            return choose_scheme(dtype, shape) if wanted else None
+            return scheme_of(plan, strip_stage(parameter), shape, vision=vision)
 
         quantized, found = quantize_graph(traced, choose)
         schemes.update({strip_stage(name): scheme for name, scheme in found.items()})

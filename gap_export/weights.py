@@ -32,7 +32,14 @@ from gap_runtime.tensors import StoredTensor, count_bytes
 _FICLONE: Final = 0x40049409
 """Linux's request to share a file's blocks copy-on-write (reflink)."""
 _SCAN_BYTES: Final = 4 * 2**20
-_SAFETENSORS: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+_SAFETENSORS: Final = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+}
 _PACKED: Final = "U8"
 """What the library's format calls values that share bytes: it has no 4-bit numbers."""
 NOT_FINITE: Final = "values that are no finite numbers; give the checkpoint as it was published"

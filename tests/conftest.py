@@ -3,10 +3,17 @@
 import checkpoints
 import hypothesis
 import pytest
+from families import shared_operators
 
 # The same draws everywhere, and no folder of past failures in the checkout.
 hypothesis.settings.register_profile("here", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_built_once():
+    with shared_operators():
+        yield
 
 
 @pytest.fixture(scope="session")

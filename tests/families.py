@@ -132,9 +132,6 @@ def shared_graphs():
     A tower is the same for all exports of a family whose pruners need the same of it, CLIP's text
     tower for all of a family, a decoder for all that have as many slots and positions, a pruning
     stage only for the same export again. All is still joined, written, proved and run anew.
-
-    Torch's table of operators, which it builds for every graph, is half of a small graph's time;
-    it is built once.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, make_key in (
@@ -144,6 +141,13 @@ def shared_graphs():
             ("trace_pruning", _pruning_key),
         ):
             patch.setattr(pipeline, name, _remember(getattr(pipeline, name), name, make_key))
+        yield
+
+
+@contextmanager
+def shared_operators():
+    """Torch builds its table of operators for every graph, half of its time; here once."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_build_registry))
         yield
 

@@ -110,6 +110,13 @@ def decoder_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     }
 
 
+def linear_weights(shape: LlamaShape) -> list[str]:
+    """Names of the weights of all linear layers, the head among them."""
+    table = "language_model.embed_tokens.weight"
+    shapes = decoder_shapes(shape)
+    return [name for name, size in shapes.items() if len(size) == 2 and name != table]
+
+
 def smoothing_groups(shape: LlamaShape) -> list[SmoothingGroup]:
     """Weights whose inputs can be scaled: after both norms, after values and after the gate.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.eager.clip import EagerClipText
+from gap_export.eager.files import is_quantized, load_tensors
 from gap_export.eager.llama import EagerLlama
 from gap_export.errors import CheckpointError
 from gap_export.features import EagerVision, Geometry
@@ -123,6 +124,30 @@ def loading(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.folder}: PyTorch cannot load it ({reason:.200}); mend it, or export the "
             "graphs alone with --no-reference"
         ) from error
+
+
+def load_library(kind: Any, checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+    """A library's model of that kind with the weights of its checkpoint.
+
+    The library runs quantized layers on a GPU only, so it gets those as plain ones.
+
+    Args:
+        kind: The model's class.
+        checkpoint: In the library's own layout.
+        config: The library's, that of the model before it was quantized.
+        dtype: Of the parameters.
+    """
+    if not is_quantized(checkpoint):
+        return kind.from_pretrained(
+            checkpoint.folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
+    return kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=load_tensors(checkpoint, dtype),
+        dtype=dtype,
+        attn_implementation="eager",
+    )
 
 
 def load_state(module: Any, tensors: dict[str, Tensor], *, strict: bool = True) -> None:

@@ -38,11 +38,15 @@ from gap_export.blocks.hub import (
     parse_config,
     processor_config,
     read_normalization,
-    refuse_quantized,
     require_clip_tower,
     require_patches_alone,
 )
-from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, read_llama_shape
+from gap_export.blocks.llama import (
+    LlamaDecoder,
+    decoder_shapes,
+    linear_weights,
+    read_llama_shape,
+)
 from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.blocks.llama import smoothing_groups as llama_groups
 from gap_export.checkpoint import Checkpoint
@@ -51,11 +55,12 @@ from gap_export.dialect import Dialect
 from gap_export.eager.clip import EagerClip, EagerClipText
 from gap_export.eager.files import load_tensors, rename_tensors
 from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, load_state, loading
+from gap_export.eager.model import EagerGrounder, load_library, load_state, loading
 from gap_export.errors import CheckpointError
 from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.features import Feature
-from gap_export.sources import TensorSource, expected_shapes, match_tensors, stored
+from gap_export.packed import match_sources, read_packing, without_quantization
+from gap_export.sources import TensorSource, expected_shapes
 from gap_runtime.manifest import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width, S rows, V vocabulary.
@@ -96,7 +101,8 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     data = checkpoint.require_json("config.json")
     if data.get("model_type") != "llava":
         raise CheckpointError(f"{where}: model_type {data.get('model_type')!r}, expected 'llava'")
-    refuse_quantized(data, where)
+    read_packing(data, where)
+    data = without_quantization(data)
     original = _is_original(data)
     library = _read_original(checkpoint, data, where) if original else _read_library(data, where)
     vision, text = library.vision_config, library.text_config
@@ -150,14 +156,15 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     if inside:
         expected |= tower_shapes(config.vision_config)
     tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
-    found = match_tensors(
+    sources = match_sources(
         checkpoint,
         expected,
+        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
+        packable=linear_weights(shape),
         rename=_canonical_name,
         ignored=IGNORED,
         optional=frozenset({_LM_HEAD} if tied else ()),
     )
-    sources = {name: stored(tensor) for name, tensor in found.items()}
     sources.setdefault(_LM_HEAD, sources[EMBEDDING])
     clip = checkpoint.parts.get("clip")
     if clip is not None:
@@ -294,9 +301,7 @@ def _canonical_name(key: str) -> str:
 def _load_model(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> Any:
     """The library's own model."""
     if not _is_original(checkpoint.require_json("config.json")):
-        return LlavaForConditionalGeneration.from_pretrained(
-            checkpoint.folder, dtype=dtype, attn_implementation="eager", local_files_only=True
-        )
+        return load_library(LlavaForConditionalGeneration, checkpoint, spec.library_config, dtype)
     config = spec.library_config
     config._attn_implementation = "eager"  # noqa: SLF001 - the library's own switch
     model = LlavaForConditionalGeneration(config).to(dtype)

@@ -42,11 +42,15 @@ from gap_export.blocks.hub import (
     parse_config,
     processor_config,
     read_normalization,
-    refuse_quantized,
     require_clip_tower,
     require_patches_alone,
 )
-from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, read_llama_shape
+from gap_export.blocks.llama import (
+    LlamaDecoder,
+    decoder_shapes,
+    linear_weights,
+    read_llama_shape,
+)
 from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.blocks.llama import smoothing_groups as llama_groups
 from gap_export.checkpoint import Checkpoint
@@ -54,11 +58,12 @@ from gap_export.config import ExportConfig
 from gap_export.dialect import Dialect
 from gap_export.eager.clip import EagerClip, EagerClipText
 from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, loading
+from gap_export.eager.model import EagerGrounder, load_library, loading
 from gap_export.errors import CheckpointError
 from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.features import Feature
-from gap_export.sources import TensorSource, expected_shapes, match_tensors, stored
+from gap_export.packed import match_sources, read_packing, without_quantization
+from gap_export.sources import TensorSource, expected_shapes
 from gap_runtime.anyres import choose_canvas, mosaic_grid, mosaic_index, newline_index
 from gap_runtime.errors import BundleError, ConfigError
 from gap_runtime.image import fitting_size
@@ -100,7 +105,8 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         raise CheckpointError(
             f"{where}: model_type {data.get('model_type')!r}, expected 'llava_next'"
         )
-    refuse_quantized(data, where)
+    read_packing(data, where)
+    data = without_quantization(data)
     library = parse_config(lambda: LlavaNextConfig.from_dict(data), where, "LLaVA-NeXT")
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
@@ -150,14 +156,15 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     expected = expected_shapes(lambda: _Projector(config)) | decoder_shapes(shape)
     expected |= tower_shapes(config.vision_config) | {_NEWLINE: (spec.width,)}
     tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
-    found = match_tensors(
+    sources = match_sources(
         checkpoint,
         expected,
+        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
+        packable=linear_weights(shape),
         rename=library_name,
         ignored=IGNORED,
         optional=frozenset({_LM_HEAD} if tied else ()),
     )
-    sources = {name: stored(tensor) for name, tensor in found.items()}
     sources.setdefault(_LM_HEAD, sources[EMBEDDING])
     if spec.text is not None:
         sources |= find_clip_weights(checkpoint.parts["clip"], vision=False, text=True)
@@ -221,11 +228,11 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
 def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
     """Hugging Face's LlavaNextForConditionalGeneration with the checkpoint's weights."""
     with loading(checkpoint):
-        model = LlavaNextForConditionalGeneration.from_pretrained(
-            checkpoint.folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation="eager",
-            local_files_only=True,
+        model = load_library(
+            LlavaNextForConditionalGeneration,
+            checkpoint,
+            spec.library_config,
+            getattr(torch, dtype),
         )
         processor = _load_processor(checkpoint, spec)
         config = spec.library_config

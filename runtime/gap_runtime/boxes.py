@@ -81,13 +81,15 @@ def unpad_box(values: list[float], frame: str, width: int, height: int) -> list[
         raise BundleError(f"box frame '{frame}' is unknown; have padded-square, original")
     side = max(width, height)
     dx, dy = (side - width) // 2, (side - height) // 2
-    return [value * side - (dx, dy)[k % 2] for k, value in enumerate(values)]
+    x0, y0, x1, y1 = values
+    return [x0 * side - dx, y0 * side - dy, x1 * side - dx, y1 * side - dy]
 
 
 def clip_box(values: list[float], width: int, height: int) -> Box | None:
     """The part of a box inside the picture, or None where there is none."""
-    x0, x1 = (min(max(values[k], 0.0), float(width)) for k in (0, 2))
-    y0, y1 = (min(max(values[k], 0.0), float(height)) for k in (1, 3))
+    right, bottom = float(width), float(height)
+    x0, y0 = min(max(values[0], 0.0), right), min(max(values[1], 0.0), bottom)
+    x1, y1 = min(max(values[2], 0.0), right), min(max(values[3], 0.0), bottom)
     return Box(x0=x0, y0=y0, x1=x1, y1=y1) if x1 > x0 and y1 > y0 else None
 
 

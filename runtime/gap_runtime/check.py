@@ -61,7 +61,7 @@ LEAST_IOU: Final = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRow:
-    """One sample at one ratio. `reasons` is empty when it passed; `missed`: only its answer did not."""
+    """One sample at one ratio. `reasons` is empty when it passed; `missed`: all but its answer."""
 
     ratio: float
     sample: str
@@ -240,7 +240,9 @@ def compare_stages(
         reasons.append(f"kept patches differ (Jaccard {jaccard:.3f}, no near tie)")
     if not positions_equal and not (near_tie and ends_equal):
         reasons.append("position IDs differ")
-    if visual_error is not None and not visual_error <= tolerance.visual:
+    if not np.isfinite(values.visual_tokens).all():
+        reasons.append("visual tokens are not finite (gap-export probe names the first tensor)")
+    elif visual_error is not None and not visual_error <= tolerance.visual:
         reasons.append(f"visual tokens differ by {visual_error:.2g} (relative)")
     if logit_error is not None and not logit_error <= tolerance.logits:
         reasons.append(f"prefill logits differ by {logit_error:.2g} (relative)")

@@ -87,7 +87,9 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="onnxruntime",
         metavar="NAME",
-        help="onnxruntime, onnxruntime:cpu or onnxruntime:cuda (default: onnxruntime)",
+        help="onnxruntime: CUDA where it is there, else the CPU (default); onnxruntime:cpu, "
+        "onnxruntime:cuda, onnxruntime:tensorrt, onnxruntime:nvtensorrtrtx: that or nothing; "
+        "tensorrt: the engines of `gap-runtime build`",
     )
 
 

@@ -105,6 +105,7 @@ def _choose(logits: np.ndarray) -> int:
     token = int(logits.argmax())
     if not np.isfinite(logits[token]):
         raise EngineError(
-            "the decoder gave values that are not finite; export with --dtype bfloat16 or float32"
+            "the decoder gave values that are not finite; export with --dtype bfloat16 or float32 "
+            "(gap-export probe names the first tensor)"
         )
     return token

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+_LINE_SECONDS: Final = 60
 
 
 class Display:
@@ -38,13 +40,84 @@ class Display:
             yield
         self._console.print(f"{name} [dim]({time.monotonic() - began:.1f} s)[/dim]")
 
+    @contextmanager
+    def progress(self, name: str) -> Iterator[Callable[[float, str], None]]:
+        """Show how far a long step is; what it gives takes the share done and what is done now."""
+        began = time.monotonic()
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            with Progress(
+                *columns,
+                TextColumn("[dim]{task.fields[now]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            ) as bar:
+                task = bar.add_task(name, total=1.0, now="")
+                yield lambda share, now: bar.update(task, completed=share, now=now)
+        else:
+            yield _Lines(self, name)
+        self._console.print(f"{name} [dim]({time.monotonic() - began:.1f} s)[/dim]")
+
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; numbers are right-aligned."""
         self._console.print(_make_table(title, header, rows))
+
+
+class _Lines:
+    """Progress as a line a minute, for log files."""
+
+    def __init__(self, display: Display, name: str) -> None:
+        """Begin now."""
+        self._display, self._name, self._said = display, name, time.monotonic()
+
+    def __call__(self, share: float, now: str) -> None:
+        """So much is done."""
+        if time.monotonic() - self._said >= _LINE_SECONDS:
+            self._said = time.monotonic()
+            self._display.say(f"{self._name}: {share:.0%}, {now}")
+
+
+class Pace:
+    """Counts what is done of many, and tells a progress the rate and the time that is left."""
+
+    def __init__(self, show: Callable[[float, str], None], total: int, noun: str) -> None:
+        """Begin now.
+
+        Args:
+            show: What `Display.progress` gives.
+            total: How many there are to do.
+            noun: What is counted, in the plural.
+        """
+        self._show, self._total, self._noun = show, total, noun
+        self._done, self._began = 0, time.monotonic()
+
+    def __call__(self, more: int) -> None:
+        """So many more are done."""
+        self._done += more
+        rate = self._done / max(time.monotonic() - self._began, 1e-9)
+        left = format_seconds((self._total - self._done) / rate) if rate else "unknown time"
+        self._show(
+            self._done / max(self._total, 1),
+            f"{self._done:,} of {self._total:,} {self._noun}, {_format_rate(rate)}, {left} left",
+        )
+
+
+def _format_rate(rate: float) -> str:
+    return f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration, for example `2 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -65,6 +65,18 @@ class StageValues:
     milliseconds: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What the stages before the decoder gave of a picture at one ratio."""
+
+    pixels: np.ndarray
+    visual_tokens: np.ndarray
+    kept_index: np.ndarray
+    position_ids: np.ndarray
+    preprocess_ms: float
+    vision_ms: float
+
+
 def open_backend(name: str) -> tuple[Backend, str]:
     """A backend module by name, and the device after a colon in the name (or nothing).
 
@@ -80,13 +92,18 @@ class Grounder:
     """A bundle loaded for use. Graphs are loaded at first need and kept."""
 
     def __init__(
-        self, bundle: Bundle, backend: str = DEFAULT_BACKEND, *, ratio: float | None = None
+        self,
+        bundle: Bundle,
+        backend: str | Backend = DEFAULT_BACKEND,
+        *,
+        ratio: float | None = None,
     ) -> None:
         """Load the tokenizer and map the embeddings.
 
         Args:
             bundle: An opened bundle.
             backend: `onnxruntime`, `onnxruntime:cpu` or `onnxruntime:cuda`.
+                Or a backend itself.
             ratio: One of the bundle's ratios; the first one it was exported with by default.
 
         Raises:
@@ -95,7 +112,9 @@ class Grounder:
         """
         self.bundle = bundle
         self.default_ratio = bundle.choose_ratio(ratio)
-        self._backend, self._device = open_backend(backend)
+        self._backend, self._device = (
+            open_backend(backend) if isinstance(backend, str) else (backend, "")
+        )
         prompt = bundle.manifest.prompt
         if prompt.tokenizer is None:
             raise BundleError(
@@ -147,55 +166,105 @@ class Grounder:
         )
 
     def run_stages(
-        self, picture: Image.Image, phrase: str, entry: RatioEntry, *, most: int | None = None
+        self,
+        picture: Image.Image,
+        phrase: str,
+        entry: RatioEntry,
+        *,
+        most: int | None = None,
+        seen: Seen | None = None,
     ) -> StageValues:
         """Run every stage on an RGB picture and keep what each gave.
 
-        `most` tokens are decoded where it is given, whether or not the answer ends before.
+        Args:
+            picture: RGB.
+            phrase: What to ground.
+            entry: Of the picture's bucket.
+            most: Tokens to decode, whether or not the answer ends before.
+            seen: What `see` gave of this picture at this ratio, to be used instead.
         """
         manifest = self.bundle.manifest
         prompt = self.encoder.encode_within(phrase, manifest.layout)
-        stage = manifest.stage(VISION, entry)
-        vision, decoder = self._open(stage), self._open_decoder()
-        reads_phrase = any(spec.name == TEXT_FEATURES for spec in stage.inputs)
-        text = self._open(manifest.stage(TEXT)) if reads_phrase and self._phrases else None
-        began = time.perf_counter()
-        pixels = make_pixels(picture, manifest.preprocess, manifest.bucket(entry.bucket))
-        prepared = time.perf_counter()
-        inputs = {"pixels": pixels}
-        if reads_phrase:
-            inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
-        seen = vision.run(inputs)
-        visual, position_ids = seen["visual_tokens"], seen["position_ids"]
+        if seen is None:
+            seen = self.see(picture, phrase, entry)
+        decoder = self._open_decoder()
         looked = time.perf_counter()
         layout = manifest.layout.at(entry)
         embeddings = splice_prompt(
-            self._table, prompt.prefix, visual, prompt.suffix, layout.prompt
+            self._table, prompt.prefix, seen.visual_tokens, prompt.suffix, layout.prompt
         )
         decoded = decode_greedily(
             decoder,
             self._table,
             embeddings,
-            position_ids,
+            seen.position_ids,
             length=layout.prefix + layout.visual + len(prompt.suffix),
             most=layout.answer if most is None else most,
             stop_ids=manifest.prompt.stop_ids if most is None else (),
         )
+        answered_ms = (time.perf_counter() - looked) * 1e3
         return StageValues(
             prompt_ids=prompt.prefix + prompt.suffix,
-            pixels=pixels,
-            visual_tokens=visual,
-            kept_index=seen["kept_index"],
-            position_ids=position_ids,
+            pixels=seen.pixels,
+            visual_tokens=seen.visual_tokens,
+            kept_index=seen.kept_index,
+            position_ids=seen.position_ids,
             decoded=decoded,
             milliseconds={
-                "preprocess": (prepared - began) * 1e3,
-                "vision": (looked - prepared) * 1e3,
+                "preprocess": seen.preprocess_ms,
+                "vision": seen.vision_ms,
                 "prefill": decoded.prefill_ms,
                 "decode": decoded.decode_ms,
-                "total": (time.perf_counter() - began) * 1e3,
+                "total": seen.preprocess_ms + seen.vision_ms + answered_ms,
             },
         )
+
+    def see(
+        self,
+        picture: Image.Image,
+        phrase: str,
+        entry: RatioEntry,
+        *,
+        before: Seen | None = None,
+    ) -> Seen:
+        """Run the stages before the decoder on an RGB picture.
+
+        Args:
+            picture: RGB.
+            phrase: For a pruner that reads it, see `reads_phrase`.
+            entry: Of the picture's bucket.
+            before: Of the same picture, whose pixels are used again.
+        """
+        manifest = self.bundle.manifest
+        stage = manifest.stage(VISION, entry)
+        vision = self._open(stage)
+        reads_phrase = self.reads_phrase(entry)
+        text = self._open(manifest.stage(TEXT)) if reads_phrase and self._phrases else None
+        began = time.perf_counter()
+        if before is None:
+            pixels = make_pixels(picture, manifest.preprocess, manifest.bucket(entry.bucket))
+        else:
+            pixels = before.pixels
+        prepared = time.perf_counter()
+        inputs = {"pixels": pixels}
+        if reads_phrase:
+            inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
+        given = vision.run(inputs)
+        looked = time.perf_counter()
+        preprocess_ms = (prepared - began) * 1e3
+        return Seen(
+            pixels=pixels,
+            visual_tokens=given["visual_tokens"],
+            kept_index=given["kept_index"],
+            position_ids=given["position_ids"],
+            preprocess_ms=preprocess_ms if before is None else before.preprocess_ms,
+            vision_ms=(looked - prepared) * 1e3,
+        )
+
+    def reads_phrase(self, entry: RatioEntry) -> bool:
+        """Whether what the vision graph of a ratio gives depends on the phrase."""
+        inputs = self.bundle.manifest.stage(VISION, entry).inputs
+        return any(spec.name == TEXT_FEATURES for spec in inputs)
 
     def _read_phrase(self, phrase: str, text: StageSession | None) -> np.ndarray:
         """What the vision graph is told of the phrase, float32 [1, W]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,49 +28,62 @@ _TURNS: Final = {
 """How to turn a picture upright, by its EXIF orientation."""
 
 
-def load_picture(path: str | Path) -> Image.Image:
+def load_picture(path: str | Path, *, turned: bool = True) -> Image.Image:
     """A picture file as upright 8-bit RGB.
 
-    EXIF rotation is applied. Grey, palette, alpha, CMYK and 16-bit pictures are converted as
-    the models' own processors do: alpha is dropped, 16 bits keep their upper eight.
+    Grey, palette, alpha, CMYK and 16-bit pictures are converted as the models' own processors
+    do: alpha is dropped, 16 bits keep their upper eight.
+
+    Args:
+        path: The file.
+        turned: Apply EXIF rotation; without, the pixels stay as they are stored.
 
     Raises:
         InputError: The file is missing, no picture, broken, or larger than MAX_PIXELS.
+    """
+    return read_picture(path, str(path), turned=turned)
+
+
+def read_picture(file: str | Path | BinaryIO, name: str, *, turned: bool = True) -> Image.Image:
+    """A picture as `load_picture` gives it, from an open file or a path; `name` is for errors.
+
+    Raises:
+        InputError: As for `load_picture`.
     """
     try:
         with warnings.catch_warnings():
             # The size is checked below, with a lower limit than Pillow's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(file) as picture:
                 # Before it is unpacked: a small file may hold a huge picture.
                 if picture.width * picture.height > MAX_PIXELS:
                     raise InputError(
                         f"{picture.width}x{picture.height} pixels, "
                         f"at most {MAX_PIXELS:,} in all are read; scale it down"
                     )
-                return to_rgb(picture)
+                return to_rgb(picture, turned=turned)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+        raise InputError(f"{name}: no such file") from error
     except IsADirectoryError as error:
-        raise InputError(f"{path}: a folder, expected a picture file") from error
+        raise InputError(f"{name}: a folder, expected a picture file") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a picture in a format that Pillow reads") from error
+        raise InputError(f"{name}: not a picture in a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down") from error
+        raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down") from error
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
-        raise InputError(f"{path}: the picture is broken ({error})") from error
+        raise InputError(f"{name}: the picture is broken ({error})") from error
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB of a picture of any mode.
+def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
+    """8-bit RGB of a picture of any mode, upright unless `turned` is false.
 
     Raises:
         InputError: The picture holds values that have no fixed range (32-bit float).
     """
     # Pillow's exif_transpose writes the EXIF anew and stumbles over careless entries.
-    turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1)) if turned else None
     upright = picture if turn is None else picture.transpose(turn)
     if upright.mode == "F":
         raise InputError("a picture of 32-bit floats has no fixed range; save it with 8 bits")

@@ -17,14 +17,15 @@ ITEM_BYTES: Final = {
 }
 """Bytes per element of every dtype that graphs and bundles use, whole bytes only."""
 
-_PACKED_BITS: Final = {"int4": 4, "uint4": 4}
+_WEIGHT_BITS: Final = {"int4": 4, "uint4": 4, "uint8": 8}
+"""Bits of the dtypes that only quantized weights have."""
 
 
 def count_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Size of a tensor as it is stored; values of 4 bits lie two in a byte."""
     values = math.prod(shape)
-    if dtype in _PACKED_BITS:
-        return -(-values * _PACKED_BITS[dtype] // 8)
+    if dtype in _WEIGHT_BITS:
+        return -(-values * _WEIGHT_BITS[dtype] // 8)
     return values * ITEM_BYTES[dtype]
 
 

@@ -67,6 +67,9 @@ ERRORS = [
     (["positions", "refshaps"], 2, "unknown-name", "did you mean refshapes"),
     (["positions", "refshapes", "--ratio", "1"], 2, "config", "outside [0, 1)"),
     (["positions", "refshapes", "--image", "nowhere.png"], 2, "input", "nowhere.png"),
+    (["evaluate", "refshapes"], 2, "config", "--data"),
+    (["evaluate", "refshapes", "--data", "nowhere.csv"], 2, "input", "no such file"),
+    (["evaluate", "refshaps", "--data", "refshapes:val"], 2, "unknown-name", "refshapes"),
     (["calibrate", "refshapes"], 2, "config", "--images"),
     (["calibrate", "refshapes", "--images", "."], 2, "config", "no adaptive rule"),
     (
@@ -340,7 +343,9 @@ HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "ric
         ("gap_export", ["--version"]),
         ("gap_export", ["positions", "--help"]),
         ("gap_export", ["calibrate", "--help"]),
+        ("gap_export", ["evaluate", "--help"]),
         ("gap_runtime", ["--help"]),
+        ("gap_runtime", ["evaluate", "--help"]),
         ("gap_runtime", ["--version"]),
     ],
 )
@@ -383,7 +388,16 @@ def test_the_flags_of_gap_export_are_these():
     parser = cli._parser()
     assert positionals(parser) == ["model"]
     assert flags(parser) == HELP | {
-        *("--ratio", "--pruner", "--positions", "--extra-token", "--dtype", "--target", "--set"),
+        *(
+            "--ratio",
+            "--pruner",
+            "--positions",
+            "--extra-token",
+            "--dtype",
+            "--quantize",
+            "--target",
+            "--set",
+        ),
         *("--weights", "--no-reference", "--checkpoint", "--out", "--dry-run", "--json"),
         *("-v", "--verbose", "--version"),
     }
@@ -410,7 +424,12 @@ def survey_parser(monkeypatch):
     return find
 
 
-SURVEYS = ["positions", "calibrate"]
+EVALUATE = {
+    *("--data", "--images", "--protocol", "--ratio", "--limit", "--out", "--resume", "--compare"),
+    *("--ray", "--workers"),
+}
+PROBE = {"--json", "--ratio", "--image", "--phrase"}
+SURVEYS = ["positions", "calibrate", "evaluate"]
 
 
 def test_the_commands_that_export_nothing_have_these_flags(survey_parser):
@@ -418,11 +437,14 @@ def test_the_commands_that_export_nothing_have_these_flags(survey_parser):
     own = {
         "positions": {"--ratio", "--extra-token", "--image", "--phrase"},
         "calibrate": {"--images", "--phrase"},
+        "evaluate": {"--positions", "--extra-token"} | EVALUATE,
     }
     for command in SURVEYS:
         parser = survey_parser(command)
         assert positionals(parser) == ["model"]
         assert flags(parser) == HELP | shared | own[command]
+    probe = survey_parser("probe")
+    assert (positionals(probe), flags(probe)) == (["bundle"], HELP | PROBE)
 
 
 def test_the_commands_and_flags_of_gap_runtime_are_these():
@@ -436,7 +458,16 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
         ),
         "check": (["bundle"], {"--json", "--backend"}),
         "info": (["bundle"], {"--json"}),
+        "build": (
+            ["bundle"],
+            {
+                *("--json", "--target", "--ratio", "--compute-capability", "--timing-cache"),
+                *("--set", "--force"),
+            },
+        ),
+        "doctor": ([], {"--json"}),
         "bench": (["bundle"], {"--json", "--runs", "--backend"}),
+        "evaluate": (["bundle"], {"--json", "--backend"} | EVALUATE),
     }
 
 
@@ -459,7 +490,7 @@ def test_flags_of_other_commands_are_not_abbreviated(run, arguments):
 
 
 def test_every_flag_says_what_it_does(survey_parser):
-    surveys = [survey_parser(command) for command in SURVEYS]
+    surveys = [survey_parser(command) for command in (*SURVEYS, "probe")]
     for parser in (cli._parser(), *surveys, *subparsers(runtime_cli._parser()).values()):
         for action in parser._actions:
             assert action.help, action

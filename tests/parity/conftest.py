@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from families import shared_graphs
 
 from gap_export.config import load_config
 from gap_export.pipeline import export
@@ -24,6 +25,12 @@ def export_bundle(
     )
     export(plan_export(request), Display(quiet=True))
     return Path(out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graphs_traced_once():
+    with shared_graphs():
+        yield
 
 
 @pytest.fixture(scope="session", name="export")

@@ -7,7 +7,7 @@ import shutil
 import onnx
 import pytest
 from engines import build_bundle
-from families import FAMILIES, export, find_family, shared_graphs
+from families import FAMILIES, export, find_family
 from onnx import TensorProto, helper
 
 from benchmarks import checkpoints
@@ -22,12 +22,6 @@ CASES = [(family, PRUNERS[k % 3]) for k, family in enumerate(FAMILIES)]
 HEAD_DIM = 16
 """The least that TensorRT's attention kernels take."""
 NATIVE_LAYERS = ("ATTENTION_OUTPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def graphs_traced_once():
-    with shared_graphs():
-        yield
 
 
 def require_layers(bundle, records):

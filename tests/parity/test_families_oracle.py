@@ -10,7 +10,7 @@ import numpy as np
 import pruner_formulas as truth
 import pytest
 import torch
-from families import FAMILIES, PHRASE, export, find_family, shared_graphs
+from families import FAMILIES, PHRASE, export, find_family
 from family_truth import find_truth
 from PIL import Image
 
@@ -22,12 +22,6 @@ MERGING = ("prumerge", "prumerge_plus", "trim", "visionzip")
 SELECTING = sorted({*list_plugins("gap_export.pruners")} - {*MERGING} | {"trim"})
 RATIO = 0.5
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    with shared_graphs():
-        yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pruner_formulas as truth
 import pytest
-from families import FAMILIES, export, find_family, shared_graphs
+from families import FAMILIES, export, find_family
 
 from gap_export.config import EXTRA_RULES, POSITION_MODES
 from gap_runtime.manifest import read_manifest
@@ -34,12 +34,6 @@ ROTATED_RULES = tuple(
     for i, rule in enumerate(EXTRA_RULES)
     for j, pruner in enumerate(EXTRA)
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    with shared_graphs():
-        yield
 
 
 @pytest.fixture
