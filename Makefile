@@ -4,6 +4,7 @@
 # make matrix  parity of every family, pruner and position mode (about half an hour)
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
 # make pruners accuracy of every pruner by ratio and position mode on the held-out split (about an hour)
+# make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
 # make train   train the embedded model again (about an hour on two cores)
 
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,\
@@ -13,8 +14,9 @@ STAMP := .venv/.installed
 DEMO := build/demo
 SAMPLE := refshapes/samples/test-006.png
 PHRASE := the top yellow circle
+PHRASES := 100
 
-.PHONY: setup demo test lint unit device matrix effect pruners train clean
+.PHONY: setup demo test lint unit device matrix effect pruners results train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -57,6 +59,13 @@ effect: $(STAMP)
 
 pruners: $(STAMP)
 	$(BIN)/python refshapes/pruners.py
+
+# One thread: single phrases gain nothing from more. Run again after a stop, it goes on.
+results: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/gap-export sweep refshapes --data refshapes:test --limit $(PHRASES) \
+		--ratios 0 0.25 0.5 0.75 0.9 --pruners all --positions gap compact permuted --pytorch \
+		--set prune.phrase=embeddings --backend onnxruntime:cpu --out build/results --resume
+	$(BIN)/python refshapes/results.py build/results --write docs/results.md
 
 train: $(STAMP)
 	$(BIN)/python refshapes/train.py

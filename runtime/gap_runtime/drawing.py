@@ -14,6 +14,8 @@ from gap_runtime.manifest import Manifest
 
 _LEAST_SIDE: Final = 480
 BOX_COLOUR: Final = (255, 64, 129)
+REFERENCE_COLOUR: Final = (47, 111, 228)
+TRUE_COLOUR: Final = (0, 200, 83)
 _SHADE: Final = (16, 18, 28, 170)
 _DARKEST: Final = 215
 
@@ -83,6 +85,21 @@ def outline_boxes(
             _draw_dashes(draw, (x0, y0, x1 - 1, y1 - 1), colour, width)
         else:
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=width)
+
+
+def draw_pair(
+    canvas: Image.Image,
+    scale: int,
+    *,
+    reference: Sequence[Box],
+    found: Sequence[Box],
+    true: Sequence[Box] = (),
+) -> None:
+    """Outline PyTorch's boxes, inside their line those found, and dashed the true ones."""
+    width = max(4, max(canvas.size) // 60)
+    outline_boxes(canvas, reference, scale, REFERENCE_COLOUR, width=width)
+    outline_boxes(canvas, found, scale, BOX_COLOUR, width=max(2, width // 2))
+    outline_boxes(canvas, true, scale, TRUE_COLOUR, width=width, dashed=True)
 
 
 def _draw_dashes(

@@ -54,6 +54,19 @@ def make_page(title: str, body: str) -> str:
     return _PAGE.substitute(title=escape(title), style=style, body=body)
 
 
+def require_writable(path: Path) -> None:
+    """Refuse a place for a page before the work that fills it.
+
+    Raises:
+        InputError: It is a folder, or lies in none.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else f"{path.parent} is no folder"
+        raise InputError(
+            f"{path}: cannot be written ({reason}); give a file, for example out.html"
+        )
+
+
 def write_page(path: Path, page: str) -> None:
     """Write a text file whole or not at all.
 
@@ -98,7 +111,7 @@ def make_table(
     lines = []
     for row in rows:
         cells = "".join(
-            f'<td{" class=wrap" if k == wrapped else ""}>{escape(cell)}</td>'
+            f"<td{' class=wrap' if k == wrapped else ''}>{escape(cell)}</td>"
             for k, cell in enumerate(row)
             if k
         )

@@ -37,6 +37,7 @@ def error_lines(err):
     return [line for line in err.splitlines() if not re.fullmatch(r"[\w ]+ \(\d+\.\d s\)", line)]
 
 
+SWEEP = ("sweep", "refshapes", "--data", "refshapes:val", "--limit", "1")
 ERRORS = [
     (["refshaps"], 2, "unknown-name", "did you mean refshapes"),
     (["./nowhere"], 2, "config", "no such folder"),
@@ -70,6 +71,18 @@ ERRORS = [
     (["evaluate", "refshapes"], 2, "config", "--data"),
     (["evaluate", "refshapes", "--data", "nowhere.csv"], 2, "input", "no such file"),
     (["evaluate", "refshaps", "--data", "refshapes:val"], 2, "unknown-name", "refshapes"),
+    (["sweep", "refshapes"], 2, "config", "--data"),
+    (["sweep", "refshaps", "--data", "refshapes:val"], 2, "unknown-name", "refshapes"),
+    ([*SWEEP, "--pruners", "spacial"], 2, "unknown-name", "did you mean spatial"),
+    ([*SWEEP, "--set", "parts.clip=nowhere"], 3, "checkpoint", "no such part 'clip'"),
+    ([*SWEEP, "--positions", "gaps"], 2, "config", "--positions 'gaps' is unknown; have gap"),
+    ([*SWEEP, "--ratios", "0.5", "1"], 2, "config", "outside [0, 1)"),
+    ([*SWEEP, "--protocol", "theirs"], 2, "unknown-name", "theirs"),
+    ([*SWEEP, "--backend", "onxruntime"], 2, "unknown-name", "onnxruntime"),
+    ([*SWEEP, "--gallery", "-1"], 2, "config", "--gallery -1"),
+    ([*SWEEP, "--workers", "2"], 2, "config", "goes with --ray"),
+    ([*SWEEP, "--out", "file"], 2, "config", "exists and is no sweep"),
+    ([*SWEEP, "--out", "."], 2, "config", "exists and is no sweep"),
     (["calibrate", "refshapes"], 2, "config", "--images"),
     (["calibrate", "refshapes", "--images", "."], 2, "config", "no adaptive rule"),
     (
@@ -344,6 +357,7 @@ HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "ric
         ("gap_export", ["positions", "--help"]),
         ("gap_export", ["calibrate", "--help"]),
         ("gap_export", ["evaluate", "--help"]),
+        ("gap_export", ["sweep", "--help"]),
         ("gap_runtime", ["--help"]),
         ("gap_runtime", ["evaluate", "--help"]),
         ("gap_runtime", ["--version"]),
@@ -398,7 +412,15 @@ def test_the_flags_of_gap_export_are_these():
             "--target",
             "--set",
         ),
-        *("--weights", "--no-reference", "--checkpoint", "--out", "--dry-run", "--json"),
+        *(
+            "--weights",
+            "--no-reference",
+            "--checkpoint",
+            "--out",
+            "--force",
+            "--dry-run",
+            "--json",
+        ),
         *("-v", "--verbose", "--version"),
     }
 
@@ -428,6 +450,12 @@ EVALUATE = {
     *("--data", "--images", "--protocol", "--ratio", "--limit", "--out", "--resume", "--compare"),
     *("--ray", "--workers"),
 }
+SWEEP_FLAGS = {
+    *("--data", "--images", "--protocol", "--limit", "--ray", "--workers", "--ratios"),
+    *("--pruners", "--positions", "--pytorch", "--gallery", "--out", "--resume", "--backend"),
+    *("--extra-token", "--dtype", "--target", "--checkpoint", "--set", "--json"),
+    *("-v", "--verbose"),
+}
 PROBE = {"--json", "--ratio", "--image", "--phrase"}
 SURVEYS = ["positions", "calibrate", "evaluate"]
 
@@ -443,6 +471,8 @@ def test_the_commands_that_export_nothing_have_these_flags(survey_parser):
         parser = survey_parser(command)
         assert positionals(parser) == ["model"]
         assert flags(parser) == HELP | shared | own[command]
+    sweep = survey_parser("sweep")
+    assert (positionals(sweep), flags(sweep)) == (["model"], HELP | SWEEP_FLAGS)
     probe = survey_parser("probe")
     assert (positionals(probe), flags(probe)) == (["bundle"], HELP | PROBE)
 
@@ -456,7 +486,7 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
             ["bundle", "image", "phrase"],
             {"--json", "--ratio", "--draw", "--backend"},
         ),
-        "check": (["bundle"], {"--json", "--backend"}),
+        "check": (["bundle"], {"--json", "--backend", "--html"}),
         "info": (["bundle"], {"--json"}),
         "build": (
             ["bundle"],
@@ -490,7 +520,7 @@ def test_flags_of_other_commands_are_not_abbreviated(run, arguments):
 
 
 def test_every_flag_says_what_it_does(survey_parser):
-    surveys = [survey_parser(command) for command in (*SURVEYS, "probe")]
+    surveys = [survey_parser(command) for command in (*SURVEYS, "probe", "sweep")]
     for parser in (cli._parser(), *surveys, *subparsers(runtime_cli._parser()).values()):
         for action in parser._actions:
             assert action.help, action

@@ -113,14 +113,24 @@ def plain_accuracy(accuracy, export, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("weights", "vision", "points"),
-    [("int8", False, 2), ("int8", True, 2), ("int4", False, 5), ("int4", True, 5)],
+    ("weights", "vision", "dtype", "points"),
+    [
+        ("int8", False, "float32", 2),
+        ("int8", True, "float32", 2),
+        ("int4", False, "float32", 5),
+        ("int4", True, "float32", 5),
+        # onnxruntime is known to fuse this pair wrongly at one of its optimization levels.
+        ("int4", False, "float16", 5),
+    ],
 )
-def test_grounding_survives(export, accuracy, plain_accuracy, tmp_path, weights, vision, points):
+def test_grounding_survives(
+    export, accuracy, plain_accuracy, tmp_path, weights, vision, dtype, points
+):
     """The export itself has checked the samples against PyTorch by then."""
     folder = export(
         "refshapes",
         tmp_path / "b",
+        dtype=dtype,
         prune__ratios=[0.0, 0.5],
         quantize__weights=weights,
         quantize__vision=vision,
@@ -128,14 +138,25 @@ def test_grounding_survives(export, accuracy, plain_accuracy, tmp_path, weights,
     report = check_bundle(Bundle.open(folder))
     assert report.passed
     assert (report.precision, report.misses_allowed) == (weights, 1)
-    # Unpruned, where half the accuracy is not lost to chance; pruned it may also gain.
     found = accuracy(folder)
     assert found[0.0] >= plain_accuracy[0.0] - points / 100
     assert found[0.5] >= plain_accuracy[0.5] - points / 100 - 0.02
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [
+    pytest.param(
+        family,
+        weights,
+        marks=[] if weights == "int4" or family == "llava" else [pytest.mark.matrix],
+    )
+    for family in FAMILIES
+    for weights in ("int4", "int8")
+    # The other layouts' graphs are alike.
+    if family not in {"llava-original", "llava-next-vicuna"}
+]
+
+
+@pytest.mark.parametrize(("family", "weights"), CASES)
 def test_every_family_builds(tmp_path_factory, tmp_path, family, weights):
     case = find_family(family, tmp_path_factory, head_dim=16)
     export_plan(

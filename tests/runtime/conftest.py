@@ -358,3 +358,13 @@ def fakes():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def pages():
+    """The module page_reader.py, which lies beside this one."""
+    path = Path(__file__).with_name("page_reader.py")
+    spec = importlib.util.spec_from_file_location("page_reader", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

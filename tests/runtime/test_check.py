@@ -162,7 +162,7 @@ def test_differences_within_the_tolerances_pass():
         ),
         (
             {"visual_tokens": changed("visual_tokens", (0, 3, 1), np.nan)},
-            "visual tokens differ by inf (relative)",
+            "visual tokens are not finite (gap-export probe names the first tensor)",
         ),
         ({"logits": changed("logits", 4, 3)}, "prefill logits differ by"),
         ({"logits": changed("logits", 4, np.nan)}, "prefill logits differ by inf (relative)"),
@@ -373,7 +373,7 @@ def test_boxes_are_matched_in_order():
 
 
 def test_every_precision_of_the_exporter_has_tolerances():
-    assert set(TOLERANCES) == {"float32", "float16", "bfloat16"}
+    assert set(TOLERANCES) == {"float32", "float16", "bfloat16", "int8", "int4"}
 
 
 def test_bundle_without_reference_cannot_be_checked(make_bundle):
@@ -517,3 +517,32 @@ def test_check_as_json_has_a_row_for_every_bucket_and_ratio(
         ("00-tall", 0.5, True),
         ("00-tall", 0.25, True),
     ]
+
+
+@pytest.mark.parametrize("wrong", [(), [(0.25, "tall")]])
+def test_check_writes_its_page(make_bundle, manifest, tiled, answer_with, tmp_path, pages, wrong):
+    answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES, wrong=wrong)
+    out = tmp_path / "report.html"
+    code = main(["check", str(make_bundle(**tiled, **samples)), "--html", str(out)])
+    assert code == (6 if wrong else 0)
+    page = pages.Page(out.read_text(encoding="utf-8"))
+    pages.require_sound(page)
+    # One for each row, and what the ratios of each sample keep.
+    assert len(page.images) == 4 + 2
+    assert [table["rows"] for table in page.tables] == [1 + 4, 4]
+    assert ("answers part at token 0" in page.words) == bool(wrong)
+    assert ("token 0" in page.words) == bool(wrong)
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(
+    make_bundle, manifest, answer_with, tmp_path, capsys
+):
+    backend = answer_with(11)
+    bundle = make_bundle(**make_samples(manifest))
+    for place in (tmp_path, tmp_path / "nowhere" / "report.html"):
+        assert main(["check", str(bundle), "--html", str(place)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"error: {place}: cannot be written (")
+        assert len(error.splitlines()) == 1
+    assert backend.calls == []

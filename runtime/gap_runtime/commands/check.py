@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gap_runtime.command import add_backend, add_bundle, open_bundle, print_json
@@ -19,19 +20,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_bundle(parser)
     add_backend(parser)
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as one page with pictures"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from gap_runtime.check import check_bundle  # noqa: PLC0415
+    from gap_runtime.check import Compared, check_bundle  # noqa: PLC0415
+    from gap_runtime.check_page import make_check_page  # noqa: PLC0415
     from gap_runtime.display import Display  # noqa: PLC0415
+    from gap_runtime.page import require_writable, write_page  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
+    if options.html is not None:
+        require_writable(options.html)
     display = Display()
     with display.step("checking files"):
         bundle = open_bundle(options, verify_all=True)
     with display.step("comparing with PyTorch's answers"):
-        report = check_bundle(bundle, options.backend)
+        compared: list[Compared] = []
+        report = check_bundle(bundle, options.backend, on_compared=compared.append)
+    if options.html is not None:
+        write_page(options.html, make_check_page(bundle, report, compared))
+        display.say(f"report: {options.html}")
     if options.json:
         print_json(dump_record(report))
     else:

@@ -1,0 +1,1 @@
+"""The report of a sweep: tables, plots, pictures and the page that holds them."""
