@@ -16,7 +16,8 @@ from PIL import Image
 
 from gap_export.features import AdaptivePruner
 from gap_export.plan import REFERENCE_DTYPE, ExportPlan, require_memory
-from gap_export.reference import SAMPLES_FILE, Sample, ask, read_samples
+from gap_export.reference import ask
+from gap_export.samples import SAMPLES_FILE, Sample, read_samples
 from gap_runtime.errors import ConfigError, InputError
 from gap_runtime.image import find_bucket, load_picture
 from gap_runtime.layout import count_kept

@@ -153,6 +153,30 @@ def open_checkpoint(
     return _index_hub(location, revision, advice)
 
 
+def locate_checkpoint(location: str, revision: str | None = None) -> Path | None:
+    """Where `open_checkpoint` finds a checkpoint on this machine; None where it would download."""
+    path = Path(location).expanduser()
+    if path.exists():
+        return path
+    return _find_snapshot(location, revision) if _is_hub_id(location) else None
+
+
+def locate_part(location: str, beside: Path) -> Path | None:
+    """Where `open_part` finds a part on this machine; None where it would download."""
+    found = next((place for place in _part_places(location, beside) if place.exists()), None)
+    if found is None and _is_hub_id(location):
+        return _find_snapshot(location, None)
+    return found
+
+
+def list_files(place: Path) -> list[Path]:
+    """The files of a checkpoint's folder that an export may read; of a file, what lies beside."""
+    folder = place.parent if place.is_file() else place
+    patterns = _HUB_FILES if place.is_file() else (*_HUB_FILES, *_TORCH_FILES)
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found | {place} if place.is_file() else found)
+
+
 def open_part(location: str, beside: Path, role: str) -> Checkpoint:
     """Index a checkpoint that another one names as its part.
 
@@ -242,7 +266,13 @@ def _index_files(
     owners: dict[str, str] = {}
     for name, wanted in files.items():
         # A hub cache holds links into a blob store; graphs need the real file.
-        found = _index_file((folder / name).resolve(), folder / name)
+        try:
+            found = _index_file((folder / name).resolve(), folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name}: cannot be read ({error.strerror}); mend its permissions or "
+                "download it again"
+            ) from error
         keys = found.tensors.keys() | found.unreadable.keys()
         missing, repeated = sorted(wanted - keys), sorted(owners.keys() & keys)
         if missing:
@@ -393,6 +423,21 @@ def _is_hub_id(location: str) -> bool:
     """Whether a location that is no path here may be a repository on the hub."""
     is_file = Path(location).suffix in {".safetensors", ".bin", ".pth", ".pt"}
     return "/" in location and not location.startswith((".", "/", "~")) and not is_file
+
+
+def _find_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """The folder of a hub repository in the local cache; None where it is not there.
+
+    Written out here, because the library's own function takes long to import.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415 - only where a hub id is given
+
+    home = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    revision = revision or "main"
+    name = home / "refs" / revision
+    commit = name.read_text(encoding="utf-8").strip() if name.is_file() else revision
+    folder = home / "snapshots" / commit
+    return folder if folder.is_dir() else None
 
 
 def _download(hub_id: str, revision: str | None, advice: str) -> Path:

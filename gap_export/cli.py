@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -14,6 +15,7 @@ from gap_runtime.command import ArgumentParser, Command, print_json, run_command
 from gap_runtime.registry import list_plugins, load_plugin
 
 if TYPE_CHECKING:
+    from gap_export.config import NamedConfig
     from gap_export.estimate import Estimate
     from gap_export.pipeline import ExportResult
     from gap_export.plan import ExportPlan
@@ -79,6 +81,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would be made; write nothing"
     )
+    parser.add_argument(
+        "--force", action="store_true", help="export again what is there already, unchanged"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
     parser.add_argument("--version", action="version", version=metadata.version("gap-export"))
@@ -93,6 +98,8 @@ def _export(arguments: Sequence[str]) -> int:
 
     display = Display()
     named = read_config(options.model, options)
+    if not (options.dry_run or options.force) and _show_finished(display, named, options):
+        return 0
     with display.step("loading libraries"):
         from gap_export import pipeline  # noqa: PLC0415 - loads torch
         from gap_export.placement import require_replaceable  # noqa: PLC0415
@@ -109,6 +116,30 @@ def _export(arguments: Sequence[str]) -> int:
         show_result(display, result)
         print(result.plan.out)
     return 0
+
+
+def _show_finished(display: Display, named: NamedConfig, options: Namespace) -> bool:
+    """Print the result of the same export, if it was made before; whether it was."""
+    from gap_export.identity import find_finished  # noqa: PLC0415 - slow for --help
+
+    found = find_finished(
+        named,
+        target=options.target,
+        weights=options.weights,
+        reference=options.reference,
+        out=options.out,
+    )
+    if found is None:
+        return False
+    display.say(
+        f"{found.folder}: exported before, with these settings and from these files; "
+        "--force exports again"
+    )
+    if options.json:
+        print_json(found.result)
+    else:
+        print(found.folder)
+    return True
 
 
 def _dry_run(display: Display, plan: ExportPlan, *, as_json: bool) -> None:

@@ -87,12 +87,15 @@ class BoxConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckConfig:
-    """Where the sample pictures lie that PyTorch answers at export.
+    """What PyTorch answers at export, and in how much memory.
 
-    A folder with `samples.json`, a list of {image, phrase}; the packaged ones where it is null.
+    `samples` is a folder with `samples.json`, a list of {image, phrase}; the packaged ones where
+    it is null. With `memory_mib`, PyTorch reads weights layer by layer and keeps so many MiB of
+    them; where it is null, it does that only if the model does not fit in the free memory.
     """
 
     samples: str | None = None
+    memory_mib: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +323,7 @@ def _require_usable(config: ExportConfig, where: str) -> None:
         ("prompt.prefix", config.prompt.prefix, 0),
         ("prompt.suffix", config.prompt.suffix, 1),
         ("prompt.answer", config.prompt.answer, 1),
+        ("check.memory_mib", config.check.memory_mib, 0),
         ("vision.heads", config.vision.heads, 1),
         ("vision.side", config.vision.side, 1),
     ):

@@ -184,5 +184,11 @@ class Family(Protocol):
     def smoothing_groups(self, spec: ModelSpec) -> list[SmoothingGroup]:
         """The decoder's weights whose inputs can be scaled before they are quantized."""
 
-    def load_eager(self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
-        """The checkpoint in PyTorch, independent of every graph."""
+    def load_eager(
+        self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
+    ) -> EagerModel:
+        """The checkpoint in PyTorch, independent of every graph.
+
+        With `memory`, weights are read from their files when they are needed, and no more than
+        that many bytes of them stay in memory in between; the answers are the same.
+        """

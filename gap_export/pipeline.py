@@ -7,8 +7,11 @@ whole; nothing else that an export does can be seen from outside.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from threading import Event
@@ -18,8 +21,11 @@ import numpy as np
 
 from gap_export.errors import ExportError
 from gap_export.family import InputStatistics
+from gap_export.identity import IDENTITY_FILE, ExportRecord, identify
+from gap_export.machine import free_memory
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
 from gap_export.plan import HEAD, REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
+from gap_export.preflight import reference_bytes, require_readable, require_room, settle_memory
 from gap_export.probe import find_bad_tensor
 from gap_export.quantization import Scheme, quantize_sources
 from gap_export.reference import record_reference
@@ -77,23 +83,50 @@ class ExportResult:
     note: str
 
 
-def export(plan: ExportPlan, display: Display) -> ExportResult:
+class KnownGraphs:
+    """Graphs that exports of one model with other pruning have in common, traced once."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._found: dict[tuple[Any, ...], Traced | None] = {}
+
+    def get(self, key: tuple[Any, ...], trace: Callable[[], Traced | None]) -> Traced | None:
+        """A graph of one's own: weights are bound to it in place."""
+        if key not in self._found:
+            self._found[key] = trace()
+        found = self._found[key]
+        return found and replace(found, model=found.model.clone())
+
+
+def export(
+    plan: ExportPlan, display: Display, *, known: KnownGraphs | None = None
+) -> ExportResult:
     """Make the bundle.
+
+    Args:
+        plan: What to make.
+        display: Shows the steps.
+        known: Graphs of earlier exports, which may differ in pruning alone.
 
     Raises:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
     require_replaceable(plan.out)
+    require_readable(plan)
+    memory = settle_memory(plan)
+    # Before anything is read, so that what changes meanwhile is noticed next time.
+    record = _start_record(plan)
     ready = {name: s for name, s in plan.sources.items() if _stays(name, s, plan)}
     with folder_aside(plan.out) as folder, _SourceReader(ready) as reader:
-        graphs = _trace(plan, display)
+        require_room(plan, folder)
+        graphs = _trace(plan, display, known or KnownGraphs())
         schemes: dict[str, Scheme] = {}
         if plan.quantization is not None:
             graphs, schemes = quantize_graphs(plan, graphs)
         reference, statistics = None, None
         if plan.request.reference:
-            with display.step("asking PyTorch"):
-                reference, statistics = _record(plan, folder)
+            with _asking(plan, display, memory) as show:
+                reference, statistics = _record(plan, folder, memory, show)
         sources = plan.sources
         if schemes:
             with display.step("planning quantized weights"):
@@ -110,23 +143,57 @@ def export(plan: ExportPlan, display: Display) -> ExportResult:
             entries = _describe_files(weights, folder, reader)
         manifest = _make_manifest(plan, weights, stages, reference, entries)
         report, note = _check(Bundle(folder=folder, manifest=manifest), display)
+        result = ExportResult(plan=plan, manifest=manifest, report=report, note=note)
+        if record is not None:
+            record = replace(record, result=_tell_result(result))
+            files = manifest.files | {IDENTITY_FILE: record.write(folder)}
+            result = replace(result, manifest=replace(manifest, files=files))
         # Last, so that a folder that was left behind never looks like a bundle.
-        manifest.write(folder)
+        result.manifest.write(folder)
         move_into_place(folder, plan.out)
-    return ExportResult(plan=plan, manifest=manifest, report=report, note=note)
+    return result
 
 
-def _trace(plan: ExportPlan, display: Display) -> Graphs:
+def _start_record(plan: ExportPlan) -> ExportRecord | None:
+    """What is known before the export; None where the same export could not be recognised."""
+    named, request = plan.request.named, plan.request
+    found = plan.family.find_parts(plan.checkpoint, text=plan.reads_clip)
+    parts = {role: place for role, place in found.items() if role not in named.config.parts}
+    identity = identify(
+        named,
+        target=request.target,
+        weights=request.weights,
+        reference=request.reference,
+        parts=parts,
+    )
+    if identity is None:
+        return None
+    return ExportRecord(identity=identity, parts=parts, result={})
+
+
+def _trace(plan: ExportPlan, display: Display, known: KnownGraphs) -> Graphs:
+    needs = plan.pruner.NEEDS, plan.reads_clip
     with display.step("tracing the vision tower"):
-        towers = {bucket.name: trace_tower(plan, bucket) for bucket in plan.spec.buckets}
-        text = trace_text(plan)
+        towers = {
+            bucket.name: known.get(
+                ("tower", bucket.name, *needs), partial(trace_tower, plan, bucket)
+            )
+            for bucket in plan.spec.buckets
+        }
+        text = known.get(("text", plan.reads_clip), partial(trace_text, plan))
     with display.step("tracing the decoder"):
-        decoder = trace_decoder(plan)
-    with display.step(f"joining {len(plan.entries)} pruning stage(s)"):
-        visions = tuple(
-            join(towers[entry.bucket], trace_pruning(plan, entry)) for entry in plan.entries
+        positions = max(plan.layout.at(entry).positions for entry in plan.entries)
+        decoder = known.get(
+            ("decoder", plan.layout.capacity, positions), partial(trace_decoder, plan)
         )
-    return Graphs(visions=visions, decoder=decoder, text=text)
+    assert decoder is not None
+    with display.step(f"joining {len(plan.entries)} pruning stage(s)"):
+        visions = []
+        for entry in plan.entries:
+            tower = towers[entry.bucket]
+            assert tower is not None
+            visions.append(join(tower, trace_pruning(plan, entry)))
+    return Graphs(visions=tuple(visions), decoder=decoder, text=text)
 
 
 def _stays(name: str, source: TensorSource, plan: ExportPlan) -> bool:
@@ -163,12 +230,32 @@ def _plan_weights(
     return plan_weights(plan.checkpoint, sources, wanted, dtype=plan.dtype)
 
 
-def _record(plan: ExportPlan, folder: Path) -> tuple[Reference, dict[str, InputStatistics]]:
+@contextmanager
+def _asking(
+    plan: ExportPlan, display: Display, memory: int | None
+) -> Iterator[Callable[[float, str], None]]:
+    """Show that PyTorch is asked; if weights are read layer by layer, why and how far it is."""
+    if memory is None:
+        with display.step("asking PyTorch"):
+            yield lambda _share, _now: None
+        return
+    display.say(
+        f"PyTorch's weights take {format_bytes(reference_bytes(plan))} in {REFERENCE_DTYPE}, "
+        f"{format_bytes(free_memory())} of memory is free: they are read layer by layer for every "
+        f"token, and {format_bytes(memory)} of them kept"
+    )
+    with display.progress("asking PyTorch, layer by layer") as show:
+        yield show
+
+
+def _record(
+    plan: ExportPlan, folder: Path, memory: int | None, show: Callable[[float, str], None]
+) -> tuple[Reference, dict[str, InputStatistics]]:
     """Ask PyTorch about the samples, in float32 whatever the bundle's dtype.
 
     What the decoder's linear layers saw meanwhile comes along.
     """
-    model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE)
+    model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE, memory=memory)
     with model.observe() as summarize:
         records, arrays = record_reference(
             model,
@@ -182,6 +269,7 @@ def _record(plan: ExportPlan, folder: Path) -> tuple[Reference, dict[str, InputS
             most=plan.layout.answer,
             folder=folder,
             images=_SAMPLES,
+            show=show,
         )
         statistics = summarize()
     np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
@@ -360,9 +448,13 @@ def _make_manifest(
 
 def summarize(result: ExportResult) -> dict[str, Any]:
     """The export's result as plain data, for `--json`."""
+    return {"bundle": str(result.plan.out), **_tell_result(result)}
+
+
+def _tell_result(result: ExportResult) -> dict[str, Any]:
+    """The result without the bundle's place."""
     report = result.report
     return {
-        "bundle": str(result.plan.out),
         "ratios": dump_record(result.manifest.ratios),
         "checked": report is not None and report.passed,
         "not_checked_because": result.note or None,

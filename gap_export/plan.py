@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import psutil
 from tokenizers import Tokenizer
 
 from gap_export.checkpoint import Checkpoint, open_checkpoint, open_part
@@ -23,8 +22,10 @@ from gap_export.errors import CheckpointError, ExportError
 from gap_export.family import Family, ModelSpec
 from gap_export.features import Feature, Pruner
 from gap_export.graph.positions import keeps_raster_order
-from gap_export.reference import Sample, read_samples
-from gap_export.sources import TensorSource
+from gap_export.machine import free_memory
+from gap_export.quantization import packed_scheme
+from gap_export.samples import Sample, read_samples
+from gap_export.sources import PackedValues, TensorSource
 from gap_export.tokenizer import TOKENIZER_FILE, read_tokenizer
 from gap_runtime.display import format_bytes
 from gap_runtime.errors import ConfigError, UnknownNameError
@@ -99,8 +100,19 @@ class ExportPlan:
         return sum(tensor.length for tensor in files)
 
     @property
+    def packed(self) -> dict[str, PackedValues]:
+        """The weights that came quantized, by name."""
+        return _packed_values(self.sources)
+
+    @property
     def quantization(self) -> Quantization | None:
         """What is quantized, and how; None for nothing."""
+        if self.packed:
+            bits = max(packed.bits for packed in self.packed.values())
+            found = {"head" if name == HEAD else "decoder" for name in self.packed}
+            return Quantization(
+                weights=f"int{bits}", method="checkpoint", parts=tuple(sorted(found))
+            )
         wanted = self.request.named.config.quantize
         if wanted.weights is None:
             return None
@@ -114,6 +126,8 @@ class ExportPlan:
 
     def is_quantized(self, name: str, *, vision: bool) -> bool:
         """Whether a linear layer's weight is to be quantized; `vision`: of a vision graph."""
+        if self.packed:
+            return name in self.packed
         part = "vision" if vision else "head" if name == HEAD else "decoder"
         return self.quantization is not None and part in self.quantization.parts
 
@@ -166,10 +180,10 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
     out = out.resolve() if out.is_symlink() else out
     sources = model.family.find_weights(model.checkpoint, spec)
+    _require_packable(request, target, sources)
     samples: list[Sample] = []
     if request.reference:
         samples = read_samples(config.check.samples)
-        require_memory(model.checkpoint, sources)
     return ExportPlan(
         request=request,
         target=target,
@@ -319,6 +333,37 @@ def _require_quantizable(request: ExportRequest, target: Target) -> None:
         )
 
 
+def _packed_values(sources: dict[str, TensorSource]) -> dict[str, PackedValues]:
+    return {name: each.packed for name, each in sources.items() if each.packed is not None}
+
+
+def _require_packable(
+    request: ExportRequest, target: Target, sources: dict[str, TensorSource]
+) -> None:
+    """Refuse a checkpoint that came quantized in a way that the target cannot run."""
+    named, wanted = request.named.name, request.named.config.quantize
+    for name, packed in _packed_values(sources).items():
+        if wanted.weights is not None:
+            raise ConfigError(
+                f"{named}: quantize.weights is {wanted.weights}, but the checkpoint came "
+                f"quantized to {packed.bits} bits, which are kept as they are; leave it out, or "
+                "give the checkpoint that it was made from"
+            )
+        scheme = packed_scheme(packed, sources[name].shape[1])
+        if scheme.needs_blocks and target.opset < _INT4_OPSET:
+            raise ConfigError(
+                f"{named}: the checkpoint came quantized in blocks, which need opset "
+                f"{_INT4_OPSET}; target '{target.name}' is written in {target.opset}; give the "
+                "checkpoint that it was made from, with --quantize int8"
+            )
+        if scheme.has_zeros and target.packages:
+            raise ConfigError(
+                f"{named}: '{name}' came quantized with zero points, which engines of target "
+                f"'{target.name}' cannot take; give a GPTQ checkpoint made with sym=True, or the "
+                "one that it was made from, with --quantize int4"
+            )
+
+
 def _plan_prompt(
     request: ExportRequest, tokenizer: Tokenizer | None, spec: ModelSpec
 ) -> tuple[Prompt, int, int]:
@@ -385,7 +430,7 @@ def require_memory(checkpoint: Checkpoint, sources: dict[str, TensorSource]) -> 
     """
     values = sum(math.prod(source.shape) for source in sources.values())
     needed = values * ITEM_BYTES[REFERENCE_DTYPE]
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if needed > available:
         raise ExportError(
             f"{checkpoint.folder}: PyTorch's reference in {REFERENCE_DTYPE} takes "

@@ -6,11 +6,11 @@ IDs are written out here a second time, as lists, straight from the definitions.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gap_export.config import PruneConfig, package_data
-from gap_export.errors import ExportError
+from gap_export.config import PruneConfig
 from gap_export.family import EagerModel, ModelSpec
 from gap_export.features import EagerVision, Pruner
+from gap_export.samples import Sample
 from gap_runtime.boxes import parse_boxes
 from gap_runtime.errors import InputError
 from gap_runtime.image import find_bucket, fitting_size, load_picture
@@ -32,16 +32,6 @@ from gap_runtime.prompt import PHRASE_FIELD
 UNPRUNED: Final = "unpruned"
 EXTRA: Final = -1
 """Stands for the extra token where visual tokens are given by index."""
-SAMPLES_FILE: Final = "samples.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """A picture file and a phrase to ask about it."""
-
-    name: str
-    path: Path
-    phrase: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,37 +53,6 @@ class EagerAnswer:
     token_margins: list[float]
     text: str
     scores: tuple[float, ...] | None
-
-
-def read_samples(folder: str | None) -> list[Sample]:
-    """The samples of a folder, or the packaged ones.
-
-    Raises:
-        ExportError: `samples.json` is missing or not a list of {image, phrase}.
-    """
-    home = Path(folder).expanduser() if folder else package_data("refshapes") / "samples"
-    path = home / SAMPLES_FILE
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        samples = [
-            Sample(
-                name=f"{k:02d}-{Path(entry['image']).stem}",
-                path=home / entry["image"],
-                phrase=" ".join(str(entry["phrase"]).split()),
-            )
-            for k, entry in enumerate(entries)
-        ]
-    except FileNotFoundError as error:
-        raise ExportError(f"{path}: no such file; it lists {{image, phrase}}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise ExportError(f"{path}: expected a list of {{image, phrase}}") from error
-    names = [sample.path.name for sample in samples]
-    doubled = {sample.path for sample in samples if names.count(sample.path.name) > 1}
-    if len(doubled) > len({path.name for path in doubled}):
-        raise ExportError(f"{path}: different pictures share a file name; rename one")
-    if not samples:
-        raise ExportError(f"{path}: no samples in it; list at least one or use --no-reference")
-    return samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +118,7 @@ def answer_eagerly(
     config: PruneConfig,
     most: int,
     stop_ids: tuple[int, ...],
+    show: Callable[[int], None] = lambda _: None,
 ) -> EagerAnswer:
     """Ask PyTorch.
 
@@ -170,6 +130,7 @@ def answer_eagerly(
         config: Position mode and the pruner's settings.
         most: Most tokens to decode.
         stop_ids: Tokens that end an answer.
+        show: Told the number of tokens so far.
     """
     chosen = choose(model, asked, entry, pruner, config)
     order, position_ids = place_tokens(
@@ -193,6 +154,7 @@ def answer_eagerly(
         if token in stop_ids:
             break
         answer.append(token)
+        show(len(answer))
         last = model.run_decoder(model.embed([token]), torch.tensor([position]), cache)
         position += 1
     return EagerAnswer(
@@ -318,6 +280,7 @@ def record_reference(
     most: int,
     folder: Path,
     images: str,
+    show: Callable[[float, str], None] = lambda _share, _now: None,
 ) -> tuple[list[ReferenceSample], dict[str, np.ndarray]]:
     """Answers to every sample without pruning and at every ratio, with the arrays to compare.
 
@@ -333,10 +296,12 @@ def record_reference(
         most: Most tokens to decode.
         folder: The bundle being made.
         images: Folder within the bundle that the pictures are put in.
+        show: Told the share of the answers that is done, and which is given now.
     """
     records: list[ReferenceSample] = []
     arrays: dict[str, np.ndarray] = {}
     (folder / images).mkdir()
+    answers = len(samples) * (len(spec.buckets) + len(entries))
     for sample in samples:
         for bucket in spec.buckets:
             name = f"{sample.name}-{bucket.name}" if bucket.name else sample.name
@@ -352,6 +317,8 @@ def record_reference(
             )
             arrays[f"{name}/pixels"] = _to_numpy(asked.pixels)
             for entry in [None, *(each for each in entries if each.bucket == bucket.name)]:
+                now = f"{name}, {'unpruned' if entry is None else f'ratio {entry.ratio:g}'}"
+                show(len(records) / answers, now)
                 answer = answer_eagerly(
                     model,
                     asked,
@@ -360,6 +327,7 @@ def record_reference(
                     config=config,
                     most=most,
                     stop_ids=prompt.stop_ids,
+                    show=partial(_show_token, show, len(records) / answers, now),
                 )
                 key = f"{name}/{UNPRUNED if entry is None else f'kept-{entry.kept}'}"
                 arrays |= _arrays(key, answer)
@@ -381,6 +349,10 @@ def record_reference(
                     )
                 )
     return records, arrays
+
+
+def _show_token(show: Callable[[float, str], None], share: float, now: str, tokens: int) -> None:
+    show(share, f"{now}, token {tokens}")
 
 
 def _place_picture(sample: Sample, spec: ModelSpec, bucket: Bucket, folder: Path) -> str:

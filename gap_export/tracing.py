@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -23,6 +24,7 @@ from onnxscript import optimizer
 from onnxscript.values import Opset
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gap_export.dialect import Dialect
 from gap_export.errors import ExportError
@@ -30,6 +32,7 @@ from gap_runtime.tensors import TensorSpec
 
 FREE_ROWS: Final = "rows"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
+_operators: dict[int, ONNXRegistry] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,7 @@ def trace(
         arguments = (*examples[:alone], list(examples[alone:]))
         free = (*free[:alone], list(free[alone:]))
     try:
-        with mode, _quiet():
+        with mode, _quiet(), _known_operators():
             program = torch.onnx.export(
                 module,
                 arguments,
@@ -285,6 +288,28 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _known_operators() -> Iterator[None]:
+    """Torch's table of operators is built once, not for every graph, where it takes seconds."""
+    kind = ONNXRegistry
+    own = vars(kind)["from_torchlib"]
+    build = kind.from_torchlib
+
+    def find(opset_version: int) -> ONNXRegistry:
+        if opset_version not in _operators:
+            _operators[opset_version] = build(opset_version=opset_version)
+        # A graph's own translations go into a table of its own.
+        found = copy.copy(_operators[opset_version])
+        found.functions = {name: list(each) for name, each in found.functions.items()}
+        return found
+
+    kind.from_torchlib = staticmethod(find)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        kind.from_torchlib = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

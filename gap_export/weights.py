@@ -217,7 +217,7 @@ def bring_weights(plan: WeightPlan, folder: Path, mode: str) -> None:
     Raises:
         ExportError: Not enough space, files on another filesystem, or values out of range.
     """
-    _require_space(plan, folder, mode)
+    require_space(plan, folder, mode)
     for name, source in plan.shards.items():
         target = folder / name
         target.unlink(missing_ok=True)
@@ -336,15 +336,39 @@ def _find_broken(source: TensorSource) -> TensorLocation | None:
     return None
 
 
-def _require_space(plan: WeightPlan, folder: Path, mode: str) -> None:
+def require_space(plan: WeightPlan, folder: Path, mode: str, *, more: int = 0) -> None:
+    """Compare the files that will be written with the free disk.
+
+    Args:
+        plan: From plan_weights.
+        folder: The bundle being made.
+        mode: As for bring_weights.
+        more: Bytes that will be written besides.
+
+    Raises:
+        ExportError: They do not fit.
+    """
     sizes = plan.file_sizes()
-    needed = sum(size for name, size in sizes.items() if mode != "link" or name not in plan.shards)
+    needed = more + sum(
+        size for name, size in sizes.items() if mode != "link" or name not in plan.shards
+    )
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
             f"{folder.parent}: {format_bytes(needed)} of weights, {format_bytes(free)} free; "
             "use --weights link or another --out"
         )
+
+
+def require_linkable(plan: WeightPlan, folder: Path) -> None:
+    """Hard-link every file that is to be linked, and take the links away again.
+
+    Raises:
+        ExportError: One cannot be linked there.
+    """
+    for name, source in plan.shards.items():
+        _link(source, folder / name)
+        (folder / name).unlink()
 
 
 def _link(source: Path, target: Path) -> None:

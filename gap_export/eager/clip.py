@@ -82,12 +82,10 @@ class EagerClip:
 class EagerClipText:
     """CLIP as a whole, for its text tower and the space that it shares with patches."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        """Load the checkpoint of that folder."""
-        self._model = CLIPModel.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
-        ).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    def __init__(self, model: CLIPModel, tokenizer: Path) -> None:
+        """Wrap a loaded model; `tokenizer` is the folder of its tokenizer."""
+        self._model = model.eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
     @torch.no_grad()
     def read_phrase(self, phrase: str) -> Tensor:

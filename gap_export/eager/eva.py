@@ -7,7 +7,7 @@ tensors; compare MiniGPT-4's `eva_vit.py` and LAVIS' file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class EagerEva:
 
     def __init__(
         self,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         norm: tuple[Tensor, Tensor],
         *,
         layers: int,

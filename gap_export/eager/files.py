@@ -7,7 +7,7 @@ plainest code: nothing of the export's own unpacking is used.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from gap_export.checkpoint import Checkpoint
 
-_PACKED: Final = ("qweight", "qzeros", "scales", "g_idx")
+Value = TypeVar("Value")
+
+PACKED: Final = ("qweight", "qzeros", "scales", "g_idx")
 """What stands for the weight of a quantized layer."""
 
 
@@ -25,16 +27,16 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         values = _load(file)
         found |= {key: value for key, value in values.items() if key in checkpoint.tensors}
-    quantization = _read_quantization(checkpoint)
+    quantization = read_quantization(checkpoint)
     tensors = {}
     for key in sorted(found):
         layer, _, part = key.rpartition(".")
         if f"{layer}.qweight" not in found or not quantization:
             tensors[key] = found[key].detach().to(dtype)
         elif part == "qweight":
-            packed = {each: found.get(f"{layer}.{each}") for each in _PACKED}
-            tensors[f"{layer}.weight"] = _dequantize(packed, quantization).to(dtype)
-        elif part not in _PACKED and bool(found[key].any()):
+            packed = {each: found.get(f"{layer}.{each}") for each in PACKED}
+            tensors[f"{layer}.weight"] = dequantize(packed, quantization).to(dtype)
+        elif part not in PACKED and bool(found[key].any()):
             # Packers add biases of zeros, which no model has a place for.
             tensors[key] = found[key].to(dtype)
     return tensors
@@ -42,17 +44,18 @@ def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
     """Whether layers of a checkpoint are quantized."""
-    return bool(_read_quantization(checkpoint))
+    return bool(read_quantization(checkpoint))
 
 
-def _read_quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How layers of a checkpoint are quantized; empty where none is."""
     config = checkpoint.read_json("config.json") or {}
     text: dict[str, Any] = config.get("text_config") or {}
     found: dict[str, Any] | None = config.get("quantization_config")
     return found or text.get("quantization_config") or {}
 
 
-def _dequantize(packed: dict[str, Tensor | None], quantization: dict[str, Any]) -> Tensor:
+def dequantize(packed: dict[str, Tensor | None], quantization: dict[str, Any]) -> Tensor:
     """A layer's weight [out, in], float32."""
     bits = int(quantization["bits"])
     qweight, qzeros, scales = packed["qweight"], packed["qzeros"], packed["scales"]
@@ -101,7 +104,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     return outer
 
 
-def rename_tensors(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+def rename_tensors(tensors: dict[str, Value], prefixes: dict[str, str]) -> dict[str, Value]:
     """Those tensors whose key starts with one of the prefixes, with another prefix instead."""
     renamed = {}
     for key, value in tensors.items():

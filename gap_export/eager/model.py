@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPModel
 
 from gap_export.checkpoint import Checkpoint
 from gap_export.eager.clip import EagerClipText
 from gap_export.eager.files import is_quantized, load_tensors
 from gap_export.eager.llama import EagerLlama
+from gap_export.eager.streamed import LazyTensor, Stream, open_tensors
 from gap_export.errors import CheckpointError
 from gap_export.features import EagerVision, Geometry
 from gap_runtime.manifest import Bucket
@@ -22,6 +24,16 @@ from gap_runtime.manifest import Bucket
 # S rows, W text width.
 
 Arrange = Callable[[Tensor], Tensor]
+_LIBRARY_PREFIXES: Final = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("image_newline", "model.image_newline"),
+)
+"""Beginnings of keys that older versions of the library wrote, and today's."""
 
 
 class EagerTower(Protocol):
@@ -109,6 +121,19 @@ class EagerGrounder:
         return self._fixed_token.detach().expand(len(bucket.fixed), -1)
 
 
+def rename_library(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors by the names of today's library, from the keys of all of its versions."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        for old, new in _LIBRARY_PREFIXES:
+            if key.startswith(old):
+                renamed[new + key.removeprefix(old)] = tensor
+                break
+        else:
+            renamed[key] = tensor
+    return renamed
+
+
 @contextmanager
 def loading(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn the many errors of a library that loads a checkpoint into one line.
@@ -126,7 +151,13 @@ def loading(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def load_library(kind: Any, checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+def load_library(
+    kind: Any,
+    checkpoint: Checkpoint,
+    config: Any,
+    dtype: torch.dtype,
+    stream: Stream | None = None,
+) -> Any:
     """A library's model of that kind with the weights of its checkpoint.
 
     The library runs quantized layers on a GPU only, so it gets those as plain ones.
@@ -134,9 +165,16 @@ def load_library(kind: Any, checkpoint: Checkpoint, config: Any, dtype: torch.dt
     Args:
         kind: The model's class.
         checkpoint: In the library's own layout.
-        config: The library's, that of the model before it was quantized.
+        config: The library's, that of the model before it was quantized; None for the
+            checkpoint's own.
         dtype: Of the parameters.
+        stream: Gives the model its parameters when they are needed; None loads them.
     """
+    if stream is not None:
+        if config is None:
+            config = kind.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
+        tensors = rename_library(open_tensors(checkpoint, dtype))
+        return stream.build(kind, config, tensors, dtype)
     if not is_quantized(checkpoint):
         return kind.from_pretrained(
             checkpoint.folder, dtype=dtype, attn_implementation="eager", local_files_only=True
@@ -148,6 +186,14 @@ def load_library(kind: Any, checkpoint: Checkpoint, config: Any, dtype: torch.dt
         dtype=dtype,
         attn_implementation="eager",
     )
+
+
+def load_clip_text(
+    checkpoint: Checkpoint, dtype: torch.dtype, stream: Stream | None
+) -> EagerClipText:
+    """CLIP's text tower, from the part of that name."""
+    clip = checkpoint.parts["clip"]
+    return EagerClipText(load_library(CLIPModel, clip, None, dtype, stream), clip.folder)
 
 
 def load_state(module: Any, tensors: dict[str, Tensor], *, strict: bool = True) -> None:

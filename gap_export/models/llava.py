@@ -52,10 +52,17 @@ from gap_export.blocks.llama import smoothing_groups as llama_groups
 from gap_export.checkpoint import Checkpoint
 from gap_export.config import ExportConfig
 from gap_export.dialect import Dialect
-from gap_export.eager.clip import EagerClip, EagerClipText
-from gap_export.eager.files import load_tensors, rename_tensors
+from gap_export.eager.clip import EagerClip
+from gap_export.eager.files import Value, load_tensors, rename_tensors
 from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, load_library, load_state, loading
+from gap_export.eager.model import (
+    EagerGrounder,
+    load_clip_text,
+    load_library,
+    load_state,
+    loading,
+)
+from gap_export.eager.streamed import Stream, open_tensors
 from gap_export.errors import CheckpointError
 from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.features import Feature
@@ -220,12 +227,16 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
     return llama_groups(read_llama_shape(spec.library_config.text_config, "config.json"))
 
 
-def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
+def load_eager(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
+) -> EagerModel:
     """Hugging Face's LlavaForConditionalGeneration with the checkpoint's weights."""
     clip = checkpoint.parts.get("clip")
     original = spec.image_token_id is None
+    wanted = getattr(torch, dtype)
+    stream = None if memory is None else Stream(memory)
     with loading(checkpoint):
-        model = _load_model(checkpoint, spec, getattr(torch, dtype))
+        model = _load_model(checkpoint, spec, wanted, stream)
         processor = _load_processor(
             clip if original and clip else checkpoint, spec.preprocess.side
         )
@@ -241,7 +252,7 @@ def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerMode
                 image_token_id=spec.image_token_id,
             ),
             process=lambda picture: processor(picture, return_tensors="pt")["pixel_values"],
-            clip=None if spec.text is None else EagerClipText(spec.text.tokenizer, model.dtype),
+            clip=None if spec.text is None else load_clip_text(checkpoint, wanted, stream),
         )
 
 
@@ -298,17 +309,26 @@ def _canonical_name(key: str) -> str:
     return library_name(key)
 
 
-def _load_model(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> Any:
+def _load_model(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, stream: Stream | None
+) -> Any:
     """The library's own model."""
+    kind, config = LlavaForConditionalGeneration, spec.library_config
     if not _is_original(checkpoint.require_json("config.json")):
-        return load_library(LlavaForConditionalGeneration, checkpoint, spec.library_config, dtype)
-    config = spec.library_config
+        return load_library(kind, checkpoint, config, dtype, stream)
+    if stream is not None:
+        clip, own = open_tensors(checkpoint.parts["clip"], dtype), open_tensors(checkpoint, dtype)
+        return stream.build(kind, config, _rename_original(clip, own), dtype)
     config._attn_implementation = "eager"  # noqa: SLF001 - the library's own switch
-    model = LlavaForConditionalGeneration(config).to(dtype)
-    clip = load_tensors(checkpoint.parts["clip"], dtype)
-    own = load_tensors(checkpoint, dtype)
-    tensors = rename_tensors(clip, {"vision_model.": "model.vision_tower."})
-    tensors |= rename_tensors(
+    model = kind(config).to(dtype)
+    loaded = load_tensors(checkpoint.parts["clip"], dtype), load_tensors(checkpoint, dtype)
+    load_state(model, _rename_original(*loaded), strict=False)
+    return model
+
+
+def _rename_original(clip: dict[str, Value], own: dict[str, Value]) -> dict[str, Value]:
+    """Tensors of both checkpoints by the library's names; a tower in the model's own wins."""
+    return rename_tensors(clip, {"vision_model.": "model.vision_tower."}) | rename_tensors(
         own,
         {
             "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
@@ -318,8 +338,6 @@ def _load_model(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> 
             "model.": "model.language_model.",
         },
     )
-    load_state(model, tensors, strict=False)
-    return model
 
 
 def _load_processor(checkpoint: Checkpoint, side: int) -> Any:

@@ -56,9 +56,10 @@ from gap_export.blocks.llama import smoothing_groups as llama_groups
 from gap_export.checkpoint import Checkpoint
 from gap_export.config import ExportConfig
 from gap_export.dialect import Dialect
-from gap_export.eager.clip import EagerClip, EagerClipText
+from gap_export.eager.clip import EagerClip
 from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, load_library, loading
+from gap_export.eager.model import EagerGrounder, load_clip_text, load_library, loading
+from gap_export.eager.streamed import Stream
 from gap_export.errors import CheckpointError
 from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.features import Feature
@@ -225,14 +226,15 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
     return llama_groups(read_llama_shape(spec.library_config.text_config, "config.json"))
 
 
-def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
+def load_eager(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
+) -> EagerModel:
     """Hugging Face's LlavaNextForConditionalGeneration with the checkpoint's weights."""
+    wanted = getattr(torch, dtype)
+    stream = None if memory is None else Stream(memory)
     with loading(checkpoint):
         model = load_library(
-            LlavaNextForConditionalGeneration,
-            checkpoint,
-            spec.library_config,
-            getattr(torch, dtype),
+            LlavaNextForConditionalGeneration, checkpoint, spec.library_config, wanted, stream
         )
         processor = _load_processor(checkpoint, spec)
         config = spec.library_config
@@ -247,7 +249,7 @@ def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerMode
                 image_token_id=spec.image_token_id,
             ),
             process=lambda picture: processor(picture, return_tensors="pt")["pixel_values"],
-            clip=None if spec.text is None else EagerClipText(spec.text.tokenizer, model.dtype),
+            clip=None if spec.text is None else load_clip_text(checkpoint, wanted, stream),
             arrange=lambda bucket: _pack_views(bucket, spec.preprocess.side),
             fixed_token=model.model.image_newline,
         )

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -37,6 +38,7 @@ from gap_export.eager.eva import EagerEva
 from gap_export.eager.files import load_tensors
 from gap_export.eager.llama import EagerLlama
 from gap_export.eager.model import EagerGrounder, loading
+from gap_export.eager.streamed import LazyTensor, Stream, change_tensor, open_tensors
 from gap_export.errors import CheckpointError
 from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.features import Feature
@@ -194,17 +196,27 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
     return llama_groups(read_llama_shape(spec.library_config.llama, "config.json"))
 
 
-def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
+def load_eager(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
+) -> EagerModel:
     """Hugging Face's LlamaForCausalLM with LoRA added, and EVA written plainly."""
     wanted = getattr(torch, dtype)
     tower: EvaShape = spec.library_config.tower
     language = checkpoint.parts["language"]
+    stream = None if memory is None else Stream(memory)
     with loading(checkpoint):
-        model = LlamaForCausalLM.from_pretrained(
-            language.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
-        )
         own = load_tensors(checkpoint, wanted)
-        _add_lora(model, own)
+        if stream is None:
+            model = LlamaForCausalLM.from_pretrained(
+                language.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
+            )
+            _add_lora(model, own)
+            seen: Mapping[str, Tensor] = load_tensors(checkpoint.parts["vision"], wanted)
+        else:
+            config = LlamaConfig.from_pretrained(language.folder, local_files_only=True)
+            merged = _open_merged(language, own, wanted)
+            model = stream.build(LlamaForCausalLM, config, merged, wanted)
+            seen = stream.map(open_tensors(checkpoint.parts["vision"], wanted))
         weight, bias = own["llama_proj.weight"], own["llama_proj.bias"]
         norm = (
             own.get("ln_vision.weight", torch.ones(tower.width, dtype=wanted)),
@@ -212,7 +224,7 @@ def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerMode
         )
         return EagerGrounder(
             tower=EagerEva(
-                load_tensors(checkpoint.parts["vision"], wanted),
+                seen,
                 norm,
                 layers=tower.layers,
                 heads=tower.heads,
@@ -390,16 +402,38 @@ def _constant(value: float, shape: tuple[int, ...]) -> TensorSource:
     return TensorSource(shape=shape, inputs=(), make=lambda: torch.full(shape, value))
 
 
+def _find_lora(own: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every pair of LoRA matrices, by the name of its weight."""
+    pairs = {}
+    for key, down in own.items():
+        if ".lora_A." in key:
+            up = own[key.replace(".lora_A.", ".lora_B.")]
+            name = key.partition(".lora_A.")[0].removeprefix("llama_model.base_model.model.")
+            pairs[f"{name}.weight"] = up, down
+    return pairs
+
+
+def _add_pair(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight += up @ down * (_LORA_ALPHA / down.shape[0])
+    return weight
+
+
 def _add_lora(model: Any, own: dict[str, Tensor]) -> None:
     """Add every pair of LoRA matrices to its weight."""
     weights = dict(model.named_parameters())
-    for key, down in own.items():
-        if ".lora_A." not in key:
-            continue
-        up = own[key.replace(".lora_A.", ".lora_B.")]
-        name = key.partition(".lora_A.")[0].removeprefix("llama_model.base_model.model.")
-        with torch.no_grad():
-            weights[f"{name}.weight"] += up @ down * (_LORA_ALPHA / down.shape[0])
+    for name, (up, down) in _find_lora(own).items():
+        _add_pair(weights[name], up, down)
+
+
+def _open_merged(
+    language: Checkpoint, own: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, LazyTensor]:
+    """The language model's tensors, read and LoRA added when they are asked for."""
+    tensors = open_tensors(language, dtype)
+    for name, (up, down) in _find_lora(own).items():
+        tensors[name] = change_tensor(tensors[name], partial(_add_pair, up=up, down=down))
+    return tensors
 
 
 def _make_processor(side: int) -> Callable[[Image.Image], Tensor]:

@@ -45,10 +45,11 @@ from gap_export.blocks.llama import smoothing_groups as llama_groups
 from gap_export.checkpoint import Checkpoint
 from gap_export.config import ExportConfig
 from gap_export.dialect import Dialect
-from gap_export.eager.clip import EagerClip, EagerClipText
-from gap_export.eager.files import load_tensors
+from gap_export.eager.clip import EagerClip
+from gap_export.eager.files import load_tensors, rename_tensors
 from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, load_state, loading
+from gap_export.eager.model import EagerGrounder, load_clip_text, load_state, loading
+from gap_export.eager.streamed import LazyTensor, Stream, open_tensors, sum_tensors
 from gap_export.errors import CheckpointError
 from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.features import Feature
@@ -223,20 +224,32 @@ def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
     return llama_groups(read_llama_shape(spec.library_config.llama, "config.json"))
 
 
-def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerModel:
+def load_eager(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
+) -> EagerModel:
     """Hugging Face's CLIPVisionModel and LlamaForCausalLM, the differences added plainly."""
     wanted = getattr(torch, dtype)
     clip = checkpoint.parts["clip"]
+    stream = None if memory is None else Stream(memory)
+    names = [f"model.mm_projector.{name}" for name in ("weight", "bias")]
     with loading(checkpoint):
-        tower = CLIPVisionModel.from_pretrained(
-            clip.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
-        )
-        tensors = _load_merged(checkpoint, wanted)
         config = spec.library_config.llama
-        config._attn_implementation = "eager"  # noqa: SLF001 - the library's own switch
-        model = LlamaForCausalLM(config).to(wanted)
-        load_state(model, {k: v for k, v in tensors.items() if "projector" not in k}, strict=False)
-        weight, bias = (tensors[f"model.mm_projector.{name}"] for name in ("weight", "bias"))
+        if stream is None:
+            tower = CLIPVisionModel.from_pretrained(
+                clip.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
+            )
+            tensors = _load_merged(checkpoint, wanted)
+            config._attn_implementation = "eager"  # noqa: SLF001 - the library's own switch
+            model = LlamaForCausalLM(config).to(wanted)
+            own = {key: value for key, value in tensors.items() if "projector" not in key}
+            load_state(model, own, strict=False)
+            weight, bias = (tensors[name] for name in names)
+        else:
+            seen = rename_tensors(open_tensors(clip, wanted), {"vision_model.": ""})
+            tower = stream.build(CLIPVisionModel, spec.library_config.vision, seen, wanted)
+            merged = _open_merged(checkpoint, wanted)
+            model = stream.build(LlamaForCausalLM, config, merged, wanted)
+            weight, bias = (merged[name].read() for name in names)
         processor = _load_processor(clip, spec.preprocess.side)
         return EagerGrounder(
             tower=EagerClip(tower, spec.library_config.layer),
@@ -250,7 +263,7 @@ def load_eager(checkpoint: Checkpoint, spec: ModelSpec, dtype: str) -> EagerMode
             process=lambda picture: processor(_expand(picture), return_tensors="pt")[
                 "pixel_values"
             ],
-            clip=None if spec.text is None else EagerClipText(clip.folder, wanted),
+            clip=None if spec.text is None else load_clip_text(checkpoint, wanted, stream),
         )
 
 
@@ -292,6 +305,17 @@ def _load_merged(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor
         for key, value in load_tensors(base, dtype).items():
             if not key.endswith("inv_freq"):
                 tensors[key][: len(value)] += value
+    return tensors
+
+
+def _open_merged(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """The same, read and added when they are asked for."""
+    tensors = open_tensors(checkpoint, dtype)
+    base = checkpoint.parts.get("base")
+    if base is not None:
+        for key, value in open_tensors(base, dtype).items():
+            if not key.endswith("inv_freq"):
+                tensors[key] = sum_tensors(tensors[key], value)
     return tensors
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gap_runtime.display import Display
     from gap_runtime.rec.data import Data
     from gap_runtime.rec.results import Answers, Header
-    from gap_runtime.rec.run import Open
+    from gap_runtime.rec.run import Open, Spread
     from gap_runtime.rec.score import Comparison, Score
 
 _NAMED = 5
@@ -32,8 +32,8 @@ class Evaluation:
     comparisons: tuple[Comparison, ...]
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of both commands."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked, how answers are scored and where the work is done."""
     parser.add_argument(
         "--data",
         required=True,
@@ -50,6 +50,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how answers are scored; give it again for more (default: ours)",
     )
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N phrases only")
+    parser.add_argument("--ray", action="store_true", help="work on a Ray cluster, by picture")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="with --ray: how many (default: all)"
+    )
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of both commands."""
+    add_data_arguments(parser)
     parser.add_argument(
         "--ratio",
         type=float,
@@ -58,7 +68,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="shares of visual tokens removed (default: all that there are)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N phrases only")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.jsonl", help="append every answer to this file"
     )
@@ -71,10 +80,39 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER.jsonl",
         help="compare with these answers phrase by phrase (McNemar's test)",
     )
-    parser.add_argument("--ray", action="store_true", help="work on a Ray cluster, by picture")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="with --ray: how many (default: all)"
-    )
+
+
+def read_data(options: argparse.Namespace) -> Data:
+    """The data, after all of `add_data_arguments` that can be checked at once.
+
+    Raises:
+        ConfigError: Options that do not go together, or an unknown name.
+        InputError: A file that cannot be used.
+    """
+    from gap_runtime.rec.data import open_data  # noqa: PLC0415 - libraries when a command runs
+    from gap_runtime.rec.protocol import load_protocol  # noqa: PLC0415
+
+    if options.workers is not None and (not options.ray or options.workers < 1):
+        raise ConfigError(f"--workers {options.workers}: goes with --ray, at least 1")
+    for name in options.protocol or ():
+        load_protocol(name)
+    return open_data(options.data, images=options.images, limit=options.limit)
+
+
+def choose_protocols(options: argparse.Namespace) -> list[str]:
+    """Names of the protocols, each once."""
+    from gap_runtime.rec.protocol import DEFAULT_PROTOCOL  # noqa: PLC0415
+
+    return list(dict.fromkeys(options.protocol or [DEFAULT_PROTOCOL]))
+
+
+def open_cluster(options: argparse.Namespace) -> Spread | None:
+    """The cluster that is to do the work; None for this process."""
+    if not options.ray:
+        return None
+    from gap_runtime.rec.spread import RayCluster  # noqa: PLC0415
+
+    return RayCluster(options.workers)
 
 
 def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
@@ -84,22 +122,16 @@ def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
         ConfigError: Options that do not go together, or an unknown name.
         InputError: A file that cannot be used.
     """
-    from gap_runtime.rec.data import open_data  # noqa: PLC0415 - libraries when a command runs
-    from gap_runtime.rec.protocol import load_protocol  # noqa: PLC0415
     from gap_runtime.rec.results import read_answers  # noqa: PLC0415
 
     if options.resume and options.out is None:
         raise ConfigError("--resume: which file? name it with --out")
-    if options.workers is not None and (not options.ray or options.workers < 1):
-        raise ConfigError(f"--workers {options.workers}: goes with --ray, at least 1")
     if options.out is not None and options.out.exists() and not options.resume:
         raise ConfigError(
             f"{options.out}: exists; go on with it by --resume, or give another --out"
         )
-    for name in options.protocol or ():
-        load_protocol(name)
     other = None if options.compare is None else read_answers(options.compare)
-    return open_data(options.data, images=options.images, limit=options.limit), other
+    return read_data(options), other
 
 
 def run_evaluation(
@@ -115,11 +147,7 @@ def run_evaluation(
     from gap_runtime.display import Pace  # noqa: PLC0415
     from gap_runtime.rec.run import evaluate  # noqa: PLC0415
 
-    spread = None
-    if options.ray:
-        from gap_runtime.rec.spread import RayCluster  # noqa: PLC0415
-
-        spread = RayCluster(options.workers)
+    spread = open_cluster(options)
     for note in data.notes:
         display.say(f"note: {note}")
     total = len(data.expressions) * len(ratios)
@@ -169,9 +197,7 @@ def finish(
     other: Answers | None,
 ) -> int:
     """Score, show, and the exit code."""
-    from gap_runtime.rec.protocol import DEFAULT_PROTOCOL  # noqa: PLC0415
-
-    protocols = list(dict.fromkeys(options.protocol or [DEFAULT_PROTOCOL]))
+    protocols = choose_protocols(options)
     label = "" if options.compare is None else options.compare.name
     found = score_evaluation(data, answers, protocols, other, label)
     if options.json:

@@ -120,7 +120,8 @@ class Quantization:
 
     `weights` is `int8` (a scale for each output channel) or `int4` (one for each block of up to
     128 inputs of it); `method` is how values were found: `nearest`, `awq`, or `checkpoint` for
-    one that came quantized. `parts` are those of `decoder`, `head` and `vision` that are so.
+    one that came quantized, where `weights` tells the bits alone. `parts` are those of `decoder`,
+    `head` and `vision` that are so.
     """
 
     weights: str

@@ -1,10 +1,12 @@
 """Bundles that several parity tests read; made once."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 from families import shared_graphs
 
+from gap_export import cli
 from gap_export.config import load_config
 from gap_export.pipeline import export
 from gap_export.plan import ExportRequest, plan_export
@@ -43,3 +45,35 @@ def refshapes_bundle(tmp_path_factory):
     """refshapes unpruned and at three ratios, GAP, with PyTorch's answers."""
     out = tmp_path_factory.mktemp("refshapes") / "gap"
     return export_bundle("refshapes", out, prune__ratios=[0.0, 0.25, 0.5, 0.75])
+
+
+SWEEP = (
+    *("sweep", "refshapes", "--data", "refshapes:test", "--limit", "6", "--ratios", "0", "0.5"),
+    *("0.75", "--positions", "gap", "compact", "--pytorch", "--protocol", "ours"),
+    *("--protocol", "shikra", "--gallery", "2", "--backend", "onnxruntime:cpu"),
+)
+
+
+@pytest.fixture(scope="session")
+def sweep_arguments():
+    """A small sweep of refshapes but for its folder."""
+    return SWEEP
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory):
+    """The folder of that sweep. Read only."""
+    out = tmp_path_factory.mktemp("sweeps") / "whole"
+    with shared_graphs():
+        assert cli.main([*SWEEP, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def pages():
+    """The module page_reader.py of the runtime's tests."""
+    path = Path(__file__).resolve().parents[1] / "runtime" / "page_reader.py"
+    spec = importlib.util.spec_from_file_location("page_reader", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

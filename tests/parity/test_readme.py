@@ -47,7 +47,7 @@ def test_command_of_a_document_is_taken(command, monkeypatch):
 
 def test_the_documents_show_every_command_of_the_exporter():
     shown = " ".join(str(command.values[0]) for command in commands())
-    for command in ("positions", "calibrate", "evaluate"):
+    for command in ("positions", "calibrate", "evaluate", "sweep"):
         assert f"gap-export {command} " in shown
 
 

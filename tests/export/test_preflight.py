@@ -1,0 +1,218 @@
+"""What an export needs is looked at before any work, and said in one line."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import checkpoints
+import psutil
+import pytest
+
+from gap_export import machine, pipeline, preflight
+from gap_export.errors import CheckpointError, ExportError
+from gap_export.plan import HEAD
+from gap_runtime.display import Display
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def no_work(monkeypatch):
+    """Whatever starts to trace or ask PyTorch has passed the checks."""
+
+    def refuse(*_, **__):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(pipeline, "trace_tower", refuse)
+
+
+def export(plan):
+    return pipeline.export(plan, Display(quiet=True))
+
+
+def refused(plan, kind):
+    """The message of an export that was refused and left nothing behind."""
+    with pytest.raises(kind) as caught:
+        export(plan)
+    assert "\n" not in str(caught.value)
+    assert not list(Path(plan.out).parent.iterdir())
+    return str(caught.value)
+
+
+def limit_memory(monkeypatch, free):
+    monkeypatch.setattr(preflight, "free_memory", lambda: free)
+
+
+def limit_disk(monkeypatch, free):
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def test_an_export_that_may_begin(tiny_llava, tmp_path, make_plan):
+    with pytest.raises(AssertionError, match="work was begun"):
+        export(make_plan(tiny_llava, tmp_path / "out"))
+
+
+def test_a_full_disk(tiny_llava, tmp_path, make_plan, monkeypatch):
+    size = (tiny_llava / "model.safetensors").stat().st_size
+    limit_disk(monkeypatch, size - 1)
+    message = refused(make_plan(tiny_llava, tmp_path / "out"), ExportError)
+    assert str(tmp_path) in message
+    assert "--weights link" in message
+    limit_disk(monkeypatch, size)
+    with pytest.raises(AssertionError, match="work was begun"):
+        export(make_plan(tiny_llava, tmp_path / "out"))
+
+
+def test_links_take_no_disk_but_converted_weights_do(tiny_llava, tmp_path, make_plan, monkeypatch):
+    limit_disk(monkeypatch, 0)
+    with pytest.raises(AssertionError, match="work was begun"):
+        export(make_plan(tiny_llava, tmp_path / "out", weights="link"))
+    plan = make_plan(tiny_llava, tmp_path / "out", weights="link", dtype="float16")
+    assert "free" in refused(plan, ExportError)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_disk_of_quantized_weights(tmp_path, tmp_path_factory, make_plan, weights):
+    """Within a tenth: tensors that no graph uses are counted too."""
+    folder = checkpoints.make_llava_checkpoint(
+        tmp_path_factory.mktemp("wide") / "wide", image_size=70, width=64, heads=4, mlp=128
+    )
+    plan = make_plan(folder, tmp_path / "out", quantize__weights=weights, dtype="float16")
+    expected, quantized = preflight._expect_weights(plan)
+    names = {name for name, source in plan.sources.items() if len(source.shape) == 2}
+    text = {name for name in names if name.startswith("language_model.layers") or name == HEAD}
+    assert quantized > 0
+    assert text.isdisjoint(expected.placed)
+    assert set(plan.sources) == text | set(expected.placed)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
+def test_files_that_cannot_be_linked(tiny_llava, tmp_path, make_plan, monkeypatch, number):
+    def refuse(source, target):
+        raise OSError(number, os.strerror(number), source, None, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    plan = make_plan(tiny_llava, tmp_path / "out", weights="link")
+    assert "--weights clone" in refused(plan, ExportError)
+    with pytest.raises(AssertionError, match="work was begun"):
+        export(make_plan(tiny_llava, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "picture.png"])
+def test_a_file_that_may_not_be_read(
+    tiny_llava, tmp_path, tmp_path_factory, make_plan, monkeypatch, name
+):
+    samples = tmp_path_factory.mktemp("samples")
+    (samples / "picture.png").write_bytes(b"")
+    (samples / "samples.json").write_text(
+        '[{"image": "picture.png", "phrase": "x"}]', encoding="utf-8"
+    )
+    plan = make_plan(tiny_llava, tmp_path / "out", reference=True, check__samples=str(samples))
+    real = Path.open
+
+    def guarded(path, *arguments, **named):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    message = refused(plan, CheckpointError)
+    assert name in message
+    assert "Permission denied" in message
+
+
+def test_a_shard_that_may_not_be_read_is_said_when_it_is_indexed(
+    tiny_llava, tmp_path, make_plan, monkeypatch
+):
+    real = Path.open
+
+    def guarded(path, *arguments, **named):
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    with pytest.raises(CheckpointError, match="cannot be read \\(Permission denied\\)"):
+        make_plan(tiny_llava, tmp_path / "out")
+
+
+def test_no_memory_to_work_in(tiny_llava, tmp_path, make_plan, monkeypatch):
+    limit_memory(monkeypatch, 10 * MIB)
+    message = refused(make_plan(tiny_llava, tmp_path / "out"), ExportError)
+    assert "10.5 MB is free" in message
+
+
+def test_a_reference_fits_or_is_read_layer_by_layer(tiny_llava, tmp_path, make_plan, monkeypatch):
+    plan = make_plan(tiny_llava, tmp_path / "out", reference=True)
+    whole = preflight.reference_bytes(plan) + 192 * MIB
+    limit_memory(monkeypatch, whole)
+    assert preflight.settle_memory(plan) is None
+    monkeypatch.setattr(preflight, "_streamed_bytes", lambda _: whole - 1)
+    limit_memory(monkeypatch, whole - 1)
+    assert preflight.settle_memory(plan) == (whole - 1) // 8
+    limit_memory(monkeypatch, whole - 2)
+    message = refused(plan, ExportError)
+    assert "--no-reference" in message
+    assert "layer by layer" in message
+
+
+def test_the_weights_that_stay_are_never_many(tiny_llava, tmp_path, make_plan, monkeypatch):
+    plan = make_plan(tiny_llava, tmp_path / "out", reference=True)
+    monkeypatch.setattr(preflight, "reference_bytes", lambda _: 2**60)
+    limit_memory(monkeypatch, 2**50)
+    assert preflight.settle_memory(plan) == 512 * MIB
+
+
+def test_memory_is_nobodys_concern_without_a_reference(tiny_llava, tmp_path, make_plan):
+    plan = make_plan(tiny_llava, tmp_path / "out", check__memory_mib=0)
+    assert preflight.settle_memory(plan) is None
+
+
+@pytest.mark.parametrize("mib", [0, 7])
+def test_the_setting_wins(tiny_llava, tmp_path, make_plan, mib):
+    plan = make_plan(tiny_llava, tmp_path / "out", reference=True, check__memory_mib=mib)
+    assert preflight.settle_memory(plan) == mib * MIB
+
+
+def write(folder, **numbers):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in numbers.items():
+        (folder / name.replace("__", ".")).write_text(f"{value}\n", encoding="utf-8")
+
+
+def test_memory_of_a_container(tmp_path):
+    """The tightest limit on the way up counts; cached files are given back."""
+    root, mine = tmp_path / "cgroup", tmp_path / "membership"
+    write(root / "a" / "b", memory__max="max", memory__current=500)
+    write(
+        root / "a",
+        memory__max=1000,
+        memory__current=700,
+        memory__stat="anon 300\ninactive_file 150\nactive_file 50",
+    )
+    mine.write_text("0::/a/b\n", encoding="utf-8")
+    assert machine._free_in_groups(root, mine) == [500]
+    mine.write_text("0::/a\n", encoding="utf-8")
+    assert machine._free_in_groups(root, mine) == [500]
+
+
+def test_memory_of_an_older_container(tmp_path):
+    root, mine = tmp_path / "cgroup", tmp_path / "membership"
+    write(root / "memory" / "x", memory__limit_in_bytes=900, memory__usage_in_bytes=200)
+    mine.write_text("3:cpu,cpuacct:/x\n4:memory:/x\n", encoding="utf-8")
+    assert machine._free_in_groups(root, mine) == [700]
+    assert machine._free_in_groups(root, tmp_path / "nothing") == []
+
+
+def test_free_memory_is_the_least_of_all(monkeypatch):
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=5000))
+    monkeypatch.setattr(machine, "_free_in_groups", lambda: [4000])
+    monkeypatch.setattr(
+        machine.resource, "getrlimit", lambda _: (machine.resource.RLIM_INFINITY,) * 2
+    )
+    assert machine.free_memory() == 4000
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1, 1))
+    assert machine.free_memory() == 0

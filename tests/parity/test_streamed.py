@@ -1,0 +1,191 @@
+"""The reference of a machine with less memory than the model: read layer by layer, the same."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, find_family, shared_graphs
+
+from gap_export import pipeline, preflight
+from gap_export.eager import streamed
+from gap_export.reference import record_reference
+from gap_runtime.display import Display
+
+ALL = 2**40
+
+
+@pytest.fixture(params=FAMILIES)
+def case(request, tmp_path_factory):
+    return find_family(request.param, tmp_path_factory)
+
+
+def ask_pytorch(plan, folder, memory):
+    """Records, arrays and what the linear layers saw."""
+    folder.mkdir()
+    model = plan.family.load_eager(plan.checkpoint, plan.spec, "float32", memory=memory)
+    with model.observe() as summarize:
+        records, arrays = record_reference(
+            model,
+            plan.samples,
+            plan.spec,
+            plan.entries,
+            pruner=plan.pruner,
+            config=plan.request.named.config.prune,
+            prompt=plan.prompt,
+            phrase=plan.phrase,
+            most=plan.layout.answer,
+            folder=folder,
+            images="samples",
+        )
+        statistics = summarize()
+    return records, arrays, statistics
+
+
+def require_same(found, truth):
+    assert found[0] == truth[0]
+    assert found[1].keys() == truth[1].keys()
+    for name, array in truth[1].items():
+        np.testing.assert_array_equal(found[1][name], array, err_msg=name)
+    assert found[2].keys() == truth[2].keys()
+    for name, seen in truth[2].items():
+        assert torch.equal(found[2][name].mean_square, seen.mean_square), name
+        assert torch.equal(found[2][name].mean_size, seen.mean_size), name
+
+
+@pytest.mark.parametrize("memory", [0, 40_000, ALL])
+def test_answers_are_those_of_a_model_in_memory(case, tmp_path, memory):
+    plan = case.plan(tmp_path / "out", reference=True)
+    truth = ask_pytorch(plan, tmp_path / "whole", None)
+    require_same(ask_pytorch(plan, tmp_path / "streamed", memory), truth)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next-vicuna"])
+def test_phrases_are_read_the_same(name, tmp_path, tmp_path_factory):
+    plan = find_family(name, tmp_path_factory).plan(
+        tmp_path / "out", reference=True, pruner="trim"
+    )
+    truth = ask_pytorch(plan, tmp_path / "whole", None)
+    require_same(ask_pytorch(plan, tmp_path / "streamed", 0), truth)
+
+
+@pytest.fixture
+def read_sizes(monkeypatch):
+    """Values of each piece of a file that is read, in order."""
+    found = []
+    real = streamed.read_tensor
+
+    def read(location):
+        found.append((location.key, location.shape))
+        return real(location)
+
+    monkeypatch.setattr(streamed, "read_tensor", read)
+    return found
+
+
+def load(plan, memory):
+    return plan.family.load_eager(plan.checkpoint, plan.spec, "float32", memory=memory)
+
+
+def run_once(model, plan, rows=3):
+    embeddings = torch.zeros(rows, plan.spec.width)
+    return model.run_decoder(embeddings, torch.arange(rows), model.start_cache())
+
+
+def test_every_pass_reads_every_matrix_once(case, tmp_path, read_sizes):
+    plan = case.plan(tmp_path / "out")
+    model = load(plan, 0)
+    keys = []
+    for _ in range(2):
+        read_sizes.clear()
+        run_once(model, plan)
+        keys.append([key for key, _ in read_sizes])
+    assert keys[0] == keys[1]
+    matrices = 7 * plan.spec.layers + 1
+    # Deltas and what they are added to have the same keys.
+    assert len(keys[0]) == matrices * (2 if case.name == "shikra" else 1)
+
+
+def test_what_may_stay_is_read_once(case, tmp_path, read_sizes):
+    plan = case.plan(tmp_path / "out")
+    model = load(plan, ALL)
+    first = run_once(model, plan)
+    read_sizes.clear()
+    assert torch.equal(run_once(model, plan), first)
+    assert read_sizes == []
+
+
+def test_a_part_of_the_weights_stays(tmp_path, tmp_path_factory, read_sizes):
+    """As many as the limit has room for, not one more."""
+    plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out")
+    sizes = {name: 4 * math.prod(source.shape) for name, source in plan.sources.items()}
+    query = sizes["language_model.layers.0.self_attn.q_proj.weight"]
+    for room, less in ((query - 1, 0), (query, 1)):
+        model = load(plan, room)
+        run_once(model, plan)
+        read_sizes.clear()
+        run_once(model, plan)
+        assert sum("q_proj" in key for key, _ in read_sizes) == plan.spec.layers - less
+
+
+def test_the_table_is_read_row_by_row(case, tmp_path, read_sizes):
+    plan = case.plan(tmp_path / "out")
+    model = load(plan, ALL)
+    read_sizes.clear()
+    ids = [3, plan.spec.vocabulary - 1, 3]
+    rows = model.embed(ids)
+    assert {shape[0] for _, shape in read_sizes} == {1}
+    assert torch.equal(rows, load(plan, None).embed(ids))
+    assert model.embed([]).shape == (0, plan.spec.width)
+
+
+def test_nothing_stays_after_a_pass(tmp_path, tmp_path_factory):
+    plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out")
+    model = load(plan, 0)
+    run_once(model, plan)
+    parameters = list(model._language._decoder.parameters())
+    assert {each.is_meta for each in parameters if each.ndim > 1} == {True}
+    assert {each.is_meta for each in parameters if each.ndim == 1} == {False}
+
+
+def test_an_export_chooses_it_when_memory_is_short_and_says_so(
+    tmp_path, tmp_path_factory, monkeypatch, capsys
+):
+    plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out", reference=True)
+    free = preflight.reference_bytes(plan) + 192 * 2**20 - 1
+    monkeypatch.setattr(preflight, "free_memory", lambda: free)
+    monkeypatch.setattr(preflight, "_streamed_bytes", lambda _: free)
+    with shared_graphs():
+        result = pipeline.export(plan, Display())
+    assert result.report is not None
+    assert result.report.passed
+    said = " ".join(capsys.readouterr().err.split())
+    assert "layer by layer for every token" in said
+    assert "asking PyTorch, layer by layer (" in said
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_progress_is_told_for_every_token(tmp_path, tmp_path_factory, answers):
+    plan = find_family("llava", tmp_path_factory).plan(
+        tmp_path / "out", reference=True, prompt__answer=answers
+    )
+    told = []
+    (tmp_path / "folder").mkdir()
+    record_reference(
+        load(plan, 0),
+        plan.samples,
+        plan.spec,
+        plan.entries,
+        pruner=plan.pruner,
+        config=plan.request.named.config.prune,
+        prompt=plan.prompt,
+        phrase=plan.phrase,
+        most=plan.layout.answer,
+        folder=tmp_path / "folder",
+        images="samples",
+        show=lambda share, now: told.append((share, now)),
+    )
+    starts = [(share, now) for share, now in told if "token" not in now]
+    assert [share for share, _ in starts] == [0, 0.5]
+    assert [now.partition(", ")[2] for _, now in starts] == ["unpruned", "ratio 0.5"]
+    assert max(now.count("token") for _, now in told) == 1
