@@ -32,6 +32,10 @@ FAMILIES = (
     "shikra",
     "minigpt-v2",
 )
+ARCHITECTURES = tuple(
+    family for family in FAMILIES if family not in {"llava-original", "llava-next-vicuna"}
+)
+"""Those whose graphs differ in more than sizes; the others are further files of the same."""
 PHRASE = "the red ring left of the blue box"
 READ_PHRASE = frozenset({"trim", "text_similarity", "cdpruner"})
 """Pruners that look at the phrase."""

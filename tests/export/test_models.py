@@ -549,7 +549,13 @@ def test_torch_files_are_used_in_place(tmp_path):
         "clip-pytorch_model.bin": clip / "pytorch_model.bin",
     }
     written = {path.name: path for path in (tmp_path / "b").iterdir() if path.suffix != ".onnx"}
-    assert set(written) == {*places, "manifest.json", "text_tokenizer.json", "tokenizer.json"}
+    assert set(written) == {
+        *places,
+        "export.json",
+        "manifest.json",
+        "text_tokenizer.json",
+        "tokenizer.json",
+    }
     for name, source in places.items():
         assert written[name].samefile(source)
     grounder = Grounder(Bundle.open(tmp_path / "b"), "onnxruntime:cpu")

@@ -7,7 +7,7 @@ import shutil
 import onnx
 import pytest
 from engines import build_bundle
-from families import FAMILIES, export, find_family
+from families import ARCHITECTURES, FAMILIES, export, find_family
 from onnx import TensorProto, helper
 
 from benchmarks import checkpoints
@@ -18,10 +18,10 @@ from gap_runtime.engines import read_engine_record
 from gap_runtime.errors import EngineError, GapError
 
 PRUNERS = ("cls_attention", "divprune", "trim")
-LAYOUTS = {"llava-original", "llava-next-vicuna"}
-"""Other files of families that are built anyway; their graphs are alike."""
 CASES = [
-    pytest.param(family, PRUNERS[k % 3], marks=[pytest.mark.matrix] if family in LAYOUTS else [])
+    pytest.param(
+        family, PRUNERS[k % 3], marks=() if family in ARCHITECTURES else pytest.mark.matrix
+    )
     for k, family in enumerate(FAMILIES)
 ]
 HEAD_DIM = 16

@@ -10,7 +10,7 @@ import numpy as np
 import pruner_formulas as truth
 import pytest
 import torch
-from families import FAMILIES, PHRASE, export, find_family
+from families import ARCHITECTURES, FAMILIES, PHRASE, export, find_family
 from family_truth import find_truth
 from PIL import Image
 
@@ -24,7 +24,13 @@ RATIO = 0.5
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(family, marks=() if family in ARCHITECTURES else pytest.mark.matrix)
+        for family in FAMILIES
+    ],
+)
 def case(request, tmp_path_factory):
     return find_family(request.param, tmp_path_factory)
 

@@ -18,7 +18,7 @@ def half(export, tmp_path_factory):
 def test_float16_passes_its_check(half):
     report = check_bundle(Bundle.open(half), "onnxruntime:cpu")
     assert report.passed
-    assert report.dtype == "float16"
+    assert report.precision == "float16"
 
 
 def test_float16_halves_the_weights_and_copies_no_float32(half):

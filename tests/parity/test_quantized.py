@@ -8,7 +8,7 @@ import onnx
 import pytest
 from checkpoints import make_llava_checkpoint
 from engines import build_bundle
-from families import FAMILIES, find_family
+from families import ARCHITECTURES, find_family
 from families import export as export_plan
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
@@ -149,10 +149,8 @@ CASES = [
         weights,
         marks=[] if weights == "int4" or family == "llava" else [pytest.mark.matrix],
     )
-    for family in FAMILIES
+    for family in ARCHITECTURES
     for weights in ("int4", "int8")
-    # The other layouts' graphs are alike.
-    if family not in {"llava-original", "llava-next-vicuna"}
 ]
 
 

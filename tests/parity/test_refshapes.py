@@ -167,9 +167,10 @@ def test_the_cache_is_written_in_place(refshapes_bundle):
     rng = np.random.default_rng(0)
     width = bundle.manifest.embedding.shape[1]
     decoder.run(rng.standard_normal((1, 9, width)).astype(np.float32), np.arange(9)[None], 0, 8)
-    before = decoder._cache["cache_key_00"].numpy().copy()
+    before = decoder._caches[0]["cache_key_00"].numpy().copy()
     decoder.run(rng.standard_normal((1, 1, width)).astype(np.float32), np.array([[40]]), 9, 0)
-    after = decoder._cache["cache_key_00"].numpy()
+    after = decoder._caches[0]["cache_key_00"].numpy()
+    assert len(decoder._caches) == 1
     assert np.array_equal(before[:, :, :9], after[:, :, :9])
     assert not before[:, :, 9].any()
     assert after[:, :, 9].any()
