@@ -1,5 +1,7 @@
 """Fixtures for all tests."""
 
+import signal
+
 import checkpoints
 import hypothesis
 import pytest
@@ -8,6 +10,17 @@ from families import shared_operators
 # The same draws everywhere, and no folder of past failures in the checkout.
 hypothesis.settings.register_profile("here", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("here")
+
+
+@pytest.fixture(autouse=True)
+def polite_kills_end_no_test():
+    """Commands that run in this process make an interrupt of SIGTERM, which outlives their test.
+
+    One that came later, meant for a process that a test had started, would end the whole run.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
