@@ -105,6 +105,12 @@ def add_survey_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of commands that look at a model and export nothing."""
     parser.add_argument("model", metavar="MODEL", help="as for gap-export")
     parser.add_argument("--pruner", metavar="NAME", help="what chooses the tokens that stay")
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say more of the model, and how much libraries say."""
     parser.add_argument("--checkpoint", metavar="DIR", help="as for gap-export")
     parser.add_argument(
         "--set",
@@ -114,7 +120,6 @@ def add_survey_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="any key of the model file",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from gap_export.command import read_config
+from gap_export.command import add_model_arguments, read_config
 from gap_runtime.command import add_backend, print_json
 from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation import (
@@ -74,17 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
     parser.add_argument("--dtype", metavar="NAME", help="as for gap-export")
     parser.add_argument("--target", default="cpu", metavar="NAME", help="machine (default: cpu)")
-    parser.add_argument("--checkpoint", metavar="DIR", help="as for gap-export")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="any key of the model file",
-    )
+    add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
 
 
 def run(options: argparse.Namespace) -> int:
