@@ -30,11 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gap_export.features import Feature
 from gap_export.graph.decoder import DecoderStage, cache_names
 from gap_export.plan import ExportPlan
-from gap_export.quantization import Scheme, choose_scheme
-from gap_export.stages import scheme_of
+from gap_export.quantization import Scheme
+from gap_export.stages import scheme_of, tower_needs
 from gap_export.weights import plan_weights
 from gap_runtime.manifest import Bucket
 from gap_runtime.tensors import count_bytes
@@ -146,27 +145,15 @@ def estimate(plan: ExportPlan) -> Estimate:
     )
 
 
-def parameter_bytes(shape: tuple[int, ...], dtype: str, quantized: str | None = None) -> int:
-    """Bytes of one tensor as it is stored.
-
-    Args:
-        shape: Of the tensor, [out, in] where it is a weight.
-        dtype: The model's, which scales have as well.
-        quantized: `int8` or `int4` where it is to be quantized, if its shape allows that.
-    """
-    return _scheme_bytes(
-        shape, dtype, None if quantized is None else choose_scheme(quantized, shape)
-    )
-
-
-def _scheme_bytes(shape: tuple[int, ...], dtype: str, scheme: Scheme | None) -> int:
+def stored_bytes(shape: tuple[int, ...], dtype: str, scheme: Scheme | None) -> int:
+    """Bytes of one tensor as it is stored; `dtype` is the model's, which scales have as well."""
     return count_bytes(shape, dtype) if scheme is None else scheme.count_bytes(shape, dtype)
 
 
 def _count(plan: ExportPlan, found: list[Parameter], *, vision: bool) -> int:
     """Bytes of a graph's parameters."""
     return sum(
-        _scheme_bytes(
+        stored_bytes(
             each.shape,
             plan.dtype,
             scheme_of(plan, each.name, each.shape, vision=vision) if each.is_linear else None,
@@ -191,10 +178,7 @@ def _count_files(
 
 
 def _build_tower(plan: ExportPlan, bucket: Bucket) -> nn.Module:
-    later = {Feature.TOKENS, Feature.TEXT}
-    if not plan.reads_clip:
-        later.add(Feature.TEXT_PATCHES)
-    return plan.family.build_tower(plan.spec, bucket, plan.pruner.NEEDS - later)
+    return plan.family.build_tower(plan.spec, bucket, tower_needs(plan))
 
 
 def _build(plan: ExportPlan, mode: FakeTensorMode, build: Callable[[], nn.Module]) -> nn.Module:

@@ -24,7 +24,7 @@ from gap_runtime.tensors import TensorSpec
 
 def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     """The tower's graph, the same for all ratios."""
-    spec, needs = plan.spec, _by_tower(plan)
+    spec, needs = plan.spec, tower_needs(plan)
     side = spec.preprocess.side
     views = _count_views(bucket, side)
     return trace(
@@ -60,7 +60,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             layout=layout,
             geometry=geometry_of(bucket),
             fixed=bucket.fixed,
-            given=[*sort_features(_by_tower(plan)), *([Feature.TEXT] if phrase else [])],
+            given=[*sort_features(tower_needs(plan)), *([Feature.TEXT] if phrase else [])],
             text_sign=-1 if plan.reads_clip else 1,
         ),
         dtype=plan.dtype,
@@ -247,7 +247,7 @@ def write_graphs(
     return stages
 
 
-def _by_tower(plan: ExportPlan) -> frozenset[Feature]:
+def tower_needs(plan: ExportPlan) -> frozenset[Feature]:
     """Needs of the pruner that the tower serves; the others come later or with the phrase."""
     later = {Feature.TOKENS, Feature.TEXT}
     if not plan.reads_clip:
@@ -271,7 +271,7 @@ def _between(plan: ExportPlan, bucket: Bucket) -> list[TensorSpec]:
             shape=(1, tokens * bucket.strip, *spec.features[feature]),
             meaning="by-product of the tower",
         )
-        for feature in sort_features(_by_tower(plan))
+        for feature in sort_features(tower_needs(plan))
     ]
     return [patches, *features]
 

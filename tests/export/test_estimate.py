@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from torch import nn
 from benchmarks import checkpoints, memory
 from gap_export import cli
 from gap_export.config import load_config
-from gap_export.estimate import _LiveBytes, estimate, parameter_bytes
+from gap_export.estimate import _LiveBytes, estimate, stored_bytes
 from gap_export.pipeline import export
 from gap_export.plan import ExportRequest, plan_export
+from gap_export.quantization import choose_scheme
 from gap_runtime.display import Display
 from gap_runtime.target import load_target
 
@@ -51,12 +53,14 @@ def make_plan(tiny_llava, tmp_path):
     ],
 )
 def test_bytes_of_a_weight(quantized, size):
-    assert parameter_bytes((256, 512), "float16", quantized) == size
+    scheme = quantized and choose_scheme(quantized, (256, 512))
+    assert stored_bytes((256, 512), "float16", scheme) == size
 
 
 def test_what_cannot_be_quantized_stays():
     for shape in ((256,), (256, 9)):
-        assert parameter_bytes(shape, "float16", "int4") == parameter_bytes(shape, "float16")
+        assert choose_scheme("int4", shape) is None
+        assert stored_bytes(shape, "float16", None) == math.prod(shape) * 2
 
 
 def count_tables(plan):
