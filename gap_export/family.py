@@ -41,12 +41,14 @@ class ModelSpec:
     `image_text` is what stands for the picture in a prompt and `image_token_id` the one token of
     it that the visual tokens replace; both are None where the texts before and after the picture
     are encoded apart. `text` is CLIP's text tower where the checkpoint has one.
+    `tower_layers` are the tower's blocks up to its patches, `layers` those of the decoder.
     `max_positions` is the number of position IDs that the decoder was trained with.
     `library_config` is the family's own business.
     """
 
     buckets: tuple[Bucket, ...]
     vision_width: int
+    tower_layers: int
     features: dict[Feature, tuple[int, ...]]
     text: TextSpec | None
     width: int
@@ -138,6 +140,12 @@ class Family(Protocol):
 
     EMBEDDING: str
     """Canonical name of the token embedding table."""
+
+    LAYERS: str
+    """Canonical path of the decoder's layers, whose numbers follow."""
+
+    TOWER_LAYERS: str
+    """Canonical path of the tower's blocks."""
 
     PARTS: Mapping[str, str]
     """Further checkpoints that the family can read, by role, each with where it usually is."""

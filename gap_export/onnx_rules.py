@@ -16,6 +16,9 @@ import onnx_ir as ir
 from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
 from gap_runtime.tensors import TensorSpec
 
+_OWN_VERSION = 1
+"""Of the operators that a dialect has besides the standard ones."""
+
 
 def prove_graph(
     path: Path,
@@ -33,7 +36,7 @@ def prove_graph(
         inputs: Promised inputs, in order.
         outputs: Promised outputs, in order.
         opset: Promised version of the standard operators.
-        operators: Those that the dialect has.
+        operators: Those that the dialect has; others than standard ones behind their domain.
         free: Names of dimensions that may stay open.
 
     Raises:
@@ -46,8 +49,13 @@ def prove_graph(
     _require_interface(path, "input", graph.inputs, list(inputs))
     _require_interface(path, "output", graph.outputs, list(outputs))
     _require_operators(path, graph, operators)
-    if dict(model.opset_imports) != {"": opset}:
-        raise GraphError(f"{path.name}: opsets {dict(model.opset_imports)}, expected only {opset}")
+    promised = {"": opset} | {
+        node.domain: _OWN_VERSION
+        for node in graph
+        if _full_name(node) in operators and node.domain
+    }
+    if dict(model.opset_imports) != promised:
+        raise GraphError(f"{path.name}: opsets {dict(model.opset_imports)}, expected {promised}")
     _require_static(path, graph, free)
     _require_weights_inside(path, graph)
     try:
@@ -80,20 +88,20 @@ def _require_interface(
 
 def _require_operators(path: Path, graph: ir.Graph, operators: frozenset[str]) -> None:
     for node in graph:
-        if node.domain != "":
+        if _full_name(node) not in operators:
             raise UnsupportedOpError(
-                f"{path.name}: node '{node.name}' is {node.domain}.{node.op_type}; "
-                "only standard operators are allowed"
-            )
-        if node.op_type not in operators:
-            raise UnsupportedOpError(
-                f"{path.name}: node '{node.name}' is {node.op_type}, which the target's dialect "
-                "does not have"
+                f"{path.name}: node '{node.name}' is {_full_name(node)}, which the target's "
+                "dialect does not have"
             )
         if node.op_type == "TopK" and (
             node.inputs[1] is None or node.inputs[1].const_value is None
         ):
             raise StaticShapeError(f"{path.name}: node '{node.name}': TopK size is not a constant")
+
+
+def _full_name(node: ir.Node) -> str:
+    """An operator's name, behind its domain where it is not a standard one."""
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
 def _require_static(path: Path, graph: ir.Graph, free: frozenset[str]) -> None:

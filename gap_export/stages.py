@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 import onnx_ir as ir
 
@@ -16,19 +17,26 @@ from gap_export.graph.vision import PruneStage, TowerStage, sort_features
 from gap_export.onnx_rules import prove_graph
 from gap_export.plan import ExportPlan
 from gap_export.quantization import Scheme, choose_scheme, packed_scheme, quantize_graph
+from gap_export.repetition import repeat_layer
 from gap_export.tracing import FREE_ROWS, Traced, trace
 from gap_export.weights import WeightPlan, bind_weights, strip_stage, write_placeholders
 from gap_runtime.manifest import DECODER, TEXT, VISION, Bucket, RatioEntry, Stage
 from gap_runtime.tensors import TensorSpec
 
+_TRACED_LAYERS: Final = 2
+"""Of a decoder: the first, and one that can follow itself."""
+_TRACED_TOWER_LAYERS: Final = 3
+"""Of a tower: besides these the last, whose input pruners look at."""
+
 
 def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
-    """The tower's graph, the same for all ratios."""
+    """The tower's graph, the same for all ratios; traced with few blocks, as the decoder."""
     spec, needs = plan.spec, tower_needs(plan)
+    few = replace(spec, tower_layers=min(spec.tower_layers, _TRACED_TOWER_LAYERS))
     side = spec.preprocess.side
     views = _count_views(bucket, side)
-    return trace(
-        lambda: TowerStage(plan.family.build_tower(spec, bucket, needs), needs),
+    traced = trace(
+        lambda: TowerStage(plan.family.build_tower(few, bucket, needs), needs),
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
@@ -43,6 +51,8 @@ def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
         outputs=_between(plan, bucket),
         finish=lambda stage: plan.family.fill_constants(stage.tower),  # type: ignore[arg-type]
     )
+    more = spec.tower_layers - few.tower_layers
+    return repeat_layer(traced, f"tower.{plan.family.TOWER_LAYERS}", more)
 
 
 def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
@@ -116,8 +126,12 @@ def trace_text(plan: ExportPlan) -> Traced | None:
 
 
 def trace_decoder(plan: ExportPlan) -> Traced:
-    """The decoder's graph, the same for all ratios and position modes."""
+    """The decoder's graph, the same for all ratios and position modes.
+
+    Traced with few layers; the others are like the last of these.
+    """
     spec = plan.spec
+    few = replace(spec, layers=min(spec.layers, _TRACED_LAYERS))
     cache_shape = (1, spec.cache_heads, plan.layout.capacity, spec.head_dim)
     names = cache_names(spec.layers)
     caches = [
@@ -131,50 +145,55 @@ def trace_decoder(plan: ExportPlan) -> Traced:
     ]
     positions = max(plan.layout.at(entry).positions for entry in plan.entries)
     tables = plan.family.rotary_tables(spec, positions)
-    return trace(
-        lambda: DecoderStage(plan.family.build_decoder(spec, plan.dialect, tables)),
+    inputs = [
+        TensorSpec(
+            name="embeddings",
+            dtype="float32",
+            shape=(1, FREE_ROWS, spec.width),
+            meaning="prompt rows, or one token",
+        ),
+        TensorSpec(
+            name="position_ids",
+            dtype="int64",
+            shape=(1, FREE_ROWS),
+            meaning="rotary position of each row",
+        ),
+        TensorSpec(name="write_slot", dtype="int64", shape=(1,), meaning="cache slot of row 0"),
+        TensorSpec(
+            name="logits_row", dtype="int64", shape=(1,), meaning="row whose logits are wanted"
+        ),
+        *caches,
+    ]
+    outputs = [
+        TensorSpec(
+            name="logits", dtype="float32", shape=(1, spec.vocabulary), meaning="of the wanted row"
+        ),
+        *(
+            TensorSpec(
+                name=f"next_{cache.name}",
+                dtype=cache.dtype,
+                shape=cache.shape,
+                meaning="the same memory, with the rows written",
+            )
+            for cache in caches
+        ),
+    ]
+    left_out = 2 * (spec.layers - few.layers)
+    traced = trace(
+        lambda: DecoderStage(plan.family.build_decoder(few, plan.dialect, tables)),
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
-        inputs=[
-            TensorSpec(
-                name="embeddings",
-                dtype="float32",
-                shape=(1, FREE_ROWS, spec.width),
-                meaning="prompt rows, or one token",
-            ),
-            TensorSpec(
-                name="position_ids",
-                dtype="int64",
-                shape=(1, FREE_ROWS),
-                meaning="rotary position of each row",
-            ),
-            TensorSpec(
-                name="write_slot", dtype="int64", shape=(1,), meaning="cache slot of row 0"
-            ),
-            TensorSpec(
-                name="logits_row", dtype="int64", shape=(1,), meaning="row whose logits are wanted"
-            ),
-            *caches,
-        ],
-        outputs=[
-            TensorSpec(
-                name="logits",
-                dtype="float32",
-                shape=(1, spec.vocabulary),
-                meaning="of the wanted row",
-            ),
-            *(
-                TensorSpec(
-                    name=f"next_{cache.name}",
-                    dtype=cache.dtype,
-                    shape=cache.shape,
-                    meaning="the same memory, with the rows written",
-                )
-                for cache in caches
-            ),
-        ],
-        nested=len(caches),
+        inputs=inputs[: len(inputs) - left_out],
+        outputs=outputs[: len(outputs) - left_out],
+        nested=2 * few.layers,
+    )
+    return repeat_layer(
+        traced,
+        f"decoder.{plan.family.LAYERS}",
+        spec.layers - few.layers,
+        inputs=inputs[len(traced.inputs) :],
+        outputs=outputs[len(traced.outputs) :],
     )
 
 

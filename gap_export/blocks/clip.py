@@ -42,6 +42,7 @@ class ClipTower(nn.Module):
         layer: int,
         needs: frozenset[Feature],
         *,
+        depth: int,
         arrange: tuple[int, ...] | None = None,
         text_width: int | None = None,
     ) -> None:
@@ -51,6 +52,8 @@ class ClipTower(nn.Module):
             config: Of the whole tower.
             layer: Index of the hidden state that is wanted, as in `resolve_layer`.
             needs: By-products to compute.
+            depth: Blocks that stand for those up to the hidden state; fewer where the graph of
+                the others is copied from these.
             arrange: Which patches, of all views one after another, to give and in which order.
             text_width: Of CLIP's text features, where TEXT_PATCHES are needed.
         """
@@ -58,10 +61,10 @@ class ClipTower(nn.Module):
         used = copy.deepcopy(config)
         merges = bool(needs & {Feature.MERGE_ATTENTION, Feature.MERGE_KEYS})
         # Of the block after the patches only the norm and two projections are run.
-        used.num_hidden_layers = min(layer + merges, config.num_hidden_layers)
+        used.num_hidden_layers = depth + (merges and layer < config.num_hidden_layers)
         used._attn_implementation = "sdpa"  # noqa: SLF001 - the library's own switch
         self.vision_tower = CLIPVisionModel(used)
-        self.layer, self.needs = layer, needs
+        self.depth, self.needs = depth, needs
         self.order = arrange
         if Feature.TEXT_PATCHES in needs:
             assert text_width is not None
@@ -77,10 +80,10 @@ class ClipTower(nn.Module):
         tower, blocks = self.vision_tower, self.vision_tower.encoder.layers
         states_VTC = tower.pre_layrnorm(tower.embeddings(pixels.flatten(0, -4)))
         before_VTC = states_VTC
-        for block in blocks[: self.layer]:
+        for block in blocks[: self.depth]:
             before_VTC, states_VTC = states_VTC, block(states_VTC, None)
         values: dict[Feature, Tensor] = {}
-        last = blocks[self.layer - 1]
+        last = blocks[self.depth - 1]
         if Feature.CLS_ATTENTION in self.needs:
             query, key = _project(last, before_VTC)
             values[Feature.CLS_ATTENTION] = cls_attention(query, key, last.self_attn.num_heads)
@@ -90,8 +93,8 @@ class ClipTower(nn.Module):
         if Feature.CLS_SIMILARITY in self.needs:
             values[Feature.CLS_SIMILARITY] = cls_similarity(states_VTC)
         if self.needs & {Feature.MERGE_ATTENTION, Feature.MERGE_KEYS}:
-            follows = self.layer < len(blocks)
-            merging = blocks[self.layer] if follows else last
+            follows = self.depth < len(blocks)
+            merging = blocks[self.depth] if follows else last
             query, key = _project(merging, states_VTC if follows else before_VTC)
             values[Feature.MERGE_ATTENTION] = merge_attention(query, key)
             values[Feature.MERGE_KEYS] = key[:, 1:].float()

@@ -16,13 +16,13 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gap_export.dialect import Dialect
+from gap_export.dialect import Dialect, Rows
 from gap_export.errors import CheckpointError
 from gap_export.family import SmoothingGroup
 from gap_export.sources import expected_shapes
 
 # B batch (1), S rows, H query heads, G key/value heads, d head width, L cache slots, D width,
-# V vocabulary, P positions.
+# V vocabulary, P positions, E = H * d, F = G * d.
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _TYPES = ("llama", "mistral")
@@ -152,6 +152,7 @@ class LlamaDecoder(nn.Module):
     ) -> None:
         """Declare the parameters; the rotary tables are constants of the graph."""
         super().__init__()
+        self.dialect = dialect
         self.language_model = _Stack(shape, dialect)
         self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.register_buffer("cosine", cosine_Pd, persistent=False)
@@ -169,22 +170,21 @@ class LlamaDecoder(nn.Module):
         caches: list[Tensor],
     ) -> tuple[Tensor, ...]:
         """Logits [B, V] float32 of one row, then the caches, key and value by layer."""
-        dtype = self.lm_head.weight.dtype
-        hidden_BSD = embeddings_BSD.to(dtype)
-        mask_BHSL = slot_causal_mask(write_slot_B, position_ids_BS.shape[1], caches[0].shape[2])
-        tables = (self.cosine, self.sine)
+        # The batch is one, and linear layers of two dimensions need no reshaping.
+        hidden_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
+        rows = Rows(
+            position_ids_BS=position_ids_BS,
+            write_slot_B=write_slot_B,
+            cosine_Pd=self.cosine,
+            sine_Pd=self.sine,
+        )
+        planned = self.dialect.plan_rows(rows, caches[0].shape[2])
         written: list[Tensor] = []
         for k, layer in enumerate(self.language_model.layers):
-            hidden_BSD, key, value = layer(
-                hidden_BSD,
-                tables,
-                position_ids_BS,
-                write_slot_B,
-                mask_BHSL,
-                (caches[2 * k], caches[2 * k + 1]),
-            )
+            cache = (caches[2 * k], caches[2 * k + 1])
+            hidden_SD, key, value = layer(hidden_SD, cache, rows, planned)
             written += [key, value]
-        row_BD = torch.index_select(hidden_BSD, 1, logits_row_B)[:, 0]
+        row_BD = torch.index_select(hidden_SD, 0, logits_row_B)
         logits_BV = self.lm_head(self.language_model.norm(row_BD))
         return logits_BV.float(), *written
 
@@ -202,20 +202,16 @@ class LlamaLayer(nn.Module):
 
     def forward(
         self,
-        hidden_BSD: Tensor,
-        tables: tuple[Tensor, Tensor],
-        position_ids_BS: Tensor,
-        write_slot_B: Tensor,
-        mask_BHSL: Tensor,
+        hidden_SD: Tensor,
         cache: tuple[Tensor, Tensor],
+        rows: Rows,
+        planned: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states and the layer's key and value cache."""
-        normed_BSD = self.input_layernorm(hidden_BSD)
-        attended_BSD, key, value = self.self_attn(
-            normed_BSD, tables, position_ids_BS, write_slot_B, mask_BHSL, cache
-        )
-        hidden_BSD = hidden_BSD + attended_BSD
-        return hidden_BSD + self.mlp(self.post_attention_layernorm(hidden_BSD)), key, value
+        normed_SD = self.input_layernorm(hidden_SD)
+        attended_SD, key, value = self.self_attn(normed_SD, cache, rows, planned)
+        hidden_SD = hidden_SD + attended_SD
+        return hidden_SD + self.mlp(self.post_attention_layernorm(hidden_SD)), key, value
 
 
 class LlamaAttention(nn.Module):
@@ -227,7 +223,6 @@ class LlamaAttention(nn.Module):
         self.dialect = dialect
         query, cached = shape.heads * shape.head_dim, shape.cache_heads * shape.head_dim
         bias = shape.attention_bias
-        self.head_dim = shape.head_dim
         self.q_proj = nn.Linear(shape.width, query, bias=bias)
         self.k_proj = nn.Linear(shape.width, cached, bias=bias)
         self.v_proj = nn.Linear(shape.width, cached, bias=bias)
@@ -235,30 +230,21 @@ class LlamaAttention(nn.Module):
 
     def forward(
         self,
-        hidden_BSD: Tensor,
-        tables: tuple[Tensor, Tensor],
-        position_ids_BS: Tensor,
-        write_slot_B: Tensor,
-        mask_BHSL: Tensor,
+        hidden_SD: Tensor,
         cache: tuple[Tensor, Tensor],
+        rows: Rows,
+        planned: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention output and the caches with this call's rows written."""
-        operators = self.dialect
-        query_BHSd = operators.rotate(
-            self._split(self.q_proj(hidden_BSD)), *tables, position_ids_BS
+        mixed_SE, key, value = self.dialect.attend(
+            self.q_proj(hidden_SD),
+            self.k_proj(hidden_SD),
+            self.v_proj(hidden_SD),
+            cache,
+            rows,
+            planned,
         )
-        key_BGSd = operators.rotate(self._split(self.k_proj(hidden_BSD)), *tables, position_ids_BS)
-        value_BGSd = self._split(self.v_proj(hidden_BSD))
-        key_BGLd = operators.write_cache(cache[0], key_BGSd, write_slot_B)
-        value_BGLd = operators.write_cache(cache[1], value_BGSd, write_slot_B)
-        mixed_BHSd = operators.attend(query_BHSd, key_BGLd, value_BGLd, mask_BHSL)
-        mixed_BSD = mixed_BHSd.transpose(1, 2).flatten(2)
-        return self.o_proj(mixed_BSD), key_BGLd, value_BGLd
-
-    def _split(self, x_BSD: Tensor) -> Tensor:
-        """[B, S, heads * d] to [B, heads, S, d]."""
-        heads = x_BSD.shape[-1] // self.head_dim
-        return x_BSD.reshape(*x_BSD.shape[:2], heads, self.head_dim).transpose(1, 2)
+        return self.o_proj(mixed_SE), key, value
 
 
 class LlamaMlp(nn.Module):
@@ -271,10 +257,10 @@ class LlamaMlp(nn.Module):
         self.up_proj = nn.Linear(shape.width, shape.mlp, bias=shape.mlp_bias)
         self.down_proj = nn.Linear(shape.mlp, shape.width, bias=shape.mlp_bias)
 
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
+    def forward(self, hidden_SD: Tensor) -> Tensor:
         """down(silu(gate) * up)."""
-        gate = functional.silu(self.gate_proj(hidden_BSD))
-        output: Tensor = self.down_proj(gate * self.up_proj(hidden_BSD))
+        gate = functional.silu(self.gate_proj(hidden_SD))
+        output: Tensor = self.down_proj(gate * self.up_proj(hidden_SD))
         return output
 
 
@@ -291,14 +277,5 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape.width))
         self.epsilon, self.dialect = shape.epsilon, dialect
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.dialect.rms_norm(x_BSD, self.weight, self.epsilon)
-
-
-def slot_causal_mask(write_slot_B: Tensor, rows: int, slots: int) -> Tensor:
-    """Boolean mask [B, 1, S, L]: a row sees its own slot and those before it.
-
-    Slots, not positions: padded prompt rows lie behind the real ones and stay unseen.
-    """
-    row_slot_BS = write_slot_B[:, None] + torch.arange(rows)
-    return torch.arange(slots) <= row_slot_BS[:, None, :, None]
+    def forward(self, x_SD: Tensor) -> Tensor:
+        return self.dialect.rms_norm(x_SD, self.weight, self.epsilon)

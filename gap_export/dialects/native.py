@@ -12,7 +12,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width.
+from gap_export.dialect import Rows, merge_heads, slot_causal_mask, split_heads
+
+# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width,
+# d head width, E = H * d, F = G * d.
 
 OPSETS: Final = frozenset({24})
 OPERATORS: Final = frozenset(
@@ -90,30 +93,66 @@ OPERATORS: Final = frozenset(
 _FLOAT: Final = 1  # onnx.TensorProto.FLOAT
 
 
-def rms_norm(x_BSD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32."""
     return _operator(
         "RMSNormalization",
-        [x_BSD, weight_D],
+        [x_SD, weight_D],
         {"axis": -1, "epsilon": epsilon, "stash_type": _FLOAT},
-        like=x_BSD,
+        like=x_SD,
         version=23,
     )
 
 
-def rotate(x_BHSd: Tensor, cosine_Pd: Tensor, sine_Pd: Tensor, position_ids_BS: Tensor) -> Tensor:
-    """Rotary embedding by position ID, halves layout; tables hold head_dim / 2 columns."""
+def plan_rows(rows: Rows, slots: int) -> tuple[Tensor, ...]:
+    """The mask [B, 1, S, L].
+
+    TensorRT's parser ignores `nonpad_kv_seqlen`, so it is explicit.
+    """
+    return (slot_causal_mask(rows, slots),)
+
+
+def attend(
+    query_SE: Tensor,
+    key_SF: Tensor,
+    value_SF: Tensor,
+    cache: tuple[Tensor, Tensor],
+    rows: Rows,
+    planned: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal grouped attention; the caches are written in place where a runtime binds them so.
+
+    TensorRT refuses `softmax_precision`, so that it is the runtime's, float32 inside its kernels.
+    """
+    head_dim = cache[0].shape[-1]
+    query_BHSd, key_BGSd = (
+        _rotate(split_heads(x_SE, head_dim), rows) for x_SE in (query_SE, key_SF)
+    )
+    key_BGLd = _write_cache(cache[0], key_BGSd, rows.write_slot_B)
+    value_BGLd = _write_cache(cache[1], split_heads(value_SF, head_dim), rows.write_slot_B)
+    mixed_BHSd = _operator(
+        "Attention", [query_BHSd, key_BGLd, value_BGLd, *planned], {}, like=query_BHSd, version=24
+    )
+    return merge_heads(mixed_BHSd), key_BGLd, value_BGLd
+
+
+translate_attention: Final = None
+"""The converter's own translation is one Attention node; its softmax is the runtime's."""
+
+
+def _rotate(x_BHSd: Tensor, rows: Rows) -> Tensor:
+    """Rotary embedding by position ID, halves layout."""
+    tables = (rows.cosine_Pd.to(x_BHSd.dtype), rows.sine_Pd.to(x_BHSd.dtype))
     return _operator(
         "RotaryEmbedding",
-        [x_BHSd, cosine_Pd.to(x_BHSd.dtype), sine_Pd.to(x_BHSd.dtype), position_ids_BS],
+        [x_BHSd, *tables, rows.position_ids_BS],
         {"interleaved": 0},
         like=x_BHSd,
         version=23,
     )
 
 
-def write_cache(cache_BGLd: Tensor, update_BGSd: Tensor, write_slot_B: Tensor) -> Tensor:
-    """The cache with rows written from a slot on; in place where a runtime binds it so."""
+def _write_cache(cache_BGLd: Tensor, update_BGSd: Tensor, write_slot_B: Tensor) -> Tensor:
     return _operator(
         "TensorScatter",
         [cache_BGLd, update_BGSd, write_slot_B],
@@ -121,25 +160,6 @@ def write_cache(cache_BGLd: Tensor, update_BGSd: Tensor, write_slot_B: Tensor) -
         like=cache_BGLd,
         version=24,
     )
-
-
-def attend(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: Tensor) -> Tensor:
-    """Grouped attention over the whole cache with an explicit boolean mask.
-
-    TensorRT's parser ignores `nonpad_kv_seqlen` and refuses `softmax_precision`, so the mask is
-    explicit and the precision of the softmax is the runtime's, float32 inside its kernels.
-    """
-    return _operator(
-        "Attention",
-        [query_BHSd, key_BGLd, value_BGLd, mask_BHSL],
-        {},
-        like=query_BHSd,
-        version=24,
-    )
-
-
-translate_attention: Final = None
-"""The converter's own translation is one Attention node; its softmax is the runtime's."""
 
 
 def _operator(

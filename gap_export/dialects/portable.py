@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gap_export.dialect import Rows, merge_heads, slot_causal_mask, split_heads
+
 # B batch (1), S rows, H query heads, G key/value heads, R query heads of a key head, L cache
-# slots, P positions, D width, d head width.
+# slots, P positions, D width, d head width, E = H * d, F = G * d.
 
 OPSETS: Final = frozenset({18, 19, 20})
 OPERATORS: Final = frozenset(
@@ -86,18 +88,40 @@ _HIDDEN: Final = -1e30
 _FLOAT: Final = 1  # onnx.TensorProto.FLOAT
 
 
-def rms_norm(x_BSD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32."""
-    wide_BSD = x_BSD.float()
-    mean_BS1 = (wide_BSD * wide_BSD).mean(dim=-1, keepdim=True)
-    return (wide_BSD / torch.sqrt(mean_BS1 + epsilon)).to(x_BSD.dtype) * weight_D
+    wide_SD = x_SD.float()
+    mean_S1 = (wide_SD * wide_SD).mean(dim=-1, keepdim=True)
+    return (wide_SD / torch.sqrt(mean_S1 + epsilon)).to(x_SD.dtype) * weight_D
 
 
-def rotate(x_BHSd: Tensor, cosine_Pd: Tensor, sine_Pd: Tensor, position_ids_BS: Tensor) -> Tensor:
+def plan_rows(rows: Rows, slots: int) -> tuple[Tensor, ...]:
+    """The mask [B, 1, S, L]."""
+    return (slot_causal_mask(rows, slots),)
+
+
+def attend(
+    query_SE: Tensor,
+    key_SF: Tensor,
+    value_SF: Tensor,
+    cache: tuple[Tensor, Tensor],
+    rows: Rows,
+    planned: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal grouped attention over the whole cache."""
+    head_dim = cache[0].shape[-1]
+    query_BHSd = rotate(split_heads(query_SE, head_dim), rows)
+    key_BGSd = rotate(split_heads(key_SF, head_dim), rows)
+    key_BGLd = write_cache(cache[0], key_BGSd, rows.write_slot_B)
+    value_BGLd = write_cache(cache[1], split_heads(value_SF, head_dim), rows.write_slot_B)
+    return merge_heads(mix(query_BHSd, key_BGLd, value_BGLd, *planned)), key_BGLd, value_BGLd
+
+
+def rotate(x_BHSd: Tensor, rows: Rows) -> Tensor:
     """Rotary embedding by position ID, halves layout, in float32."""
     # B1Sd: one axis of heads. Gathered as embeddings, whose shape stays known.
-    cosine = functional.embedding(position_ids_BS, cosine_Pd)[:, None]
-    sine = functional.embedding(position_ids_BS, sine_Pd)[:, None]
+    cosine = functional.embedding(rows.position_ids_BS, rows.cosine_Pd)[:, None]
+    sine = functional.embedding(rows.position_ids_BS, rows.sine_Pd)[:, None]
     half = x_BHSd.shape[-1] // 2
     first, second = x_BHSd[..., :half].float(), x_BHSd[..., half:].float()
     turned = (first * cosine - second * sine, second * cosine + first * sine)
@@ -116,7 +140,7 @@ def write_cache(cache_BGLd: Tensor, update_BGSd: Tensor, write_slot_B: Tensor) -
     return torch.where(is_new_L[:, None], moved_BGLd, cache_BGLd)
 
 
-def attend(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: Tensor) -> Tensor:
+def mix(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: Tensor) -> Tensor:
     """Grouped attention over the whole cache with an explicit boolean mask."""
     batch, heads, rows, width = query_BHSd.shape
     groups = key_BGLd.shape[1]

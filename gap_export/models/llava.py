@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -73,6 +74,8 @@ from gap_runtime.manifest import Bucket, Preprocess
 # B batch (1), N patches, K kept, C vision width, D decoder width, S rows, V vocabulary.
 
 EMBEDDING: Final = "language_model.embed_tokens.weight"
+LAYERS: Final = "language_model.layers"
+TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
 PHRASE: Final = "clip"
 _LM_HEAD: Final = "lm_head.weight"
@@ -115,7 +118,6 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
     require_patches_alone(library, where)
-    resolve_layer(vision, library.vision_feature_layer, where)
     shape = read_llama_shape(text, where)
     clip = checkpoint.parts.get("clip")
     text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
@@ -125,6 +127,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=(grid,), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
+        tower_layers=resolve_layer(vision, library.vision_feature_layer, where),
         features=clip_features(vision, text_spec),
         text=text_spec,
         width=shape.width,
@@ -185,7 +188,9 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
     config = spec.library_config
     layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
     text_width = spec.text.width if spec.text else None
-    return ClipTower(config.vision_config, layer, needs, text_width=text_width)
+    return ClipTower(
+        config.vision_config, layer, needs, depth=spec.tower_layers, text_width=text_width
+    )
 
 
 def fill_constants(module: nn.Module) -> None:
@@ -214,7 +219,7 @@ def build_text_tower(spec: ModelSpec) -> nn.Module:
 def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
     """The Llama decoder."""
     shape = read_llama_shape(spec.library_config.text_config, "config.json")
-    return LlamaDecoder(shape, dialect, *tables)
+    return LlamaDecoder(replace(shape, layers=spec.layers), dialect, *tables)
 
 
 def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:

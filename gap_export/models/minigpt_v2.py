@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -49,6 +50,8 @@ from gap_runtime.manifest import BoxFormat, Bucket, Preprocess
 # B batch (1), N visual tokens, C patch width (of a whole strip), D decoder width.
 
 EMBEDDING: Final = "language_model.embed_tokens.weight"
+LAYERS: Final = "language_model.layers"
+TOWER_LAYERS: Final = "visual_encoder.blocks"
 PARTS: Final = {"vision": "eva_vit_g.pth", "language": "meta-llama/Llama-2-7b-chat-hf"}
 PHRASE: Final = "embeddings"
 _STRIP: Final = 4
@@ -96,6 +99,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             Bucket(name="", canvas=None, grids=(_token_grid(tower),), strip=_STRIP, fixed=()),
         ),
         vision_width=_STRIP * tower.width,
+        tower_layers=tower.layers,
         features={
             Feature.CLS_ATTENTION: (),
             Feature.CLS_SIMILARITY: (),
@@ -155,7 +159,8 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
 
 def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
     """EVA as a whole."""
-    return EvaTower(spec.library_config.tower, bucket.strip, needs)
+    tower = replace(spec.library_config.tower, layers=spec.tower_layers)
+    return EvaTower(tower, bucket.strip, needs)
 
 
 def fill_constants(module: nn.Module) -> None:
@@ -181,9 +186,8 @@ def build_text_tower(spec: ModelSpec) -> nn.Module:
 
 def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
     """The Llama decoder."""
-    return LlamaDecoder(
-        read_llama_shape(spec.library_config.llama, "config.json"), dialect, *tables
-    )
+    shape = read_llama_shape(spec.library_config.llama, "config.json")
+    return LlamaDecoder(replace(shape, layers=spec.layers), dialect, *tables)
 
 
 def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:

@@ -59,6 +59,8 @@ from gap_runtime.manifest import Bucket, Preprocess
 # B batch (1), N patches, K kept, C vision width, D decoder width.
 
 EMBEDDING: Final = "language_model.embed_tokens.weight"
+LAYERS: Final = "language_model.layers"
+TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14", "base": "huggyllama/llama-7b"}
 PHRASE: Final = "clip"
 _LAYER: Final = -2
@@ -100,7 +102,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     refuse_quantized(data, where)
     clip = checkpoint.require_part("clip")
     vision, _ = read_clip(clip)
-    resolve_layer(vision, data.get("mm_vision_select_layer", _LAYER), where)
+    layer = resolve_layer(vision, data.get("mm_vision_select_layer", _LAYER), where)
     if data.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise CheckpointError(
             f"{where}: mm_hidden_size {data['mm_hidden_size']}, but {clip.folder} is "
@@ -116,6 +118,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=((side, side),), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
+        tower_layers=layer,
         features=clip_features(vision, text_spec),
         text=text_spec,
         width=shape.width,
@@ -139,9 +142,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         box=FRACTION_BOX,
         template=_TEMPLATE,
         prefix=_PREFIX,
-        library_config=_Config(
-            vision, llama, resolve_layer(vision, data.get("mm_vision_select_layer", _LAYER), where)
-        ),
+        library_config=_Config(vision, llama, layer),
     )
 
 
@@ -181,7 +182,9 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
     del bucket
     config = spec.library_config
     text_width = spec.text.width if spec.text else None
-    return ClipTower(config.vision, config.layer, needs, text_width=text_width)
+    return ClipTower(
+        config.vision, config.layer, needs, depth=spec.tower_layers, text_width=text_width
+    )
 
 
 def fill_constants(module: nn.Module) -> None:
@@ -209,9 +212,8 @@ def build_text_tower(spec: ModelSpec) -> nn.Module:
 
 def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
     """The Llama decoder."""
-    return LlamaDecoder(
-        read_llama_shape(spec.library_config.llama, "config.json"), dialect, *tables
-    )
+    shape = read_llama_shape(spec.library_config.llama, "config.json")
+    return LlamaDecoder(dataclasses.replace(shape, layers=spec.layers), dialect, *tables)
 
 
 def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:

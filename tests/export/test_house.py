@@ -182,7 +182,7 @@ def test_protocols_ask_for_something():
     assert members(Pruner) == {"NEEDS", "EXTRA", "prune", "prune_eagerly"}
     assert members(AdaptivePruner) == {"count_adaptively"}
     assert members(Family) == {
-        *("EMBEDDING", "PARTS", "PHRASE"),
+        *("EMBEDDING", "LAYERS", "TOWER_LAYERS", "PARTS", "PHRASE"),
         *("find_parts", "read_spec", "find_weights"),
         *("build_tower", "fill_constants", "build_projector", "build_fixed_tokens"),
         *("build_text_tower", "build_decoder", "rotary_tables", "smoothing_groups", "load_eager"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from engines import build
 
+from gap_export.dialect import Rows
 from gap_export.dialects import native, portable
 from gap_runtime import Bundle, Grounder
 from gap_runtime.check import check_bundle
@@ -72,7 +73,7 @@ def test_the_functions_are_those_of_the_published_model(groups):
     assert torch.equal(written, expected)
 
     mask = torch.arange(slots)[None] <= (start + torch.arange(rows))[:, None]
-    mixed = portable.attend(query, key, value, mask[None, None])
+    mixed = portable.mix(query, key, value, mask[None, None])
     for head in range(heads):
         group = head // (heads // groups)
         for row in range(rows):
@@ -85,7 +86,13 @@ def test_the_functions_are_those_of_the_published_model(groups):
             assert torch.allclose(mixed[0, head, row].double(), wanted, atol=1e-5)
 
     angles = draw(20, width // 2)
-    turned = portable.rotate(query, angles.cos(), angles.sin(), torch.tensor([[5, 7, 19]]))
+    rows = Rows(
+        position_ids_BS=torch.tensor([[5, 7, 19]]),
+        write_slot_B=torch.tensor([start]),
+        cosine_Pd=angles.cos(),
+        sine_Pd=angles.sin(),
+    )
+    turned = portable.rotate(query, rows)
     for row, position in enumerate((5, 7, 19)):
         pairs = torch.complex(query[0, :, row, : width // 2], query[0, :, row, width // 2 :])
         spun = pairs * torch.polar(torch.ones(width // 2), angles[position])

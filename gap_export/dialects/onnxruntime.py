@@ -1,0 +1,76 @@
+"""onnxruntime's own attention in the decoder, all else as in `native`: the fastest on its CPUs.
+
+`GroupQueryAttention` reads the slots in use alone, and takes heads as linear layers give them, so
+that nothing is transposed. Its own rotary embedding would count positions by slot, which GAP's
+are not: queries and keys are turned before it, by explicit position IDs.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from gap_export.dialect import Rows
+from gap_export.dialects import native
+
+# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, d head width,
+# E = H * d, F = G * d.
+
+OPSETS: Final = native.OPSETS
+OPERATORS: Final = (native.OPERATORS - {"TensorScatter"}) | {"com.microsoft.GroupQueryAttention"}
+"""Those of native, but for the cache, which attention writes itself."""
+
+rms_norm = native.rms_norm
+translate_attention: Final = native.translate_attention
+
+
+def plan_rows(rows: Rows, slots: int) -> tuple[Tensor, ...]:
+    """Slots in use after the run, less one [B] and as a scalar, both int32."""
+    del slots
+    used_B = (rows.write_slot_B + rows.position_ids_BS.shape[1]).to(torch.int32)
+    return used_B - 1, used_B[0]
+
+
+def attend(
+    query_SE: Tensor,
+    key_SF: Tensor,
+    value_SF: Tensor,
+    cache: tuple[Tensor, Tensor],
+    rows: Rows,
+    planned: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal grouped attention; the caches are written in place where they are bound so."""
+    head_dim = cache[0].shape[-1]
+    heads, cache_heads = query_SE.shape[-1] // head_dim, cache[0].shape[1]
+    query_BSE = _rotate(query_SE[None], rows, heads)
+    key_BSF = _rotate(key_SF[None], rows, cache_heads)
+    mixed_BSE, key_BGLd, value_BGLd = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        [query_BSE, key_BSF, value_SF[None], *cache, *planned],
+        {
+            "num_heads": heads,
+            "kv_num_heads": cache_heads,
+            "do_rotary": 0,
+            "scale": head_dim**-0.5,
+        },
+        dtypes=[each.dtype for each in (query_BSE, *cache)],
+        shapes=[each.shape for each in (query_BSE, *cache)],
+        version=1,
+    )
+    return mixed_BSE.squeeze(0), key_BGLd, value_BGLd
+
+
+def _rotate(x_BSE: Tensor, rows: Rows, heads: int) -> Tensor:
+    """Rotary embedding by position ID, halves layout, of heads that lie side by side."""
+    tables = (rows.cosine_Pd.to(x_BSE.dtype), rows.sine_Pd.to(x_BSE.dtype))
+    turned_BSE: Tensor = torch.onnx.ops.symbolic(
+        "RotaryEmbedding",
+        [x_BSE, *tables, rows.position_ids_BS],
+        {"interleaved": 0, "num_heads": heads},
+        dtype=x_BSE.dtype,
+        shape=x_BSE.shape,
+        version=23,
+    )
+    return turned_BSE

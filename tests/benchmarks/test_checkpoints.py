@@ -1,0 +1,53 @@
+"""The checkpoints that benchmarks write."""
+
+import numpy as np
+from safetensors.numpy import load_file
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+
+from benchmarks import checkpoints
+
+
+def test_both_forms_of_the_tokenizer_are_one(tmp_path):
+    checkpoints.write_tokenizer(tmp_path)
+    fast = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert pieces.vocab_size() == 32000
+    assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()) == (0, 1, 2)
+    assert [fast.token_to_id(token) for token in ("</s>", "<image>", "<pad>")] == [2, 32000, 32001]
+    for text in ("the red mug on the left", "  Was it 12 x \u00e9?\n"):
+        ids = fast.encode(text).ids
+        assert ids == pieces.encode(text)
+        assert fast.decode(ids) == text
+
+
+def test_values_are_the_same_in_both_layouts_and_norms_are_near_one(tmp_path):
+    text = checkpoints.llama_config(16, 1, 2, 24, 40)
+    folders = [tmp_path / name for name in ("whole", "alone")]
+    prefixes = (
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+    )
+    tensors = []
+    for folder, prefix, head in zip(folders, *prefixes, strict=True):
+        folder.mkdir()
+        checkpoints.write_values(folder, checkpoints.llama_shapes(text, prefix, head))
+        loaded = load_file(folder / "model.safetensors")
+        tensors.append({name.removeprefix("language_model."): v for name, v in loaded.items()})
+    whole, alone = tensors
+    assert whole.keys() == alone.keys()
+    for name, value in whole.items():
+        assert value.dtype == np.float16
+        assert np.array_equal(value, alone[name])
+        assert abs(value.mean() - ("norm" in name)) < 0.03
+
+
+def test_sizes_are_what_the_names_say():
+    counts = {}
+    for name, text in checkpoints.RUN.items():
+        shapes = checkpoints.library_shapes("llava", text)
+        sizes = {key: np.prod(shape) for key, shape in shapes.items()}
+        table = sizes["language_model.model.embed_tokens.weight"]
+        decoder = sum(size for key, size in sizes.items() if key.startswith("language_model."))
+        counts[name] = [round(n / 1e6) for n in (decoder - table, decoder, sum(sizes.values()))]
+    assert counts == {"llava-185m": [187, 220, 525], "llava-1.1b": [1035, 1100, 1410]}
