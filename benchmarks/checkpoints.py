@@ -1,25 +1,34 @@
 """Random checkpoints of the true sizes, in the files that they are published in.
 
-    python -m benchmarks.checkpoints NAME FOLDER
+    python -m benchmarks.checkpoints NAME FOLDER [--decoder]
 
 NAME is a configuration of export_configs/. Values are drawn once and written over and over, so
 that writing is as fast as the disk and memory does not grow with the model. Norms and scales are
 as random as the rest: such a model computes nothing of use, but exports like the real one.
+
+NAME may also be `llava-185m` or `llava-1.1b`: LLaVAs of benchmarks.runtime, which are run and not
+only exported. Their decoders have 187 million and 1.03 billion parameters beside the embedding
+table; with it and CLIP-L they are models of 0.53 and 1.41 billion. Values are drawn as before a
+training, so that all activations are finite.
+`--decoder` also writes their language model alone, the same values as a Llama checkpoint, to
+FOLDER/decoder, and a tokenizer to both.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import string
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -64,6 +73,15 @@ MISTRAL_7B: Final = llama_config(4096, 32, 32, 14336, 32064) | {
     "sliding_window": None,
     "max_position_embeddings": 32768,
 }
+
+RUN: Final = {
+    "llava-185m": llama_config(1024, 12, 16, 2816, 32064),
+    "llava-1.1b": llama_config(2048, 22, 32, 5632, 32064) | {"num_key_value_heads": 4},
+}
+"""Language models of the checkpoints that are run; the larger one has TinyLlama's shape."""
+_PIECES: Final = 32000
+_IMAGE_TOKEN: Final = 32000
+_PAD_TOKEN: Final = 32001
 
 
 def vision_config(side: int) -> dict[str, Any]:
@@ -115,7 +133,7 @@ def clip_shapes(config: dict[str, Any], prefix: str) -> Shapes:
                 width,
             ),
         }
-        norms = ("pre_layrnorm", "post_layernorm")
+        norms: tuple[str, ...] = ("pre_layrnorm", "post_layernorm")
     else:
         shapes = {
             f"{prefix}embeddings.token_embedding.weight": (config["vocab_size"], width),
@@ -175,7 +193,7 @@ def write_json(folder: Path, name: str, data: dict[str, Any]) -> None:
 def write_safetensors(folder: Path, shapes: Shapes, *, sparse: bool = False) -> None:
     """Float16 shards of at most 5 GB with their index; sparse ones take no space."""
     shards = _split(shapes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for k, names in enumerate(shards, start=1):
         file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -199,10 +217,15 @@ def write_safetensors(folder: Path, shapes: Shapes, *, sparse: bool = False) -> 
     write_json(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def write_torch(path: Path, shapes: Shapes, dtype: torch.dtype, wrap: str | None = None) -> None:
+def write_torch(path: Path, shapes: Shapes, dtype: str, wrap: str | None = None) -> None:
     """A torch file: torch lays it out without values, which are then written into their places."""
+    # Not needed, and slow to load, where other files are written.
+    import torch  # noqa: PLC0415
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+
+    kind = getattr(torch, dtype)
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
-        tensors: Any = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        tensors: Any = {name: torch.empty(shape, dtype=kind) for name, shape in shapes.items()}
         torch.save({wrap: tensors} if wrap else tensors, path)
     with zipfile.ZipFile(path) as archive:
         places = [
@@ -221,11 +244,11 @@ def write_torch(path: Path, shapes: Shapes, dtype: torch.dtype, wrap: str | None
 def write_torch_shards(folder: Path, shapes: Shapes) -> None:
     """pytorch_model .bin shards in float16 with their index."""
     shards = _split(shapes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for k, names in enumerate(shards, start=1):
         file = f"pytorch_model-{k:05d}-of-{len(shards):05d}.bin"
         weight_map |= dict.fromkeys(names, file)
-        write_torch(folder / file, {name: shapes[name] for name in names}, torch.float16)
+        write_torch(folder / file, {name: shapes[name] for name in names}, "float16")
     write_json(folder, "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
@@ -243,18 +266,17 @@ def _split(shapes: Shapes) -> list[list[str]]:
     return shards
 
 
-def _fill(opened: Any, size: int, dtype: torch.dtype = torch.float16) -> None:
+def _fill(opened: Any, size: int, dtype: str = "float16") -> None:
     """Random values, the same block again and again."""
-    kind = np.float16 if dtype == torch.float16 else np.float32
-    if kind not in _BLOCKS:
+    if dtype not in _BLOCKS:
         values = np.random.default_rng(0).standard_normal(_BLOCK_BYTES // 8, dtype=np.float32)
-        _BLOCKS[kind] = (values * 0.02).astype(kind).tobytes()
-    block = memoryview(_BLOCKS[kind])
+        _BLOCKS[dtype] = (values * 0.02).astype(dtype).tobytes()
+    block = memoryview(_BLOCKS[dtype])
     while size:
         size -= opened.write(block[: min(size, len(block))])
 
 
-_BLOCKS: dict[Any, bytes] = {}
+_BLOCKS: dict[str, bytes] = {}
 
 
 def write_clip(folder: Path, side: int) -> None:
@@ -276,37 +298,14 @@ def write_clip(folder: Path, side: int) -> None:
         "text_projection.weight": (768, 768),
         "logit_scale": (),
     }
-    write_torch(folder / "pytorch_model.bin", shapes, torch.float16)
+    write_torch(folder / "pytorch_model.bin", shapes, "float16")
 
 
 def write_library(folder: Path, kind: str, text: dict[str, Any], *, sparse: bool = False) -> None:
     """LLaVA-1.5 or LLaVA-NeXT in Hugging Face's layout."""
     text = text | {"vocab_size": 32064}
-    vision = vision_config(336)
-    data: dict[str, Any] = {
-        "model_type": kind,
-        "image_token_index": 32000,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vision_config": vision,
-        "text_config": text,
-        "tie_word_embeddings": False,
-    }
-    width = text["hidden_size"]
-    shapes = clip_shapes(vision, "vision_tower.vision_model.")
-    shapes |= {
-        "multi_modal_projector.linear_1.weight": (width, 1024),
-        "multi_modal_projector.linear_1.bias": (width,),
-        "multi_modal_projector.linear_2.weight": (width, width),
-        "multi_modal_projector.linear_2.bias": (width,),
-    }
-    if kind == "llava_next":
-        data["image_grid_pinpoints"] = _PINPOINTS
-        shapes["image_newline"] = (width,)
-    shapes |= llama_shapes(text, "language_model.model.", "language_model.lm_head.weight")
-    write_json(folder, "config.json", data)
-    write_safetensors(folder, shapes, sparse=sparse)
+    write_json(folder, "config.json", library_config(kind, text))
+    write_safetensors(folder, library_shapes(kind, text), sparse=sparse)
 
 
 def write_shikra(folder: Path) -> None:
@@ -331,15 +330,187 @@ def write_minigpt(folder: Path) -> None:
             name = f"llama_model.base_model.model.model.layers.{layer}.self_attn.{part}"
             shapes |= {f"{name}.lora_A.weight": (64, 4096), f"{name}.lora_B.weight": (4096, 64)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_torch(folder / "minigptv2_checkpoint.pth", shapes, torch.float32, wrap="model")
-    write_torch(folder / "eva_vit_g.pth", eva_shapes(), torch.float16)
+    write_torch(folder / "minigptv2_checkpoint.pth", shapes, "float32", wrap="model")
+    write_torch(folder / "eva_vit_g.pth", eva_shapes(), "float16")
     write_json(folder / "Llama-2-7b-chat-hf", "config.json", LLAMA_7B)
     shapes = llama_shapes(LLAMA_7B, "model.", "lm_head.weight")
     write_safetensors(folder / "Llama-2-7b-chat-hf", shapes)
 
 
-def write_checkpoint(name: str, folder: Path) -> list[str]:
+def library_config(kind: str, text: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a LLaVA-1.5 or LLaVA-NeXT in Hugging Face's layout."""
+    data: dict[str, Any] = {
+        "model_type": kind,
+        "image_token_index": _IMAGE_TOKEN,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vision_config": vision_config(336),
+        "text_config": text,
+        "tie_word_embeddings": False,
+    }
+    if kind == "llava_next":
+        data["image_grid_pinpoints"] = _PINPOINTS
+    return data
+
+
+def library_shapes(kind: str, text: dict[str, Any]) -> Shapes:
+    """Tensors of a LLaVA-1.5 or LLaVA-NeXT in Hugging Face's layout."""
+    width = text["hidden_size"]
+    shapes = clip_shapes(vision_config(336), "vision_tower.vision_model.")
+    shapes |= {
+        "multi_modal_projector.linear_1.weight": (width, 1024),
+        "multi_modal_projector.linear_1.bias": (width,),
+        "multi_modal_projector.linear_2.weight": (width, width),
+        "multi_modal_projector.linear_2.bias": (width,),
+    }
+    if kind == "llava_next":
+        shapes["image_newline"] = (width,)
+    return shapes | llama_shapes(text, "language_model.model.", "language_model.lm_head.weight")
+
+
+def write_values(folder: Path, shapes: Shapes) -> None:
+    """model.safetensors in float16: norms around one, all else around zero, deviation 0.02.
+
+    Values depend on a tensor's name alone, so that two layouts of one model hold the same.
+    """
+    offset, entries = 0, {}
+    for name, shape in shapes.items():
+        end = offset + 2 * math.prod(shape)
+        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+    header += b" " * (-len(header) % 8)
+    with (folder / "model.safetensors").open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            rng = np.random.default_rng(zlib.crc32(name.removeprefix("language_model.").encode()))
+            values = rng.standard_normal(math.prod(shape), dtype=np.float32)
+            values *= 0.02
+            values += float("norm" in name.rsplit(".", 2)[-2] and name.endswith("weight"))
+            opened.write(values.astype(np.float16).data)
+
+
+def write_run_checkpoint(folder: Path, text: dict[str, Any], *, decoder: bool) -> None:
+    """A LLaVA that computes finite values, and its language model alone beside it.
+
+    Args:
+        folder: Of the checkpoint.
+        text: Config of the language model.
+        decoder: Also write the language model to the folder `decoder`, and a tokenizer to both.
+    """
+    text = text | {"pad_token_id": _PAD_TOKEN, "tie_word_embeddings": False}
+    data = library_config("llava", text)
+    data |= {"architectures": ["LlavaForConditionalGeneration"], "torch_dtype": "float16"}
+    write_json(folder, "config.json", data | {"image_seq_length": 576})
+    write_values(folder, library_shapes("llava", text))
+    if not decoder:
+        return
+    alone = text | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
+    write_json(folder / "decoder", "config.json", alone)
+    write_values(folder / "decoder", llama_shapes(text, "model.", "lm_head.weight"))
+    for each in (folder, folder / "decoder"):
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": _PAD_TOKEN}
+        write_json(each, "generation_config.json", ids)
+        write_tokenizer(each)
+    picture = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 336},
+        "crop_size": {"height": 336, "width": 336},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+    } | {f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize")}
+    write_json(folder, "preprocessor_config.json", picture)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    write_json(folder, "processor_config.json", processor)
+
+
+def _make_pieces() -> Iterator[str]:
+    """Pieces of a made-up byte-pair vocabulary, most wanted first; `_` stands for a space."""
+    letters = string.ascii_lowercase
+    singles = "\u2581" + letters + string.ascii_uppercase + string.digits + string.punctuation
+    yield from singles
+    yield from map("".join, itertools.product(singles, repeat=2))
+    yield from map("".join, itertools.product(letters, repeat=3))
+    yield from map("".join, itertools.product("\u2581" + string.ascii_uppercase, letters, letters))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-pair tokenizer of Llama's kind and size, for tokenizers and for SentencePiece."""
+    # Both are needed for this alone; the protobuf classes have no types.
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers  # noqa: PLC0415
+
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
+    control = ["<unk>", "<s>", "</s>"]
+    raw = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = list(itertools.islice(_make_pieces(), _PIECES - len(control) - len(raw)))
+    vocabulary = {piece: token for token, piece in enumerate([*control, *raw, *pieces])}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    settings = {"unk_token": control[0], "fuse_unk": True, "byte_fallback": True}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, **settings))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [*control, "<image>", "<pad>"]
+    tokenizer.add_special_tokens(
+        [AddedToken(each, normalized=False, special=True) for each in special]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "model_max_length": 4096,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder, "tokenizer_config.json", config)
+    model = proto.ModelProto()
+    kinds = proto.ModelProto.SentencePiece
+    for token, piece in enumerate([*control, *raw, *pieces]):
+        kind = kinds.NORMAL
+        if token < len(control):
+            kind = kinds.CONTROL if token else kinds.UNKNOWN
+        elif token < len(control) + len(raw):
+            kind = kinds.BYTE
+        score = 0.0 if kind != kinds.NORMAL else float(len(control) + len(raw) - token)
+        model.pieces.add(piece=piece, score=score, type=kind)
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
+    model.trainer_spec.vocab_size = len(model.pieces)
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+def write_checkpoint(name: str, folder: Path, *, decoder: bool = False) -> list[str]:
     """A checkpoint by its configuration's name; the options that gap-export needs to find it."""
+    if name in RUN:
+        write_run_checkpoint(folder, RUN[name], decoder=decoder)
+        return ["--checkpoint", str(folder)]
     if name == "shikra-7b":
         write_shikra(folder)
         base = f"parts.base={folder / 'llama-7b'}"
@@ -365,8 +536,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="write a random checkpoint of the true size")
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--decoder",
+        action="store_true",
+        help=f"also the language model alone, and a tokenizer ({', '.join(RUN)})",
+    )
     options = parser.parse_args()
-    print(" ".join(write_checkpoint(options.name, options.folder)))
+    print(" ".join(write_checkpoint(options.name, options.folder, decoder=options.decoder)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
-"""Time, memory and bytes written of exports of the true sizes, with random weights.
+"""Time, memory and bytes written of exports, with random weights.
 
     python -m benchmarks.export [NAME ...] [--home DIR] [--out build/benchmarks/export.json]
+    python -m benchmarks.export --peers [PEER ...] [--precision fp32] [--markdown]
 
-Each checkpoint is written (benchmarks.checkpoints), exported with `--no-reference` and removed
-again; up to 45 GB of disk are needed at a time. `written` are the bytes of the bundle that are no
-hard links.
+The first form is about the true sizes: each checkpoint is written (benchmarks.checkpoints),
+exported with `--no-reference` and removed again; up to 45 GB of disk are needed at a time.
+
+The second form exports one checkpoint of 1.41 billion parameters (`llava-1.1b`) with every peer
+that can, each in an environment of its own. They take turns, round by round, each time in a fresh
+process with as many threads as it likes; figures are medians. The peak is of the process with all
+its children, and what reads the checkpoint finds it in the page cache. For every peer the number
+in brackets says how many times better gap-export is. A peer marked (decoder) leaves the vision
+tower, a fifth of the parameters, out.
+
+`written` are the bytes of files that are no hard links.
 """
 
 from __future__ import annotations
@@ -21,7 +30,23 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.checkpoints import write_checkpoint
+from benchmarks.checkpoints import RUN, write_checkpoint
+from benchmarks.runtime import HOME, make_checkpoint
+from benchmarks.suite import (
+    OURS,
+    PEERS,
+    PRECISIONS,
+    Column,
+    PeerError,
+    Results,
+    format_table,
+    list_peers,
+    median,
+    prepare_peer,
+    read_peer,
+    tabulate,
+    turns,
+)
 
 NAMES: Final = (
     "llava-1.5-7b",
@@ -64,14 +89,102 @@ def measure(name: str, home: Path, options: list[str]) -> dict[str, Any]:
     return row
 
 
+def make_columns(checkpoint_mb: float) -> list[Column]:
+    """Figures of the comparison."""
+
+    def over_rounds(name: str, title: str, digits: int = 0, unit: float = 1.0) -> Column:
+        def read(row: dict[str, Any]) -> float | None:
+            figure = median(each[name] for each in row["rounds"])
+            return None if figure is None else figure / unit
+
+        return Column(title=title, read=read, digits=digits)
+
+    return [
+        over_rounds("seconds", "export, s", digits=1),
+        over_rounds("peak_mb", "peak, MB"),
+        over_rounds("peak_mb", "peak / checkpoint", digits=2, unit=checkpoint_mb),
+        over_rounds("written_mb", "written, MB"),
+    ]
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Export one checkpoint with every subject that can, in turns."""
+    results = Results(options.out or HOME / "export-peers.json")
+    name, precision = options.checkpoint, options.precision
+    found = [read_peer(PEERS / f"{key}.py") for key in list_peers()]
+    wanted = options.peers or [peer.key for peer in found]
+    peers = {
+        peer.key: peer for peer in found if peer.key in wanted and precision in peer.precisions
+    }
+    for unknown in sorted(set(wanted) - {peer.key for peer in found}):
+        raise SystemExit(f"unknown peer '{unknown}'; have {', '.join(list_peers())}")
+    checkpoint = make_checkpoint(name, HOME)
+    for key, peer in peers.items():
+        row = {"checkpoint": name, "precision": precision, "peer": key, "name": peer.name}
+        row |= {"scope": peer.scope, "rounds": [], "failed": None}
+        results.rows[f"{name}/{precision}/{key}"] = row
+    for number, key in turns(options.rounds, peers):
+        row = results.rows[f"{name}/{precision}/{key}"]
+        if row["failed"]:
+            continue
+        out = HOME / "exported" / key
+        try:
+            row["rounds"].append(
+                prepare_peer(
+                    peers[key],
+                    checkpoint,
+                    out,
+                    precision=precision,
+                    home=HOME,
+                    threads=None,
+                    limit_s=options.limit,
+                )
+            )
+        except PeerError as error:
+            row["failed"] = str(error)
+        shutil.rmtree(out, ignore_errors=True)
+        results.put(f"{name}/{precision}/{key}", row)
+        print(f"{key}: round {number + 1}, {row['failed'] or 'done'}", flush=True)
+    order = [f"{name}/{precision}/{key}" for key in list_peers()]
+    rows = {
+        row["peer"]: row
+        for row in (results.rows[key] for key in order if key in results.rows)
+        # What runs a checkpoint as it is exports nothing.
+        if row["failed"] or any(each["seconds"] is not None for each in row["rounds"])
+    }
+    checkpoint_mb = (checkpoint / "model.safetensors").stat().st_size / 1e6
+    print(f"\n{name}, {precision}; the checkpoint has {checkpoint_mb:,.0f} MB\n")
+    table = tabulate(rows, make_columns(checkpoint_mb), ours=OURS)
+    print(format_table(table, markdown=options.markdown))
+    loads = [each["load_average"] for row in rows.values() for each in row["rounds"]] or [0.0]
+    print(f"\nload average before each export: {min(loads):.1f} to {max(loads):.1f}")
+    for row in rows.values():
+        notes = "; ".join(dict.fromkeys(each["note"] for each in row["rounds"] if each["note"]))
+        if notes:
+            print(f"- {row['name']}: {notes}")
+
+
 def main() -> None:
     """Command line; every export runs in a child of a child, whose peak memory is its own."""
-    parser = argparse.ArgumentParser(description="time and memory of exports of the true sizes")
+    parser = argparse.ArgumentParser(description="time and memory of exports")
     parser.add_argument("names", nargs="*", default=list(NAMES), metavar="NAME")
     parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/export.json"))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    peers = parser.add_argument_group("beside peers")
+    peers.add_argument("--peers", nargs="*", metavar="PEER", help="all where none is named")
+    peers.add_argument("--checkpoint", default="llava-1.1b", choices=list(RUN))
+    peers.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    peers.add_argument("--rounds", type=int, default=3, help="exports by each subject")
+    peers.add_argument("--limit", type=float, default=3600.0, help="seconds for one process")
+    peers.add_argument("--markdown", action="store_true")
     options, passed = parser.parse_known_args()
+    if options.peers is not None:
+        if passed:
+            parser.error(f"unknown arguments: {' '.join(passed)}")
+        compare(options)
+        return
+    options.out = options.out or HOME / "export.json"
     if options.one:
         row = measure(options.names[0], options.home, passed)
         row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from threading import Event
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 
-from gap_export.errors import ExportError
 from gap_export.family import InputStatistics
 from gap_export.identity import IDENTITY_FILE, ExportRecord, identify
 from gap_export.machine import free_memory
@@ -30,6 +27,7 @@ from gap_export.probe import find_bad_tensor
 from gap_export.quantization import Scheme, quantize_sources
 from gap_export.reference import record_reference
 from gap_export.smoothing import smooth_model
+from gap_export.source_reader import SourceReader
 from gap_export.sources import TensorSource
 from gap_export.stages import (
     Graphs,
@@ -43,16 +41,14 @@ from gap_export.stages import (
 from gap_export.tokenizer import TOKENIZER_FILE, read_tokenizer
 from gap_export.tracing import Traced, join
 from gap_export.weights import (
-    NOT_FINITE,
     WeightPlan,
     bring_weights,
-    find_not_finite,
     lies_ready,
     plan_weights,
     wanted_shapes,
 )
 from gap_runtime.build_script import write_build_script
-from gap_runtime.bundle import Bundle, describe_file, hash_file
+from gap_runtime.bundle import Bundle, describe_file
 from gap_runtime.check import CheckReport, check_bundle
 from gap_runtime.display import Display, format_bytes
 from gap_runtime.errors import BackendMissingError, CheckError, EngineError
@@ -71,6 +67,7 @@ from gap_runtime.records import dump_record
 
 _REFERENCE: Final = "reference.npz"
 _SAMPLES: Final = "samples"
+_COPIES: Final = ".copies"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +114,9 @@ def export(
     # Before anything is read, so that what changes meanwhile is noticed next time.
     record = _start_record(plan)
     ready = {name: s for name, s in plan.sources.items() if _stays(name, s, plan)}
-    with folder_aside(plan.out) as folder, _SourceReader(ready) as reader:
-        require_room(plan, folder)
+    with folder_aside(plan.out) as folder, ExitStack() as stack:
+        copies = _plan_copies(require_room(plan, folder), folder, plan.request.weights)
+        reader = stack.enter_context(SourceReader(ready, copies))
         graphs = _trace(plan, display, known or KnownGraphs())
         schemes: dict[str, Scheme] = {}
         if plan.quantization is not None:
@@ -135,12 +133,14 @@ def export(
             weights = _plan_weights(plan, sources, graphs.all)
             stages = write_graphs(plan, weights, folder, graphs)
         with display.step(f"bringing {format_bytes(weights.size)} of weights"):
-            bring_weights(weights, folder, plan.request.weights)
+            hashes = bring_weights(weights, folder, plan.request.weights, copy_of=reader.copy_of)
+            shutil.rmtree(folder / _COPIES, ignore_errors=True)
             reader.require_finite(weights)
         _write_tokenizers(plan, folder)
         write_build_script(folder, plan.target, stages, plan.layout, plan.entries)
         with display.step("hashing"):
-            entries = _describe_files(weights, folder, reader)
+            hashes |= {name: reader.hash(source) for name, source in weights.shards.items()}
+            entries = _describe_files(folder, hashes)
         manifest = _make_manifest(plan, weights, stages, reference, entries)
         report, note = _check(Bundle(folder=folder, manifest=manifest), display)
         result = ExportResult(plan=plan, manifest=manifest, report=report, note=note)
@@ -169,6 +169,14 @@ def _start_record(plan: ExportPlan) -> ExportRecord | None:
     if identity is None:
         return None
     return ExportRecord(identity=identity, parts=parts, result={})
+
+
+def _plan_copies(expected: WeightPlan, folder: Path, mode: str) -> dict[Path, Path]:
+    """Where the files that will be cloned are copied to while graphs are traced."""
+    if mode == "link":
+        return {}
+    (folder / _COPIES).mkdir()
+    return {source: folder / _COPIES / name for name, source in expected.shards.items()}
 
 
 def _trace(plan: ExportPlan, display: Display, known: KnownGraphs) -> Graphs:
@@ -338,62 +346,15 @@ def _require_finite(bundle: Bundle) -> None:
             )
 
 
-class _SourceReader:
-    """Hashes the checkpoint's files and looks for broken values while graphs are traced.
-
-    Neither needs the interpreter lock, so that they cost the tracing little.
-    """
-
-    def __init__(self, ready: dict[str, TensorSource]) -> None:
-        self._stop = Event()
-        self._pool = ThreadPoolExecutor()
-        files = {source.inputs[0].file for source in ready.values()}
-        self._before = {file: _fingerprint(file) for file in files}
-        self._not_finite = self._pool.submit(find_not_finite, ready, self._stop)
-        self._found: dict[Path, Future[str]] = {
-            file: self._pool.submit(hash_file, file, self._stop) for file in sorted(files)
-        }
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # A failed export does not wait for gigabytes that nobody asks for any more.
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def require_finite(self, weights: WeightPlan) -> None:
-        """Refuse a checkpoint in which a tensor that is used holds NaN or infinity."""
-        for name, tensor in self._not_finite.result().items():
-            if name in weights.placed:
-                raise ExportError(f"{tensor.file.name}: tensor '{tensor.key}' holds {NOT_FINITE}")
-
-    def hash(self, file: Path) -> str:
-        """The hash of a file that has not changed since the export began."""
-        sha256 = self._found[file].result()
-        if _fingerprint(file) != self._before[file]:
-            raise ExportError(f"{file}: changed during the export; export again")
-        return sha256
-
-
-def _fingerprint(file: Path) -> tuple[int, int]:
-    """Size and time of the last change, in nanoseconds."""
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _describe_files(
-    weights: WeightPlan, folder: Path, reader: _SourceReader
-) -> dict[str, FileEntry]:
-    """Size and hash of every file of the bundle."""
+def _describe_files(folder: Path, hashes: dict[str, str]) -> dict[str, FileEntry]:
+    """Size and hash of every file of the bundle; the hashes of some are known."""
     entries = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        source = weights.shards.get(name)
         entries[name] = (
-            describe_file(path)
-            if source is None
-            else FileEntry(size=path.stat().st_size, sha256=reader.hash(source))
+            FileEntry(size=path.stat().st_size, sha256=hashes[name])
+            if name in hashes
+            else describe_file(path)
         )
     return entries
 

@@ -51,12 +51,15 @@ def _input_files(plan: ExportPlan) -> Iterator[Path]:
         yield from (sample.path for sample in plan.samples)
 
 
-def require_room(plan: ExportPlan, folder: Path) -> None:
+def require_room(plan: ExportPlan, folder: Path) -> WeightPlan:
     """Compare the weight files that will be written with the free disk, and try the links.
 
     Args:
         plan: What will be made.
         folder: The bundle being made, empty.
+
+    Returns:
+        The weight files as expected, without those that are quantized.
 
     Raises:
         ExportError: They will not fit, or cannot be linked there.
@@ -65,6 +68,7 @@ def require_room(plan: ExportPlan, folder: Path) -> None:
     if plan.request.weights == "link":
         require_linkable(weights, folder)
     require_space(weights, folder, plan.request.weights, more=quantized)
+    return weights
 
 
 def _expect_weights(plan: ExportPlan) -> tuple[WeightPlan, int]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
-from typing import Final
+from typing import Final, Self
 
 import onnx_ir as ir
 import torch
@@ -31,7 +32,6 @@ from gap_runtime.tensors import StoredTensor, count_bytes
 
 _FICLONE: Final = 0x40049409
 """Linux's request to share a file's blocks copy-on-write (reflink)."""
-_SCAN_BYTES: Final = 4 * 2**20
 _SAFETENSORS: Final = {
     "float32": "F32",
     "float16": "F16",
@@ -166,39 +166,6 @@ def strip_stage(name: str) -> str:
     return name.partition(".")[2]
 
 
-def find_not_finite(sources: dict[str, TensorSource], stop: Event) -> dict[str, TensorLocation]:
-    """Tensors that hold NaN or infinity, by name, of those that are used as they lie.
-
-    Read in blocks, so that memory does not grow; cut short once `stop` is set.
-    """
-    found = {}
-    buffer = bytearray(_SCAN_BYTES)
-    for name, source in sources.items():
-        tensor = source.inputs[0]
-        if stop.is_set():
-            break
-        if tensor.dtype in _SAFETENSORS and not _is_finite(tensor, buffer):
-            found[name] = tensor
-    return found
-
-
-def _is_finite(tensor: TensorLocation, buffer: bytearray) -> bool:
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        left = tensor.length
-        while left:
-            size = file.readinto(memoryview(buffer)[: min(left, len(buffer))])
-            if not size:
-                raise ExportError(f"{tensor.file}: cut short during the export; export again")
-            left -= size
-            values = torch.frombuffer(buffer, dtype=getattr(torch, tensor.dtype))
-            # Both extremes are NaN where any value is.
-            least, most = torch.aminmax(values[: size // values.itemsize])
-            if not (torch.isfinite(least) and torch.isfinite(most)):
-                return False
-    return True
-
-
 def write_placeholders(plan: WeightPlan, folder: Path) -> None:
     """Empty files of the right sizes, so that graphs can be proved before bytes are moved."""
     for name, size in plan.file_sizes().items():
@@ -206,37 +173,54 @@ def write_placeholders(plan: WeightPlan, folder: Path) -> None:
             file.truncate(size)
 
 
-def bring_weights(plan: WeightPlan, folder: Path, mode: str) -> None:
+def bring_weights(
+    plan: WeightPlan,
+    folder: Path,
+    mode: str,
+    *,
+    copy_of: Callable[[Path], Path | None] = lambda _: None,
+) -> dict[str, str]:
     """Put the weight files into a folder, over their placeholders.
 
     Args:
         plan: From plan_weights.
         folder: The bundle being made.
         mode: `clone` (shares blocks where the filesystem can, else copies) or `link`.
+        copy_of: A finished copy of a file on the same filesystem, to be moved there, if any.
+
+    Returns:
+        SHA-256 of what was written anew, by file name.
 
     Raises:
         ExportError: Not enough space, files on another filesystem, or values out of range.
     """
-    require_space(plan, folder, mode)
+    copies = {name: copy_of(source) for name, source in plan.shards.items()}
+    require_space(plan, folder, mode, there=[name for name, copy in copies.items() if copy])
     for name, source in plan.shards.items():
-        target = folder / name
+        target, copy = folder / name, copies[name]
         target.unlink(missing_ok=True)
-        if mode == "link":
+        if copy is not None:
+            copy.rename(target)
+        elif mode == "link":
             _link(source, target)
-        else:
-            clone_file(source, target)
-    if plan.made:
-        _make(plan, folder / plan.made_file)
+        elif not share_blocks(source, target):
+            # copyfile copies inside the kernel, so the bytes do not pass through Python.
+            shutil.copyfile(source, target)
+    return {plan.made_file: _make(plan, folder / plan.made_file)} if plan.made else {}
 
 
-def clone_file(source: Path, target: Path) -> None:
-    """Copy a file, sharing its blocks where the filesystem can."""
-    try:
-        with source.open("rb") as read, target.open("wb") as write:
+def share_blocks(source: Path, target: Path) -> bool:
+    """Make a file of the same blocks, which are copied when one of both changes.
+
+    Returns:
+        Whether the filesystem can do that; if not, there may be an empty file.
+    """
+    with source.open("rb") as read, target.open("wb") as write:
+        try:
             fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
-    except OSError:
-        # copyfile copies inside the kernel, so the bytes do not pass through Python.
-        shutil.copyfile(source, target)
+        except OSError:
+            return False
+    return True
 
 
 def _file_names(checkpoint: Checkpoint) -> dict[Path, str]:
@@ -291,10 +275,10 @@ def _header(made: dict[str, TensorSource], dtype: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _make(plan: WeightPlan, path: Path) -> None:
-    """Write all tensors that are made anew, a few rows at a time."""
+def _make(plan: WeightPlan, path: Path) -> str:
+    """Write all tensors that are made anew, a few rows at a time; the hash of the file."""
     wanted = getattr(torch, plan.dtype)
-    with path.open("wb") as file:
+    with _HashedFile(path) as file:
         file.write(_header(plan.made, plan.dtype))
         for name, source in plan.made.items():
             if source.encode is not None:
@@ -304,6 +288,41 @@ def _make(plan: WeightPlan, path: Path) -> None:
                 values = make_tensor(part)
                 _require_fit(plan, name, source, values)
                 file.write(values.to(wanted).contiguous().view(torch.uint8).numpy().data)
+    return file.sha256
+
+
+class _HashedFile:
+    """A file that is written and hashed while what comes next is made."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._digest = path, hashlib.sha256()
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        self._file.close()
+        if kind is None and self._last is not None:
+            self._last.result()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take bytes that the caller leaves alone; one write at most is under way."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(self._append, data)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written, once the file is closed."""
+        return self._digest.hexdigest()
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
 
 
 def _require_fit(plan: WeightPlan, name: str, source: TensorSource, values: torch.Tensor) -> None:
@@ -336,7 +355,9 @@ def _find_broken(source: TensorSource) -> TensorLocation | None:
     return None
 
 
-def require_space(plan: WeightPlan, folder: Path, mode: str, *, more: int = 0) -> None:
+def require_space(
+    plan: WeightPlan, folder: Path, mode: str, *, more: int = 0, there: Collection[str] = ()
+) -> None:
     """Compare the files that will be written with the free disk.
 
     Args:
@@ -344,13 +365,16 @@ def require_space(plan: WeightPlan, folder: Path, mode: str, *, more: int = 0) -
         folder: The bundle being made.
         mode: As for bring_weights.
         more: Bytes that will be written besides.
+        there: Names of files that were written already.
 
     Raises:
         ExportError: They do not fit.
     """
     sizes = plan.file_sizes()
     needed = more + sum(
-        size for name, size in sizes.items() if mode != "link" or name not in plan.shards
+        size
+        for name, size in sizes.items()
+        if name not in there and (mode != "link" or name not in plan.shards)
     )
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -190,13 +190,19 @@ def test_a_decoder_is_compared_with_our_decoder():
 
 
 def test_tables_have_a_long_cell_for_a_failure():
-    table = [["", "s", "MB"], ["a", "1", "22"], ["b", "failed: no"]]
-    assert suite.format_table(table).splitlines() == ["   s  MB", "a  1  22", "b  failed: no"]
+    table = [["", "s", "MB"], ["a", "1", "22"], ["b", "failed: no"], ["best peer", "a", "-"]]
+    assert suite.format_table(table).splitlines() == [
+        "   s  MB",
+        "a  1  22",
+        "b  failed: no",
+        "best peer by figure: s: a; MB: -",
+    ]
     assert suite.format_table(table, markdown=True).splitlines() == [
         "|  | s | MB |",
         "|---|---:|---:|",
         "| a | 1 | 22 |",
         "| b | failed: no |  |",
+        "| best peer | a | - |",
     ]
 
 

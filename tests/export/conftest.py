@@ -14,7 +14,16 @@ SHORT_PROMPT = "USER: <image>\nWhere is {phrase}? ASSISTANT:"
 def make_plan():
     """A function that plans an export of a checkpoint folder with a short prompt."""
 
-    def plan(folder, out, *, ratios=(0.5,), weights="clone", reference=False, **overrides):
+    def plan(
+        folder,
+        out,
+        *,
+        ratios=(0.5,),
+        weights="clone",
+        reference=False,
+        target="cpu",
+        **overrides,
+    ):
         named = load_config(
             str(folder),
             {
@@ -26,7 +35,9 @@ def make_plan():
             | {key.replace("__", "."): value for key, value in overrides.items()},
         )
         return plan_export(
-            ExportRequest(named=named, target="cpu", out=out, weights=weights, reference=reference)
+            ExportRequest(
+                named=named, target=target, out=out, weights=weights, reference=reference
+            )
         )
 
     return plan

@@ -14,6 +14,7 @@ from collections import Counter
 import checkpoints
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -24,7 +25,7 @@ from gap_export import cli, pipeline, stages
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError, GraphError
 from gap_export.plan import ExportRequest, plan_export
-from gap_export.stages import Graphs
+from gap_export.stages import Graphs, trace_decoder
 from gap_runtime.errors import CheckError, ConfigError, GapError
 from gap_runtime.manifest import read_manifest
 
@@ -53,6 +54,12 @@ def prefix_ids(tiny_llava):
 def decoder(bundle):
     """The decoder graph without its weights."""
     return onnx.load(bundle / "decoder.onnx", load_external_data=False).graph
+
+
+@pytest.fixture(scope="module")
+def native(tiny_llava, make_plan):
+    """The decoder graph for targets that have standard operators alone."""
+    return ir.to_proto(trace_decoder(make_plan(tiny_llava, None, target="standard")).model).graph
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +235,40 @@ def test_the_embedding_table_is_where_the_manifest_says(bundle, tiny_llava):
 # The graphs
 
 
-def test_the_decoder_has_exactly_the_native_operators(decoder):
-    counts = Counter(node.op_type for node in decoder.node)
+def test_the_decoder_has_exactly_onnxruntimes_operators(decoder):
+    """Counts per layer: a node more would be run at every token."""
+    assert Counter(node.op_type for node in decoder.node) == {
+        # q, k, v, o, gate, up, down and the head.
+        "Gemm": 7 * LAYERS + 1,
+        "GroupQueryAttention": LAYERS,
+        "RotaryEmbedding": 2 * LAYERS,
+        # Queries, keys and values get their batch of one, what attention gives loses it.
+        "Unsqueeze": 3 * LAYERS,
+        "Squeeze": LAYERS + 2,
+        "RMSNormalization": 2 * LAYERS + 1,
+        "Swish": LAYERS,
+        "Mul": LAYERS,
+        "Add": 2 * LAYERS + 1,
+        # The wanted row, and the slots in use.
+        "Gather": 1,
+        "Shape": 1,
+        "Cast": 1,
+        "Sub": 1,
+    }
+    for node in decoder.node:
+        own = node.op_type == "GroupQueryAttention"
+        assert node.domain == ("com.microsoft" if own else "")
+
+
+def test_the_decoder_has_exactly_the_native_operators(native):
+    counts = Counter(node.op_type for node in native.node)
     assert counts["RotaryEmbedding"] == 2 * LAYERS
     assert counts["TensorScatter"] == 2 * LAYERS
     assert counts["Attention"] == LAYERS
     assert counts["RMSNormalization"] == 2 * LAYERS + 1
-    # q, k, v, o, gate, up, down and the head.
     assert counts["Gemm"] == 7 * LAYERS + 1
     assert counts["MatMul"] == 0
-    assert {node.domain for node in decoder.node} == {""}
+    assert {node.domain for node in native.node} == {""}
 
 
 @pytest.mark.parametrize("file", ["decoder.onnx", "vision-13of25.onnx"])
@@ -257,18 +288,25 @@ def test_no_weight_is_transposed_cast_or_multiplied_as_a_matrix(graphs, file):
             assert {a.name: a.i for a in node.attribute}["transB"] == 1
 
 
-def test_attention_has_an_explicit_mask_and_the_cache_is_written_in_slots(decoder):
-    attention = [node for node in decoder.node if node.op_type == "Attention"]
+def test_attention_has_an_explicit_mask_and_the_cache_is_written_in_slots(native):
+    attention = [node for node in native.node if node.op_type == "Attention"]
     masks = {node.input[3] for node in attention}
     assert len(masks) == 1
     assert all(masks)
-    scatters = [node for node in decoder.node if node.op_type == "TensorScatter"]
+    scatters = [node for node in native.node if node.op_type == "TensorScatter"]
     assert {node.input[2] for node in scatters} == {"write_slot"}
     assert [node.input[0] for node in scatters] == [
         f"cache_{part}_{layer:02d}" for layer in range(LAYERS) for part in ("key", "value")
     ]
-    rotations = [node for node in decoder.node if node.op_type == "RotaryEmbedding"]
-    assert {node.input[3] for node in rotations} == {"position_ids"}
+
+
+def test_queries_and_keys_are_turned_by_explicit_positions(decoder, native):
+    for graph in (decoder, native):
+        rotations = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
+        assert {node.input[3] for node in rotations} == {"position_ids"}
+    for node in decoder.node:
+        if node.op_type == "GroupQueryAttention":
+            assert {a.name: a.i for a in node.attribute}["do_rotary"] == 0
 
 
 def test_only_rows_is_free_and_only_in_the_decoder(graphs):
@@ -489,12 +527,12 @@ def quick(monkeypatch):
 
     class Nothing:
         size = 0
-        shards = {}  # noqa: RUF012 - read only
+        shards, placed = {}, {}
 
     for name in ("write_graphs", "_start_record"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "_trace", lambda *_: Graphs(visions=(), decoder=None, text=None))
-    monkeypatch.setattr(pipeline, "bring_weights", lambda *_: None)
+    monkeypatch.setattr(pipeline, "bring_weights", lambda *_, **__: {})
     monkeypatch.setattr(pipeline, "_plan_weights", lambda *_: Nothing())
     monkeypatch.setattr(pipeline, "_make_manifest", lambda *_: QuickManifest())
 
@@ -608,7 +646,7 @@ def test_a_bundle_that_cannot_be_read_is_kept_with_advice_that_helps(
 
 @pytest.mark.usefixtures("quick")
 def test_a_full_disk_is_one_clear_error(tiny_llava, tmp_path, make_plan, run_export, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pipeline, "bring_weights", full)

@@ -1,0 +1,123 @@
+"""gap-export itself: the bundle's graphs on onnxruntime, as gap_runtime runs them."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from common import find_versions, make_pixels, measure_session, run
+
+NAME: Final = "gap-export"
+SCOPE: Final = "whole"
+PRECISIONS: Final = ("fp32", "int4")
+_ANSWER: Final = 368
+"""Tokens of an answer: with the longest prompt of 656 the cache has 1024 slots, as all have."""
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """A bundle with all visual tokens and one with half of them, which share their weights."""
+    program = Path(sys.executable).parent / "gap-export"
+    command = [str(program), str(options.checkpoint), "--ratio", "0", "--ratio", "0.5"]
+    command += ["--no-reference", "--dtype", "float32", "--weights", "link"]
+    command += ["--set", f"prompt.answer={_ANSWER}", "--out", str(options.out)]
+    note = "weights that need no conversion are hard links"
+    if options.precision == "int4":
+        command += ["--quantize", "int4"]
+        note = "decoder in int4, vision in float32"
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        # It has said why.
+        raise SystemExit(done.returncode)
+    return {"note": note}
+
+
+class Bundled:
+    """The sessions of a bundle, and its decode loop without a tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the decoder."""
+        from gap_runtime.bundle import Bundle
+        from gap_runtime.grounder import open_backend
+        from gap_runtime.manifest import DECODER
+
+        self._bundle = Bundle.open(folder)
+        self._backend, self._device = open_backend("onnxruntime:cpu")
+        self._table = self._bundle.map_embedding()
+        stage = self._bundle.manifest.stage(DECODER)
+        self._decoder = self._backend.open_decoder(self._bundle, stage, self._device)
+        self._vision: Any = None
+        self._pixels = make_pixels(self._bundle.manifest.preprocess.side)
+
+    def open_vision(self) -> None:
+        """Load the vision graph that keeps all tokens."""
+        from gap_runtime.manifest import VISION
+
+        stage = self._bundle.manifest.stage(VISION, self._bundle.choose_ratio(0.0))
+        self._vision = self._backend.open_stage(self._bundle, stage, self._device)
+
+    def prefill(self, token_ids: np.ndarray) -> int:
+        """See common.Session."""
+        from gap_runtime.bundle import embedding_rows
+
+        rows = embedding_rows(self._table, token_ids.tolist())[None]
+        positions = np.arange(len(token_ids))[None]
+        return choose(self._decoder.run(rows, positions, 0, len(token_ids) - 1).copy())
+
+    def step(self, token: int, position: int) -> int:
+        """See common.Session."""
+        from gap_runtime.bundle import embedding_rows
+
+        row = embedding_rows(self._table, [token])[None]
+        return choose(self._decoder.run(row, np.array([[position]]), position, 0))
+
+    def see(self) -> Any:
+        """The visual tokens of a picture."""
+        return self._vision.run({"pixels": self._pixels})["visual_tokens"]
+
+
+def choose(logits: np.ndarray) -> int:
+    """The most likely token, proved finite as gap_runtime.decode does."""
+    token = int(logits.argmax())
+    if not np.isfinite(logits[token]):
+        raise ValueError("logits are not finite")
+    return token
+
+
+def limit_threads(threads: int) -> None:
+    """Let sessions of onnxruntime have so many threads, as the runtime has no setting for it."""
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        """Of a session with a number of threads."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = threads
+
+    onnxruntime.SessionOptions = Options
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Times of a bundle."""
+    import gap_runtime.grounder  # noqa: F401 - loading libraries is not loading the model
+
+    limit_threads(options.threads)
+
+    return measure_session(
+        lambda: Bundled(options.out),
+        options,
+        open_vision=Bundled.open_vision,
+        see=Bundled.see,
+        versions=find_versions("gap-runtime", "onnxruntime", "numpy"),
+    )
+
+
+if __name__ == "__main__":
+    run(prepare, measure)

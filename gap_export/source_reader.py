@@ -1,0 +1,135 @@
+"""The checkpoint's files, read once while graphs are traced: hashed, looked through and copied.
+
+None of it needs the interpreter lock, so that it costs the tracing little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Final, Self
+
+import torch
+
+from gap_export.checkpoint import TensorLocation
+from gap_export.errors import ExportError
+from gap_export.sources import TensorSource
+from gap_export.weights import NOT_FINITE, WeightPlan, share_blocks
+
+_BLOCK_BYTES: Final = 4 * 2**20
+_FLOATS: Final = frozenset({"float32", "float16", "bfloat16"})
+
+
+class SourceReader:
+    """Reads every file that holds tensors which are used as they lie."""
+
+    def __init__(self, ready: Mapping[str, TensorSource], copies: Mapping[Path, Path]) -> None:
+        """Begin.
+
+        Args:
+            ready: Tensors that are used as they lie, by name.
+            copies: Where files are to be copied to, by their own place.
+        """
+        self._stop = Event()
+        self._copies = copies
+        self._locations = {name: source.inputs[0] for name, source in ready.items()}
+        tensors: dict[Path, set[TensorLocation]] = {}
+        for tensor in self._locations.values():
+            tensors.setdefault(tensor.file, set()).add(tensor)
+        self._before = {file: _fingerprint(file) for file in tensors}
+        self._pool = ThreadPoolExecutor()
+        self._found: dict[Path, Future[_Found]] = {
+            file: self._pool.submit(_read, file, found, copies.get(file), self._stop)
+            for file, found in sorted(tensors.items())
+        }
+
+    def __enter__(self) -> Self:
+        """Nothing more to do."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End at once: a failed export does not wait for gigabytes that nobody asks for."""
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def require_finite(self, weights: WeightPlan) -> None:
+        """Refuse a checkpoint in which a tensor that is used holds NaN or infinity."""
+        for name, tensor in self._locations.items():
+            if name in weights.placed and tensor in self._found[tensor.file].result().broken:
+                raise ExportError(f"{tensor.file.name}: tensor '{tensor.key}' holds {NOT_FINITE}")
+
+    def hash(self, file: Path) -> str:
+        """The hash of a file that has not changed since the export began."""
+        sha256 = self._found[file].result().sha256
+        if _fingerprint(file) != self._before[file]:
+            raise ExportError(f"{file}: changed during the export; export again")
+        return sha256
+
+    def copy_of(self, file: Path) -> Path | None:
+        """The finished copy of a file, which the caller may take; None where there is none."""
+        if file not in self._copies or file not in self._found:
+            return None
+        self._found[file].result()
+        return self._copies[file]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    sha256: str
+    broken: frozenset[TensorLocation]
+
+
+def _read(file: Path, tensors: Iterable[TensorLocation], copy: Path | None, stop: Event) -> _Found:
+    """Hash a file, find tensors with broken values in it and copy it, block by block."""
+    digest, broken, buffer = hashlib.sha256(), set(), bytearray(_BLOCK_BYTES)
+    with ExitStack() as stack:
+        opened = stack.enter_context(file.open("rb", buffering=0))
+        written = None
+        if copy is not None and not share_blocks(file, copy):
+            written = stack.enter_context(copy.open("wb", buffering=0))
+        for length, tensor in _segments(file.stat().st_size, tensors):
+            left = length
+            while left and not stop.is_set():
+                size = opened.readinto(memoryview(buffer)[: min(left, len(buffer))])
+                if not size:
+                    raise ExportError(f"{file}: cut short during the export; export again")
+                left -= size
+                block = memoryview(buffer)[:size]
+                digest.update(block)
+                if written is not None:
+                    written.write(block)
+                if tensor is not None and tensor not in broken and not _is_finite(block, tensor):
+                    broken.add(tensor)
+    return _Found(digest.hexdigest(), frozenset(broken))
+
+
+def _segments(
+    size: int, tensors: Iterable[TensorLocation]
+) -> Iterator[tuple[int, TensorLocation | None]]:
+    """The file as a row of tensors and what lies between them, each with its bytes."""
+    place = 0
+    for tensor in sorted(tensors, key=lambda each: each.offset):
+        if tensor.dtype not in _FLOATS or tensor.offset < place:
+            continue
+        yield tensor.offset - place, None
+        yield tensor.length, tensor
+        place = tensor.offset + tensor.length
+    yield size - place, None
+
+
+def _is_finite(block: memoryview, tensor: TensorLocation) -> bool:
+    values = torch.frombuffer(block, dtype=getattr(torch, tensor.dtype))
+    # Both extremes are NaN where any value is.
+    least, most = torch.aminmax(values)
+    return bool(torch.isfinite(least) and torch.isfinite(most))
+
+
+def _fingerprint(file: Path) -> tuple[int, int]:
+    """Size and time of the last change, in nanoseconds."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,96 @@
+"""Files that are read once: hash, broken values and copy all come from the same pass."""
+
+import hashlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gap_export import source_reader
+from gap_export.checkpoint import open_checkpoint
+from gap_export.errors import ExportError
+from gap_export.source_reader import SourceReader
+from gap_export.sources import stored
+
+
+class Placed:
+    """A plan that uses these tensors."""
+
+    def __init__(self, *names):
+        self.placed = dict.fromkeys(names)
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    """A checkpoint of two floating tensors with integers between them, and its sources."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+    def write(first=0.5, last=0.5):
+        values = {
+            "a": torch.full((7, 300), 0.25),
+            "b": torch.arange(5),
+            "c": torch.full((11,), 0.25, dtype=torch.float16),
+        }
+        values["a"][0, 0], values["c"][-1] = first, last
+        save_file(values, folder / "model.safetensors")
+        found = open_checkpoint(folder).tensors
+        return folder / "model.safetensors", {name: stored(found[name]) for name in ("a", "c")}
+
+    return write
+
+
+@pytest.mark.parametrize("block", [64, 4 * 2**20])
+@pytest.mark.parametrize("shares", [False, True])
+def test_one_pass_hashes_and_copies(tensors, tmp_path, monkeypatch, block, shares):
+    file, ready = tensors()
+    copy = tmp_path / "copy"
+    monkeypatch.setattr(source_reader, "_BLOCK_BYTES", block)
+    if shares:
+        # A filesystem that shares blocks has the whole file there at once.
+        monkeypatch.setattr(
+            source_reader, "share_blocks", lambda a, b: bool(b.write_bytes(a.read_bytes()))
+        )
+    with SourceReader(ready, {file: copy}) as reader:
+        assert reader.hash(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert reader.copy_of(file) == copy
+        reader.require_finite(Placed("a", "c"))
+    assert copy.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "where"), [("a", "first"), ("c", "last")])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_broken_value_is_found_where_it_is_used(tensors, monkeypatch, name, where, value):
+    monkeypatch.setattr(source_reader, "_BLOCK_BYTES", 64)
+    _, ready = tensors(**{where: value})
+    with SourceReader(ready, {}) as reader:
+        with pytest.raises(ExportError, match=f"tensor '{name}'"):
+            reader.require_finite(Placed("a", "c"))
+        reader.require_finite(Placed(*({"a", "c"} - {name})))
+
+
+def test_no_copy_is_made_unasked(tensors, tmp_path):
+    file, ready = tensors()
+    with SourceReader(ready, {}) as reader:
+        assert reader.copy_of(file) is None
+        assert reader.copy_of(tmp_path / "other") is None
+
+
+def test_a_file_that_changes_meanwhile(tensors):
+    file, ready = tensors()
+    with SourceReader(ready, {}) as reader:
+        reader.hash(file)
+        file.write_bytes(file.read_bytes() + b"x")
+        with pytest.raises(ExportError, match="changed during the export"):
+            reader.hash(file)
+
+
+def test_a_file_that_ends_early(tensors):
+    file, ready = tensors()
+    last = ready["c"].inputs[0]
+    ready["c"] = replace(ready["c"], inputs=(replace(last, offset=last.offset + 64),))
+    with SourceReader(ready, {}) as reader, pytest.raises(ExportError, match="cut short"):
+        reader.hash(file)
