@@ -1,7 +1,7 @@
 """Time, memory and bytes written of exports, with random weights.
 
     python -m benchmarks.export [NAME ...] [--home DIR] [--out build/benchmarks/export.json]
-    python -m benchmarks.export --peers [PEER ...] [--precision fp32] [--markdown]
+    python -m benchmarks.export --peers [PEER ...] [--precision fp16] [--markdown]
 
 The first form is about the true sizes: each checkpoint is written (benchmarks.checkpoints),
 exported with `--no-reference` and removed again; up to 45 GB of disk are needed at a time.
@@ -36,6 +36,7 @@ from benchmarks.suite import (
     OURS,
     PEERS,
     PRECISIONS,
+    STORED,
     Column,
     PeerError,
     Results,
@@ -174,7 +175,7 @@ def main() -> None:
     peers = parser.add_argument_group("beside peers")
     peers.add_argument("--peers", nargs="*", metavar="PEER", help="all where none is named")
     peers.add_argument("--checkpoint", default="llava-1.1b", choices=list(RUN))
-    peers.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    peers.add_argument("--precision", default=STORED, choices=(STORED, *PRECISIONS))
     peers.add_argument("--rounds", type=int, default=3, help="exports by each subject")
     peers.add_argument("--limit", type=float, default=3600.0, help="seconds for one process")
     peers.add_argument("--markdown", action="store_true")

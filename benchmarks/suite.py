@@ -27,6 +27,8 @@ from benchmarks.environments import UnavailableError, find_python, last_line
 PEERS: Final = Path(__file__).resolve().parent / "peers"
 OURS: Final = "gap_export"
 PRECISIONS: Final = ("fp32", "int4")
+STORED: Final = "fp16"
+"""What the checkpoints are stored in: exported for GPUs, not run here."""
 _SAMPLE_SECONDS: Final = 0.2
 BEST: Final = "best peer"
 _MARK: Final = ".whole"

@@ -2,8 +2,9 @@
 
 Weight-only and symmetric. int8 has one scale for each output channel, int4 one for every block of
 up to 128 inputs of it. In the graph a weight is a standard DequantizeLinear before a MatMul, which
-TensorRT builds as it is and onnxruntime fuses to one kernel. Values are found tensor by tensor, so
-memory does not grow with the model.
+TensorRT builds as it is and onnxruntime fuses to one kernel; in a dialect that has that kernel,
+blocks are written for it at once, so that loading rearranges nothing. Values are found tensor by
+tensor, so memory does not grow with the model.
 
 Weights that came quantized keep their integers. They may have zero points (uint4, uint8), int8 in
 blocks, and inputs that are sorted by block, which a Gather puts before the product.
@@ -33,6 +34,10 @@ ZEROS: Final = ".zeros"
 ORDER: Final = ".order"
 """Suffixes of the tensors that stand for a weight: always the first two."""
 
+FUSED: Final = "com.microsoft.MatMulNBits"
+"""onnxruntime's kernel for weights in blocks, by its full name."""
+_ROUNDED_INPUTS: Final = 4
+"""MatMulNBits' accuracy level at which inputs are rounded to 8 bits, each row in blocks."""
 _LIMITS: Final = {"int8": 127, "int4": 7}
 _BLOCKS: Final = (128, 64, 32, 16)
 _CLIPS: Final = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -46,11 +51,19 @@ class Scheme:
     """How one weight [out, in] is quantized; `block` inputs share a scale, None: all of them.
 
     Values without a sign have zero points. `is_ordered`: they lie in an order of their own.
+    `is_fused`: they lie as MatMulNBits takes them, by output, where signed ones count from the
+    middle.
     """
 
     dtype: str
     block: int | None
     is_ordered: bool = False
+    is_fused: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a value."""
+        return int(self.dtype.lstrip("uint"))
 
     @property
     def limit(self) -> int:
@@ -59,7 +72,10 @@ class Scheme:
 
     def scales_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
         """Shape of the scales, and of the zero points."""
-        return (outputs,) if self.block is None else (inputs // self.block, outputs)
+        if self.block is None:
+            return (outputs,)
+        blocks = inputs // self.block
+        return (outputs, blocks) if self.is_fused else (blocks, outputs)
 
     @property
     def needs_blocks(self) -> bool:
@@ -76,8 +92,14 @@ class Scheme:
         outputs, inputs = shape
         scales = self.scales_shape(outputs, inputs)
         found = {VALUES: (self.dtype, (inputs, outputs)), SCALES: (dtype, scales)}
+        if self.is_fused:
+            assert self.block is not None
+            lengths = (inputs // self.block, self.block * self.bits // 8)
+            found[VALUES] = ("uint8", (outputs, *lengths))
         if self.has_zeros:
             found[ZEROS] = (self.dtype, scales)
+        if self.has_zeros and self.is_fused:
+            found[ZEROS] = ("uint8", (outputs, -(-scales[1] * self.bits // 8)))
         if self.is_ordered:
             # Four bytes, which is what all tensors of the file are aligned to.
             found[ORDER] = ("int32", (inputs,))
@@ -154,8 +176,7 @@ def quantize_graph(
             continue
         assert node.attributes.get_int("transB", 0) == 1
         schemes[name] = scheme
-        # One for each use: kernels fuse it with the product, and TensorRT dies of a shared one.
-        _replace_gemm(graph, node, *_dequantize(graph, node, weight, scheme))
+        _replace_gemm(graph, node, weight, scheme)
     new = set()
     for name, scheme in schemes.items():
         weight = graph.initializers.pop(name)
@@ -171,17 +192,10 @@ def _static_shape(value: ir.Value) -> tuple[int, ...]:
 
 
 def _dequantize(
-    graph: ir.Graph, before: ir.Node, weight: ir.Value, scheme: Scheme
-) -> tuple[ir.Value, ir.Value | None]:
-    """A weight [in, out] from what stands for it, and the order of its inputs if it has one."""
+    before: ir.Node, weight: ir.Value, scheme: Scheme, found: dict[str, ir.Value]
+) -> ir.Node:
+    """The node that gives a weight [in, out] from what stands for it."""
     outputs, inputs = _static_shape(weight)
-    assert weight.dtype is not None
-    tensors = scheme.tensors((outputs, inputs), weight.dtype.name)
-    found = {
-        suffix: _declare(graph, f"{weight.name}{suffix}", shape, ir.DataType[dtype.upper()])
-        for suffix, (dtype, shape) in tensors.items()
-    }
-    order = found.pop(ORDER, None)
     attributes = {"axis": 1} if scheme.block is None else {"axis": 0, "block_size": scheme.block}
     node = ir.node(
         "DequantizeLinear", list(found.values()), attributes, name=f"{before.name}/weight"
@@ -189,8 +203,7 @@ def _dequantize(
     result = node.outputs[0]
     result.name = f"{before.outputs[0].name}.weight"
     result.shape, result.type = ir.Shape((inputs, outputs)), found[SCALES].type
-    graph.insert_before(before, node)
-    return result, order
+    return node
 
 
 def _declare(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
@@ -202,20 +215,30 @@ def _declare(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataT
     return graph.initializers[name]
 
 
-def _replace_gemm(
-    graph: ir.Graph, gemm: ir.Node, weight: ir.Value, order: ir.Value | None
-) -> None:
+def _replace_gemm(graph: ir.Graph, gemm: ir.Node, weight: ir.Value, scheme: Scheme) -> None:
     """A product and a sum instead of a Gemm, of inputs in the weight's own order."""
     x, old = gemm.inputs[0], gemm.outputs[0]
     assert x is not None
+    assert weight.dtype is not None
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    tensors = scheme.tensors(_static_shape(weight), weight.dtype.name)
+    found = {
+        suffix: _declare(graph, f"{weight.name}{suffix}", shape, ir.DataType[dtype.upper()])
+        for suffix, (dtype, shape) in tensors.items()
+    }
+    order = found.pop(ORDER, None)
     nodes = []
     if order is not None:
         gather = ir.node("Gather", [x, order], {"axis": 1}, name=f"{gemm.name}/order")
         gather.outputs[0].name = f"{old.name}.ordered"
         gather.outputs[0].shape, gather.outputs[0].type = x.shape, x.type
         nodes, x = [gather], gather.outputs[0]
-    product = ir.node("MatMul", [x, weight], name=gemm.name)
+    if scheme.is_fused:
+        product = _fuse(gemm, x, weight, scheme, found)
+    else:
+        # One for each use: kernels fuse it with the product, and TensorRT dies of a shared one.
+        nodes.append(_dequantize(gemm, weight, scheme, found))
+        product = ir.node("MatMul", [x, nodes[-1].outputs[0]], name=gemm.name)
     nodes.append(product)
     result = product.outputs[0]
     result.name, result.shape, result.type = old.name, old.shape, old.type
@@ -227,6 +250,29 @@ def _replace_gemm(
         nodes.append(added)
     ir.convenience.replace_nodes_and_values(
         graph, gemm, [gemm], nodes, [old], [nodes[-1].outputs[0]]
+    )
+
+
+def _fuse(
+    gemm: ir.Node, x: ir.Value, weight: ir.Value, scheme: Scheme, found: dict[str, ir.Value]
+) -> ir.Node:
+    """The product with what stands for a weight, in one node."""
+    outputs, inputs = _static_shape(weight)
+    domain, _, op_type = FUSED.rpartition(".")
+    assert gemm.graph is not None
+    gemm.graph.opset_imports.setdefault(domain, 1)
+    return ir.node(
+        op_type,
+        [x, *found.values()],
+        {
+            "K": inputs,
+            "N": outputs,
+            "bits": scheme.bits,
+            "block_size": scheme.block,
+            "accuracy_level": _ROUNDED_INPUTS,
+        },
+        domain=domain,
+        name=gemm.name,
     )
 
 
@@ -252,17 +298,15 @@ def quantize_sources(
             made |= _packed_sources(name, source, source.packed, scheme)
             continue
         pair = _Pair(name, source, scheme, smoothings.get(name, NO_SMOOTHING), dtype)
-        outputs, inputs = source.shape
+        tensors = scheme.tensors(source.shape, dtype)
         made[name + VALUES] = TensorSource(
-            shape=(inputs, outputs),
+            shape=tensors[VALUES][1],
             inputs=source.inputs,
-            dtype=scheme.dtype,
+            dtype=tensors[VALUES][0],
             encode=pair.take_values,
         )
         made[name + SCALES] = TensorSource(
-            shape=scheme.scales_shape(outputs, inputs),
-            inputs=source.inputs,
-            encode=pair.take_scales,
+            shape=tensors[SCALES][1], inputs=source.inputs, encode=pair.take_scales
         )
     return made
 
@@ -278,11 +322,17 @@ def _packed_sources(
 
     def values() -> Bytes:
         found = packed.read_values().numpy()
+        if scheme.is_fused:
+            return _pack(found.T, scheme.dtype)
         # What is less than nothing wraps around, as signed values do.
         return _pack(found if scheme.has_zeros else found - middle, scheme.dtype)
 
     def zeros() -> Bytes:
-        return _pack(packed.read_zeros().repeat_interleave(repeats, 0).numpy(), scheme.dtype)
+        found = packed.read_zeros().repeat_interleave(repeats, 0).numpy()
+        if scheme.is_fused:
+            # Every output begins with a byte of its own.
+            found = np.pad(found.T, ((0, 0), (0, found.shape[0] % (8 // scheme.bits))))
+        return _pack(found, scheme.dtype)
 
     def order() -> Bytes:
         assert packed.order_I is not None
@@ -299,9 +349,17 @@ def _packed_sources(
     made[name + SCALES] = TensorSource(
         shape=shape,
         inputs=(packed.scales,),
-        make=lambda scales: scales.repeat_interleave(repeats, 0).reshape(shape),
+        make=lambda scales: _arrange_scales(scales.repeat_interleave(repeats, 0), shape, scheme),
     )
     return made
+
+
+def _arrange_scales(scales: Tensor, shape: Shape, scheme: Scheme) -> Tensor:
+    """Scales [blocks, out] in the shape in which they are stored."""
+    if not scheme.is_fused:
+        return scales.reshape(shape)
+    # A copy in any case: one block leaves a stride that cannot be viewed as bytes.
+    return scales.T.clone(memory_format=torch.contiguous_format)
 
 
 class _Pair:
@@ -331,8 +389,13 @@ def _quantize(
     """Bytes of the values and of the scales of a weight, found a few rows at a time."""
     outputs, inputs = source.shape
     block = scheme.block or inputs
-    values = np.empty((inputs, outputs), np.int8)
-    scales = torch.empty((inputs // block, outputs), dtype=getattr(torch, dtype))
+    # As they are stored, or turned.
+    values = np.empty((outputs, inputs) if scheme.is_fused else (inputs, outputs), np.int8)
+    scales = torch.empty(
+        (outputs, inputs // block) if scheme.is_fused else (inputs // block, outputs),
+        dtype=getattr(torch, dtype),
+    )
+    scales_OB = scales if scheme.is_fused else scales.T
     start = 0
     for piece in cut_pieces(source):
         rows = slice(start, start + piece.shape[0])
@@ -348,9 +411,13 @@ def _quantize(
                 f"{source.inputs[0].file.name}: tensor '{name}' holds values that are no finite "
                 "numbers; give the checkpoint as it was published"
             )
-        # Turned before it is put in place: strided writes would take most of the time.
-        values[:, rows] = found.to(torch.int8).T.contiguous().numpy()
-        scales[:, rows] = scale.T.to(scales.dtype)
+        whole = found.to(torch.int8)
+        if scheme.is_fused:
+            values[rows] = whole.numpy() + np.int8(2 ** (scheme.bits - 1))
+        else:
+            # Turned before it is put in place: strided writes would take most of the time.
+            values[:, rows] = whole.T.contiguous().numpy()
+        scales_OB[rows] = scale.to(scales.dtype)
         start = rows.stop
     return _pack(values, scheme.dtype), scales.view(torch.uint8).numpy().reshape(-1)
 

@@ -16,7 +16,13 @@ from gap_export.graph.text import TextStage
 from gap_export.graph.vision import PruneStage, TowerStage, sort_features
 from gap_export.onnx_rules import prove_graph
 from gap_export.plan import ExportPlan
-from gap_export.quantization import Scheme, choose_scheme, packed_scheme, quantize_graph
+from gap_export.quantization import (
+    FUSED,
+    Scheme,
+    choose_scheme,
+    packed_scheme,
+    quantize_graph,
+)
 from gap_export.repetition import repeat_layer
 from gap_export.tracing import FREE_ROWS, Traced, trace
 from gap_export.weights import WeightPlan, bind_weights, strip_stage, write_placeholders
@@ -218,9 +224,15 @@ def scheme_of(
     if plan.quantization is None or not plan.is_quantized(name, vision=vision):
         return None
     packed = plan.sources[name].packed
-    if packed is not None:
-        return packed_scheme(packed, shape[1])
-    return choose_scheme(plan.quantization.weights, shape)
+    scheme = (
+        choose_scheme(plan.quantization.weights, shape)
+        if packed is None
+        else packed_scheme(packed, shape[1])
+    )
+    fuses = FUSED in plan.dialect.OPERATORS
+    if scheme is None or scheme.block is None or not fuses:
+        return scheme
+    return replace(scheme, is_fused=True)
 
 
 def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> tuple[Graphs, dict[str, Scheme]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from common import find_versions, make_pixels, measure_session, run
 
 NAME: Final = "gap-export"
 SCOPE: Final = "whole"
-PRECISIONS: Final = ("fp32", "int4")
+PRECISIONS: Final = ("fp32", "int4", "fp16")
 _ANSWER: Final = 368
 """Tokens of an answer: with the longest prompt of 656 the cache has 1024 slots, as all have."""
 
@@ -25,7 +26,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """A bundle with all visual tokens and one with half of them, which share their weights."""
     program = Path(sys.executable).parent / "gap-export"
     command = [str(program), str(options.checkpoint), "--ratio", "0", "--ratio", "0.5"]
-    command += ["--no-reference", "--dtype", "float32", "--weights", "link"]
+    dtype = "float16" if options.precision == "fp16" else "float32"
+    command += ["--no-reference", "--dtype", dtype, "--weights", "link"]
     command += ["--set", f"prompt.answer={_ANSWER}", "--out", str(options.out)]
     note = "weights that need no conversion are hard links"
     if options.precision == "int4":
@@ -90,26 +92,11 @@ def choose(logits: np.ndarray) -> int:
     return token
 
 
-def limit_threads(threads: int) -> None:
-    """Let sessions of onnxruntime have so many threads, as the runtime has no setting for it."""
-    import onnxruntime
-
-    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
-        """Of a session with a number of threads."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.intra_op_num_threads = threads
-
-    onnxruntime.SessionOptions = Options
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Times of a bundle."""
     import gap_runtime.grounder  # noqa: F401 - loading libraries is not loading the model
 
-    limit_threads(options.threads)
-
+    os.environ["GAP_RUNTIME_THREADS"] = str(options.threads)
     return measure_session(
         lambda: Bundled(options.out),
         options,

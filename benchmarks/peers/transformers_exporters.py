@@ -23,7 +23,7 @@ from common import (
 
 NAME: Final = "transformers.exporters"
 SCOPE: Final = "whole"
-PRECISIONS: Final = ("fp32", "int4")
+PRECISIONS: Final = ("fp32", "int4", "fp16")
 _BLOCK: Final = 32
 
 
@@ -53,19 +53,22 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_grad_enabled(False)
     model = LlavaForConditionalGeneration.from_pretrained(
-        options.checkpoint, dtype=torch.float32, local_files_only=True
+        options.checkpoint,
+        dtype=torch.float16 if options.precision == "fp16" else torch.float32,
+        local_files_only=True,
     ).eval()
+    fusions = None if options.precision == "fp16" else "cpu"
     exporter = OnnxExporter()
     token_ids = torch.from_numpy(make_tokens(48))[None]
     sample = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     parts = decompose_for_generation(model, sample, multi_token_decode=True)
     decoder, inputs = parts["decode"]
-    config = OnnxConfig(dynamic=True, ort_fusions="cpu")
+    config = OnnxConfig(dynamic=True, ort_fusions=fusions)
     exported = exporter.export(decoder, {**inputs, "logits_to_keep": 1}, config)
     exported.save_pretrained(options.out / "decoder")
     del exported, parts, decoder, inputs
-    config = OnnxConfig(ort_fusions="cpu")
-    pixels = {"pixel_values": torch.from_numpy(make_pixels())}
+    config = OnnxConfig(ort_fusions=fusions)
+    pixels = {"pixel_values": torch.from_numpy(make_pixels()).to(model.dtype)}
     exporter.export(Vision(model), pixels, config).save_pretrained(options.out / "vision")
     if options.precision != "int4":
         return {"note": "GroupQueryAttention with a growing cache"}

@@ -2,7 +2,8 @@
 
 `GroupQueryAttention` reads the slots in use alone, and takes heads as linear layers give them, so
 that nothing is transposed. Its own rotary embedding would count positions by slot, which GAP's
-are not: queries and keys are turned before it, by explicit position IDs.
+are not: queries and keys are turned before it, by explicit position IDs. Weights in blocks are
+those of `MatMulNBits` (gap_export.quantization).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from gap_export.dialects import native
 # E = H * d, F = G * d.
 
 OPSETS: Final = native.OPSETS
-OPERATORS: Final = (native.OPERATORS - {"TensorScatter"}) | {"com.microsoft.GroupQueryAttention"}
+OPERATORS: Final = (native.OPERATORS - {"TensorScatter"}) | {
+    "com.microsoft.GroupQueryAttention",
+    "com.microsoft.MatMulNBits",
+}
 """Those of native, but for the cache, which attention writes itself."""
 
 rms_norm = native.rms_norm

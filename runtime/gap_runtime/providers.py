@@ -19,6 +19,8 @@ from gap_runtime.manifest import DECODER, Stage
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
+THREADS: Final = "GAP_RUNTIME_THREADS"
+"""Environment variable: threads of each session on the CPU; all cores where it is not set."""
 _GPU_WHEEL: Final = (
     "it is in onnxruntime-gpu: pip uninstall onnxruntime, then pip install 'gap-runtime[gpu]'"
 )
@@ -70,6 +72,20 @@ def find_provider(device: str) -> Provider:
     if device not in PROVIDERS:
         raise ConfigError(f"unknown onnxruntime device '{device}'; have {', '.join(PROVIDERS)}")
     return PROVIDERS[device]
+
+
+def read_threads() -> int | None:
+    """The number of threads that is asked for, None where it is left to onnxruntime.
+
+    Raises:
+        ConfigError: It is no number, or none at all.
+    """
+    text = os.environ.get(THREADS, "")
+    if not text:
+        return None
+    if not (text.isdecimal() and int(text)):
+        raise ConfigError(f"{THREADS}={text}: expected a number of threads, 1 or more")
+    return int(text)
 
 
 def writes_in_place(device: str, opset: int) -> bool:

@@ -1,6 +1,7 @@
 """Quantized weights: schemes, rounding, packing, smoothing, and what exports say of them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -125,6 +126,20 @@ def test_stored_bytes_are_what_onnx_reads(scheme):
     assert np.array_equal(numpy_helper.to_array(stored).astype(np.float32), expected.T.numpy())
     found = np.frombuffer(scales.encode().tobytes(), np.float16).reshape(scales.shape)
     assert np.array_equal(found, expected_scales.T.half().numpy().reshape(scales.shape))
+
+
+def test_stored_bytes_are_what_the_fused_kernel_reads():
+    """By the operator's own formula: [out, block, byte], the first value in the lower half."""
+    weight, scheme = random_weight(), replace(INT4, is_fused=True)
+    made = quantize_sources({"w": held(weight)}, {"w": scheme}, {}, dtype="float16")
+    values, scales = made["w" + VALUES], made["w" + SCALES]
+    assert (values.dtype, values.shape, scales.shape) == ("uint8", (24, 2, 16), (24, 2))
+    packed = values.encode().reshape(24, 64 // 2)
+    found = np.stack([packed & 15, packed >> 4], axis=-1).reshape(24, 64).astype(int) - 8
+    expected, expected_scales = round_weight(weight, INT4, "float16")
+    assert np.array_equal(found, expected.numpy())
+    stored = np.frombuffer(scales.encode().tobytes(), np.float16).reshape(24, 2)
+    assert np.array_equal(stored, expected_scales.half().numpy())
 
 
 def test_both_tensors_can_be_had_in_any_order_and_again():

@@ -493,3 +493,18 @@ def test_tensorrt_writes_plain_graphs_into_a_second_cache(ort, decoder_bundle):
 )
 def test_where_the_cache_is_written_in_place(device, opset, in_place):
     assert providers.writes_in_place(device, opset) == in_place
+
+
+@pytest.mark.parametrize(("text", "threads"), [("", 0), ("3", 3)])
+def test_threads_of_a_session(ort, decoder_bundle, monkeypatch, text, threads):
+    monkeypatch.setenv("GAP_RUNTIME_THREADS", text)
+    open_decoder(decoder_bundle, "cpu")
+    assert ort.sessions[0].options.intra_op_num_threads == threads
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_no_number_of_threads(ort, decoder_bundle, monkeypatch, text):
+    del ort
+    monkeypatch.setenv("GAP_RUNTIME_THREADS", text)
+    with pytest.raises(ConfigError, match=f"GAP_RUNTIME_THREADS={text}: expected a number"):
+        open_decoder(decoder_bundle, "cpu")

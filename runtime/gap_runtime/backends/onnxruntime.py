@@ -28,6 +28,7 @@ from gap_runtime.providers import (
     choose_options,
     describe_strangers,
     find_provider,
+    read_threads,
     writes_in_place,
 )
 
@@ -264,8 +265,13 @@ def _open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) ->
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = read_threads() or 0
     # Threads of one session that wait busily take the cores from the next one's.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A residual that is added to a product would keep it from its quantized weight's kernel.
+    options.add_session_config_entry(
+        "optimization.disable_specified_optimizers", "MatMulAddFusion"
+    )
     if wanted != "cpu" and version >= _OPSET_24:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     devices = _start_plugin(ort, provider, where=str(path)) if is_plugin else []
