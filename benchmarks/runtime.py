@@ -138,7 +138,11 @@ class Comparison:
             row = {"checkpoint": self.name, "precision": self.precision, "peer": subject}
             row |= {"name": peer.name, "scope": peer.scope, "settings": settings}
             row |= {"rounds": [], "failed": None}
-        elif row["failed"] or len(row["rounds"]) >= options.rounds:
+        elif (
+            row["failed"]
+            or len(row["rounds"]) >= options.rounds
+            or ("prepare" in row and self._out(subject).exists())
+        ):
             return
         print(f"{key}: prepare", flush=True)
         try:

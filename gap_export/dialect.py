@@ -38,8 +38,13 @@ class Dialect(Protocol):
     def rms_norm(self, x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         """Root-mean-square norm over the last dimension, computed in float32."""
 
-    def plan_rows(self, rows: Rows, slots: int) -> tuple[Tensor, ...]:
-        """What attention of every layer needs to know of the rows, computed once for all."""
+    def plan_rows(self, rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
+        """What attention of every layer needs to know of the rows, computed once for all.
+
+        Args:
+            rows: Where the rows belong.
+            cache_BGLd: Any of the caches; all are alike.
+        """
 
     def attend(
         self,

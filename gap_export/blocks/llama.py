@@ -178,7 +178,7 @@ class LlamaDecoder(nn.Module):
             cosine_Pd=self.cosine,
             sine_Pd=self.sine,
         )
-        planned = self.dialect.plan_rows(rows, caches[0].shape[2])
+        planned = self.dialect.plan_rows(rows, caches[0])
         written: list[Tensor] = []
         for k, layer in enumerate(self.language_model.layers):
             cache = (caches[2 * k], caches[2 * k + 1])

@@ -104,12 +104,12 @@ def rms_norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     )
 
 
-def plan_rows(rows: Rows, slots: int) -> tuple[Tensor, ...]:
+def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """The mask [B, 1, S, L].
 
     TensorRT's parser ignores `nonpad_kv_seqlen`, so it is explicit.
     """
-    return (slot_causal_mask(rows, slots),)
+    return (slot_causal_mask(rows, cache_BGLd.shape[2]),)
 
 
 def attend(

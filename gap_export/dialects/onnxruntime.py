@@ -20,19 +20,22 @@ from gap_export.dialects import native
 # E = H * d, F = G * d.
 
 OPSETS: Final = native.OPSETS
-OPERATORS: Final = (native.OPERATORS - {"TensorScatter"}) | {
+OPERATORS: Final = native.OPERATORS | {
     "com.microsoft.GroupQueryAttention",
     "com.microsoft.MatMulNBits",
 }
-"""Those of native, but for the cache, which attention writes itself."""
+"""Those of native, and onnxruntime's own."""
+_HEAD_MULTIPLE: Final = 8
+"""Of the head width, which GroupQueryAttention wants; others have attention as in native."""
 
 rms_norm = native.rms_norm
 translate_attention: Final = native.translate_attention
 
 
-def plan_rows(rows: Rows, slots: int) -> tuple[Tensor, ...]:
+def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """Slots in use after the run, less one [B] and as a scalar, both int32."""
-    del slots
+    if cache_BGLd.shape[-1] % _HEAD_MULTIPLE:
+        return native.plan_rows(rows, cache_BGLd)
     used_B = (rows.write_slot_B + rows.position_ids_BS.shape[1]).to(torch.int32)
     return used_B - 1, used_B[0]
 
@@ -47,6 +50,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal grouped attention; the caches are written in place where they are bound so."""
     head_dim = cache[0].shape[-1]
+    if head_dim % _HEAD_MULTIPLE:
+        return native.attend(query_SE, key_SF, value_SF, cache, rows, planned)
     heads, cache_heads = query_SE.shape[-1] // head_dim, cache[0].shape[1]
     query_BSE = _rotate(query_SE[None], rows, heads)
     key_BSF = _rotate(key_SF[None], rows, cache_heads)

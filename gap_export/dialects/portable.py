@@ -95,9 +95,9 @@ def rms_norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return (wide_SD / torch.sqrt(mean_S1 + epsilon)).to(x_SD.dtype) * weight_D
 
 
-def plan_rows(rows: Rows, slots: int) -> tuple[Tensor, ...]:
+def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """The mask [B, 1, S, L]."""
-    return (slot_causal_mask(rows, slots),)
+    return (slot_causal_mask(rows, cache_BGLd.shape[2]),)
 
 
 def attend(

@@ -640,7 +640,7 @@ def test_the_towers_score_is_the_librarys_attention():
             parameter.add_(0.3 * torch.randn_like(parameter))
     pixels = torch.randn(1, 3, 28, 28)
     layer = resolve_layer(config, -2, "config.json")
-    tower = ClipTower(config, layer, frozenset({Feature.CLS_ATTENTION})).eval()
+    tower = ClipTower(config, layer, frozenset({Feature.CLS_ATTENTION}), depth=layer).eval()
     missing, unexpected = tower.vision_tower.load_state_dict(library.state_dict(), strict=False)
     with torch.no_grad():
         patches, values = tower(pixels)

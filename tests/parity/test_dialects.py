@@ -15,13 +15,13 @@ from gap_runtime.image import load_picture
 
 @pytest.fixture(scope="module")
 def bundles(export, tmp_path_factory):
-    """One model in both dialects, with its reference."""
+    """One model in all dialects, with its reference."""
     home = tmp_path_factory.mktemp("dialects")
     return {
         target: Bundle.open(
             export("refshapes", home / target, target=target, prune__ratios=[0.5, 0.75])
         )
-        for target in ("cpu", "portable")
+        for target in ("cpu", "standard", "portable")
     }
 
 
@@ -36,7 +36,7 @@ def test_a_portable_graph_has_plain_operators_alone(bundles):
         assert not kinds & {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
 
 
-def test_both_dialects_pass_the_check_with_the_same_numbers(bundles):
+def test_all_dialects_pass_the_check_with_the_same_numbers(bundles):
     values = {}
     for target, bundle in bundles.items():
         assert check_bundle(bundle, "onnxruntime:cpu").passed
@@ -44,12 +44,25 @@ def test_both_dialects_pass_the_check_with_the_same_numbers(bundles):
         grounder = Grounder(bundle, "onnxruntime:cpu")
         picture = load_picture(bundle.folder / sample.image)
         values[target] = grounder.run_stages(picture, sample.phrase, bundle.manifest.ratios[1])
-    one, other = values["cpu"], values["portable"]
-    assert np.array_equal(one.kept_index, other.kept_index)
-    assert one.decoded.token_ids == other.decoded.token_ids
+    one = values.pop("standard")
     scale = np.abs(one.decoded.prefill_logits).max()
-    difference = np.abs(one.decoded.prefill_logits - other.decoded.prefill_logits).max()
-    assert difference <= 1e-5 * scale
+    for other in values.values():
+        assert np.array_equal(one.kept_index, other.kept_index)
+        assert one.decoded.token_ids == other.decoded.token_ids
+        difference = np.abs(one.decoded.prefill_logits - other.decoded.prefill_logits).max()
+        assert difference <= 1e-5 * scale
+
+
+def test_onnxruntimes_own_attention_is_there_for_the_cpu(bundles):
+    """And not in standard graphs."""
+    counts = {}
+    for target, bundle in bundles.items():
+        stage = bundle.manifest.stage("decoder")
+        graph = onnx.load(bundle.folder / stage.file, load_external_data=False).graph
+        kinds = [node.op_type for node in graph.node]
+        counts[target] = kinds.count("GroupQueryAttention"), kinds.count("Attention")
+    layers = bundles["cpu"].manifest.cache.layers
+    assert counts == {"cpu": (layers, 0), "standard": (0, layers), "portable": (0, 0)}
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

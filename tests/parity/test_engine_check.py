@@ -46,8 +46,14 @@ def install(monkeypatch, tmp_path):
     return put
 
 
-def test_float32_with_the_cache_in_place(install, refshapes_bundle):
-    bundle, gpu = install(refshapes_bundle, is_in_place=True)
+def test_float32_with_the_cache_in_place(install, export, tmp_path):
+    out = export(
+        "refshapes",
+        tmp_path / "exported",
+        target="standard",
+        prune__ratios=[0.0, 0.25, 0.5, 0.75],
+    )
+    bundle, gpu = install(out, is_in_place=True)
     report = check_bundle(bundle, "tensorrt")
     assert report.passed
     assert {row.ratio for row in report.rows} == {0.0, 0.25, 0.5, 0.75}

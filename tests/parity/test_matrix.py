@@ -1,8 +1,7 @@
 """Every family with every pruner, exported for real and checked against PyTorch without excuses.
 
-A row of the check may pass on a near tie; none does here. By default every other pair of family
-and pruner is exported in one position mode, chosen so that every mode meets every family;
-`make matrix` (`pytest -m matrix`) runs all of them.
+A row of the check may pass on a near tie; none does here. By default every pruner is exported with
+one family in one position mode, in rotation; `make matrix` (`pytest -m matrix`) runs all of them.
 """
 
 import itertools
@@ -23,12 +22,10 @@ EXTRA = ("prumerge", "prumerge_plus", "trim")
 RATIOS = (0, 0.25, 0.5, 0.9)
 ALL = tuple(itertools.product(FAMILIES, PRUNERS, POSITION_MODES))
 ROTATED = tuple(
-    (family, pruner, POSITION_MODES[(i + j) // 2 % len(POSITION_MODES)])
-    for i, family in enumerate(ARCHITECTURES)
+    (ARCHITECTURES[j % 4], pruner, POSITION_MODES[(j + j // 4) % 4])
     for j, pruner in enumerate(PRUNERS)
-    if (i + j) % 2 == 0
 )
-"""Every other pair; `make matrix` has them all."""
+"""Every pruner once; `make matrix` has all combinations."""
 EXTRA_FAMILY = "llava-next-mistral"
 """Its newlines stand between the tokens that an extra one can be made of."""
 ALL_RULES = tuple(itertools.product(EXTRA_RULES, EXTRA, POSITION_MODES))
@@ -36,6 +33,7 @@ ROTATED_RULES = tuple(
     (rule, pruner, POSITION_MODES[(i + j + 2) % len(POSITION_MODES)])
     for i, rule in enumerate(EXTRA_RULES)
     for j, pruner in enumerate(EXTRA)
+    if (i + j) % 2 == 0
 )
 
 
@@ -103,13 +101,14 @@ def require_places(out, case, pruner, mode):
         assert arrays[f"{sample.key}/position_ids"][0].tolist() == ids
 
 
-def test_every_mode_meets_every_family_and_every_pruner():
+def test_no_mode_family_pruner_or_rule_is_left_out():
     assert len(PRUNERS) == 12
-    assert len(set(ROTATED)) == len(ARCHITECTURES) * len(PRUNERS) / 2
-    assert {(f, m) for f, _, m in ROTATED} == set(itertools.product(ARCHITECTURES, POSITION_MODES))
-    assert Counter(p for _, p, _ in ROTATED) == dict.fromkeys(PRUNERS, 2)
-    assert {(r, p) for r, p, _ in ROTATED_RULES} == set(itertools.product(EXTRA_RULES, EXTRA))
-    assert {(r, m) for r, _, m in ROTATED_RULES} >= {("centroid", "gap"), ("append", "gap")}
+    assert Counter(p for _, p, _ in ROTATED) == dict.fromkeys(PRUNERS, 1)
+    assert Counter(f for f, _, _ in ROTATED) == dict.fromkeys(ARCHITECTURES, 3)
+    assert len({(f, m) for f, _, m in ROTATED}) == len(ROTATED)
+    assert Counter(m for _, _, m in ROTATED) == dict.fromkeys(POSITION_MODES, 3)
+    assert {r for r, _, _ in ROTATED_RULES} == set(EXTRA_RULES)
+    assert {p for _, p, _ in ROTATED_RULES} == set(EXTRA)
 
 
 def test_the_list_of_pruners_with_an_extra_token_is_whole():

@@ -60,16 +60,23 @@ def test_every_linear_weight_is_quantized_and_near_the_checkpoints(bundle):
         nodes, values = read_graph(bundle.folder / stage.file)
         assert not [node for node in nodes if node.op_type == "Gemm"]
         for node in nodes:
-            if node.op_type != "DequantizeLinear":
+            # int8 as ONNX has it, [in, out]; int4 as onnxruntime's kernel has it, [out, in].
+            if node.op_type not in {"DequantizeLinear", "MatMulNBits"}:
                 continue
-            name = node.input[0].partition(".")[2].removesuffix(VALUES)
+            fused = node.op_type == "MatMulNBits"
+            assert fused == (dtype == "int4")
+            place, scale = node.input[1:3] if fused else node.input[:2]
+            name = place.partition(".")[2].removesuffix(VALUES)
             key = next(k for k in stored if k.endswith(name.removeprefix("language_model.")))
             weight = stored[key].float().numpy()
-            scales = values[node.input[1]]
-            block = weight.shape[1] if dtype == "int8" else weight.shape[1] // len(scales)
-            spread = np.repeat(np.atleast_2d(scales), block, axis=0)
-            made = values[node.input[0]].astype(np.float32) * spread
-            assert (np.abs(made.T - weight) <= spread.T * 0.501).all(), name
+            found, scales = values[place], values[scale]
+            if fused:
+                halves = np.stack([found & 15, found >> 4], axis=-1)
+                found = halves.reshape(weight.shape).astype(np.float32) - 8
+            else:
+                found, scales = found.T.astype(np.float32), scales[:, None]
+            spread = np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
+            assert (np.abs(found * spread - weight) <= spread * 0.501).all(), name
             seen += 1
     assert seen > 40
 

@@ -10,7 +10,14 @@ from gap_runtime import Bundle
 def bundle(export, tmp_path_factory):
     out = tmp_path_factory.mktemp("trt") / "b"
     return Bundle.open(
-        export("refshapes", out, reference=False, dtype="float16", prune__ratios=[0.5])
+        export(
+            "refshapes",
+            out,
+            reference=False,
+            target="standard",
+            dtype="float16",
+            prune__ratios=[0.5],
+        )
     )
 
 
