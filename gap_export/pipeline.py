@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gap_export.family import InputStatistics
+from gap_export.family import EagerModel, InputStatistics
 from gap_export.identity import IDENTITY_FILE, ExportRecord, identify
 from gap_export.machine import free_memory
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
@@ -60,6 +60,7 @@ from gap_runtime.manifest import (
     Manifest,
     Pruning,
     Reference,
+    ReferenceSample,
     Source,
     Stage,
 )
@@ -265,24 +266,31 @@ def _record(
     """
     model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE, memory=memory)
     with model.observe() as summarize:
-        records, arrays = record_reference(
-            model,
-            plan.samples,
-            plan.spec,
-            plan.entries,
-            pruner=plan.pruner,
-            config=plan.request.named.config.prune,
-            prompt=plan.prompt,
-            phrase=plan.phrase,
-            most=plan.layout.answer,
-            folder=folder,
-            images=_SAMPLES,
-            show=show,
-        )
+        records, arrays = ask_samples(plan, model, folder, show)
         statistics = summarize()
     np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
     reference = Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
     return reference, statistics
+
+
+def ask_samples(
+    plan: ExportPlan, model: EagerModel, folder: Path, show: Callable[[float, str], None]
+) -> tuple[list[ReferenceSample], dict[str, np.ndarray]]:
+    """A loaded model's answers to the samples of a plan, whose pictures go into a folder."""
+    return record_reference(
+        model,
+        plan.samples,
+        plan.spec,
+        plan.entries,
+        pruner=plan.pruner,
+        config=plan.request.named.config.prune,
+        prompt=plan.prompt,
+        phrase=plan.phrase,
+        most=plan.layout.answer,
+        folder=folder,
+        images=_SAMPLES,
+        show=show,
+    )
 
 
 def _write_tokenizers(plan: ExportPlan, folder: Path) -> None:

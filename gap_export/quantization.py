@@ -63,7 +63,7 @@ class Scheme:
     @property
     def bits(self) -> int:
         """Of a value."""
-        return int(self.dtype.lstrip("uint"))
+        return count_bytes((8,), self.dtype)
 
     @property
     def limit(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from threading import Event
 from typing import Final, Self
@@ -86,40 +87,56 @@ class _Found:
 
 def _read(file: Path, tensors: Iterable[TensorLocation], copy: Path | None, stop: Event) -> _Found:
     """Hash a file, find tensors with broken values in it and copy it, block by block."""
-    digest, broken, buffer = hashlib.sha256(), set(), bytearray(_BLOCK_BYTES)
+    digest, broken, buffer = hashlib.sha256(), set(), memoryview(bytearray(_BLOCK_BYTES))
+    segments, others = _segments(file.stat().st_size, tensors)
     with ExitStack() as stack:
         opened = stack.enter_context(file.open("rb", buffering=0))
         written = None
         if copy is not None and not share_blocks(file, copy):
-            written = stack.enter_context(copy.open("wb", buffering=0))
-        for length, tensor in _segments(file.stat().st_size, tensors):
-            left = length
-            while left and not stop.is_set():
-                size = opened.readinto(memoryview(buffer)[: min(left, len(buffer))])
-                if not size:
-                    raise ExportError(f"{file}: cut short during the export; export again")
-                left -= size
-                block = memoryview(buffer)[:size]
+            # Buffered: a raw write may take a part and not say so.
+            written = stack.enter_context(copy.open("wb"))
+        for length, tensor in segments:
+            for block in _blocks(opened, length, buffer, stop):
                 digest.update(block)
                 if written is not None:
                     written.write(block)
                 if tensor is not None and tensor not in broken and not _is_finite(block, tensor):
                     broken.add(tensor)
+        for tensor in others:
+            opened.seek(tensor.offset)
+            blocks = _blocks(opened, tensor.length, buffer, stop)
+            if not all(_is_finite(block, tensor) for block in blocks):
+                broken.add(tensor)
     return _Found(digest.hexdigest(), frozenset(broken))
+
+
+def _blocks(opened: FileIO, length: int, buffer: memoryview, stop: Event) -> Iterator[memoryview]:
+    """The next bytes of a file; a block holds until the next is asked for. None once stopped."""
+    while length and not stop.is_set():
+        size = opened.readinto(buffer[: min(length, len(buffer))])
+        if not size:
+            raise ExportError(f"{opened.name}: cut short during the export; export again")
+        length -= size
+        yield buffer[:size]
 
 
 def _segments(
     size: int, tensors: Iterable[TensorLocation]
-) -> Iterator[tuple[int, TensorLocation | None]]:
-    """The file as a row of tensors and what lies between them, each with its bytes."""
-    place = 0
+) -> tuple[list[tuple[int, TensorLocation | None]], list[TensorLocation]]:
+    """The file as a row of tensors and what lies between them, each with its bytes.
+
+    Tensors that share bytes with one in that row come apart, to be read once more.
+    """
+    place, segments, others = 0, list[tuple[int, TensorLocation | None]](), []
     for tensor in sorted(tensors, key=lambda each: each.offset):
-        if tensor.dtype not in _FLOATS or tensor.offset < place:
+        if tensor.dtype not in _FLOATS:
             continue
-        yield tensor.offset - place, None
-        yield tensor.length, tensor
+        if tensor.offset < place:
+            others.append(tensor)
+            continue
+        segments += [(tensor.offset - place, None), (tensor.length, tensor)]
         place = tensor.offset + tensor.length
-    yield size - place, None
+    return [*segments, (size - place, None)], others
 
 
 def _is_finite(block: memoryview, tensor: TensorLocation) -> bool:

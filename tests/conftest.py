@@ -5,7 +5,6 @@ import signal
 import checkpoints
 import hypothesis
 import pytest
-from families import shared_operators
 
 # The same draws everywhere, and no folder of past failures in the checkout.
 hypothesis.settings.register_profile("here", database=None, derandomize=True, deadline=None)
@@ -21,12 +20,6 @@ def polite_kills_end_no_test():
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     yield
     signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def operators_built_once():
-    with shared_operators():
-        yield
 
 
 @pytest.fixture(scope="session")

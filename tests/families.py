@@ -4,7 +4,6 @@ One place knows which folders belong together and what `gap-export` has to be to
 that a test can ask for a family by name. Checkpoints are made once for all tests and only read.
 """
 
-import copy
 import json
 import shutil
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ import originals
 import pytest
 from checkpoints import make_llava_checkpoint
 from PIL import Image
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gap_export import pipeline
 from gap_export.config import load_config
@@ -126,7 +124,6 @@ def export(plan):
 
 
 _graphs: dict[tuple, Any] = {}
-_registries: dict[int, ONNXRegistry] = {}
 
 
 @contextmanager
@@ -145,14 +142,6 @@ def shared_graphs():
             ("trace_pruning", _pruning_key),
         ):
             patch.setattr(pipeline, name, _remember(getattr(pipeline, name), name, make_key))
-        yield
-
-
-@contextmanager
-def shared_operators():
-    """Torch builds its table of operators for every graph, half of its time; here once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_build_registry))
         yield
 
 
@@ -203,17 +192,6 @@ def _decoder_key(plan):
 def _pruning_key(plan, entry):
     prune, text = plan.request.named.config.prune, plan.spec.text and plan.spec.text.width
     return _index(plan), prune, plan.layout, plan.bucket(entry), entry, text
-
-
-_build_from_torchlib = ONNXRegistry.from_torchlib
-
-
-def _build_registry(opset_version):
-    if opset_version not in _registries:
-        _registries[opset_version] = _build_from_torchlib(opset_version)
-    registry = copy.copy(_registries[opset_version])
-    registry.functions = {name: list(found) for name, found in registry.functions.items()}
-    return registry
 
 
 def make_picture(width, height, seed=0):

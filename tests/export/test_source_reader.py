@@ -72,6 +72,24 @@ def test_a_broken_value_is_found_where_it_is_used(tensors, monkeypatch, name, wh
         reader.require_finite(Placed(*({"a", "c"} - {name})))
 
 
+@pytest.mark.parametrize("value", [0.5, math.nan])
+def test_tensors_that_share_bytes_are_judged_alone(tensors, value):
+    """Of two that overlap, the one without the broken value is sound."""
+    _, ready = tensors(first=value)
+    whole = ready["a"].inputs[0]
+    ready["same"] = replace(ready["a"], inputs=(replace(whole, key="same"),))
+    ready["rest"] = replace(
+        ready["a"],
+        shape=(6, 300),
+        inputs=(replace(whole, key="rest", shape=(6, 300), offset=whole.offset + 1200),),
+    )
+    with SourceReader(ready, {}) as reader:
+        reader.require_finite(Placed("rest", "c"))
+        if math.isnan(value):
+            with pytest.raises(ExportError, match="tensor 'same'"):
+                reader.require_finite(Placed("same"))
+
+
 def test_no_copy_is_made_unasked(tensors, tmp_path):
     file, ready = tensors()
     with SourceReader(ready, {}) as reader:

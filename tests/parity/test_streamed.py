@@ -9,7 +9,6 @@ from families import FAMILIES, find_family, shared_graphs
 
 from gap_export import pipeline, preflight
 from gap_export.eager import streamed
-from gap_export.reference import record_reference
 from gap_runtime.display import Display
 
 ALL = 2**40
@@ -25,19 +24,7 @@ def ask_pytorch(plan, folder, memory):
     folder.mkdir()
     model = plan.family.load_eager(plan.checkpoint, plan.spec, "float32", memory=memory)
     with model.observe() as summarize:
-        records, arrays = record_reference(
-            model,
-            plan.samples,
-            plan.spec,
-            plan.entries,
-            pruner=plan.pruner,
-            config=plan.request.named.config.prune,
-            prompt=plan.prompt,
-            phrase=plan.phrase,
-            most=plan.layout.answer,
-            folder=folder,
-            images="samples",
-        )
+        records, arrays = pipeline.ask_samples(plan, model, folder, lambda *_: None)
         statistics = summarize()
     return records, arrays, statistics
 
@@ -171,20 +158,8 @@ def test_progress_is_told_for_every_token(tmp_path, tmp_path_factory, answers):
     )
     told = []
     (tmp_path / "folder").mkdir()
-    record_reference(
-        load(plan, 0),
-        plan.samples,
-        plan.spec,
-        plan.entries,
-        pruner=plan.pruner,
-        config=plan.request.named.config.prune,
-        prompt=plan.prompt,
-        phrase=plan.phrase,
-        most=plan.layout.answer,
-        folder=tmp_path / "folder",
-        images="samples",
-        show=lambda share, now: told.append((share, now)),
-    )
+    folder = tmp_path / "folder"
+    pipeline.ask_samples(plan, load(plan, 0), folder, lambda share, now: told.append((share, now)))
     starts = [(share, now) for share, now in told if "token" not in now]
     assert [share for share, _ in starts] == [0, 0.5]
     assert [now.partition(", ")[2] for _, now in starts] == ["unpruned", "ratio 0.5"]
