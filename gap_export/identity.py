@@ -19,6 +19,7 @@ from gap_export.checkpoint import list_files, locate_checkpoint, locate_part
 from gap_export.config import NamedConfig
 from gap_export.samples import SAMPLES_FILE, find_samples, read_samples
 from gap_runtime.errors import GapError
+from gap_runtime.hashes import hash_bytes
 from gap_runtime.manifest import FileEntry, read_manifest
 from gap_runtime.records import dump_record, load_record
 from gap_runtime.target import load_target
@@ -47,7 +48,7 @@ class ExportRecord:
         """Put it into a bundle that is being made."""
         data = (json.dumps(dump_record(self), indent=2, sort_keys=True) + "\n").encode()
         (folder / IDENTITY_FILE).write_bytes(data)
-        return FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        return FileEntry(size=len(data), blake3=hash_bytes(data))
 
 
 def identify(

@@ -360,7 +360,7 @@ def _describe_files(folder: Path, hashes: dict[str, str]) -> dict[str, FileEntry
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         entries[name] = (
-            FileEntry(size=path.stat().st_size, sha256=hashes[name])
+            FileEntry(size=path.stat().st_size, blake3=hashes[name])
             if name in hashes
             else describe_file(path)
         )

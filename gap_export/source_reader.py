@@ -5,7 +5,6 @@ None of it needs the interpreter lock, so that it costs the tracing little.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from gap_export.checkpoint import TensorLocation
 from gap_export.errors import ExportError
 from gap_export.sources import TensorSource
 from gap_export.weights import NOT_FINITE, WeightPlan, share_blocks
+from gap_runtime.hashes import new_hash
 
 _BLOCK_BYTES: Final = 4 * 2**20
 _FLOATS: Final = frozenset({"float32", "float16", "bfloat16"})
@@ -66,10 +66,10 @@ class SourceReader:
 
     def hash(self, file: Path) -> str:
         """The hash of a file that has not changed since the export began."""
-        sha256 = self._found[file].result().sha256
+        digest = self._found[file].result().digest
         if _fingerprint(file) != self._before[file]:
             raise ExportError(f"{file}: changed during the export; export again")
-        return sha256
+        return digest
 
     def copy_of(self, file: Path) -> Path | None:
         """The finished copy of a file, which the caller may take; None where there is none."""
@@ -81,13 +81,13 @@ class SourceReader:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    sha256: str
+    digest: str
     broken: frozenset[TensorLocation]
 
 
 def _read(file: Path, tensors: Iterable[TensorLocation], copy: Path | None, stop: Event) -> _Found:
     """Hash a file, find tensors with broken values in it and copy it, block by block."""
-    digest, broken, buffer = hashlib.sha256(), set(), memoryview(bytearray(_BLOCK_BYTES))
+    digest, broken, buffer = new_hash(), set(), memoryview(bytearray(_BLOCK_BYTES))
     segments, others = _segments(file.stat().st_size, tensors)
     with ExitStack() as stack:
         opened = stack.enter_context(file.open("rb", buffering=0))

@@ -285,8 +285,7 @@ def share_files(folder: Path, others: Sequence[Path]) -> None:
         if not (other / MANIFEST_FILE).is_file():
             continue
         for name, entry in Bundle.open(other).manifest.files.items():
-            same = here.get(name)
-            if same is None or (same.size, same.sha256) != (entry.size, entry.sha256):
+            if here.get(name) != entry:
                 continue
             if (folder / name).samefile(other / name):
                 continue

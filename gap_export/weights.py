@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from gap_export.errors import ExportError
 from gap_export.sources import TensorSource, cut_pieces, make_tensor
 from gap_export.tracing import Traced
 from gap_runtime.display import format_bytes
+from gap_runtime.hashes import new_hash
 from gap_runtime.tensors import StoredTensor, count_bytes
 
 _FICLONE: Final = 0x40049409
@@ -189,7 +189,7 @@ def bring_weights(
         copy_of: A finished copy of a file on the same filesystem, to be moved there, if any.
 
     Returns:
-        SHA-256 of what was written anew, by file name.
+        Hash of what was written anew, by file name.
 
     Raises:
         ExportError: Not enough space, files on another filesystem, or values out of range.
@@ -288,14 +288,14 @@ def _make(plan: WeightPlan, path: Path) -> str:
                 values = make_tensor(part)
                 _require_fit(plan, name, source, values)
                 file.write(values.to(wanted).contiguous().view(torch.uint8).numpy().data)
-    return file.sha256
+    return file.hash
 
 
 class _HashedFile:
     """A file that is written and hashed while what comes next is made."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._digest = path, hashlib.sha256()
+        self._path, self._digest = path, new_hash()
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._last: Future[None] | None = None
 
@@ -316,7 +316,7 @@ class _HashedFile:
         self._last = self._pool.submit(self._append, data)
 
     @property
-    def sha256(self) -> str:
+    def hash(self) -> str:
         """Of all that was written, once the file is closed."""
         return self._digest.hexdigest()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Final
 
 import numpy as np
 
 from gap_runtime.errors import BundleError, ConfigError, HashError
+from gap_runtime.hashes import hash_file
 from gap_runtime.manifest import FileEntry, Manifest, RatioEntry, read_manifest
 
 _SMALL_BYTES: Final = 256 * 2**20
@@ -60,11 +59,11 @@ class Bundle:
         hashed = [name for name, entry in files.items() if limit is None or entry.size <= limit]
         with ThreadPoolExecutor() as pool:
             found = pool.map(lambda name: hash_file(self.folder / name), hashed)
-            for name, sha256 in zip(hashed, found, strict=True):
-                if sha256 != files[name].sha256:
+            for name, found_hash in zip(hashed, found, strict=True):
+                if found_hash != files[name].blake3:
                     raise HashError(
-                        f"{self.folder / name}: sha256 {sha256[:12]}..., expected "
-                        f"{files[name].sha256[:12]}...; the file has changed, export again"
+                        f"{self.folder / name}: BLAKE3 {found_hash[:12]}..., expected "
+                        f"{files[name].blake3[:12]}...; the file has changed, export again"
                     )
 
     def choose_ratio(self, ratio: float | None, bucket: str | None = None) -> RatioEntry:
@@ -107,17 +106,6 @@ def embedding_rows(table: np.ndarray, token_ids: list[int]) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def hash_file(path: Path, stop: Event | None = None) -> str:
-    """SHA-256 of a file as hexadecimal text, read in blocks; cut short once `stop` is set."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        block = bytearray(2**20)
-        view = memoryview(block)
-        while (size := file.readinto(block)) and not (stop and stop.is_set()):
-            digest.update(view[:size])
-    return digest.hexdigest()
-
-
 def describe_file(path: Path) -> FileEntry:
     """Size and hash of a file, for a manifest."""
-    return FileEntry(size=path.stat().st_size, sha256=hash_file(path))
+    return FileEntry(size=path.stat().st_size, blake3=hash_file(path))

@@ -8,7 +8,6 @@ An engine is written aside and renamed, its record last. Without a record that f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gap_runtime.bundle import Bundle, hash_file
+from gap_runtime.bundle import Bundle
 from gap_runtime.display import format_bytes
 from gap_runtime.errors import BundleError, ConfigError, EngineError, RecordError
+from gap_runtime.hashes import hash_bytes, hash_file
 from gap_runtime.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
 from gap_runtime.onnx_file import OnnxFile, OnnxNode, read_onnx
 from gap_runtime.records import dump_record, load_record
@@ -59,11 +59,11 @@ _IGNORED: Final = {("Attention", 6): "nonpad_kv_seqlen"}
 class EngineRecord:
     """What an engine was built from, with what and for which machine.
 
-    `compute_capabilities` are the GPUs that it runs on. `graph_sha256` is of the ONNX file,
-    `weights_sha256` of the names and hashes of the bundle's weight files. `profiles` are the
+    `compute_capabilities` are the GPUs that it runs on. `graph_blake3` is of the ONNX file,
+    `weights_blake3` of the names and hashes of the bundle's weight files. `profiles` are the
     decoder's row counts, in the engine's order; empty for a stage without a free dimension.
     `is_cache_in_place` says that the cache's outputs are its inputs. `layers` counts the layers
-    of the parsed network by kind. `sha256` is null above 256 MiB. `device_memory_bytes` is the
+    of the parsed network by kind. `blake3` is null above 256 MiB. `device_memory_bytes` is the
     scratch memory that it needs beside its weights; null where no GPU could tell.
     """
 
@@ -74,14 +74,14 @@ class EngineRecord:
     platform: str
     compute_capabilities: tuple[str, ...]
     precision: str
-    graph_sha256: str
-    weights_sha256: str
+    graph_blake3: str
+    weights_blake3: str
     profiles: tuple[int, ...]
     is_cache_in_place: bool
     layers: dict[str, int]
     build_seconds: float
     size: int
-    sha256: str | None
+    blake3: str | None
     device_memory_bytes: int | None
 
 
@@ -215,11 +215,11 @@ def find_fault(bundle: Bundle, stage: Stage, folder: Path) -> str | None:
     size = path.stat().st_size if path.is_file() else 0
     if size != record.size or size == 0:
         return f"the file has {size} bytes, expected {record.size}"
-    if record.sha256 is not None and hash_file(path) != record.sha256:
+    if record.blake3 is not None and hash_file(path) != record.blake3:
         return "its bytes have changed since it was built"
-    if record.graph_sha256 != bundle.manifest.files[stage.file].sha256:
+    if record.graph_blake3 != bundle.manifest.files[stage.file].blake3:
         return f"{stage.file} is another graph than the one that it was built from"
-    if record.weights_sha256 != identify_weights(bundle):
+    if record.weights_blake3 != identify_weights(bundle):
         return "the bundle's weights are other ones than those that it was built from"
     return None
 
@@ -227,8 +227,8 @@ def find_fault(bundle: Bundle, stage: Stage, folder: Path) -> str | None:
 def identify_weights(bundle: Bundle) -> str:
     """One hash for the names and hashes of all weight files, from the manifest."""
     files = bundle.manifest.files
-    named = sorted((name, files[name].sha256) for name in files if name.endswith(".safetensors"))
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    named = sorted((name, files[name].blake3) for name in files if name.endswith(".safetensors"))
+    return hash_bytes(json.dumps(named).encode())
 
 
 @contextmanager

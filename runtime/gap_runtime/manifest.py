@@ -18,7 +18,7 @@ from gap_runtime.records import dump_record, load_record
 from gap_runtime.target import Target
 from gap_runtime.tensors import ITEM_BYTES, StoredTensor, TensorSpec
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 MANIFEST_FILE: Final = "manifest.json"
 DECODER: Final = "decoder"
 VISION: Final = "vision"
@@ -247,10 +247,10 @@ class Reference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """Size in bytes and SHA-256 of a file of the bundle."""
+    """Size in bytes and BLAKE3 of a file of the bundle."""
 
     size: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,7 +173,7 @@ def engine_folder(bundle: Bundle, device: str) -> Path | None:
     """
     digest = hashlib.sha256()
     for name, entry in sorted(bundle.manifest.files.items()):
-        digest.update(f"{name} {entry.sha256}\n".encode())
+        digest.update(f"{name} {entry.blake3}\n".encode())
     leaf = f"onnxruntime-{device}-{digest.hexdigest()[:12]}"
     beside = Path.home() / ".cache" / "gap-runtime" / bundle.manifest.name
     for folder in (bundle.folder.resolve() / "engines" / leaf, beside / leaf):

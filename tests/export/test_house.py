@@ -241,4 +241,4 @@ def test_the_format_page_names_every_key_of_the_manifest():
     kinds = [value for value in vars(manifest).values() if dataclasses.is_dataclass(value)]
     keys = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     named = set(re.findall(r"(\w+)`", page))
-    assert keys <= named | {"size", "sha256"}
+    assert keys <= named | {"size", "blake3"}

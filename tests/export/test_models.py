@@ -34,8 +34,8 @@ from gap_export.plan import ExportRequest, plan_export, read_model
 from gap_export.sources import make_tensor
 from gap_export.weights import strip_stage
 from gap_runtime import Bundle, Grounder
-from gap_runtime.bundle import hash_file
 from gap_runtime.errors import ConfigError, GapError, UnknownNameError
+from gap_runtime.hashes import hash_file
 from gap_runtime.image import find_bucket, fitting_size, make_pixels
 from gap_runtime.manifest import TEXT
 from gap_runtime.prompt import PromptEncoder
@@ -572,7 +572,7 @@ def test_the_bundle_hashes_torch_files_too(tmp_path, find):
     export(plan)
     bundle = Bundle.open(tmp_path / "b")
     for name, entry in bundle.manifest.files.items():
-        assert entry.sha256 == hash_file(tmp_path / "b" / name)
+        assert entry.blake3 == hash_file(tmp_path / "b" / name)
         assert entry.size == (tmp_path / "b" / name).stat().st_size
 
 

@@ -1,7 +1,6 @@
 """A whole export of a small random checkpoint: what is in the bundle, and what failure leaves."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from gap_export.errors import CheckpointError, ExportError, GraphError
 from gap_export.plan import ExportRequest, plan_export
 from gap_export.stages import Graphs, trace_decoder
 from gap_runtime.errors import CheckError, ConfigError, GapError
+from gap_runtime.hashes import hash_bytes
 from gap_runtime.manifest import read_manifest
 
 # The tiny checkpoint: 5x5 patches, so that 0.5 keeps 13 (rounded half up) and 0.75 keeps 6.
@@ -150,7 +150,7 @@ def test_manifest_lists_every_other_file_with_size_and_hash(bundle):
     found = {
         path.name: {
             "size": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "blake3": hash_bytes(path.read_bytes()),
         }
         for path in bundle.iterdir()
         if path.name != "manifest.json"
@@ -161,7 +161,7 @@ def test_manifest_lists_every_other_file_with_size_and_hash(bundle):
 def test_manifest_facts(bundle, prefix_ids):
     data = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     prefix = len(prefix_ids)
-    assert data["schema"] == 3
+    assert data["schema"] == 4
     assert data["layout"] == {
         "prefix": prefix,
         "suffix": SUFFIX,
@@ -621,7 +621,7 @@ def test_a_file_that_is_no_part_of_the_older_bundle_is_not_lost(
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("schema", [0, 1, 3])
+@pytest.mark.parametrize("schema", [0, 1, 4])
 def test_a_bundle_of_another_schema_may_be_replaced(
     old, tiny_llava, make_plan, run_export, schema
 ):

@@ -1,6 +1,5 @@
 """Files that are read once: hash, broken values and copy all come from the same pass."""
 
-import hashlib
 import math
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from gap_export.checkpoint import open_checkpoint
 from gap_export.errors import ExportError
 from gap_export.source_reader import SourceReader
 from gap_export.sources import stored
+from gap_runtime.hashes import hash_bytes
 
 
 class Placed:
@@ -55,7 +55,7 @@ def test_one_pass_hashes_and_copies(tensors, tmp_path, monkeypatch, block, share
             source_reader, "share_blocks", lambda a, b: bool(b.write_bytes(a.read_bytes()))
         )
     with SourceReader(ready, {file: copy}) as reader:
-        assert reader.hash(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert reader.hash(file) == hash_bytes(file.read_bytes())
         assert reader.copy_of(file) == copy
         reader.require_finite(Placed("a", "c"))
     assert copy.read_bytes() == file.read_bytes()

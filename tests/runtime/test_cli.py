@@ -113,7 +113,7 @@ ERRORS = [
     (missing_bundle, 4, "bundle", "nowhere: no such bundle folder"),
     (no_bundle, 4, "bundle", "it is no bundle"),
     (newer_schema, 4, "schema", "upgrade gap-runtime"),
-    (changed_file, 4, "hash", "decoder.onnx: sha256"),
+    (changed_file, 4, "hash", "decoder.onnx: BLAKE3"),
     (no_reference, 6, "check", "no reference answers"),
 ]
 

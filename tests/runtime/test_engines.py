@@ -131,8 +131,8 @@ def test_engines_and_records_are_made(write_bundle, install, build):
     assert record.is_cache_in_place
     assert record.device_memory_bytes == 4096
     assert record.precision == "float32"
-    assert record.graph_sha256 == bundle.manifest.files["decoder.onnx"].sha256
-    assert record.weights_sha256 == identify_weights(bundle)
+    assert record.graph_blake3 == bundle.manifest.files["decoder.onnx"].blake3
+    assert record.weights_blake3 == identify_weights(bundle)
     assert record.size == (folder / "decoder.engine").stat().st_size
     config = trt.configs[-1]
     assert config.pools == {"workspace": 2048 * 2**20}
@@ -229,7 +229,7 @@ def describe_all(bundle):
     from gap_runtime.bundle import describe_file
 
     entries = {name: describe_file(bundle.folder / name) for name in bundle.manifest.files}
-    return {name: {"size": e.size, "sha256": e.sha256} for name, e in entries.items()}
+    return {name: {"size": e.size, "blake3": e.blake3} for name, e in entries.items()}
 
 
 def test_no_tensorrt(write_bundle, build, monkeypatch):

@@ -252,13 +252,13 @@ def test_an_engine_of_another_version(open_bundle):
 
 def test_an_engine_of_another_graph(open_bundle, edit_record):
     bundle, _, _ = open_bundle()
-    edit_record(bundle, graph_sha256="0" * 64)
+    edit_record(bundle, graph_blake3="0" * 64)
     refuse(bundle, "decoder.onnx is another graph than the one that it was built from")
 
 
 def test_an_engine_of_other_weights(open_bundle, edit_record):
     bundle, _, _ = open_bundle()
-    edit_record(bundle, weights_sha256="0" * 64)
+    edit_record(bundle, weights_blake3="0" * 64)
     refuse(bundle, "the bundle's weights are other ones")
 
 

@@ -258,7 +258,7 @@ def test_engines_go_to_the_users_cache_where_the_bundle_is_read_only(
 def test_engines_of_another_bundle_are_not_used(decoder_bundle):
     before = providers.engine_folder(decoder_bundle, "tensorrt")
     files = dict(decoder_bundle.manifest.files)
-    files["weights.bin"] = dataclasses.replace(files["weights.bin"], sha256="0" * 64)
+    files["weights.bin"] = dataclasses.replace(files["weights.bin"], blake3="0" * 64)
     manifest = dataclasses.replace(decoder_bundle.manifest, files=files)
     changed = dataclasses.replace(decoder_bundle, manifest=manifest)
     assert providers.engine_folder(changed, "tensorrt") != before

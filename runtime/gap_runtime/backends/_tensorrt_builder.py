@@ -223,7 +223,7 @@ def _build(job: _Job, stage: Stage, profiles: tuple[int, ...]) -> EngineRecord:
             except KeyboardInterrupt:
                 stop.set()
                 raise
-        size, sha256 = describe_engine(aside)
+        size, found_hash = describe_engine(aside)
         record = EngineRecord(
             stage=stage.name,
             target=request.target.name,
@@ -232,14 +232,14 @@ def _build(job: _Job, stage: Stage, profiles: tuple[int, ...]) -> EngineRecord:
             platform=describe_platform(),
             compute_capabilities=job.capabilities,
             precision=bundle.manifest.precision,
-            graph_sha256=bundle.manifest.files[stage.file].sha256,
-            weights_sha256=identify_weights(bundle),
+            graph_blake3=bundle.manifest.files[stage.file].blake3,
+            weights_blake3=identify_weights(bundle),
             profiles=profiles,
             is_cache_in_place=layers[_CACHE_LAYER] > 0,
             layers=dict(sorted(layers.items())),
             build_seconds=round(time.perf_counter() - began, 3),
             size=size,
-            sha256=sha256,
+            blake3=found_hash,
             device_memory_bytes=_measure(job, aside) if job.gpu else None,
         )
         place(record)

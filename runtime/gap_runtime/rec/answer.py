@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
-from gap_runtime.bundle import Bundle, hash_file
+from gap_runtime.bundle import Bundle
 from gap_runtime.grounder import Grounder, Seen
 from gap_runtime.image import find_bucket
 from gap_runtime.manifest import MANIFEST_FILE
@@ -98,7 +99,7 @@ def describe_bundle(bundle: Bundle, backend: str) -> Subject:
     manifest = bundle.manifest
     return Subject(
         name=manifest.name,
-        sha256=hash_file(bundle.folder / MANIFEST_FILE),
+        sha256=hashlib.sha256((bundle.folder / MANIFEST_FILE).read_bytes()).hexdigest(),
         engine=backend,
         strategy=manifest.pruning.strategy,
         positions=manifest.pruning.positions,
