@@ -9,6 +9,7 @@ from typing import Final
 
 import onnx_ir as ir
 
+from gap_export.batch import keep_batch
 from gap_export.family import geometry_of
 from gap_export.features import Feature
 from gap_export.graph.decoder import DecoderStage, cache_names
@@ -247,12 +248,11 @@ def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> tuple[Graphs, dict[str,
         schemes.update({strip_stage(name): scheme for name, scheme in found.items()})
         return quantized
 
-    done = Graphs(
-        visions=tuple(quantize(each, vision=True) for each in graphs.visions),
-        decoder=quantize(graphs.decoder, vision=False),
-        text=graphs.text,
-    )
-    return done, schemes
+    decoder = quantize(graphs.decoder, vision=False)
+    if schemes and FUSED in plan.dialect.OPERATORS:
+        keep_batch(decoder.model)
+    visions = tuple(quantize(each, vision=True) for each in graphs.visions)
+    return replace(graphs, visions=visions, decoder=decoder), schemes
 
 
 def write_graphs(
