@@ -226,6 +226,8 @@ def print_tables(results: Results, options: argparse.Namespace) -> None:
                 row["peer"]: row
                 for row in results.rows.values()
                 if (row["checkpoint"], row["precision"]) == (name, precision)
+                # `--rounds 0` only prepares.
+                and (row["rounds"] or row["failed"])
             }
             rows = {key: found[key] for key in order if key in found}
             if not rows:

@@ -15,7 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from gap_export.features import AdaptivePruner
-from gap_export.plan import REFERENCE_DTYPE, ExportPlan, require_memory
+from gap_export.plan import ExportPlan
+from gap_export.preflight import load_reference
 from gap_export.reference import ask
 from gap_export.samples import SAMPLES_FILE, Sample, read_samples
 from gap_runtime.errors import ConfigError, InputError
@@ -66,8 +67,7 @@ def calibrate(plan: ExportPlan, folder: Path, phrase: str | None) -> Calibration
     samples = list(_read_folder(folder, phrase))
     if plan.phrase is not None and not all(sample.phrase for sample in samples):
         raise ConfigError(f"pruner '{strategy}' reads the phrase; give one with --phrase")
-    require_memory(plan.checkpoint, plan.sources)
-    model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE)
+    model = load_reference(plan)
     counts: dict[str, list[int]] = {}
     skipped = []
     for sample in samples:

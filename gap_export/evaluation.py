@@ -11,7 +11,8 @@ from typing import Final
 import torch
 from PIL import Image
 
-from gap_export.plan import REFERENCE_DTYPE, ExportPlan, ExportRequest, plan_export, require_memory
+from gap_export.plan import REFERENCE_DTYPE, ExportPlan, ExportRequest, plan_export
+from gap_export.preflight import load_reference
 from gap_export.reference import Asked, answer_eagerly, ask
 from gap_runtime.errors import ConfigError
 from gap_runtime.image import find_bucket
@@ -58,10 +59,7 @@ class EagerAnswerer:
                 "model's tokenizer"
             )
         self._encoder = PromptEncoder(self._plan.tokenizer, self._plan.prompt)
-        require_memory(self._plan.checkpoint, self._plan.sources)
-        self._model = self._plan.family.load_eager(
-            self._plan.checkpoint, self._plan.spec, REFERENCE_DTYPE
-        )
+        self._model = load_reference(self._plan)
 
     def look(self, picture: Image.Image) -> EagerView:
         """Find the picture's bucket."""

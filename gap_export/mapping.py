@@ -11,7 +11,8 @@ import torch
 from gap_export.config import POSITION_MODES
 from gap_export.family import geometry_of
 from gap_export.features import VisionFeatures
-from gap_export.plan import REFERENCE_DTYPE, ExportPlan, require_memory
+from gap_export.plan import ExportPlan
+from gap_export.preflight import load_reference
 from gap_export.reference import EXTRA, Chosen, ask, choose, place_tokens
 from gap_runtime.image import find_bucket, load_picture
 from gap_runtime.manifest import RatioEntry
@@ -107,8 +108,7 @@ def _choices(
     if image is not None:
         picture = load_picture(image)
         bucket = find_bucket(picture.size, plan.spec.preprocess, plan.spec.buckets)
-        require_memory(plan.checkpoint, plan.sources)
-        model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE)
+        model = load_reference(plan)
         asked = ask(
             model,
             picture,

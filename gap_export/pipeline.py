@@ -19,10 +19,9 @@ import numpy as np
 
 from gap_export.family import EagerModel, InputStatistics
 from gap_export.identity import IDENTITY_FILE, ExportRecord, identify
-from gap_export.machine import free_memory
 from gap_export.placement import folder_aside, move_into_place, require_replaceable
 from gap_export.plan import HEAD, REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
-from gap_export.preflight import reference_bytes, require_readable, require_room, settle_memory
+from gap_export.preflight import describe_streaming, require_readable, require_room, settle_memory
 from gap_export.probe import find_bad_tensor
 from gap_export.quantization import Scheme, quantize_sources
 from gap_export.reference import record_reference
@@ -248,11 +247,7 @@ def _asking(
         with display.step("asking PyTorch"):
             yield lambda _share, _now: None
         return
-    display.say(
-        f"PyTorch's weights take {format_bytes(reference_bytes(plan))} in {REFERENCE_DTYPE}, "
-        f"{format_bytes(free_memory())} of memory is free: they are read layer by layer for every "
-        f"token, and {format_bytes(memory)} of them kept"
-    )
+    display.say(describe_streaming(plan, memory))
     with display.progress("asking PyTorch, layer by layer") as show:
         yield show
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -18,16 +17,14 @@ from gap_export.config import (
     resolve_family,
 )
 from gap_export.dialect import Dialect
-from gap_export.errors import CheckpointError, ExportError
+from gap_export.errors import CheckpointError
 from gap_export.family import Family, ModelSpec
 from gap_export.features import Feature, Pruner
 from gap_export.graph.positions import keeps_raster_order
-from gap_export.machine import free_memory
 from gap_export.quantization import packed_scheme
 from gap_export.samples import Sample, read_samples
 from gap_export.sources import PackedValues, TensorSource
 from gap_export.tokenizer import TOKENIZER_FILE, read_tokenizer
-from gap_runtime.display import format_bytes
 from gap_runtime.errors import ConfigError, UnknownNameError
 from gap_runtime.manifest import (
     Bucket,
@@ -420,20 +417,3 @@ def _stored_dtype(sources: dict[str, TensorSource]) -> str:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
     floats = {name: size for name, size in sizes.items() if name in DTYPES}
     return max(floats, key=lambda name: floats[name]) if floats else "float32"
-
-
-def require_memory(checkpoint: Checkpoint, sources: dict[str, TensorSource]) -> None:
-    """Refuse a reference that the machine would be killed for.
-
-    Raises:
-        ExportError: The model does not fit in memory.
-    """
-    values = sum(math.prod(source.shape) for source in sources.values())
-    needed = values * ITEM_BYTES[REFERENCE_DTYPE]
-    available = free_memory()
-    if needed > available:
-        raise ExportError(
-            f"{checkpoint.folder}: PyTorch's reference in {REFERENCE_DTYPE} takes "
-            f"{format_bytes(needed)}, {format_bytes(available)} of memory is free; export with "
-            "--no-reference, or on a larger machine"
-        )

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from gap_export.errors import CheckpointError, ExportError
+from gap_export.family import EagerModel
 from gap_export.machine import free_memory
 from gap_export.plan import HEAD, REFERENCE_DTYPE, ExportPlan
 from gap_export.samples import SAMPLES_FILE, find_samples
 from gap_export.sources import TensorSource
 from gap_export.stages import scheme_of
 from gap_export.weights import WeightPlan, plan_weights, require_linkable, require_space
-from gap_runtime.display import format_bytes
+from gap_runtime.display import Display, format_bytes
 from gap_runtime.tensors import ITEM_BYTES
 
 _MIB: Final = 2**20
@@ -103,22 +104,54 @@ def settle_memory(plan: ExportPlan) -> int | None:
             f"{plan.out}: the export takes at least {format_bytes(needed)} of memory, "
             f"{format_bytes(free)} is free; end other programs, or raise the limit of this one"
         )
-    if not plan.request.reference:
-        return None
+    return settle_reference(plan) if plan.request.reference else None
+
+
+def settle_reference(plan: ExportPlan) -> int | None:
+    """Compare PyTorch's reference with the free memory.
+
+    Returns:
+        Bytes of weights that it may keep when it is read layer by layer; None where it fits whole.
+
+    Raises:
+        ExportError: There is not enough even so.
+    """
+    free = free_memory()
     wanted = plan.request.named.config.check.memory_mib
     if wanted is None and reference_bytes(plan) + _WORK_BYTES <= free:
         return None
     least = _streamed_bytes(plan)
     if least > free:
+        way = "export with --no-reference, or on" if plan.request.reference else "use"
         raise ExportError(
             f"{plan.checkpoint.folder}: PyTorch's reference in {REFERENCE_DTYPE} takes "
             f"{format_bytes(reference_bytes(plan))} of memory, layer by layer "
-            f"{format_bytes(least)}, and {format_bytes(free)} is free; export with "
-            "--no-reference, or on a larger machine"
+            f"{format_bytes(least)}, and {format_bytes(free)} is free; {way} a larger machine"
         )
     if wanted is not None:
         return wanted * _MIB
     return min(free // _KEPT_SHARE, _MOST_KEPT_BYTES)
+
+
+def load_reference(plan: ExportPlan) -> EagerModel:
+    """The model in PyTorch, whole or layer by layer as memory allows; the latter is said.
+
+    Raises:
+        GapError: The checkpoint cannot be used, or there is not enough memory.
+    """
+    memory = settle_reference(plan)
+    if memory is not None:
+        Display().say(describe_streaming(plan, memory))
+    return plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE, memory=memory)
+
+
+def describe_streaming(plan: ExportPlan, memory: int) -> str:
+    """Why weights are read layer by layer, for people."""
+    return (
+        f"PyTorch's weights take {format_bytes(reference_bytes(plan))} in {REFERENCE_DTYPE}, "
+        f"{format_bytes(free_memory())} of memory is free: they are read layer by layer for every "
+        f"token, and {format_bytes(memory)} of them kept"
+    )
 
 
 def reference_bytes(plan: ExportPlan) -> int:

@@ -32,6 +32,8 @@ from gap_runtime.tensors import TensorSpec
 
 FREE_ROWS: Final = "rows"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
+_NO_SCOPE: Final = "_empty_nn_module_stack"
+"""Begins what torch calls the module of nodes that are of none."""
 _operators: dict[int, ONNXRegistry] = {}
 
 
@@ -254,8 +256,9 @@ def _name_nodes(graph: ir.Graph) -> None:
     """Name nodes after the module that they come from, for those who read a parser's errors."""
     counts: Counter[str] = Counter()
     for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
-        name = f"{scopes[-2]}/{node.op_type}".lstrip("/")
+        scope = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))[-2]
+        name = node.op_type if scope.startswith(_NO_SCOPE) else f"{scope}/{node.op_type}"
+        name = name.lstrip("/")
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
 

@@ -167,7 +167,14 @@ def _index(plan):
     """What tells two models apart whose graphs differ: configs and shapes, but no values."""
     needed = plan.family.find_parts(plan.checkpoint, text=False)
     parts = {role: part for role, part in plan.checkpoint.parts.items() if role in needed}
-    return replace(plan.checkpoint, parts=parts).index_sha256
+    return _describe(plan.checkpoint), *((role, _describe(parts[role])) for role in sorted(parts))
+
+
+def _describe(checkpoint):
+    """A checkpoint's config, and what its tensors are; not where they lie."""
+    config = checkpoint.folder / "config.json"
+    tensors = frozenset((key, at.dtype, at.shape) for key, at in checkpoint.tensors.items())
+    return config.read_bytes() if config.is_file() else b"", tensors
 
 
 def _tower_key(plan, bucket):
@@ -178,7 +185,7 @@ def _tower_key(plan, bucket):
 
 
 def _text_key(plan):
-    return plan.checkpoint.index_sha256, plan.reads_clip
+    return _index(plan), plan.reads_clip
 
 
 def _decoder_key(plan):
