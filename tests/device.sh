@@ -38,17 +38,23 @@ PYTHON
     "$env/bin/pytest" --rootdir tests/runtime --confcutdir tests/runtime -c /dev/null --import-mode=importlib -q tests/runtime
 }
 
+python_3_10=$(find_python_3_10)
+if [ -n "$python_3_10" ]; then
+    prepare "$python_3_10" python3.10 > build/device/python3.10.log 2>&1 &
+fi
+
 echo "== gap-runtime alone, $(.venv/bin/python --version)"
 prepare .venv/bin/python same
 build/device/same/bin/gap-runtime check "$bundle"
 
-python_3_10=$(find_python_3_10)
 if [ -z "$python_3_10" ]; then
     echo "== no Python 3.10 here: not tried"
     exit 0
 fi
 echo "== gap-runtime alone, Python 3.10"
-prepare "$python_3_10" python3.10
+wait $! || failed=$?
+cat build/device/python3.10.log
+[ -z "${failed:-}" ] || exit 1
 build/device/python3.10/bin/gap-runtime info "$bundle" > build/device/info.txt
 # onnxruntime for Python 3.10 ends before opset 24: one clear line, exit code 5.
 code=0

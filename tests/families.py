@@ -167,14 +167,18 @@ def _index(plan):
     """What tells two models apart whose graphs differ: configs and shapes, but no values."""
     needed = plan.family.find_parts(plan.checkpoint, text=False)
     parts = {role: part for role, part in plan.checkpoint.parts.items() if role in needed}
-    return _describe(plan.checkpoint), *((role, _describe(parts[role])) for role in sorted(parts))
+    shapes = frozenset((name, source.shape) for name, source in plan.sources.items())
+    return shapes, *(
+        (role, _config(each)) for role, each in {"": plan.checkpoint, **parts}.items()
+    )
 
 
-def _describe(checkpoint):
-    """A checkpoint's config, and what its tensors are; not where they lie."""
-    config = checkpoint.folder / "config.json"
-    tensors = frozenset((key, at.dtype, at.shape) for key, at in checkpoint.tensors.items())
-    return config.read_bytes() if config.is_file() else b"", tensors
+def _config(checkpoint):
+    """A checkpoint's config as text, without how its weights are stored."""
+    path = checkpoint.folder / "config.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    data.pop("quantization_config", None)
+    return json.dumps(data, sort_keys=True)
 
 
 def _tower_key(plan, bucket):

@@ -12,6 +12,7 @@ import originals
 import pytest
 import torch
 from checkpoints import edit_tensors, make_llava_checkpoint
+from families import shared_graphs
 from packing import pack_checkpoint, set_quantization
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
@@ -52,6 +53,12 @@ PROMPT = {
     "prompt.suffix": 32,
     "prompt.answer": 4,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    with shared_graphs():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,11 @@ LAYERS = 4
 
 @pytest.mark.parametrize(
     ("family", "target"),
-    [("llava", "cpu"), ("llava", "portable"), ("llava-next-mistral", "cpu")],
+    [
+        ("llava", "cpu"),
+        pytest.param("llava", "portable", marks=pytest.mark.matrix),
+        ("llava-next-mistral", "cpu"),
+    ],
 )
 def test_copied_layers_are_what_tracing_gives(
     family, target, tmp_path, tmp_path_factory, monkeypatch

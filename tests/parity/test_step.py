@@ -1,0 +1,59 @@
+"""What a decode step costs, by counts: nodes of a layer, memory taken, weights held twice."""
+
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+
+from gap_runtime import Bundle
+from gap_runtime.bundle import embedding_rows
+from gap_runtime.grounder import open_backend
+from gap_runtime.manifest import DECODER
+
+LAYER = "decoder.language_model.layers.2"
+COMMON = {"Add": 2, "Mul": 2, "Sigmoid": 1, "RMSNormalization": 2, "RotaryEmbedding": 2}
+NODES = {
+    # Seven linear layers; attention; and what puts the batch on and off where that is needed.
+    ("cpu", None): COMMON | {"Gemm": 7, "GroupQueryAttention": 1, "Unsqueeze": 3, "Squeeze": 1},
+    ("cpu", "int4"): COMMON | {"MatMulNBits": 7, "GroupQueryAttention": 1},
+    ("cpu", "int8"): COMMON | {"DequantizeLinear": 7, "MatMul": 7, "GroupQueryAttention": 1},
+    ("standard", None): COMMON
+    | {"Gemm": 7, "Attention": 1, "TensorScatter": 2, "Reshape": 4, "Transpose": 4, "Squeeze": 1},
+}
+
+
+@pytest.mark.parametrize(("target", "weights"), NODES)
+def test_a_layer_is_few_nodes(target, weights, export, tmp_path):
+    settings = {"quantize__weights": weights} if weights else {}
+    bundle = export("refshapes", tmp_path / "b", reference=False, target=target, **settings)
+    graph = onnx.load(bundle / "decoder.onnx", load_external_data=False).graph
+    found = Counter(node.op_type for node in graph.node if node.name.startswith(LAYER))
+    assert found == NODES[target, weights]
+
+
+def test_a_step_takes_no_memory_and_gives_it_back(refshapes_bundle):
+    """All buffers are bound before; what Python makes for a step is less than a row of logits."""
+    bundle = Bundle.open(refshapes_bundle)
+    backend, device = open_backend("onnxruntime:cpu")
+    decoder = backend.open_decoder(bundle, bundle.manifest.stage(DECODER), device)
+    table = bundle.map_embedding()
+
+    def step(slot):
+        rows = embedding_rows(table, [1])[None]
+        return int(np.argmax(decoder.run(rows, np.array([[slot]]), slot, 0)))
+
+    for slot in range(4):
+        step(slot)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for slot in range(4, 24):
+            step(slot)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    row = 4 * bundle.manifest.stage(DECODER).outputs[0].shape[-1]
+    assert peak - before < row + 4096
+    assert after - before < 4096
