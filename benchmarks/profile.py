@@ -141,7 +141,7 @@ def main() -> None:
         for name, part in ((_BETWEEN, between), (_OUTSIDE, outside))
     ]
     settings = {"rows": options.rows, "slots": options.slots, "threads": options.threads}
-    key = f"{options.bundle}/{options.rows}"
+    key = f"{options.bundle}/{options.rows}/{options.slots}/{options.threads}"
     Results(options.out).put(key, settings | {"load_average": load, "operators": rows})
     if options.folded is not None:
         text = "\n".join(fold(kernels, between, outside)) + "\n"

@@ -1,8 +1,8 @@
-"""A decoder's hidden states with their batch of one, where all that works on them takes that.
+"""A quantized decoder's hidden states with their batch of one, for onnxruntime's own operators.
 
-Linear layers are traced in two dimensions, as Gemm wants them, while onnxruntime's attention wants
-three. Products with quantized weights take either, so that nothing between them has to put the
-batch on and off: that would be four nodes in each layer of every step.
+Linear layers are traced in two dimensions, as Gemm wants them, while its attention wants three.
+Products with quantized weights take either, so that nothing between them has to put the batch on
+and off: that would be four nodes in each layer of every step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 
 from gap_export.quantization import FUSED
 
+_FLAT: Final = 2
 _ELEMENTWISE: Final = frozenset({"Add", "Cast", "Mul", "Sigmoid", "Swish"})
 
 
@@ -28,7 +29,7 @@ def keep_batch(model: ir.Model) -> None:
         squeezes = {k: made for k, value in enumerate(node.inputs) if (made := _squeeze(value))}
         if not squeezes:
             continue
-        if _is_of_batch(node, "Unsqueeze"):
+        if _is_of_batch(node, "Unsqueeze") and not node.outputs[0].is_graph_output():
             whole = squeezes[0].inputs[0]
             assert whole is not None
             ir.convenience.replace_all_uses_with(node.outputs[0], whole)
@@ -40,9 +41,11 @@ def keep_batch(model: ir.Model) -> None:
 
 
 def _squeeze(value: ir.Value | None) -> ir.Node | None:
-    """The Squeeze of the batch that makes a value; None where something else does."""
+    """The Squeeze of the batch that makes a value [S, ...]; None where something else does."""
     node = value.producer() if value is not None else None
-    return node if node is not None and _is_of_batch(node, "Squeeze") else None
+    if node is None or not _is_of_batch(node, "Squeeze"):
+        return None
+    return node if _rank(node.outputs[0]) == _FLAT else None
 
 
 def _is_of_batch(node: ir.Node, op_type: str) -> bool:
@@ -55,12 +58,18 @@ def _is_of_batch(node: ir.Node, op_type: str) -> bool:
 def _takes_batch(node: ir.Node, batched: list[int]) -> bool:
     """Whether a node does the same with a batch of one before these inputs [S, ...]."""
     if node.op_type in _ELEMENTWISE:
-        return True
-    if batched != [0]:
+        # Against a third dimension, the first of two is no batch.
+        return all(x is not None and _rank(x) <= _FLAT for x in node.inputs)
+    if batched != [0] or _rank(node.outputs[0]) != _FLAT:
         return False
     if node.op_type in {"Gather", "RMSNormalization"}:
         return (node.attributes.get_int("axis", 0) >= 0) == (node.op_type == "Gather")
     return node.op_type == "MatMul" or f"{node.domain}.{node.op_type}" == FUSED
+
+
+def _rank(value: ir.Value) -> int:
+    assert value.shape is not None
+    return value.shape.rank()
 
 
 def _squeeze_behind(graph: ir.Graph, node: ir.Node, *, axes: ir.Value | None) -> None:

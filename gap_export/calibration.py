@@ -19,6 +19,7 @@ from gap_export.plan import ExportPlan
 from gap_export.preflight import load_reference
 from gap_export.reference import ask
 from gap_export.samples import SAMPLES_FILE, Sample, read_samples
+from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError, InputError
 from gap_runtime.image import find_bucket, load_picture
 from gap_runtime.layout import count_kept
@@ -48,13 +49,16 @@ class Calibration:
     skipped: tuple[str, ...]
 
 
-def calibrate(plan: ExportPlan, folder: Path, phrase: str | None) -> Calibration:
+def calibrate(
+    plan: ExportPlan, folder: Path, phrase: str | None, display: Display | None = None
+) -> Calibration:
     """Run a pruner's adaptive rule on the pictures of a folder.
 
     Args:
         plan: Of an export, which is not made.
         folder: Pictures, or pictures and phrases in `samples.json`.
         phrase: For pruners that read one, where the folder names none.
+        display: Says so where weights are read layer by layer.
 
     Raises:
         ConfigError: The pruner has no adaptive rule, or needs a phrase.
@@ -67,7 +71,7 @@ def calibrate(plan: ExportPlan, folder: Path, phrase: str | None) -> Calibration
     samples = list(_read_folder(folder, phrase))
     if plan.phrase is not None and not all(sample.phrase for sample in samples):
         raise ConfigError(f"pruner '{strategy}' reads the phrase; give one with --phrase")
-    model = load_reference(plan)
+    model = load_reference(plan, display)
     counts: dict[str, list[int]] = {}
     skipped = []
     for sample in samples:

@@ -14,6 +14,7 @@ from PIL import Image
 from gap_export.plan import REFERENCE_DTYPE, ExportPlan, ExportRequest, plan_export
 from gap_export.preflight import load_reference
 from gap_export.reference import Asked, answer_eagerly, ask
+from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError
 from gap_runtime.image import find_bucket
 from gap_runtime.manifest import Bucket, RatioEntry
@@ -40,15 +41,22 @@ class EagerView:
 class EagerAnswerer:
     """The checkpoint in PyTorch; fits gap_runtime.rec.answer.Answerer."""
 
-    def __init__(self, request: ExportRequest, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        request: ExportRequest,
+        *,
+        threads: int | None = None,
+        display: Display | None = None,
+    ) -> None:
         """Load the checkpoint.
 
         Args:
             request: Of an export, which is not made.
             threads: Of PyTorch in this process; as many as it likes by default.
+            display: Says so where weights are read layer by layer.
 
         Raises:
-            GapError: The checkpoint cannot be used, or the model does not fit in memory.
+            GapError: The checkpoint cannot be used, or its layers do not fit in memory.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -59,7 +67,7 @@ class EagerAnswerer:
                 "model's tokenizer"
             )
         self._encoder = PromptEncoder(self._plan.tokenizer, self._plan.prompt)
-        self._model = load_reference(self._plan)
+        self._model = load_reference(self._plan, display)
 
     def look(self, picture: Image.Image) -> EagerView:
         """Find the picture's bucket."""

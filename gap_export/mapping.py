@@ -14,6 +14,7 @@ from gap_export.features import VisionFeatures
 from gap_export.plan import ExportPlan
 from gap_export.preflight import load_reference
 from gap_export.reference import EXTRA, Chosen, ask, choose, place_tokens
+from gap_runtime.display import Display
 from gap_runtime.image import find_bucket, load_picture
 from gap_runtime.manifest import RatioEntry
 from gap_runtime.prompt import PromptEncoder
@@ -49,7 +50,9 @@ class Mapping:
     modes: tuple[ModeMapping, ...]
 
 
-def map_modes(plan: ExportPlan, phrase: str, image: Path | None) -> list[Mapping]:
+def map_modes(
+    plan: ExportPlan, phrase: str, image: Path | None, display: Display | None = None
+) -> list[Mapping]:
     """Every mode at every ratio.
 
     Args:
@@ -57,16 +60,17 @@ def map_modes(plan: ExportPlan, phrase: str, image: Path | None) -> list[Mapping
         phrase: To count the text after the picture.
         image: A picture that PyTorch prunes; without one the kept tokens are an example, unless
             the pruner keeps the same ones of every picture.
+        display: Says so where weights are read layer by layer.
 
     Raises:
-        GapError: The picture or the phrase cannot be used, or the model does not fit in memory.
+        GapError: The picture or the phrase cannot be used, or its layers do not fit in memory.
     """
     if plan.tokenizer is None:
         suffix = plan.layout.suffix
     else:
         suffix = len(PromptEncoder(plan.tokenizer, plan.prompt).encode(phrase).suffix)
     mappings = []
-    for entry, chosen, example in _choices(plan, phrase, image):
+    for entry, chosen, example in _choices(plan, phrase, image, display):
         modes = tuple(_map(plan, entry, chosen, suffix, mode) for mode in POSITION_MODES)
         mappings.append(
             Mapping(
@@ -101,14 +105,14 @@ def _map(
 
 
 def _choices(
-    plan: ExportPlan, phrase: str, image: Path | None
+    plan: ExportPlan, phrase: str, image: Path | None, display: Display | None
 ) -> list[tuple[RatioEntry, Chosen, str]]:
     """What is kept at each ratio, and what that is an example of."""
     config = plan.request.named.config.prune
     if image is not None:
         picture = load_picture(image)
         bucket = find_bucket(picture.size, plan.spec.preprocess, plan.spec.buckets)
-        model = load_reference(plan)
+        model = load_reference(plan, display)
         asked = ask(
             model,
             picture,

@@ -133,15 +133,19 @@ def settle_reference(plan: ExportPlan) -> int | None:
     return min(free // _KEPT_SHARE, _MOST_KEPT_BYTES)
 
 
-def load_reference(plan: ExportPlan) -> EagerModel:
-    """The model in PyTorch, whole or layer by layer as memory allows; the latter is said.
+def load_reference(plan: ExportPlan, display: Display | None) -> EagerModel:
+    """The model in PyTorch, whole or layer by layer as memory allows.
+
+    Args:
+        plan: Of an export, which need not be made.
+        display: Says so where it is layer by layer.
 
     Raises:
         GapError: The checkpoint cannot be used, or there is not enough memory.
     """
     memory = settle_reference(plan)
-    if memory is not None:
-        Display().say(describe_streaming(plan, memory))
+    if memory is not None and display is not None:
+        display.say(describe_streaming(plan, memory))
     return plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE, memory=memory)
 
 

@@ -210,8 +210,10 @@ def run_sweep(plan: SweepPlan, display: Display, *, spread: Spread | None = None
                 describe_plan(variant.plan),
                 variant,
                 request.out / "answers" / f"{variant.name}.pytorch.jsonl",
-                # Workers share a machine's cores.
-                partial(EagerAnswerer, variant.plan.request, threads=1 if spread else None),
+                # Workers share a machine's cores, and say nothing.
+                partial(EagerAnswerer, variant.plan.request, threads=1)
+                if spread
+                else partial(EagerAnswerer, variant.plan.request, display=display),
                 display=display,
                 spread=spread,
             )

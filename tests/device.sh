@@ -22,7 +22,7 @@ find_python_3_10() {
 prepare() {
     local env="build/device/$2" stamp
     stamp="$env/.installed"
-    if [ ! -f "$stamp" ] || [ -n "$(find runtime -newer "$stamp" -name '*.py*' -print -quit)" ]; then
+    if [ ! -f "$stamp" ] || [ -n "$(find runtime -newer "$stamp" \( -name '*.py' -o -name '*.toml' \) -print -quit)" ]; then
         rm -rf "$env"
         "$1" -m venv "$env"
         "$env/bin/python" -m pip install --quiet --disable-pip-version-check "./runtime[cpu]" pytest
@@ -41,6 +41,8 @@ PYTHON
 python_3_10=$(find_python_3_10)
 if [ -n "$python_3_10" ]; then
     prepare "$python_3_10" python3.10 > build/device/python3.10.log 2>&1 &
+    other=$!
+    trap 'kill "$other" 2> /dev/null || true' EXIT
 fi
 
 echo "== gap-runtime alone, $(.venv/bin/python --version)"
@@ -52,9 +54,10 @@ if [ -z "$python_3_10" ]; then
     exit 0
 fi
 echo "== gap-runtime alone, Python 3.10"
-wait $! || failed=$?
+failed=0
+wait "$other" || failed=$?
 cat build/device/python3.10.log
-[ -z "${failed:-}" ] || exit 1
+[ "$failed" -eq 0 ] || exit 1
 build/device/python3.10/bin/gap-runtime info "$bundle" > build/device/info.txt
 # onnxruntime for Python 3.10 ends before opset 24: one clear line, exit code 5.
 code=0

@@ -189,7 +189,8 @@ def _tower_key(plan, bucket):
 
 
 def _text_key(plan):
-    return _index(plan), plan.reads_clip
+    configs = (_config(part) for part in plan.checkpoint.parts.values())
+    return _index(plan), *configs, plan.reads_clip
 
 
 def _decoder_key(plan):

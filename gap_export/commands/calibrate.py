@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     with display.step("running the adaptive rule"):
-        found = calibrate(plan, options.images, options.phrase)
+        found = calibrate(plan, options.images, options.phrase, display)
     for line in found.skipped:
         display.say(f"left out: {line}")
     if options.json:

@@ -47,7 +47,9 @@ def run(options: argparse.Namespace) -> int:
         data,
         header=Header(subject=describe_plan(plan), data=describe_data(data), box=plan.spec.box),
         ratios=plan.request.named.config.prune.ratios,
-        # Workers share a machine's cores.
-        open_answerer=partial(EagerAnswerer, plan.request, threads=1 if options.ray else None),
+        # Workers share a machine's cores, and say nothing.
+        open_answerer=partial(EagerAnswerer, plan.request, threads=1)
+        if options.ray
+        else partial(EagerAnswerer, plan.request, display=display),
     )
     return finish(options, display, data, answers, other)

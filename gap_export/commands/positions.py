@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.display import print_table  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
-    mappings = map_modes(plan, options.phrase, options.image)
+    mappings = map_modes(plan, options.phrase, options.image, display)
     if options.json:
         print_json(dump_record(mappings))
         return 0

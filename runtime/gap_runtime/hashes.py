@@ -1,4 +1,4 @@
-"""BLAKE3, the hash of all files: a weight file is hashed as fast as it can be read."""
+"""BLAKE3, the hash of a bundle's files: weights are hashed as fast as they can be read."""
 
 from __future__ import annotations
 

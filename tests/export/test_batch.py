@@ -52,6 +52,25 @@ GRAPHS = {
         """,
         {"Squeeze": 1},
     ),
+    "against a third dimension": (
+        """
+        k = Add (h, x)
+        q = Squeeze (k, zero)
+        y = Gather <axis = 0> (q, row)
+        """,
+        {"Squeeze": 2},
+    ),
+    "a product and a half-precision neighbour": (
+        """
+        c = Cast <to = 10> (h)
+        d = Cast <to = 1> (c)
+        m = MatMul (d, w)
+        e = Gemm (d, w)
+        k = Add (m, e)
+        y = Gather <axis = 0> (k, row)
+        """,
+        {"Squeeze": 2},
+    ),
     "used with and without it": (
         """
         u = Unsqueeze (h, zero)

@@ -1,4 +1,4 @@
-"""What a decode step costs, by counts: nodes of a layer, memory taken, weights held twice."""
+"""What a decode step costs, by counts: nodes of a layer, memory that Python takes."""
 
 import tracemalloc
 from collections import Counter
@@ -33,8 +33,8 @@ def test_a_layer_is_few_nodes(target, weights, export, tmp_path):
     assert found == NODES[target, weights]
 
 
-def test_a_step_takes_no_memory_and_gives_it_back(refshapes_bundle):
-    """All buffers are bound before; what Python makes for a step is less than a row of logits."""
+def test_a_step_keeps_no_memory(refshapes_bundle):
+    """All buffers are bound before: a step makes less than one more row of logits would take."""
     bundle = Bundle.open(refshapes_bundle)
     backend, device = open_backend("onnxruntime:cpu")
     decoder = backend.open_decoder(bundle, bundle.manifest.stage(DECODER), device)
@@ -55,5 +55,5 @@ def test_a_step_takes_no_memory_and_gives_it_back(refshapes_bundle):
     finally:
         tracemalloc.stop()
     row = 4 * bundle.manifest.stage(DECODER).outputs[0].shape[-1]
-    assert peak - before < row + 4096
+    assert peak - before < row
     assert after - before < 4096

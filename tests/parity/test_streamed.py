@@ -1,5 +1,6 @@
 """The reference of a machine with less memory than the model: read layer by layer, the same."""
 
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from families import FAMILIES, find_family, shared_graphs
 
 from gap_export import pipeline, preflight
+from gap_export.cli import main
+from gap_export.config import package_data
 from gap_export.eager import streamed
 from gap_runtime.display import Display
 
@@ -164,3 +167,45 @@ def test_progress_is_told_for_every_token(tmp_path, tmp_path_factory, answers):
     assert [share for share, _ in starts] == [0, 0.5]
     assert [now.partition(", ")[2] for _, now in starts] == ["unpruned", "ratio 0.5"]
     assert max(now.count("token") for _, now in told) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("positions", "refshapes", "--image", "PICTURE", "--phrase", "the red mug"),
+        ("calibrate", "refshapes", "--pruner", "prumerge", "--images", "FOLDER"),
+        ("evaluate", "refshapes", "--data", "refshapes:test", "--limit", "2"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_other_commands_read_layers_too_where_memory_is_short(arguments, monkeypatch, capsys):
+    samples = package_data("refshapes") / "samples"
+    places = {"PICTURE": str(samples / "test-006.png"), "FOLDER": str(samples)}
+    command = [places.get(argument, argument) for argument in arguments]
+    assert main([*command, "--json"]) == 0
+    whole = capsys.readouterr()
+    monkeypatch.setattr(preflight, "reference_bytes", lambda _: 2**60)
+    assert main([*command, "--json"]) == 0
+    streamed = capsys.readouterr()
+    said = "they are read layer by layer"
+    assert (said in whole.err, said in streamed.err) == (False, True)
+    assert drop_times(json.loads(streamed.out)) == drop_times(json.loads(whole.out))
+
+
+def drop_times(found):
+    """A command's answer without milliseconds."""
+    if isinstance(found, list):
+        return [drop_times(each) for each in found]
+    if not isinstance(found, dict):
+        return found
+    return {k: drop_times(v) for k, v in found.items() if "ms" not in k and "milli" not in k}
+
+
+def test_too_little_even_for_layers_asks_for_another_machine(monkeypatch, capsys):
+    samples = package_data("refshapes") / "samples"
+    monkeypatch.setattr(preflight, "free_memory", lambda: 10**6)
+    code = main(["positions", "refshapes", "--image", str(samples / "test-006.png")])
+    assert code == 3
+    error = capsys.readouterr().err
+    assert "use a larger machine" in error
+    assert "--no-reference" not in error
