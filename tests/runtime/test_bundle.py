@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 
+from gap_runtime import bundle as bundle_module
 from gap_runtime.bundle import Bundle, embedding_rows
 from gap_runtime.errors import BundleError, ConfigError, HashError, SchemaError
 from gap_runtime.manifest import SCHEMA, read_manifest
@@ -590,3 +591,20 @@ def test_embedding_is_mapped_and_cannot_be_written(make_bundle):
 def test_stored_tensor_knows_its_bytes():
     stored = StoredTensor(file="x", offset=0, dtype="bfloat16", shape=(3, 5))
     assert stored.length == 30
+
+
+def test_the_embedding_table_is_read_ahead(make_bundle, monkeypatch):
+    started = []
+    monkeypatch.setattr(bundle_module, "_read_through", lambda *part: started.append(part))
+    bundle = Bundle.open(make_bundle())
+    stored = bundle.manifest.embedding
+    bundle.map_embedding()
+    assert started == [(bundle.folder / stored.file, stored.offset, stored.length)]
+
+
+@pytest.mark.parametrize("length", [0, 1, 10_000, 2**21 + 3])
+def test_reading_ahead_ends_with_the_part_or_the_file(length, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**20 + 5))
+    bundle_module._read_through(path, 7, length)
+    bundle_module._read_through(tmp_path / "missing", 0, length)
