@@ -19,7 +19,9 @@ from gap_runtime.registry import list_plugins, load_plugin
 PRUNERS = tuple(sorted(list_plugins("gap_export.pruners")))
 EXTRA = ("prumerge", "prumerge_plus", "trim")
 """Pruners that make an extra token."""
-RATIOS = (0, 0.25, 0.5, 0.9)
+RATIOS = (0, 0.5, 0.9)
+MORE_RATIOS = (0, 0.25, 0.5, 0.9)
+"""Of `make matrix`: the more a greedy pruner keeps, the longer its graph."""
 ALL = tuple(itertools.product(FAMILIES, PRUNERS, POSITION_MODES))
 ROTATED = tuple(
     (ARCHITECTURES[j % 4], pruner, POSITION_MODES[(j + j // 4) % 4])
@@ -42,20 +44,20 @@ def case(family, tmp_path_factory):
     return find_family(family, tmp_path_factory)
 
 
-def require_equal(case, out, pruner, mode, **overrides):
+def require_equal(case, out, pruner, mode, ratios=RATIOS, **overrides):
     """Export with the reference, and see that PyTorch and ONNX Runtime agree in all."""
     plan = case.plan(
         out,
         pruner=pruner,
         reference=True,
         prune__positions=mode,
-        prune__ratios=list(RATIOS),
+        prune__ratios=list(ratios),
         **overrides,
     )
     report = export(plan).report
     assert report is not None
     assert report.passed
-    assert len(report.rows) == len(RATIOS) * len(case.buckets)
+    assert len(report.rows) == len(ratios) * len(case.buckets)
     for row in report.rows:
         where = f"{row.sample} at {row.ratio}"
         assert row.kept_equal, where
@@ -66,15 +68,15 @@ def require_equal(case, out, pruner, mode, **overrides):
         assert row.answer == row.reference_answer, where
         assert row.visual_error <= 1e-4, where
         assert row.relative_logit_error <= 1e-4, where
-    require_places(out, case, pruner, mode)
+    require_places(out, case, pruner, mode, ratios)
 
 
-def require_places(out, case, pruner, mode):
+def require_places(out, case, pruner, mode, ratios):
     """The reference's own slots and IDs, by tests/pruner_formulas.py."""
     manifest = read_manifest(out)
     arrays = np.load(out / manifest.reference.arrays)
     samples = [sample for sample in manifest.reference.samples if sample.ratio is not None]
-    assert len(samples) == len(RATIOS) * len(case.buckets)
+    assert len(samples) == len(ratios) * len(case.buckets)
     for sample in samples:
         entry = next(
             entry
@@ -130,11 +132,12 @@ def test_they_agree_on_the_extra_token(case, tmp_path, rule, pruner, mode):
 @pytest.mark.matrix
 @pytest.mark.parametrize(("family", "pruner", "mode"), ALL)
 def test_they_agree_in_every_mode(case, tmp_path, pruner, mode):
-    require_equal(case, tmp_path / "b", pruner, mode)
+    require_equal(case, tmp_path / "b", pruner, mode, MORE_RATIOS)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", [EXTRA_FAMILY])
 @pytest.mark.parametrize(("rule", "pruner", "mode"), ALL_RULES)
 def test_they_agree_on_the_extra_token_in_every_mode(case, tmp_path, rule, pruner, mode):
-    require_equal(case, tmp_path / "b", pruner, mode, prune__extra_token=rule)
+    out = tmp_path / "b"
+    require_equal(case, out, pruner, mode, MORE_RATIOS, prune__extra_token=rule)
