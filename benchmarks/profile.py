@@ -41,11 +41,16 @@ _OUTSIDE: Final = "outside onnxruntime"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """A node that ran once: its operator, the module that it is from, and microseconds."""
+    """A node that ran once: its name, its operator, and microseconds."""
 
+    name: str
     operator: str
-    module: str
     microseconds: int
+
+    @property
+    def module(self) -> str:
+        """Path of the module that it comes from; empty where it is of none."""
+        return self.name.rpartition("/")[0]
 
 
 def record(
@@ -89,13 +94,7 @@ def read_kernels(events: list[dict[str, Any]], runs: int) -> tuple[list[Kernel],
         is_kernel = event.get("cat") == "Node" and name != event["name"]
         if is_kernel and event["ts"] >= whole[0]["ts"]:
             operator = event["args"]["op_name"]
-            kernels.append(
-                Kernel(
-                    operator=operator,
-                    module=name.rpartition("/")[0],
-                    microseconds=event["dur"],
-                )
-            )
+            kernels.append(Kernel(name=name, operator=operator, microseconds=event["dur"]))
     return kernels, sum(event["dur"] for event in whole)
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.checkpoints import RUN
+from benchmarks.profile import read_kernels
 from benchmarks.runtime import HOME, make_checkpoint
 from benchmarks.suite import Results, format_table
 from gap_runtime.bundle import Bundle
@@ -135,15 +136,14 @@ def share_of_choice(path: Path, inputs: dict[str, np.ndarray], runs: int = 3) ->
         for _ in range(runs):
             session.run(None, inputs)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    chosen = total = 0
-    for event in events:
-        name = event["name"].removesuffix("_kernel_time")
-        if event.get("cat") == "Node" and name != event["name"]:
-            total += event["dur"]
-            # The projector's products keep their names through fusion, or begin as they do.
-            if name.startswith("prune.") and _PROJECTOR not in name:
-                chosen += event["dur"]
-    return chosen / total
+    kernels, _ = read_kernels(events, runs)
+    # The projector's products keep their names through fusion, or begin as they do.
+    chosen = sum(
+        each.microseconds
+        for each in kernels
+        if each.name.startswith("prune.") and _PROJECTOR not in each.name
+    )
+    return chosen / sum(each.microseconds for each in kernels)
 
 
 def print_table(rows: dict[str, dict[str, Any]], *, markdown: bool) -> None:

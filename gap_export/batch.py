@@ -36,7 +36,8 @@ def keep_batch(model: ir.Model) -> None:
         elif _takes_batch(node, list(squeezes)):
             for k, squeeze in squeezes.items():
                 node.replace_input_with(k, squeeze.inputs[0])
-            _squeeze_behind(graph, node, axes=squeeze.inputs[1])
+            axes = next(iter(squeezes.values())).inputs[1]
+            _squeeze_behind(graph, node, axes)
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -62,8 +63,11 @@ def _takes_batch(node: ir.Node, batched: list[int]) -> bool:
         return all(x is not None and _rank(x) <= _FLAT for x in node.inputs)
     if batched != [0] or _rank(node.outputs[0]) != _FLAT:
         return False
-    if node.op_type in {"Gather", "RMSNormalization"}:
-        return (node.attributes.get_int("axis", 0) >= 0) == (node.op_type == "Gather")
+    axis = node.attributes.get_int("axis", 0)
+    if node.op_type == "Gather":
+        return axis >= 0
+    if node.op_type == "RMSNormalization":
+        return axis == -1
     return node.op_type == "MatMul" or f"{node.domain}.{node.op_type}" == FUSED
 
 
@@ -72,7 +76,7 @@ def _rank(value: ir.Value) -> int:
     return value.shape.rank()
 
 
-def _squeeze_behind(graph: ir.Graph, node: ir.Node, *, axes: ir.Value | None) -> None:
+def _squeeze_behind(graph: ir.Graph, node: ir.Node, axes: ir.Value | None) -> None:
     """Give a node's result the batch, and all who want it the result of a Squeeze."""
     if node.op_type == "Gather":
         axis = node.attributes.get_int("axis", 0)

@@ -12,12 +12,11 @@ from typing import Final
 import numpy as np
 
 from gap_runtime.errors import BundleError, ConfigError, HashError
-from gap_runtime.hashes import hash_file
+from gap_runtime.hashes import hash_file, read_blocks
 from gap_runtime.manifest import FileEntry, Manifest, RatioEntry, read_manifest
 
 _SMALL_BYTES: Final = 256 * 2**20
 """Files up to this size are hashed at every opening; larger ones when all are asked for."""
-_BLOCK_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +93,7 @@ class Bundle:
         stored = self.manifest.embedding
         path = self.folder / stored.file
         reading = (path, stored.offset, stored.length)
-        Thread(target=_read_through, args=reading, daemon=True).start()
+        Thread(target=_read_ahead, args=reading, daemon=True).start()
         return np.memmap(
             path,
             dtype="uint16" if stored.dtype == "bfloat16" else stored.dtype,
@@ -104,14 +103,12 @@ class Bundle:
         )
 
 
-def _read_through(path: Path, offset: int, length: int) -> None:
+def _read_ahead(path: Path, offset: int, length: int) -> None:
     """Bring a part of a file into the page cache, so that no token waits for the disk."""
-    block = memoryview(bytearray(_BLOCK_BYTES))
     # Whoever needs the file will say what is wrong with it.
-    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while length > 0 and (size := file.readinto(block[: min(length, _BLOCK_BYTES)])):
-            length -= size
+    with contextlib.suppress(OSError):
+        for _ in read_blocks(path, offset, length):
+            pass
 
 
 def embedding_rows(table: np.ndarray, token_ids: list[int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +23,17 @@ def hash_bytes(data: bytes) -> str:
 
 def hash_file(path: Path) -> str:
     """Hash of a file as hexadecimal text, read in blocks."""
-    digest, block = new_hash(), memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
+    digest = new_hash()
+    for block in read_blocks(path, 0, path.stat().st_size):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def read_blocks(path: Path, offset: int, length: int) -> Iterator[memoryview]:
+    """So many bytes of a file, or those that it has; a block holds until the next is asked for."""
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while length > 0 and (size := file.readinto(buffer[: min(length, _BLOCK_BYTES)])):
+            length -= size
+            yield buffer[:size]

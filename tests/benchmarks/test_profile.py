@@ -40,9 +40,9 @@ def test_kernels_are_those_of_the_last_runs():
 
 def test_stacks_go_from_the_run_to_the_operator():
     kernels = [
-        Kernel(operator="Gemm", module="decoder.layers.1.mlp", microseconds=20),
-        Kernel(operator="Gemm", module="decoder.layers.1.mlp", microseconds=5),
-        Kernel(operator="Shape", module="", microseconds=1),
+        Kernel(name="decoder.layers.1.mlp/Gemm", operator="Gemm", microseconds=20),
+        Kernel(name="decoder.layers.1.mlp/Gemm_2", operator="Gemm", microseconds=5),
+        Kernel(name="Shape", operator="Shape", microseconds=1),
     ]
     assert fold(kernels, 3.0, 4.4) == [
         "run;onnxruntime;Shape 1",
