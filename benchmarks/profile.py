@@ -31,6 +31,7 @@ import onnxruntime
 from benchmarks.runtime import HOME
 from benchmarks.suite import Results, format_table
 from gap_runtime.bundle import Bundle, embedding_rows
+from gap_runtime.errors import GapError
 from gap_runtime.grounder import open_backend
 from gap_runtime.manifest import DECODER
 
@@ -124,7 +125,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["GAP_RUNTIME_THREADS"] = str(options.threads)
     load, runs = os.getloadavg()[0], options.runs
-    events, times = record(options.bundle, rows=options.rows, slots=options.slots, runs=runs)
+    try:
+        events, times = record(options.bundle, rows=options.rows, slots=options.slots, runs=runs)
+    except GapError as error:
+        parser.error(str(error))
     kernels, inside = read_kernels(events, runs)
     total, spent, counts = sum(times), Counter[str](), Counter[str]()
     for each in kernels:

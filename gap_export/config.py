@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
-from gap_runtime.layout import count_kept
+from gap_runtime.layout import count_kept, require_ratio
 from gap_runtime.prompt import IMAGE_FIELD, PHRASE_FIELD
 from gap_runtime.records import load_record
 from gap_runtime.registry import describe_unknown, list_plugins
@@ -318,6 +318,8 @@ def _require_usable(config: ExportConfig, where: str) -> None:
         raise UnknownNameError(f"{where}: {describe_unknown('family', config.family, families)}")
     if not config.prune.ratios:
         raise ConfigError(f"{where}: prune.ratios is empty; give at least one")
+    for ratio in config.prune.ratios:
+        require_ratio(ratio)
     for key, count, least in (
         ("prune.seed", config.prune.seed, 0),
         ("prompt.prefix", config.prompt.prefix, 0),

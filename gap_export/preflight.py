@@ -151,10 +151,14 @@ def load_reference(plan: ExportPlan, display: Display | None) -> EagerModel:
 
 def describe_streaming(plan: ExportPlan, memory: int) -> str:
     """Why weights are read layer by layer, for people."""
+    is_set = plan.request.named.config.check.memory_mib is not None
+    why = (
+        "check.memory_mib is set" if is_set else f"{format_bytes(free_memory())} of memory is free"
+    )
     return (
         f"PyTorch's weights take {format_bytes(reference_bytes(plan))} in {REFERENCE_DTYPE}, "
-        f"{format_bytes(free_memory())} of memory is free: they are read layer by layer for every "
-        f"token, and {format_bytes(memory)} of them kept"
+        f"{why}: they are read layer by layer for every token, and {format_bytes(memory)} of them "
+        "kept"
     )
 
 

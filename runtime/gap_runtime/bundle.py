@@ -13,6 +13,7 @@ import numpy as np
 
 from gap_runtime.errors import BundleError, ConfigError, HashError
 from gap_runtime.hashes import hash_file, read_blocks
+from gap_runtime.layout import is_ratio
 from gap_runtime.manifest import FileEntry, Manifest, RatioEntry, read_manifest
 
 _SMALL_BYTES: Final = 256 * 2**20
@@ -80,10 +81,11 @@ class Bundle:
         for entry in entries:
             if ratio is None or abs(entry.ratio - ratio) < 1e-9:
                 return entry
+        # Every bucket has a ratio.
+        assert ratio is not None
         have = ", ".join(dict.fromkeys(f"{entry.ratio:g}" for entry in entries))
-        raise ConfigError(
-            f"{self.folder}: no ratio {ratio:g}; have {have}; export with --ratio {ratio:g}"
-        )
+        way = f"export with --ratio {ratio:g}" if is_ratio(ratio) else "ratios lie in [0, 1)"
+        raise ConfigError(f"{self.folder}: no ratio {ratio:g}; have {have}; {way}")
 
     def map_embedding(self) -> np.ndarray:
         """The token embedding table [V, D], mapped from its file, which is read ahead meanwhile.

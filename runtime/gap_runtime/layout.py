@@ -44,6 +44,23 @@ class TokenLayout:
         return self.prefix + self.patches + self.extra + self.suffix + self.answer
 
 
+def is_ratio(ratio: float) -> bool:
+    """Whether a number is a share of tokens that can be removed: in [0, 1)."""
+    return math.isfinite(ratio) and 0 <= ratio < 1
+
+
+def require_ratio(ratio: float) -> None:
+    """Refuse what is no share of tokens to remove.
+
+    Raises:
+        ConfigError: The ratio lies outside [0, 1).
+    """
+    if not is_ratio(ratio):
+        raise ConfigError(
+            f"ratio {ratio:g} is outside [0, 1); it is the share of visual tokens to remove"
+        )
+
+
 def count_kept(patches: int, ratio: float) -> int:
     """Patches that stay when a share of them is removed, rounded half up.
 
@@ -57,10 +74,7 @@ def count_kept(patches: int, ratio: float) -> int:
     Raises:
         ConfigError: The ratio lies outside [0, 1) or leaves no patch.
     """
-    if not (math.isfinite(ratio) and 0 <= ratio < 1):
-        raise ConfigError(
-            f"ratio {ratio:g} is outside [0, 1); it is the share of visual tokens to remove"
-        )
+    require_ratio(ratio)
     exact = patches * (1 - Decimal(str(ratio)))
     kept = int(exact.to_integral_value(ROUND_HALF_UP))
     if kept == 0:

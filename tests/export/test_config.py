@@ -138,6 +138,8 @@ def test_a_broken_toml_names_the_file(toml):
 def test_ratios_outside_the_range(ratio):
     with pytest.raises(ConfigError, match=r"outside \[0, 1\)"):
         count_ratios(PruneConfig(ratios=(ratio,)), 64)
+    with pytest.raises(ConfigError, match=r"outside \[0, 1\)"):
+        load_config("refshapes", {"prune.ratios": [float(ratio)]})
 
 
 def test_a_ratio_that_leaves_nothing():

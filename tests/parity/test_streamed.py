@@ -209,3 +209,12 @@ def test_too_little_even_for_layers_asks_for_another_machine(monkeypatch, capsys
     error = capsys.readouterr().err
     assert "use a larger machine" in error
     assert "--no-reference" not in error
+
+
+def test_a_setting_is_named_as_the_reason(capsys):
+    picture = package_data("refshapes") / "samples" / "test-006.png"
+    arguments = ["positions", "refshapes", "--image", str(picture)]
+    assert main([*arguments, "--set", "check.memory_mib=0"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "check.memory_mib is set: they are read layer by layer" in said
+    assert "is free" not in said

@@ -601,3 +601,8 @@ def test_the_embedding_table_is_read_ahead(make_bundle, monkeypatch):
     stored = bundle.manifest.embedding
     bundle.map_embedding()
     assert asked.get(timeout=60) == (bundle.folder / stored.file, stored.offset, stored.length)
+
+
+def test_a_ratio_that_none_can_have_is_not_to_be_exported(make_bundle):
+    with pytest.raises(ConfigError, match=r"no ratio 1\.5; have .*; ratios lie in \[0, 1\)$"):
+        Bundle.open(make_bundle()).choose_ratio(1.5)
