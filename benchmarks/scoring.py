@@ -15,10 +15,17 @@ import time
 from pathlib import Path
 from typing import Final
 
-from gap_runtime.manifest import BoxFormat
-from gap_runtime.rec.protocol import list_protocols, load_protocol
-from gap_runtime.rec.results import AnswerWriter, DataFacts, Header, Row, Subject, read_answers
-from gap_runtime.rec.score import score_rows
+from gap_runtime.bundle.manifest import BoxFormat
+from gap_runtime.evaluation.protocol import list_protocols, load_protocol
+from gap_runtime.evaluation.results import (
+    AnswerWriter,
+    DataFacts,
+    Header,
+    Row,
+    Subject,
+    read_answers,
+)
+from gap_runtime.evaluation.score import score_rows
 
 _NUMBER: Final = r"(-?\d+(?:\.\d+)?)"
 BOX: Final = BoxFormat(

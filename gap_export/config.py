@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from gap_runtime.bundle.layout import count_kept, require_ratio
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
-from gap_runtime.layout import count_kept, require_ratio
-from gap_runtime.prompt import IMAGE_FIELD, PHRASE_FIELD
+from gap_runtime.grounding.prompt import IMAGE_FIELD, PHRASE_FIELD
 from gap_runtime.records import load_record
 from gap_runtime.registry import describe_unknown, list_plugins
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from gap_runtime import Box, Bundle, Grounder
-from gap_runtime.boxes import iou
+from gap_runtime.bundle.manifest import ReferenceSample
 from gap_runtime.display import Display
-from gap_runtime.drawing import draw_grounding, draw_panels
-from gap_runtime.image import load_picture
-from gap_runtime.manifest import ReferenceSample
+from gap_runtime.pictures.boxes import iou
+from gap_runtime.pictures.drawing import draw_grounding, draw_panels
+from gap_runtime.pictures.load import load_picture
 
 
 def recorded(bundle: Bundle, sample: str, ratio: float | None) -> ReferenceSample:

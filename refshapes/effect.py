@@ -17,18 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from gap_export.analysis.evaluation import EagerAnswerer, describe_plan
 from gap_export.config import NamedConfig, load_config
-from gap_export.evaluation import EagerAnswerer, describe_plan
-from gap_export.pipeline import export
-from gap_export.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.run import export
 from gap_runtime import Bundle
 from gap_runtime.display import Display, Pace
-from gap_runtime.rec.answer import BundleAnswerer, describe_bundle
-from gap_runtime.rec.data import Data, open_data
-from gap_runtime.rec.protocol import DEFAULT_PROTOCOL, load_protocol
-from gap_runtime.rec.results import Answers, Header, Subject
-from gap_runtime.rec.run import Open, describe_data, evaluate
-from gap_runtime.rec.score import compare_rows, score_rows
+from gap_runtime.evaluation.answer import BundleAnswerer, describe_bundle
+from gap_runtime.evaluation.data import Data, open_data
+from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL, load_protocol
+from gap_runtime.evaluation.results import Answers, Header, Subject
+from gap_runtime.evaluation.run import Open, describe_data, evaluate
+from gap_runtime.evaluation.score import compare_rows, score_rows
 
 MODES: Final = ("unpruned", "gap", "compact", "permuted")
 BACKEND: Final = "onnxruntime:cpu"

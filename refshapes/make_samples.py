@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Final
 
-from gap_runtime.refshapes import draw_scene
+from gap_runtime.evaluation.refshapes import draw_scene
 
 # (index in the test split, question): a square, a wide and a tall picture.
 CHOSEN: Final = ((6, 1), (8, 0), (4, 1))

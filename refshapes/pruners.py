@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Final
 
 from gap_export.config import load_config
-from gap_export.pipeline import export
-from gap_export.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.run import export
 from gap_runtime import Bundle
 from gap_runtime.display import Display, Pace
-from gap_runtime.rec.answer import BundleAnswerer, describe_bundle
-from gap_runtime.rec.data import Data, open_data
-from gap_runtime.rec.protocol import DEFAULT_PROTOCOL, load_protocol
-from gap_runtime.rec.results import Header
-from gap_runtime.rec.run import describe_data, evaluate
-from gap_runtime.rec.score import score_rows
+from gap_runtime.evaluation.answer import BundleAnswerer, describe_bundle
+from gap_runtime.evaluation.data import Data, open_data
+from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL, load_protocol
+from gap_runtime.evaluation.results import Header
+from gap_runtime.evaluation.run import describe_data, evaluate
+from gap_runtime.evaluation.score import score_rows
 from gap_runtime.registry import list_plugins
 
 RATIOS: Final = (0.25, 0.5, 0.75, 0.9)

@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gap_runtime.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene
+from gap_runtime.evaluation.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene
 
 # B pictures, Q questions each, N visual tokens, T prompt and answer tokens, D width.
 PATCH: Final = 14

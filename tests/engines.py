@@ -7,9 +7,9 @@ from pathlib import Path
 import tensorrt_rtx as trt
 
 from gap_runtime.backends import tensorrt as backend
+from gap_runtime.bundle.engines import BuildRequest
 from gap_runtime.display import Display
-from gap_runtime.engines import BuildRequest
-from gap_runtime.target import load_target
+from gap_runtime.machines.target import load_target
 
 
 def build(path, profiles):

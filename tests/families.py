@@ -17,9 +17,9 @@ import pytest
 from checkpoints import make_llava_checkpoint
 from PIL import Image
 
-from gap_export import pipeline
 from gap_export.config import load_config
-from gap_export.plan import ExportRequest, plan_export
+from gap_export.pipeline import run as pipeline
+from gap_export.pipeline.plan import ExportRequest, plan_export
 from gap_runtime.display import Display
 
 FAMILIES = (

@@ -45,9 +45,9 @@ class Bundled:
 
     def __init__(self, folder: Path) -> None:
         """Load the decoder."""
-        from gap_runtime.bundle import Bundle
-        from gap_runtime.grounder import open_backend
-        from gap_runtime.manifest import DECODER
+        from gap_runtime.bundle.bundle import Bundle
+        from gap_runtime.bundle.manifest import DECODER
+        from gap_runtime.grounding.grounder import open_backend
 
         self._bundle = Bundle.open(folder)
         self._backend, self._device = open_backend("onnxruntime:cpu")
@@ -59,14 +59,14 @@ class Bundled:
 
     def open_vision(self) -> None:
         """Load the vision graph that keeps all tokens."""
-        from gap_runtime.manifest import VISION
+        from gap_runtime.bundle.manifest import VISION
 
         stage = self._bundle.manifest.stage(VISION, self._bundle.choose_ratio(0.0))
         self._vision = self._backend.open_stage(self._bundle, stage, self._device)
 
     def prefill(self, token_ids: np.ndarray) -> int:
         """See common.Session."""
-        from gap_runtime.bundle import embedding_rows
+        from gap_runtime.bundle.bundle import embedding_rows
 
         rows = embedding_rows(self._table, token_ids.tolist())[None]
         positions = np.arange(len(token_ids))[None]
@@ -74,7 +74,7 @@ class Bundled:
 
     def step(self, token: int, position: int) -> int:
         """See common.Session."""
-        from gap_runtime.bundle import embedding_rows
+        from gap_runtime.bundle.bundle import embedding_rows
 
         row = embedding_rows(self._table, [token])[None]
         return choose(self._decoder.run(row, np.array([[position]]), position, 0))
@@ -85,7 +85,7 @@ class Bundled:
 
 
 def choose(logits: np.ndarray) -> int:
-    """The most likely token, proved finite as gap_runtime.decode does."""
+    """The most likely token, proved finite as gap_runtime.grounding.decode does."""
     token = int(logits.argmax())
     if not np.isfinite(logits[token]):
         raise ValueError("logits are not finite")
@@ -94,7 +94,7 @@ def choose(logits: np.ndarray) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Times of a bundle."""
-    import gap_runtime.grounder  # noqa: F401 - loading libraries is not loading the model
+    import gap_runtime.grounding.grounder  # noqa: F401 - loading libraries is not loading the model
 
     os.environ["GAP_RUNTIME_THREADS"] = str(options.threads)
     return measure_session(

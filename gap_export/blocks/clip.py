@@ -15,13 +15,13 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from gap_export.blocks.hub import parse_config, require_clip_tower
+from gap_export.blocks.hf_config import parse_config, require_clip_tower
 from gap_export.blocks.scores import cls_attention, cls_similarity, mean_keys, merge_attention
-from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.sources import TensorSource, expected_shapes, match_tensors, stored
 from gap_export.errors import CheckpointError
-from gap_export.family import TextSpec
-from gap_export.features import Feature
-from gap_export.sources import TensorSource, expected_shapes, match_tensors, stored
+from gap_export.interfaces.family import TextSpec
+from gap_export.interfaces.features import Feature
 
 # B batch (1), V views (1 but for tiles), N patches of all views, P patches of one, T P + CLS,
 # C vision width, W text width, L text tokens.

@@ -1,7 +1,8 @@
 """EVA-CLIP's vision tower as LAVIS stores it, run on pictures larger than it was trained on.
 
 Parameter names are those of the file below `visual_encoder`. Its fused projection has biases for
-queries and values only; here it has one bias with zeros between (see gap_export.sources).
+queries and values only; here it has one bias with zeros between (see
+`gap_export.checkpoint.sources`).
 
 References:
     EVA: Exploring the Limits of Masked Visual Representation Learning, arXiv:2211.07636.
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gap_export.blocks.scores import cls_attention, cls_similarity, mean_keys, merge_attention
-from gap_export.features import Feature
+from gap_export.interfaces.features import Feature
 
 # B batch (1), P patches, T P + CLS, C width, H heads, d head width.
 

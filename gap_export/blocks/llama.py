@@ -16,10 +16,10 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gap_export.dialect import Dialect, Rows
+from gap_export.checkpoint.sources import expected_shapes
 from gap_export.errors import CheckpointError
-from gap_export.family import SmoothingGroup
-from gap_export.sources import expected_shapes
+from gap_export.interfaces.dialect import Dialect, Rows
+from gap_export.interfaces.family import SmoothingGroup
 
 # B batch (1), S rows, H query heads, G key/value heads, d head width, L cache slots, D width,
 # V vocabulary, P positions, E = H * d, F = G * d.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 # B batch (1), N visual tokens, K kept, C patch width, V views, T tokens of a view.
 

@@ -1,1 +1,1 @@
-"""What graphs are written in, one file for each kind of runtime; fits gap_export.dialect."""
+"""What graphs are written in, for each kind of runtime; fits gap_export.interfaces.dialect."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gap_export.dialect import Rows, merge_heads, slot_causal_mask, split_heads
+from gap_export.interfaces.dialect import Rows, merge_heads, slot_causal_mask, split_heads
 
 # B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width,
 # d head width, E = H * d, F = G * d.

@@ -3,7 +3,7 @@
 `GroupQueryAttention` reads the slots in use alone, and takes heads as linear layers give them, so
 that nothing is transposed. Its own rotary embedding would count positions by slot, which GAP's
 are not: queries and keys are turned before it, by explicit position IDs. Weights in blocks are
-those of `MatMulNBits` (gap_export.quantization).
+those of `MatMulNBits` (gap_export.quantization.graph).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gap_export.dialect import Rows
 from gap_export.dialects import native
+from gap_export.interfaces.dialect import FUSED, Rows
 
 # B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, d head width,
 # E = H * d, F = G * d.
@@ -22,7 +22,7 @@ from gap_export.dialects import native
 OPSETS: Final = native.OPSETS
 OPERATORS: Final = native.OPERATORS | {
     "com.microsoft.GroupQueryAttention",
-    "com.microsoft.MatMulNBits",
+    FUSED,
 }
 """Those of native, and onnxruntime's own."""
 _HEAD_MULTIPLE: Final = 8

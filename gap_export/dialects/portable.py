@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gap_export.dialect import Rows, merge_heads, slot_causal_mask, split_heads
+from gap_export.interfaces.dialect import Rows, merge_heads, slot_causal_mask, split_heads
 
 # B batch (1), S rows, H query heads, G key/value heads, R query heads of a key head, L cache
 # slots, P positions, D width, d head width, E = H * d, F = G * d.

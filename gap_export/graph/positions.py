@@ -31,7 +31,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gap_runtime.layout import TokenLayout
+from gap_runtime.bundle.layout import TokenLayout
 
 # B batch (1), K kept, E extra (0 or 1), N visual tokens, S prompt slots.
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from gap_export.config import PruneConfig
-from gap_export.features import Feature, Geometry, Kept, Pruner, VisionFeatures
 from gap_export.graph.positions import CENTROID, keeps_raster_order, place_tokens
-from gap_runtime.layout import TokenLayout
+from gap_export.interfaces.features import Feature, Geometry, Kept, Pruner, VisionFeatures
+from gap_runtime.bundle.layout import TokenLayout
 
 # B batch (1), N visual tokens but fixed ones, F fixed tokens, K kept, V visual slots, C patch
 # width, D decoder width, P patches, W text width.

@@ -1,1 +1,1 @@
-"""Model families, one file each; every module fits gap_export.family.Family."""
+"""Model families, one file each; every module fits gap_export.interfaces.family.Family."""

@@ -34,7 +34,7 @@ from gap_export.blocks.clip import (
     resolve_layer,
     tower_shapes,
 )
-from gap_export.blocks.hub import (
+from gap_export.blocks.hf_config import (
     FRACTION_BOX,
     IGNORED,
     find_image_token,
@@ -54,22 +54,22 @@ from gap_export.blocks.llama import (
 )
 from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.blocks.llama import smoothing_groups as llama_groups
-from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
+from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.config import ExportConfig
-from gap_export.dialect import Dialect
-from gap_export.eager.clip import EagerClip
-from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, load_clip_text, load_library, loading
-from gap_export.eager.streamed import Stream
 from gap_export.errors import CheckpointError
-from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
-from gap_export.features import Feature
-from gap_export.packed import match_sources, read_packing, without_quantization
-from gap_export.sources import TensorSource, expected_shapes
-from gap_runtime.anyres import choose_canvas, mosaic_grid, mosaic_index, newline_index
+from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
+from gap_export.interfaces.features import Feature
+from gap_export.reference.clip import EagerClip
+from gap_export.reference.llama import EagerLlama
+from gap_export.reference.model import EagerGrounder, load_clip_text, load_library, loading
+from gap_export.reference.streamed import Stream
+from gap_runtime.bundle.manifest import Bucket, Preprocess
 from gap_runtime.errors import BundleError, ConfigError
-from gap_runtime.image import fitting_size
-from gap_runtime.manifest import Bucket, Preprocess
+from gap_runtime.pictures.anyres import choose_canvas, mosaic_grid, mosaic_index, newline_index
+from gap_runtime.pictures.load import fitting_size
 
 # B batch (1), V views, P patches of a view, N removable tokens, K kept, F newlines, D width.
 

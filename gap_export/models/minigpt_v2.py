@@ -28,24 +28,30 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gap_export.blocks.eva import EvaShape, EvaTower
-from gap_export.blocks.hub import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
+from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
 from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, read_llama_shape
 from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.blocks.llama import smoothing_groups as llama_groups
-from gap_export.checkpoint import Checkpoint, TensorLocation
+from gap_export.checkpoint.index import Checkpoint, TensorLocation
+from gap_export.checkpoint.sources import (
+    TensorSource,
+    expected_shapes,
+    match_tensors,
+    require_shape,
+    stored,
+)
 from gap_export.config import ExportConfig
-from gap_export.dialect import Dialect
-from gap_export.eager.eva import EagerEva
-from gap_export.eager.files import load_tensors
-from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, loading
-from gap_export.eager.streamed import LazyTensor, Stream, change_tensor, open_tensors
 from gap_export.errors import CheckpointError
-from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
-from gap_export.features import Feature
-from gap_export.sources import TensorSource, expected_shapes, match_tensors, require_shape, stored
+from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
+from gap_export.interfaces.features import Feature
+from gap_export.reference.eva import EagerEva
+from gap_export.reference.files import load_tensors
+from gap_export.reference.llama import EagerLlama
+from gap_export.reference.model import EagerGrounder, loading
+from gap_export.reference.streamed import LazyTensor, Stream, change_tensor, open_tensors
+from gap_runtime.bundle.manifest import BoxFormat, Bucket, Preprocess
 from gap_runtime.errors import ConfigError
-from gap_runtime.manifest import BoxFormat, Bucket, Preprocess
 
 # B batch (1), N visual tokens, C patch width (of a whole strip), D decoder width.
 

@@ -31,7 +31,7 @@ from gap_export.blocks.clip import (
     read_text_spec,
     resolve_layer,
 )
-from gap_export.blocks.hub import (
+from gap_export.blocks.hf_config import (
     FRACTION_BOX,
     IGNORED,
     parse_config,
@@ -42,19 +42,25 @@ from gap_export.blocks.hub import (
 from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, read_llama_shape
 from gap_export.blocks.llama import rotary_tables as llama_tables
 from gap_export.blocks.llama import smoothing_groups as llama_groups
-from gap_export.checkpoint import Checkpoint
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.sources import (
+    TensorSource,
+    expected_shapes,
+    match_tensors,
+    require_shape,
+    stored,
+)
 from gap_export.config import ExportConfig
-from gap_export.dialect import Dialect
-from gap_export.eager.clip import EagerClip
-from gap_export.eager.files import load_tensors, rename_tensors
-from gap_export.eager.llama import EagerLlama
-from gap_export.eager.model import EagerGrounder, load_clip_text, load_state, loading
-from gap_export.eager.streamed import LazyTensor, Stream, open_tensors, sum_tensors
 from gap_export.errors import CheckpointError
-from gap_export.family import EagerModel, ModelSpec, SmoothingGroup
-from gap_export.features import Feature
-from gap_export.sources import TensorSource, expected_shapes, match_tensors, require_shape, stored
-from gap_runtime.manifest import Bucket, Preprocess
+from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
+from gap_export.interfaces.features import Feature
+from gap_export.reference.clip import EagerClip
+from gap_export.reference.files import load_tensors, rename_tensors
+from gap_export.reference.llama import EagerLlama
+from gap_export.reference.model import EagerGrounder, load_clip_text, load_state, loading
+from gap_export.reference.streamed import LazyTensor, Stream, open_tensors, sum_tensors
+from gap_runtime.bundle.manifest import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width.
 

@@ -1,1 +1,1 @@
-"""Pruning strategies, one file each; every module fits gap_export.features.Pruner."""
+"""Pruning strategies, one file each; every module fits gap_export.interfaces.features.Pruner."""

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from gap_export.config import PruneConfig
-from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final = frozenset({Feature.CLS_ATTENTION})
 EXTRA: Final = 0

@@ -22,7 +22,7 @@ from gap_export.blocks.selection import (
     merge_nearest_eagerly,
 )
 from gap_export.config import PruneConfig
-from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final = frozenset({Feature.MERGE_ATTENTION, Feature.MERGE_KEYS})
 EXTRA: Final = 1

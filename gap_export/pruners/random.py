@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from gap_export.config import PruneConfig
-from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final[frozenset[Feature]] = frozenset()
 EXTRA: Final = 0

@@ -13,7 +13,7 @@ import math
 from typing import Final
 
 from gap_export.config import PruneConfig
-from gap_export.features import (
+from gap_export.interfaces.features import (
     EagerChoice,
     EagerVision,
     Feature,

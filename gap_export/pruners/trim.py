@@ -23,7 +23,7 @@ from gap_export.blocks.selection import (
     sort_ascending,
 )
 from gap_export.config import PruneConfig
-from gap_export.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final = frozenset({Feature.TEXT, Feature.TEXT_PATCHES})
 EXTRA: Final = 1

@@ -5,20 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from importlib import import_module
-from importlib.resources import files
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from types import ModuleType
 
 from gap_runtime.errors import UnknownNameError
 
 
 def list_plugins(package: str) -> list[str]:
-    """Names of the modules in a package, sorted."""
-    names = (entry.name for entry in files(package).iterdir())
-    return sorted(
-        name.removesuffix(".py")
-        for name in names
-        if name.endswith(".py") and not name.startswith("_")
-    )
+    """Names of the modules and packages in a package, sorted; none of them is imported."""
+    spec = find_spec(package)
+    assert spec is not None
+    names = (found.name for found in iter_modules(spec.submodule_search_locations))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def load_plugin(package: str, name: str, noun: str) -> ModuleType:

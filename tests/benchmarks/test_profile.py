@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.profile import Kernel, fold, main, read_kernels
-from gap_export.cli import main as gap_export
+from gap_export.cli.main import main as gap_export
 
 
 def kernel(name, operator, at, duration):

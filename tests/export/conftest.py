@@ -3,8 +3,8 @@
 import pytest
 
 from gap_export.config import load_config
-from gap_export.pipeline import export
-from gap_export.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.run import export
 from gap_runtime.display import Display
 
 SHORT_PROMPT = "USER: <image>\nWhere is {phrase}? ASSISTANT:"

@@ -10,8 +10,8 @@ from families import find_family
 from onnx import parser
 from onnx.reference import ReferenceEvaluator
 
-from gap_export import stages
-from gap_export.batch import keep_batch
+from gap_export.pipeline import stages
+from gap_export.tracing.keep_batch import keep_batch
 
 HEAD = '<ir_version: 11, opset_import: ["" : 24]>'
 SIGNATURE = """

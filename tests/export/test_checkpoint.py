@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gap_export.checkpoint import open_checkpoint, open_part, read_tensor
+from gap_export.checkpoint.index import open_checkpoint, open_part, read_tensor
 from gap_export.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -906,7 +906,7 @@ def test_a_file_that_shrinks_while_in_use(tmp_path):
 
 def test_an_index_of_safetensors_needs_no_torch(single):
     code = (
-        "import sys; from gap_export.checkpoint import open_checkpoint; "
+        "import sys; from gap_export.checkpoint.index import open_checkpoint; "
         f"open_checkpoint({str(single)!r}); assert not {{'torch', 'numpy'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

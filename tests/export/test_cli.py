@@ -10,10 +10,10 @@ import sys
 import pruner_formulas
 import pytest
 
-from gap_export import cli
+from gap_export.cli import main as cli
 from gap_export.config import POSITION_MODES, package_data
-from gap_runtime import cli as runtime_cli
-from gap_runtime.layout import count_kept
+from gap_runtime.bundle.layout import count_kept
+from gap_runtime.cli import main as runtime_cli
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
 
@@ -146,7 +146,9 @@ def test_a_hub_that_cannot_be_reached(run, monkeypatch):
 
 def test_the_exit_code_reaches_the_shell(tmp_path):
     done = run_python(
-        "import sys; from gap_export.cli import main; sys.exit(main())", "./nowhere", cwd=tmp_path
+        "import sys; from gap_export.cli.main import main; sys.exit(main())",
+        "./nowhere",
+        cwd=tmp_path,
     )
     assert done.returncode == 2
     assert done.stdout == ""

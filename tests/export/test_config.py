@@ -10,7 +10,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from gap_export import config as config_module
-from gap_export.cli import add_export_arguments, read_config
+from gap_export.cli.main import add_export_arguments, read_config
 from gap_export.config import (
     DTYPES,
     PruneConfig,
@@ -20,7 +20,7 @@ from gap_export.config import (
     parse_override,
 )
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
-from gap_runtime.target import load_target
+from gap_runtime.machines.target import load_target
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (ROOT / "export_configs").glob("*.toml"))

@@ -11,14 +11,14 @@ from families import FAMILIES, find_family
 from torch import nn
 
 from benchmarks import checkpoints, memory
-from gap_export import cli
+from gap_export.cli import main as cli
 from gap_export.config import load_config
-from gap_export.estimate import _LiveBytes, estimate, stored_bytes
-from gap_export.pipeline import export
-from gap_export.plan import ExportRequest, plan_export
-from gap_export.quantization import choose_scheme
+from gap_export.pipeline.estimate import _LiveBytes, estimate, stored_bytes
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.run import export
+from gap_export.quantization.graph import choose_scheme
 from gap_runtime.display import Display
-from gap_runtime.target import load_target
+from gap_runtime.machines.target import load_target
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "USER: <image>\nWhere is {phrase}? ASSISTANT:"

@@ -9,9 +9,10 @@ from pathlib import Path
 import checkpoints
 import pytest
 
-from gap_export import cli, identity
+from gap_export.cli import main as cli
 from gap_export.config import load_config
-from gap_export.identity import IDENTITY_FILE, find_finished, identify
+from gap_export.pipeline import fingerprint as identity
+from gap_export.pipeline.fingerprint import IDENTITY_FILE, find_finished, identify
 
 OPTIONS = ["--no-reference", "--set", "prompt.answer=8"]
 
@@ -64,7 +65,7 @@ def test_the_same_export_is_found_under_its_usual_name():
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("json_too", [False, True])
 def test_nothing_is_loaded_and_the_same_is_printed(capsys, monkeypatch, json_too):
-    monkeypatch.setitem(sys.modules, "gap_export.pipeline", None)
+    monkeypatch.setitem(sys.modules, "gap_export.pipeline.run", None)
     arguments = ["./small", *OPTIONS, *(["--json"] if json_too else [])]
     assert cli.main(arguments) == 0
     captured = capsys.readouterr()
@@ -195,7 +196,7 @@ def test_force_and_dry_run_look_at_the_checkpoint(monkeypatch, option):
     def plan_export(_):
         raise AskedError
 
-    monkeypatch.setattr("gap_export.plan.plan_export", plan_export)
+    monkeypatch.setattr("gap_export.pipeline.plan.plan_export", plan_export)
     with pytest.raises(AskedError):
         cli.main(["./small", *OPTIONS, option])
 

@@ -11,11 +11,11 @@ import originals
 import pytest
 import torch
 
-from gap_export import cli
+from gap_export.checkpoint.sources import make_tensor
+from gap_export.cli import main as cli
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError
-from gap_export.plan import read_model
-from gap_export.sources import make_tensor
+from gap_export.pipeline.plan import read_model
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
 
@@ -313,7 +313,7 @@ def test_a_part_that_is_missing_is_named_with_its_role(tmp_path, monkeypatch):
 
 def test_a_published_config_is_read_without_the_librarys_advice(folders, tmp_path):
     """`rope_scaling` is deprecated for who writes configs; whoever exports can change nothing."""
-    script = "import sys; from gap_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from gap_export.cli.main import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", script, folders["original"], "--dry-run", "--set", TEMPLATE],
         capture_output=True,

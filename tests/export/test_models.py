@@ -28,17 +28,17 @@ from transformers import (
     LlavaNextImageProcessorPil,
 )
 
+from gap_export.checkpoint.sources import make_tensor
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError
-from gap_export.plan import ExportRequest, plan_export, read_model
-from gap_export.sources import make_tensor
-from gap_export.weights import strip_stage
+from gap_export.pipeline.plan import ExportRequest, plan_export, read_model
+from gap_export.weights.plan import strip_stage
 from gap_runtime import Bundle, Grounder
+from gap_runtime.bundle.hashes import hash_file
+from gap_runtime.bundle.manifest import TEXT
 from gap_runtime.errors import ConfigError, GapError, UnknownNameError
-from gap_runtime.hashes import hash_file
-from gap_runtime.image import find_bucket, fitting_size, make_pixels
-from gap_runtime.manifest import TEXT
-from gap_runtime.prompt import PromptEncoder
+from gap_runtime.grounding.prompt import PromptEncoder
+from gap_runtime.pictures.load import find_bucket, fitting_size, make_pixels
 
 CLIP_FAMILIES = tuple(name for name in FAMILIES if name != "minigpt-v2")
 SIZES = ((90, 61), (61, 90), (70, 70), (200, 31), (33, 150), (2, 3))

@@ -7,8 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gap_export.dialects import native, portable
 from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
-from gap_export.onnx_rules import prove_graph
-from gap_runtime.tensors import TensorSpec
+from gap_export.tracing.proof import prove_graph
+from gap_runtime.bundle.tensors import TensorSpec
 
 FLOAT = TensorProto.FLOAT
 WIDTH = 4

@@ -17,19 +17,26 @@ from packing import pack_checkpoint, set_quantization
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from gap_export.checkpoint import open_checkpoint
+from gap_export.checkpoint.index import open_checkpoint
+from gap_export.checkpoint.sources import make_tensor
 from gap_export.config import load_config
-from gap_export.eager.files import load_tensors
 from gap_export.errors import CheckpointError, ExportError
-from gap_export.estimate import estimate
-from gap_export.pipeline import export
-from gap_export.plan import ExportRequest, plan_export
-from gap_export.quantization import ORDER, SCALES, VALUES, ZEROS, packed_scheme, quantize_sources
-from gap_export.sources import make_tensor
+from gap_export.pipeline.estimate import estimate
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.run import export
+from gap_export.quantization.graph import (
+    ORDER,
+    SCALES,
+    VALUES,
+    ZEROS,
+    packed_scheme,
+    quantize_sources,
+)
+from gap_export.reference.files import load_tensors
 from gap_runtime import Bundle
+from gap_runtime.bundle.tensors import count_bytes
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError
-from gap_runtime.tensors import count_bytes
 
 FORMATS = {
     "awq": {"method": "awq"},

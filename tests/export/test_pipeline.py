@@ -20,14 +20,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlavaForConditionalGeneration
 
-from gap_export import cli, pipeline, stages
+from gap_export.cli import main as cli
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError, GraphError
-from gap_export.plan import ExportRequest, plan_export
-from gap_export.stages import Graphs, trace_decoder
+from gap_export.pipeline import run as pipeline
+from gap_export.pipeline import stages
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.stages import Graphs, trace_decoder
+from gap_runtime.bundle.hashes import hash_bytes
+from gap_runtime.bundle.manifest import read_manifest
 from gap_runtime.errors import CheckError, ConfigError, GapError
-from gap_runtime.hashes import hash_bytes
-from gap_runtime.manifest import read_manifest
 
 # The tiny checkpoint: 5x5 patches, so that 0.5 keeps 13 (rounded half up) and 0.75 keeps 6.
 PATCHES, WIDTH, VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM = 25, 64, 416, 2, 2, 16
@@ -682,7 +684,7 @@ def test_the_partial_folder_of_a_living_export_is_left_alone(
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(
     tiny_llava, tmp_path, make_plan, run_export
 ):
-    script = "import sys; from gap_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from gap_export.cli.main import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [
             *(sys.executable, "-c", script, str(tiny_llava), "--no-reference"),

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gap_export import reference
 from gap_export.config import EXTRA_RULES, POSITION_MODES, PruneConfig
-from gap_export.features import Geometry, Kept
 from gap_export.graph.positions import keeps_raster_order, place_tokens
 from gap_export.graph.vision import PruneStage
-from gap_runtime.layout import TokenLayout
+from gap_export.interfaces.features import Geometry, Kept
+from gap_export.reference import answers as reference
+from gap_runtime.bundle.layout import TokenLayout
 
 GAP_TABLE = {
     # mode: patches by visual slot, position IDs; 2 before, 4 patches, 3 after, order 3 then 1

@@ -9,9 +9,10 @@ import checkpoints
 import psutil
 import pytest
 
-from gap_export import machine, pipeline, preflight
 from gap_export.errors import CheckpointError, ExportError
-from gap_export.plan import HEAD
+from gap_export.pipeline import machine, preflight
+from gap_export.pipeline import run as pipeline
+from gap_export.pipeline.plan import HEAD
 from gap_runtime.display import Display
 
 MIB = 2**20

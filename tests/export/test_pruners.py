@@ -22,12 +22,12 @@ from gap_export.blocks.clip import ClipTower, resolve_layer
 from gap_export.config import PruneConfig
 from gap_export.dialects import native
 from gap_export.errors import CheckpointError
-from gap_export.features import EagerVision, Feature, Geometry, VisionFeatures
-from gap_export.onnx_rules import prove_graph
-from gap_export.tracing import trace
-from gap_runtime.check import is_near_tie
+from gap_export.interfaces.features import EagerVision, Feature, Geometry, VisionFeatures
+from gap_export.tracing.proof import prove_graph
+from gap_export.tracing.trace import trace
+from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.grounding.check import is_near_tie
 from gap_runtime.registry import list_plugins
-from gap_runtime.tensors import TensorSpec
 
 PRUNERS = sorted(list_plugins("gap_export.pruners"))
 HEADS, WIDTH = 3, 12

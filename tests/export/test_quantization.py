@@ -9,10 +9,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from gap_export.checkpoint.sources import TensorSource, make_tensor
 from gap_export.config import load_config
-from gap_export.family import InputStatistics, SmoothingGroup
-from gap_export.plan import ExportRequest, plan_export
-from gap_export.quantization import (
+from gap_export.interfaces.family import InputStatistics, SmoothingGroup
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.quantization.awq import smooth_model
+from gap_export.quantization.graph import (
     SCALES,
     VALUES,
     Scheme,
@@ -21,8 +23,6 @@ from gap_export.quantization import (
     quantize_sources,
     round_weight,
 )
-from gap_export.smoothing import smooth_model
-from gap_export.sources import TensorSource, make_tensor
 from gap_runtime.errors import ConfigError
 
 INT8, INT4 = Scheme(dtype="int8", block=None), Scheme(dtype="int4", block=32)

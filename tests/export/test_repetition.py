@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from families import find_family
 
-from gap_export import stages
+from gap_export.pipeline import stages
 
 LAYERS = 4
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gap_export import source_reader
-from gap_export.checkpoint import open_checkpoint
+from gap_export.checkpoint.index import open_checkpoint
+from gap_export.checkpoint.sources import stored
 from gap_export.errors import ExportError
-from gap_export.source_reader import SourceReader
-from gap_export.sources import stored
-from gap_runtime.hashes import hash_bytes
+from gap_export.weights import read as source_reader
+from gap_export.weights.read import SourceReader
+from gap_runtime.bundle.hashes import hash_bytes
 
 
 class Placed:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gap_export.checkpoint import open_checkpoint
+from gap_export.checkpoint.index import open_checkpoint
+from gap_export.checkpoint.sources import expected_shapes, match_tensors, require_shape, stored
 from gap_export.errors import CheckpointError
-from gap_export.sources import expected_shapes, match_tensors, require_shape, stored
 
 EXPECTED = {"embed": (11, 4), "weight": (5, 4), "bias": (5,)}
 

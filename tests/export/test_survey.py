@@ -13,9 +13,9 @@ from family_truth import find_truth
 from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from gap_export import cli
+from gap_export.cli import main as cli
 from gap_export.config import EXTRA_RULES, POSITION_MODES, package_data
-from gap_runtime.layout import count_kept
+from gap_runtime.bundle.layout import count_kept
 from gap_runtime.registry import list_plugins
 
 PRUNERS = sorted(list_plugins("gap_export.pruners"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gap_export.dialects import native
-from gap_export.tracing import join, trace
-from gap_runtime.tensors import TensorSpec
+from gap_export.tracing.trace import join, trace
+from gap_runtime.bundle.tensors import TensorSpec
 
 
 def spec(name, *shape, dtype="float32"):

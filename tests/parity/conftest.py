@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from families import shared_graphs
 
-from gap_export import cli
+from gap_export.cli import main as cli
 from gap_export.config import load_config
-from gap_export.pipeline import export
-from gap_export.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.run import export
 from gap_runtime.display import Display
 
 

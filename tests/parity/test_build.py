@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 
 from benchmarks import checkpoints
 from gap_runtime import Bundle
-from gap_runtime.bundle import describe_file
-from gap_runtime.cli import main
-from gap_runtime.engines import read_engine_record
+from gap_runtime.bundle.bundle import describe_file
+from gap_runtime.bundle.engines import read_engine_record
+from gap_runtime.cli.main import main
 from gap_runtime.errors import EngineError, GapError
 
 PRUNERS = ("cls_attention", "divprune", "trim")
@@ -204,7 +204,7 @@ def test_float32_attention_says_what_to_do(tmp_path_factory, tmp_path):
 def test_llava_at_its_true_widths(tmp_path, monkeypatch):
     """Two layers of LLaVA-1.5-7B's decoder and tower, all other sizes the real ones."""
     from gap_export.config import load_config
-    from gap_export.plan import ExportRequest, plan_export
+    from gap_export.pipeline.plan import ExportRequest, plan_export
 
     true = checkpoints.vision_config
     monkeypatch.setattr(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from engines import build
 
-from gap_export.dialect import Rows
 from gap_export.dialects import native, portable
+from gap_export.interfaces.dialect import Rows
 from gap_runtime import Bundle, Grounder
-from gap_runtime.check import check_bundle
-from gap_runtime.image import load_picture
+from gap_runtime.grounding.check import check_bundle
+from gap_runtime.pictures.load import load_picture
 
 
 @pytest.fixture(scope="module")

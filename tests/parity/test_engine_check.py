@@ -12,8 +12,8 @@ import pytest
 from engines import load_fakes
 
 from gap_runtime import Bundle
-from gap_runtime.check import check_bundle
-from gap_runtime.cli import main
+from gap_runtime.cli.main import main
+from gap_runtime.grounding.check import check_bundle
 
 fakes = load_fakes()
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gap_export import cli as exporter
-from gap_runtime import cli as runtime
-from gap_runtime.rec.results import read_answers
+from gap_export.cli import main as exporter
+from gap_runtime.cli import main as runtime
+from gap_runtime.evaluation.results import read_answers
 
 DATA = ("--data", "refshapes:val")
 

@@ -8,7 +8,7 @@ from masked_llava import MaskedLlava
 from PIL import Image
 
 from gap_runtime import Bundle, Grounder
-from gap_runtime.decode import splice_prompt
+from gap_runtime.grounding.decode import splice_prompt
 
 STEPS = 5
 SHAPES = {

@@ -4,9 +4,9 @@ import onnx
 import pytest
 
 from gap_runtime import Bundle, Grounder
-from gap_runtime.check import check_bundle
 from gap_runtime.errors import EngineError
-from gap_runtime.refshapes import draw_scene
+from gap_runtime.evaluation.refshapes import draw_scene
+from gap_runtime.grounding.check import check_bundle
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from gap_export.blocks.hub import FRACTION_BOX
-from gap_export.tokenizer import read_tokenizer
+from gap_export.blocks.hf_config import FRACTION_BOX
+from gap_export.checkpoint.tokenizer import read_tokenizer
+from gap_runtime.bundle.manifest import Bucket, Preprocess, Prompt
 from gap_runtime.errors import InputError
-from gap_runtime.image import make_pixels, to_rgb
-from gap_runtime.manifest import Bucket, Preprocess, Prompt
-from gap_runtime.prompt import PromptEncoder, load_tokenizer
+from gap_runtime.grounding.prompt import PromptEncoder, load_tokenizer
+from gap_runtime.pictures.load import make_pixels, to_rgb
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "refshapes" / "checkpoint"
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -13,15 +13,15 @@ from families import export as export_plan
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from gap_export.cli import main
+from gap_export.cli.main import main
 from gap_export.config import package_data
 from gap_export.errors import ExportError
-from gap_export.quantization import VALUES
+from gap_export.quantization.graph import VALUES
 from gap_runtime import Bundle, Grounder
-from gap_runtime.boxes import Box, iou
-from gap_runtime.check import check_bundle
 from gap_runtime.errors import CheckError
-from gap_runtime.refshapes import draw_scene
+from gap_runtime.evaluation.refshapes import draw_scene
+from gap_runtime.grounding.check import check_bundle
+from gap_runtime.pictures.boxes import Box, iou
 
 CHECKPOINT = package_data("refshapes") / "checkpoint"
 SCENES = 30

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gap_export import cli as export_cli
-from gap_runtime import cli as runtime_cli
-from gap_runtime import command as runtime_command
-from gap_runtime.bundle import Bundle
+from gap_export.cli import main as export_cli
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.cli import main as runtime_cli
+from gap_runtime.cli import options as runtime_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from gap_export.config import load_config
-from gap_export.plan import ExportRequest, plan_export
-from gap_export.reference import answer_eagerly, ask
+from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.reference.answers import answer_eagerly, ask
 from gap_runtime import Bundle, Grounder
-from gap_runtime.boxes import Box, iou
-from gap_runtime.check import check_bundle
-from gap_runtime.cli import main
-from gap_runtime.refshapes import draw_scene
+from gap_runtime.cli.main import main
+from gap_runtime.evaluation.refshapes import draw_scene
+from gap_runtime.grounding.check import check_bundle
+from gap_runtime.pictures.boxes import Box, iou
 
 EXPRESSIONS = 120
 

@@ -6,9 +6,9 @@ import re
 import browser
 import pytest
 
-from gap_export.report.plots import Line, draw_key, plot_accuracy, plot_bars
-from gap_export.report.tables import read_published
-from gap_runtime import cli as runtime
+from gap_export.analysis.report.plots import Line, draw_key, plot_accuracy, plot_bars
+from gap_export.analysis.report.tables import read_published
+from gap_runtime.cli import main as runtime
 
 SECTIONS = {"accuracy", "paper", "cost", "parity", "tests", "gallery", "made"}
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from families import FAMILIES, find_family, shared_graphs
 
-from gap_export import pipeline, preflight
-from gap_export.cli import main
+from gap_export.cli.main import main
 from gap_export.config import package_data
-from gap_export.eager import streamed
+from gap_export.pipeline import preflight
+from gap_export.pipeline import run as pipeline
+from gap_export.reference import streamed
 from gap_runtime.display import Display
 
 ALL = 2**40

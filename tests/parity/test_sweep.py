@@ -13,9 +13,9 @@ from pathlib import Path
 import families
 import pytest
 
-from gap_export import cli
-from gap_export.sweep import share_files
-from gap_runtime.bundle import Bundle
+from gap_export.analysis.sweep import share_files
+from gap_export.cli import main as cli
+from gap_runtime.bundle.bundle import Bundle
 
 VARIANTS = ["cls_attention-compact", "cls_attention-gap", "unpruned"]
 
@@ -166,7 +166,7 @@ def test_all_pruners_are_those_that_the_model_can_serve(tmp_path, monkeypatch, c
     """Planned only; without CLIP, those that read the phrase are left out and named."""
     import huggingface_hub
 
-    from gap_export import sweep as module
+    from gap_export.analysis import sweep as module
 
     class Planned(Exception):  # noqa: N818 - no error
         pass

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gap_runtime import grounder
-from gap_runtime.bundle import describe_file
-from gap_runtime.manifest import (
+from gap_runtime.bundle.bundle import describe_file
+from gap_runtime.bundle.manifest import (
     SCHEMA,
     BoxFormat,
     Bucket,
@@ -27,8 +26,9 @@ from gap_runtime.manifest import (
     Source,
     Stage,
 )
-from gap_runtime.target import load_target
-from gap_runtime.tensors import StoredTensor, TensorSpec
+from gap_runtime.bundle.tensors import StoredTensor, TensorSpec
+from gap_runtime.grounding import grounder
+from gap_runtime.machines.target import load_target
 
 BOX_WORD = "[0.25,0.25,0.75,0.50]"
 WORDS = (

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_runtime import anyres, image
-from gap_runtime.anyres import (
+from gap_runtime.errors import InputError
+from gap_runtime.pictures import anyres
+from gap_runtime.pictures import load as image
+from gap_runtime.pictures.anyres import (
     choose_canvas,
     count_tokens,
     make_views,
@@ -13,7 +15,6 @@ from gap_runtime.anyres import (
     mosaic_index,
     newline_index,
 )
-from gap_runtime.errors import InputError
 
 # Hugging Face's order, which breaks ties; its own list says (height, width).
 CANVASES = ((672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336))

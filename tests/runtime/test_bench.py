@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from gap_runtime.bench import bench_bundle
-from gap_runtime.bundle import Bundle
-from gap_runtime.cli import main
-from gap_runtime.grounder import Grounder
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.cli.main import main
+from gap_runtime.grounding.bench import bench_bundle
+from gap_runtime.grounding.grounder import Grounder
 
 BOX_TOKEN = 11
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from gap_runtime.boxes import Box, clip_box, iou, parse_boxes
 from gap_runtime.errors import BundleError
+from gap_runtime.pictures.boxes import Box, clip_box, iou, parse_boxes
 
 
 def box(x0, y0, x1, y1):

@@ -7,11 +7,11 @@ import struct
 import numpy as np
 import pytest
 
-from gap_runtime import bundle as bundle_module
-from gap_runtime.bundle import Bundle, embedding_rows
+from gap_runtime.bundle import bundle as bundle_module
+from gap_runtime.bundle.bundle import Bundle, embedding_rows
+from gap_runtime.bundle.manifest import SCHEMA, read_manifest
+from gap_runtime.bundle.tensors import StoredTensor
 from gap_runtime.errors import BundleError, ConfigError, HashError, SchemaError
-from gap_runtime.manifest import SCHEMA, read_manifest
-from gap_runtime.tensors import StoredTensor
 
 
 def test_a_whole_bundle_opens(make_bundle):
@@ -431,7 +431,7 @@ def test_large_files_are_hashed_only_when_asked_for(make_bundle, monkeypatch):
     folder = make_bundle()
     path = folder / "weights.bin"
     path.write_bytes(bytes(path.stat().st_size))
-    monkeypatch.setattr("gap_runtime.bundle._SMALL_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr("gap_runtime.bundle.bundle._SMALL_BYTES", path.stat().st_size - 1)
     (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     assert Bundle.open(folder).folder == folder
     with pytest.raises(HashError, match=r"weights\.bin"):

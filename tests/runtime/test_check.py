@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_runtime.boxes import Box
-from gap_runtime.bundle import Bundle
-from gap_runtime.check import (
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.manifest import Reference, ReferenceSample
+from gap_runtime.cli.main import main
+from gap_runtime.errors import CheckError
+from gap_runtime.grounding.check import (
     TOLERANCES,
     Tolerance,
     check_bundle,
@@ -19,12 +21,10 @@ from gap_runtime.check import (
     is_near_tie,
     match_boxes,
 )
-from gap_runtime.cli import main
-from gap_runtime.decode import Decoded
-from gap_runtime.errors import CheckError
-from gap_runtime.grounder import StageValues
-from gap_runtime.image import make_pixels
-from gap_runtime.manifest import Reference, ReferenceSample
+from gap_runtime.grounding.decode import Decoded
+from gap_runtime.grounding.grounder import StageValues
+from gap_runtime.pictures.boxes import Box
+from gap_runtime.pictures.load import make_pixels
 
 TOLERANCE = Tolerance(pixels=1e-5, visual=1e-3, logits=1e-3, near_tie=1e-4, iou=0.9)
 STRICT = dataclasses.replace(TOLERANCE, iou=None)

@@ -6,12 +6,12 @@ import math
 import pytest
 from PIL import Image
 
-from gap_runtime.boxes import Box
-from gap_runtime.bundle import Bundle
-from gap_runtime.check import CheckReport, CheckRow, Compared
-from gap_runtime.check_page import make_check_page
+from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.errors import InputError
-from gap_runtime.page import encode_picture, make_page, make_table, write_page
+from gap_runtime.grounding.check import CheckReport, CheckRow, Compared
+from gap_runtime.pictures.boxes import Box
+from gap_runtime.report.check_page import make_check_page
+from gap_runtime.report.page import encode_picture, make_page, make_table, write_page
 
 GOOD = CheckRow(
     ratio=0.5,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gap_runtime import __version__
-from gap_runtime.cli import main
+from gap_runtime.cli.main import main
 
 
 @pytest.fixture
@@ -321,9 +321,9 @@ def test_version(capsys):
 def test_import_and_help_load_no_library():
     code = """
 import sys
-import gap_runtime.cli
+import gap_runtime.cli.main
 try:
-    gap_runtime.cli.main(["--help"])
+    gap_runtime.cli.main.main(["--help"])
 except SystemExit:
     pass
 heavy = {"numpy", "PIL", "tokenizers", "rich", "onnxruntime"}
@@ -336,7 +336,7 @@ print("loaded:", sorted(heavy & set(sys.modules)))
 
 
 def test_exit_code_reaches_the_shell(tmp_path):
-    code = "import sys; from gap_runtime.cli import main; sys.exit(main())"
+    code = "import sys; from gap_runtime.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "info", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4
@@ -345,7 +345,7 @@ def test_exit_code_reaches_the_shell(tmp_path):
 
 
 def test_reader_that_has_gone_is_no_traceback(make_bundle):
-    code = "import sys; from gap_runtime.cli import main; sys.exit(main())"
+    code = "import sys; from gap_runtime.cli.main import main; sys.exit(main())"
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -365,6 +365,6 @@ def test_interrupt_ends_without_a_traceback(make_bundle, monkeypatch, capsys):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gap_runtime.bundle.Bundle.open", interrupt)
+    monkeypatch.setattr("gap_runtime.bundle.bundle.Bundle.open", interrupt)
     assert main(["info", str(make_bundle())]) == 130
     assert capsys.readouterr().err == "stopped\n"

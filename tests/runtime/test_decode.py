@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gap_runtime.decode import decode_greedily, splice_prompt
+from gap_runtime.grounding.decode import decode_greedily, splice_prompt
 
 STOP = 9
 TABLE = np.arange(20, dtype=np.float32).reshape(10, 2)

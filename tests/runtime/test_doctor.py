@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from gap_runtime import machine as facts
-from gap_runtime.cli import main
-from gap_runtime.machine import Gpu, Jetson, Machine
-from gap_runtime.target import list_targets, load_target
+from gap_runtime.cli.main import main
+from gap_runtime.machines import survey as facts
+from gap_runtime.machines.survey import Gpu, Jetson, Machine
+from gap_runtime.machines.target import list_targets, load_target
 
 SMI = """\
 Fri Nov 20 10:11:12 2026

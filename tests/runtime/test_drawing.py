@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_runtime.boxes import Box
-from gap_runtime.drawing import BOX_COLOUR, draw_grounding, draw_panels
 from gap_runtime.errors import InputError
+from gap_runtime.pictures.boxes import Box
+from gap_runtime.pictures.drawing import BOX_COLOUR, draw_grounding, draw_panels
 
 GREY = (200, 200, 200)
 # 170/255 of the shade (16, 18, 28) over grey 200.

@@ -9,19 +9,19 @@ import time
 
 import pytest
 
-from gap_runtime.build_script import make_build_script
-from gap_runtime.bundle import Bundle
-from gap_runtime.cli import main
-from gap_runtime.engines import (
+from gap_runtime.backends.tensorrt.build_script import make_build_script
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.engines import (
     estimate_build,
     identify_weights,
     list_profiles,
     read_engine_record,
 )
+from gap_runtime.bundle.onnx_file import read_onnx
+from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.cli.main import main
 from gap_runtime.errors import BundleError
-from gap_runtime.onnx_file import read_onnx
-from gap_runtime.target import load_target
-from gap_runtime.tensors import TensorSpec
+from gap_runtime.machines.target import load_target
 
 WEIGHTS = b"\x01\x02" * 500
 STAGES = ("vision-8", "vision-4", "decoder")
@@ -226,7 +226,7 @@ def test_a_changed_graph_builds_again(write_bundle, install, build, edit_manifes
 
 
 def describe_all(bundle):
-    from gap_runtime.bundle import describe_file
+    from gap_runtime.bundle.bundle import describe_file
 
     entries = {name: describe_file(bundle.folder / name) for name in bundle.manifest.files}
     return {name: {"size": e.size, "blake3": e.blake3} for name, e in entries.items()}
@@ -309,7 +309,7 @@ def test_too_little_disk(write_bundle, install, build, monkeypatch):
 def test_too_little_memory(write_bundle, install, build, monkeypatch):
     bundle = write_bundle()
     install(bundle)
-    monkeypatch.setattr("gap_runtime.engines.find_free_memory", lambda: 10**8)
+    monkeypatch.setattr("gap_runtime.bundle.engines.find_free_memory", lambda: 10**8)
     done = build(bundle)
     assert refused(done, "engine", "100.0 MB of memory free", "needs about 536.9 MB") == 5
     monkeypatch.undo()

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from gap_runtime import grounder
 from gap_runtime.backends import tensorrt as backend
-from gap_runtime.bundle import Bundle
-from gap_runtime.cli import main
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.cli.main import main
 from gap_runtime.errors import EngineError
-from gap_runtime.target import load_target
-from gap_runtime.tensors import TensorSpec
+from gap_runtime.grounding import grounder
+from gap_runtime.machines.target import load_target
 
 CAPACITY = 21
 

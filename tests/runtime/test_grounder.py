@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_runtime.bundle import Bundle
+from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.errors import BundleError, ConfigError, InputError
-from gap_runtime.grounder import Grounder
+from gap_runtime.grounding.grounder import Grounder
 
 BOX_TOKEN = 11
 SQUARE = Image.new("RGB", (40, 40), (200, 100, 50))

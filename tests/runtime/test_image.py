@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_runtime import image
-from gap_runtime.anyres import choose_canvas, mosaic_grid, newline_index
+from gap_runtime.bundle.manifest import Bucket, Preprocess
 from gap_runtime.errors import BundleError, GapError, InputError
-from gap_runtime.image import (
+from gap_runtime.pictures import load as image
+from gap_runtime.pictures.anyres import choose_canvas, mosaic_grid, newline_index
+from gap_runtime.pictures.load import (
     find_bucket,
     fitting_size,
     load_picture,
@@ -19,7 +20,6 @@ from gap_runtime.image import (
     pad_to_square,
     to_rgb,
 )
-from gap_runtime.manifest import Bucket, Preprocess
 
 ONE = Bucket(name="", canvas=None, grids=((2, 2),), strip=1, fixed=())
 

@@ -40,8 +40,12 @@ def test_every_module_imports_with_the_workstations_libraries_masked():
     folder = Path(gap_runtime.__file__).parent
     stems = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert found >= {f"gap_runtime.{stem}" for stem in stems}
-    assert "gap_runtime.backends.onnxruntime" in found
-    assert {"gap_runtime.cli", "gap_runtime.grounder", "gap_runtime.check"} <= found
+    assert "gap_runtime.backends.onnxruntime.session" in found
+    assert {
+        "gap_runtime.cli.main",
+        "gap_runtime.grounding.grounder",
+        "gap_runtime.grounding.check",
+    } <= found
 
 
 def test_the_mask_works():
@@ -68,8 +72,8 @@ except BackendMissingError as error:
 def test_public_names_are_those_of_their_modules():
     for name in gap_runtime.__all__:
         assert getattr(gap_runtime, name) is not None
-    assert gap_runtime.Bundle.__module__ == "gap_runtime.bundle"
-    assert gap_runtime.Grounder.__module__ == "gap_runtime.grounder"
+    assert gap_runtime.Bundle.__module__ == "gap_runtime.bundle.bundle"
+    assert gap_runtime.Grounder.__module__ == "gap_runtime.grounding.grounder"
     assert not hasattr(gap_runtime, "Exporter")
 
 

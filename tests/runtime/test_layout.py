@@ -2,8 +2,8 @@
 
 import pytest
 
+from gap_runtime.bundle.layout import TokenLayout, count_kept
 from gap_runtime.errors import ConfigError
-from gap_runtime.layout import TokenLayout, count_kept
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from tokenizers import (
     processors,
 )
 
+from gap_runtime.bundle.manifest import PhraseInput
 from gap_runtime.errors import BundleError, InputError
-from gap_runtime.manifest import PhraseInput
-from gap_runtime.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
+from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
 
 
 @pytest.fixture

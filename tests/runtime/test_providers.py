@@ -12,13 +12,13 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from gap_runtime import providers
 from gap_runtime.backends import onnxruntime as backend
-from gap_runtime.bundle import Bundle
+from gap_runtime.backends.onnxruntime import providers
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.manifest import DECODER, VISION
+from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, ConfigError, EngineError
-from gap_runtime.manifest import DECODER, VISION
-from gap_runtime.target import load_target
-from gap_runtime.tensors import TensorSpec
+from gap_runtime.machines.target import load_target
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT, RTX = "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from gap_runtime.errors import ConfigError, GapError, InputError, UnknownNameError
-from gap_runtime.rec import data as data_module
-from gap_runtime.rec.data import open_data
-from gap_runtime.rec.splits import compare_counts
-from gap_runtime.refshapes import draw_scene
+from gap_runtime.evaluation import data as data_module
+from gap_runtime.evaluation.data import open_data
+from gap_runtime.evaluation.refshapes import draw_scene
+from gap_runtime.evaluation.splits import compare_counts
 
 COCO = "COCO_train2014_000000581857.jpg"
 SIZE = (40, 30)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from gap_runtime.errors import UnknownNameError
-from gap_runtime.rec.protocol import (
+from gap_runtime.evaluation.protocol import (
     judge_singles,
     list_protocols,
     load_protocol,
     round_singles,
 )
-from gap_runtime.rec.protocols.internvl import find_parts
-from gap_runtime.rec.protocols.shikra import pad_box
+from gap_runtime.evaluation.protocols.internvl import find_parts
+from gap_runtime.evaluation.protocols.shikra import pad_box
 
 # A wide picture: padded to a square of 200, it lies 50 pixels below the top.
 SIZE = (200, 100)

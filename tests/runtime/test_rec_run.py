@@ -9,14 +9,14 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from gap_runtime import cli
+from gap_runtime.cli import main as cli
 from gap_runtime.display import Display, Pace, format_seconds
 from gap_runtime.errors import ConfigError, EngineError, InputError
-from gap_runtime.rec.answer import Answer, BundleAnswerer
-from gap_runtime.rec.data import open_data
-from gap_runtime.rec.results import Header, Subject, read_answers
-from gap_runtime.rec.run import describe_data, evaluate
-from gap_runtime.rec.spread import RayCluster
+from gap_runtime.evaluation.answer import Answer, BundleAnswerer
+from gap_runtime.evaluation.data import open_data
+from gap_runtime.evaluation.results import Header, Subject, read_answers
+from gap_runtime.evaluation.run import describe_data, evaluate
+from gap_runtime.evaluation.spread import RayCluster
 
 SUBJECT = Subject(
     name="fake", sha256="0", engine="here", strategy="none", positions="gap", dtype="float32"
@@ -123,7 +123,7 @@ def test_going_on_asks_what_is_missing(mine, header, tmp_path):
 
 
 def test_a_decompression_bomb_is_a_bad_picture(tmp_path, header, monkeypatch):
-    from gap_runtime import image
+    from gap_runtime.pictures import load as image
 
     monkeypatch.setattr(image, "MAX_PIXELS", 150)
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gap_runtime.errors import ConfigError, InputError
-from gap_runtime.rec.protocol import load_protocol
-from gap_runtime.rec.results import (
+from gap_runtime.evaluation.protocol import load_protocol
+from gap_runtime.evaluation.results import (
     Answers,
     AnswerWriter,
     DataFacts,
@@ -19,7 +19,7 @@ from gap_runtime.rec.results import (
     dump_row,
     read_answers,
 )
-from gap_runtime.rec.score import compare_rows, mcnemar_p, score_rows, wilson_interval
+from gap_runtime.evaluation.score import compare_rows, mcnemar_p, score_rows, wilson_interval
 
 OURS = load_protocol("ours")
 

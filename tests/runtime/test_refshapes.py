@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from gap_runtime.refshapes import COLOURS, SHAPES, SIDE, SPLITS, Shape, _draw_shape, draw_scene
+from gap_runtime.evaluation.refshapes import (
+    COLOURS,
+    SHAPES,
+    SIDE,
+    SPLITS,
+    Shape,
+    _draw_shape,
+    draw_scene,
+)
 
 SCENES = 300
 # Colours are shifted by up to 12, then noise of up to 16 is added.

@@ -1,7 +1,7 @@
 """Are the exported files still the same, byte by byte? For whoever rebuilds the exporter.
 
-    python tests/tools/same_bytes.py record BEFORE.json      # before the change
-    python tests/tools/same_bytes.py compare BEFORE.json     # after it; exit code 1 if a file differs
+    python tests/tools/same_bytes.py record BEFORE.json
+    python tests/tools/same_bytes.py compare BEFORE.json     # exit code 1 if a file differs
 
 Exports the small random checkpoint of every family for each target and precision with the
 command itself, and writes the BLAKE3 of each file of each bundle. `export.json` is left out: it
@@ -50,7 +50,7 @@ class _Folders:
 
 def export_hashes(case: FamilyCase, target: str, precision: str, out: Path) -> dict[str, str]:
     """BLAKE3 of every file of one bundle."""
-    from gap_export.cli import main
+    from gap_export.cli.main import main
 
     arguments = [
         case.model,

@@ -1,1 +1,52 @@
-"""Backends, one file each; every module here fits gap_runtime.session.Backend."""
+"""What a backend gives: loaded stages that can be run. Knows no library."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.engines import BuildReport, BuildRequest
+from gap_runtime.bundle.manifest import Stage
+from gap_runtime.display import Display
+
+
+class StageSession(Protocol):
+    """A loaded vision or text graph."""
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for the stage's inputs by name."""
+
+
+class DecoderSession(Protocol):
+    """A loaded decoder graph and its KV cache, which lives on the device."""
+
+    def run(
+        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+    ) -> np.ndarray:
+        """Logits float32 [V] of one row; the rows' keys and values go into the cache.
+
+        Args:
+            embeddings: float32 [1, S, D].
+            position_ids: int64 [1, S].
+            write_slot: Slot of the cache that row 0 is written to; the others follow.
+            logits_row: Row whose logits are wanted.
+        """
+
+
+class Backend(Protocol):
+    """A module in gap_runtime.backends."""
+
+    def open_stage(self, bundle: Bundle, stage: Stage, device: str) -> StageSession:
+        """Load a vision or text graph; `device` is what the backend's name has after a colon."""
+
+    def open_decoder(self, bundle: Bundle, stage: Stage, device: str) -> DecoderSession:
+        """Load the decoder graph and make an empty cache."""
+
+
+class Builder(Protocol):
+    """A backend that compiles stages before it runs them."""
+
+    def build(self, bundle: Bundle, request: BuildRequest, display: Display) -> BuildReport:
+        """Make the engines that are missing or stale, keep those that are good."""

@@ -1,0 +1,1 @@
+"""Questions about models and finished exports: accuracy, positions, counts, the report."""

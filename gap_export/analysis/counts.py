@@ -1,0 +1,151 @@
+"""A fixed count in place of an adaptive rule: what `gap-export calibrate` proposes.
+
+Graphs are static, so a method that keeps another number of tokens of every picture needs one
+number. The published rule is run on the user's own pictures; its counts are what to choose from.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from PIL import Image
+
+from gap_export.interfaces.features import AdaptivePruner
+from gap_export.pipeline.plan import ExportPlan
+from gap_export.pipeline.preflight import load_reference
+from gap_export.reference.answers import ask
+from gap_export.reference.samples import SAMPLES_FILE, Sample, read_samples
+from gap_runtime.bundle.layout import count_kept
+from gap_runtime.display import Display
+from gap_runtime.errors import ConfigError, InputError
+from gap_runtime.pictures.load import find_bucket, load_picture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketCounts:
+    """What the rule kept of the pictures of one bucket, and the ratios that keep as many."""
+
+    bucket: str
+    patches: int
+    pictures: int
+    least: int
+    mean: float
+    ninth_decile: float
+    most: int
+    ratio_of_mean: float
+    ratio_of_ninth_decile: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Counts by bucket. `skipped` are pictures that could not be used, with the reason."""
+
+    pruner: str
+    buckets: tuple[BucketCounts, ...]
+    skipped: tuple[str, ...]
+
+
+def calibrate(
+    plan: ExportPlan, folder: Path, phrase: str | None, display: Display | None = None
+) -> Calibration:
+    """Run a pruner's adaptive rule on the pictures of a folder.
+
+    Args:
+        plan: Of an export, which is not made.
+        folder: Pictures, or pictures and phrases in `samples.json`.
+        phrase: For pruners that read one, where the folder names none.
+        display: Says so where weights are read layer by layer.
+
+    Raises:
+        ConfigError: The pruner has no adaptive rule, or needs a phrase.
+        InputError: No picture of the folder can be used.
+    """
+    strategy = plan.request.named.config.prune.strategy
+    if not hasattr(plan.pruner, "count_adaptively"):
+        raise ConfigError(f"pruner '{strategy}' has no adaptive rule; choose a --ratio yourself")
+    pruner: AdaptivePruner = plan.pruner  # type: ignore[assignment]
+    samples = list(_read_folder(folder, phrase))
+    if plan.phrase is not None and not all(sample.phrase for sample in samples):
+        raise ConfigError(f"pruner '{strategy}' reads the phrase; give one with --phrase")
+    model = load_reference(plan, display)
+    counts: dict[str, list[int]] = {}
+    skipped = []
+    for sample in samples:
+        try:
+            picture = load_picture(sample.path)
+            bucket = find_bucket(picture.size, plan.spec.preprocess, plan.spec.buckets)
+        except InputError as error:
+            skipped.append(str(error))
+            continue
+        asked = ask(
+            model,
+            picture,
+            sample.phrase or "x",
+            bucket=bucket,
+            template=plan.prompt.template,
+            reads=plan.phrase,
+        )
+        found = max(1, pruner.count_adaptively(asked.vision)) + len(bucket.fixed)
+        counts.setdefault(bucket.name, []).append(found)
+    if not counts:
+        raise InputError(f"{folder}: none of {len(samples)} pictures can be used; {skipped[0]}")
+    buckets = {bucket.name: bucket.patches for bucket in plan.spec.buckets}
+    return Calibration(
+        pruner=strategy,
+        buckets=tuple(_summarize(name, buckets[name], found) for name, found in counts.items()),
+        skipped=tuple(skipped),
+    )
+
+
+def _read_folder(folder: Path, phrase: str | None) -> Iterable[Sample]:
+    """The samples of a folder, or every picture in it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if (folder / SAMPLES_FILE).is_file():
+        return read_samples(str(folder))
+    known = Image.registered_extensions()
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    if not paths:
+        raise InputError(f"{folder}: no pictures in it")
+    return [Sample(name=path.stem, path=path, phrase=phrase or "") for path in paths]
+
+
+def _summarize(name: str, patches: int, counts: list[int]) -> BucketCounts:
+    mean = statistics.fmean(counts)
+    decile = (
+        statistics.quantiles(counts, n=10, method="inclusive")[-1]
+        if len(counts) > 1
+        else float(counts[0])
+    )
+    return BucketCounts(
+        bucket=name,
+        patches=patches,
+        pictures=len(counts),
+        least=min(counts),
+        mean=mean,
+        ninth_decile=decile,
+        most=max(counts),
+        ratio_of_mean=ratio_for(patches, round(mean)),
+        ratio_of_ninth_decile=ratio_for(patches, min(round(decile), patches)),
+    )
+
+
+def ratio_for(patches: int, kept: int) -> float:
+    """The shortest ratio that keeps exactly that many of the visual tokens."""
+    exact = 1 - Decimal(kept) / Decimal(patches)
+    for digits in range(1, 17):
+        ratio = float(round(exact, digits))
+        if _keeps(patches, ratio, kept):
+            return ratio
+    raise AssertionError((patches, kept))
+
+
+def _keeps(patches: int, ratio: float, kept: int) -> bool:
+    try:
+        return count_kept(patches, ratio) == kept
+    except ConfigError:
+        return False

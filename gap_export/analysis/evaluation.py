@@ -1,0 +1,147 @@
+"""PyTorch as the one who answers an evaluation: the reference, asked like a bundle is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from PIL import Image
+
+from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan, ExportRequest, plan_export
+from gap_export.pipeline.preflight import load_reference
+from gap_export.reference.answers import Asked, answer_eagerly, ask
+from gap_runtime.bundle.manifest import Bucket, RatioEntry
+from gap_runtime.display import Display
+from gap_runtime.errors import ConfigError
+from gap_runtime.evaluation.answer import Answer
+from gap_runtime.evaluation.results import Subject
+from gap_runtime.grounding.prompt import PromptEncoder
+from gap_runtime.pictures.load import find_bucket
+from gap_runtime.records import dump_record
+
+ENGINE: Final = f"pytorch:{REFERENCE_DTYPE}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EagerView:
+    """A picture and, once it was asked about, what the tower gave of it.
+
+    `asked` holds the first question about it, and the time that took in milliseconds.
+    """
+
+    picture: Image.Image
+    bucket: Bucket
+    asked: list[tuple[Asked, float]] = field(default_factory=list)
+
+
+class EagerAnswerer:
+    """The checkpoint in PyTorch; fits gap_runtime.evaluation.answer.Answerer."""
+
+    def __init__(
+        self,
+        request: ExportRequest,
+        *,
+        threads: int | None = None,
+        display: Display | None = None,
+    ) -> None:
+        """Load the checkpoint.
+
+        Args:
+            request: Of an export, which is not made.
+            threads: Of PyTorch in this process; as many as it likes by default.
+            display: Says so where weights are read layer by layer.
+
+        Raises:
+            GapError: The checkpoint cannot be used, or its layers do not fit in memory.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._plan = plan_export(request)
+        if self._plan.tokenizer is None:
+            raise ConfigError(
+                f"{self._plan.spec.tokenizer}: no tokenizer in it, so it takes no phrase; add the "
+                "model's tokenizer"
+            )
+        self._encoder = PromptEncoder(self._plan.tokenizer, self._plan.prompt)
+        self._model = load_reference(self._plan, display)
+
+    def look(self, picture: Image.Image) -> EagerView:
+        """Find the picture's bucket."""
+        spec = self._plan.spec
+        return EagerView(
+            picture=picture, bucket=find_bucket(picture.size, spec.preprocess, spec.buckets)
+        )
+
+    def answer(self, view: EagerView, phrase: str, ratio: float) -> Answer:
+        """Ask; the tower runs once for all phrases and ratios of a picture."""
+        plan = self._plan
+        # The bundle's own rules say which phrases it would take.
+        self._encoder.encode_within(phrase, plan.layout)
+        began = time.perf_counter()
+        before = view.asked[0] if view.asked else None
+        asked = ask(
+            self._model,
+            view.picture,
+            phrase,
+            bucket=view.bucket,
+            template=plan.prompt.template,
+            reads=plan.phrase,
+            before=before[0] if before else None,
+        )
+        looked = time.perf_counter()
+        if before is None:
+            before = asked, (looked - began) * 1e3
+            view.asked.append(before)
+        given = answer_eagerly(
+            self._model,
+            asked,
+            entry=_find_entry(plan, view.bucket, ratio),
+            pruner=plan.pruner,
+            config=plan.request.named.config.prune,
+            most=plan.layout.answer,
+            stop_ids=plan.prompt.stop_ids,
+        )
+        decode_ms = (time.perf_counter() - looked) * 1e3
+        return Answer(
+            text=given.text,
+            token_ids=tuple(given.token_ids),
+            milliseconds={
+                "vision": before[1],
+                "decode": decode_ms,
+                "total": before[1] + decode_ms,
+            },
+        )
+
+
+def _find_entry(plan: ExportPlan, bucket: Bucket, ratio: float) -> RatioEntry:
+    return next(e for e in plan.entries if (e.ratio, e.bucket) == (ratio, bucket.name))
+
+
+def describe_plan(plan: ExportPlan) -> Subject:
+    """A checkpoint with the settings of an export as the subject of an evaluation."""
+    config = plan.request.named.config
+    files = sorted({tensor.file for source in plan.sources.values() for tensor in source.inputs})
+    facts = {
+        "index": plan.checkpoint.index_sha256,
+        # Not their bytes, which take long to read: another training has another time.
+        "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        "prune": {**dump_record(config.prune), "ratios": None},
+        "prompt": dump_record(plan.prompt),
+        "box": dump_record(plan.spec.box),
+        "answer": plan.layout.answer,
+        "suffix": plan.layout.suffix,
+        "buckets": dump_record(plan.spec.buckets),
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return Subject(
+        name=plan.request.named.name,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        engine=ENGINE,
+        strategy=config.prune.strategy,
+        positions=config.prune.positions,
+        dtype=REFERENCE_DTYPE,
+    )

@@ -1,0 +1,263 @@
+"""The figures of a sweep as flat rows, the same for the page, the CSV files and the JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from gap_export.analysis.sweep import UNPRUNED, Sweep, Swept
+from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.evaluation.protocol import load_protocol
+from gap_runtime.evaluation.results import Answers
+from gap_runtime.evaluation.score import Comparison, Score, compare_rows, score_rows
+from gap_runtime.records import dump_record, load_record
+
+EXPORTED: Final = "exported"
+PYTORCH: Final = "pytorch"
+MAIN_MODE: Final = "gap"
+STAGES: Final = ("preprocess", "vision", "prefill", "decode")
+_PUBLISHED: Final = Path(__file__).with_name("published.toml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A row of the paper's table, Acc@0.5 in percent."""
+
+    source: str
+    model: str
+    data: str
+    unpruned: float
+    pruned: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What a prompt costs at one ratio: the longest of all buckets.
+
+    `cache_bytes` is the KV cache that an export at this ratio alone would have.
+    """
+
+    kept: int
+    patches: int
+    extra: int
+    prompt_tokens: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One pruner, mode and ratio, by one side (`exported` or `pytorch`) under one protocol."""
+
+    pruner: str
+    positions: str
+    side: str
+    size: Size
+    score: Score
+
+    @property
+    def ratio(self) -> float:
+        """Share that was removed."""
+        return self.score.ratio
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two sets of answers to the same phrases; `kind` is `parity`, `positions` or `pruning`."""
+
+    kind: str
+    pruner: str
+    positions: str
+    against: str
+    comparison: Comparison
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Everything that the report shows but for pictures; the first protocol is the main one."""
+
+    protocols: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    pairs: tuple[Pair, ...]
+    published: tuple[Published, ...]
+
+    def find(self, pruner: str, positions: str, ratio: float, side: str = EXPORTED) -> Cell | None:
+        """A cell under the main protocol; ratio 0 is the unpruned model whatever the pruner."""
+        if not ratio:
+            pruner, positions = UNPRUNED, MAIN_MODE
+        for cell in self.cells:
+            key = (cell.pruner, cell.positions, cell.ratio, cell.side, cell.score.protocol)
+            if key == (pruner, positions, ratio, side, self.protocols[0]):
+                return cell
+        return None
+
+    @property
+    def pruners(self) -> list[str]:
+        """Names, without that of no pruning."""
+        names = dict.fromkeys(cell.pruner for cell in self.cells)
+        return [name for name in names if name != UNPRUNED]
+
+    @property
+    def modes(self) -> list[str]:
+        """Position modes in the order that was asked for."""
+        return list(dict.fromkeys(c.positions for c in self.cells if c.pruner != UNPRUNED))
+
+    @property
+    def ratios(self) -> list[float]:
+        """All ratios, ascending."""
+        return sorted({cell.ratio for cell in self.cells})
+
+
+def make_tables(sweep: Sweep, protocols: Sequence[str]) -> Tables:
+    """Score and compare everything."""
+    cells: list[Cell] = []
+    for swept in sweep.swept:
+        for side, answers in ((EXPORTED, swept.exported), (PYTORCH, swept.eager)):
+            if answers is not None:
+                cells += _score(swept, side, answers, protocols)
+    return Tables(
+        protocols=tuple(protocols),
+        cells=tuple(cells),
+        pairs=tuple(_compare(sweep, protocols)),
+        published=read_published(),
+    )
+
+
+def read_published() -> tuple[Published, ...]:
+    """The paper's figures."""
+    data = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))
+    return tuple(load_record(Published, each, _PUBLISHED.name) for each in data["figures"])
+
+
+def _score(swept: Swept, side: str, answers: Answers, protocols: Sequence[str]) -> Iterable[Cell]:
+    for name in protocols:
+        for score in score_rows(answers.rows, name, load_protocol(name), answers.header.box):
+            yield Cell(
+                pruner=swept.variant.pruner,
+                positions=swept.variant.positions,
+                side=side,
+                size=measure_size(swept, score.ratio),
+                score=score,
+            )
+
+
+def measure_size(swept: Swept, ratio: float) -> Size:
+    """Tokens and cache of the largest bucket at one ratio."""
+    plan = swept.variant.plan
+    entries = [entry for entry in plan.entries if entry.ratio == ratio]
+
+    def prompt(entry: RatioEntry) -> int:
+        return plan.layout.at(entry).prompt
+
+    entry = max(entries, key=prompt)
+    return Size(
+        kept=entry.kept,
+        patches=entry.patches,
+        extra=entry.extra,
+        prompt_tokens=prompt(entry),
+        cache_bytes=plan.layout.at(entry).capacity * plan.cache_bytes_per_slot,
+    )
+
+
+def _compare(sweep: Sweep, protocols: Sequence[str]) -> Iterable[Pair]:
+    """PyTorch against the exported graphs, other modes against GAP, pruned against unpruned."""
+    unpruned = next((s for s in sweep.swept if s.variant.name == UNPRUNED), None)
+    main = {s.variant.pruner: s for s in sweep.swept if s.variant.positions == MAIN_MODE}
+    for swept in sweep.swept:
+        variant, exported = swept.variant, swept.exported
+        others: list[tuple[str, str, Answers | None]] = [("parity", "PyTorch", swept.eager)]
+        if variant is not (unpruned and unpruned.variant):
+            best = main.get(variant.pruner)
+            if best is not None and best is not swept:
+                others.append(("positions", MAIN_MODE, best.exported))
+            others.append(("pruning", UNPRUNED, unpruned.exported if unpruned else None))
+        for kind, against, answers in others:
+            if answers is None or not _share_phrases(exported, answers):
+                continue
+            for name in protocols:
+                for found in compare_rows(exported, answers, against, name, load_protocol(name)):
+                    yield Pair(
+                        kind=kind,
+                        pruner=variant.pruner,
+                        positions=variant.positions,
+                        against=against,
+                        comparison=found,
+                    )
+
+
+def _share_phrases(this: Answers, other: Answers) -> bool:
+    """Whether any phrase was answered by both; where no picture could be read there is none."""
+    asked = {row.key for row in this.rows if row.problem is None}
+    return any(row.problem is None and row.key in asked for row in other.rows)
+
+
+def flatten_cells(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Cells as rows of plain values."""
+    rows = []
+    for cell in cells:
+        score = dump_record(replace(cell.score, sizes=(), milliseconds={}))
+        del score["sizes"], score["milliseconds"], score["ratio"], score["protocol"]
+        times = cell.score.milliseconds
+        rows.append(
+            {
+                "pruner": cell.pruner,
+                "positions": cell.positions,
+                "ratio": cell.ratio,
+                "side": cell.side,
+                "protocol": cell.score.protocol,
+                **dump_record(cell.size),
+                **score,
+                **{f"{stage}_ms": times.get(stage) for stage in (*STAGES, "total")},
+            }
+        )
+    return rows
+
+
+def flatten_sizes(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Accuracy by the size of the true box, as rows of plain values."""
+    return [
+        {
+            "pruner": cell.pruner,
+            "positions": cell.positions,
+            "ratio": cell.ratio,
+            "side": cell.side,
+            "protocol": cell.score.protocol,
+            **dump_record(size),
+        }
+        for cell in cells
+        for size in cell.score.sizes
+    ]
+
+
+def flatten_pairs(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
+    """Comparisons as rows of plain values."""
+    rows = []
+    for pair in pairs:
+        found = dump_record(pair.comparison)
+        del found["other"]
+        rows.append(
+            {
+                "kind": pair.kind,
+                "pruner": pair.pruner,
+                "positions": pair.positions,
+                "against": pair.against,
+                **found,
+            }
+        )
+    return rows
+
+
+def write_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as the text of a CSV file; empty where there are none."""
+    if not rows:
+        return ""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

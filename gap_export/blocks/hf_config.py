@@ -1,0 +1,165 @@
+"""What Hugging Face's config files say, read for every family alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.errors import CheckpointError
+from gap_runtime.bundle.manifest import BoxFormat
+
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+_NUMBER: Final = r"\s*(-?\d+(?:\.\d+)?)\s*"
+FRACTION_BOX: Final = BoxFormat(
+    attempt=r"\[[^\[\]]*\]?",
+    pattern=rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]",
+    scale=1.0,
+    frame="padded-square",
+)
+"""`[0.12, 0.34, 0.56, 0.78]`: fractions of the picture on its square canvas."""
+
+_LIBRARY_NAMES: Final = (
+    (
+        re.compile(
+            r"^model\.(?=(vision_tower|multi_modal_projector|language_model|image_newline)\b)"
+        ),
+        "",
+    ),
+    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.model\."), "language_model."),
+)
+IGNORED: Final = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
+"""Patterns of keys of buffers that every module makes itself."""
+
+Config = TypeVar("Config")
+
+
+def parse_config(make: Callable[[], Config], where: str, kind: str) -> Config:
+    """A library's config object, its many errors turned into one line.
+
+    Raises:
+        CheckpointError: The library refuses it.
+    """
+    try:
+        return make()
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: not a {kind} config ({reason:.200})") from error
+
+
+def library_name(key: str) -> str:
+    """Name of a tensor in the modules here, from any key that transformers has written."""
+    for pattern, replacement in _LIBRARY_NAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def require_clip_tower(vision: Any, where: str) -> None:
+    """Refuse a vision config that is not CLIP's, or whose sizes are not one number each.
+
+    Raises:
+        CheckpointError: Something else than CLIP's tower is described.
+    """
+    if vision.model_type != "clip_vision_model":
+        raise CheckpointError(
+            f"{where}: vision_config.model_type '{vision.model_type}', expected clip_vision_model"
+        )
+    for name in ("image_size", "patch_size"):
+        if not isinstance(getattr(vision, name), int):
+            raise CheckpointError(
+                f"{where}: vision_config.{name} {getattr(vision, name)}, expected one number"
+            )
+    if vision.num_channels != 3:
+        raise CheckpointError(f"{where}: vision_config.num_channels is not 3")
+
+
+def require_patches_alone(config: Any, where: str) -> None:
+    """Refuse a config whose visual tokens are not the patches of one layer without CLS.
+
+    Raises:
+        CheckpointError: The projector takes something else.
+    """
+    if config.vision_feature_select_strategy != "default":
+        raise CheckpointError(
+            f"{where}: vision_feature_select_strategy '{config.vision_feature_select_strategy}' "
+            "keeps the CLS token among the patches; expected 'default'"
+        )
+    if not isinstance(config.vision_feature_layer, int):
+        raise CheckpointError(
+            f"{where}: vision_feature_layer {config.vision_feature_layer}, expected one layer"
+        )
+
+
+def refuse_quantized(data: dict[str, Any], where: str) -> None:
+    """Refuse a quantized checkpoint.
+
+    Raises:
+        CheckpointError: The config names a quantization.
+    """
+    if data.get("quantization_config"):
+        raise CheckpointError(
+            f"{where}: the checkpoint is quantized; give the one that it was made from"
+        )
+
+
+def find_image_token(data: dict[str, Any], default: int) -> int:
+    """The image token under any of the names that configs have had."""
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(data.get(name), int):
+            return int(data[name])
+    return default
+
+
+def find_stop_ids(checkpoint: Checkpoint, configured: int | list[int] | None) -> tuple[int, ...]:
+    """End-of-sequence tokens: the generation config's, else the text config's."""
+    generation = checkpoint.read_json("generation_config.json") or {}
+    found = generation.get("eos_token_id", configured)
+    if found is None:
+        found = configured
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{checkpoint.folder}: eos_token_id {found!r}, expected numbers")
+    return tuple(ids)
+
+
+def read_normalization(
+    checkpoint: Checkpoint, side: int
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of the image processor, CLIP's where there is none.
+
+    Raises:
+        CheckpointError: The processor does something that the runtime does not.
+    """
+    data = processor_config(checkpoint)
+    where = f"{checkpoint.folder}: image processor"
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if data.get(name) is False:
+            raise CheckpointError(f"{where}: {name} is off, expected on")
+    if data.get("resample") not in {None, int(Image.Resampling.BICUBIC)}:
+        raise CheckpointError(f"{where}: resample {data['resample']}, expected 3 (bicubic)")
+    if abs((data.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
+        raise CheckpointError(f"{where}: rescale_factor {data['rescale_factor']}, expected 1/255")
+    for name in ("size", "crop_size"):
+        sizes = data.get(name) or side
+        if set(sizes.values() if isinstance(sizes, dict) else [sizes]) != {side}:
+            raise CheckpointError(f"{where}: {name} {sizes}, but the vision tower takes {side}")
+    mean = tuple(float(v) for v in data.get("image_mean") or CLIP_MEAN)
+    std = tuple(float(v) for v in data.get("image_std") or CLIP_STD)
+    if len(mean) != 3 or len(std) != 3:
+        raise CheckpointError(f"{where}: image_mean and image_std need 3 values each")
+    return mean, std
+
+
+def processor_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The image processor's config under either of its file names; empty where there is none."""
+    data = checkpoint.read_json("preprocessor_config.json")
+    if data is None:
+        data = (checkpoint.read_json("processor_config.json") or {}).get("image_processor")
+    return data or {}

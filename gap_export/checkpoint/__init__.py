@@ -1,0 +1,1 @@
+"""Files of published checkpoints as named tensors; their values are never loaded here."""

@@ -1,0 +1,1 @@
+"""The `gap-export` command. Results on stdout, everything for people on stderr."""

@@ -1,0 +1,62 @@
+"""`gap-export calibrate`: propose a fixed count for a pruner's adaptive rule."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from gap_export.cli.options import add_survey_arguments, survey
+from gap_runtime.cli.options import print_json
+
+SUMMARY: Final = "propose a fixed count for a pruner's adaptive rule"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_survey_arguments(parser)
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="your pictures; with phrases where it holds samples.json, a list of {image, phrase}",
+    )
+    parser.add_argument("--phrase", help="for pruners that read one")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415
+
+    display = Display()
+    plan = survey(options, display)
+    from gap_export.analysis.counts import calibrate  # noqa: PLC0415
+    from gap_runtime.display import print_table  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    with display.step("running the adaptive rule"):
+        found = calibrate(plan, options.images, options.phrase, display)
+    for line in found.skipped:
+        display.say(f"left out: {line}")
+    if options.json:
+        print_json(dump_record(found))
+        return 0
+    print_table(
+        f"{found.pruner} on {options.images}: visual tokens that its own rule keeps",
+        ["bucket", "pictures", "of", "least", "mean", "9 of 10 at most", "most", "export with"],
+        [
+            [
+                each.bucket or "all",
+                each.pictures,
+                each.patches,
+                each.least,
+                each.mean,
+                each.ninth_decile,
+                each.most,
+                f"--ratio {each.ratio_of_mean} (mean) or {each.ratio_of_ninth_decile}",
+            ]
+            for each in found.buckets
+        ],
+    )
+    return 0

@@ -1,0 +1,55 @@
+"""`gap-export evaluate`: the evaluation of `gap-runtime evaluate`, answered by PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Final
+
+from gap_export.cli.options import add_survey_arguments, survey
+from gap_runtime.cli.evaluation import (
+    add_evaluation_arguments,
+    finish,
+    read_request,
+    run_evaluation,
+)
+
+SUMMARY: Final = "measure how well PyTorch grounds the phrases of a data set"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_survey_arguments(parser)
+    parser.add_argument(
+        "--positions",
+        metavar="MODE",
+        help="gap (default), compact, permuted or permuted-compact",
+    )
+    parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
+    add_evaluation_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415
+
+    display = Display()
+    with display.step("reading the data"):
+        data, other = read_request(options)
+    plan = survey(options, display)
+    from gap_export.analysis.evaluation import EagerAnswerer, describe_plan  # noqa: PLC0415
+    from gap_runtime.evaluation.results import Header  # noqa: PLC0415
+    from gap_runtime.evaluation.run import describe_data  # noqa: PLC0415
+
+    answers = run_evaluation(
+        options,
+        display,
+        data,
+        header=Header(subject=describe_plan(plan), data=describe_data(data), box=plan.spec.box),
+        ratios=plan.request.named.config.prune.ratios,
+        # Workers share a machine's cores, and say nothing.
+        open_answerer=partial(EagerAnswerer, plan.request, threads=1)
+        if options.ray
+        else partial(EagerAnswerer, plan.request, display=display),
+    )
+    return finish(options, display, data, answers, other)

@@ -1,0 +1,56 @@
+"""`gap-export positions`: show the position IDs of every mode side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from gap_export.cli.options import add_survey_arguments, survey
+from gap_runtime.cli.options import print_json
+
+SUMMARY: Final = "show the position IDs of every mode side by side"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_survey_arguments(parser)
+    parser.add_argument("--ratio", type=float, action="append", metavar="R", help="as gap-export")
+    parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="prune this picture in PyTorch")
+    parser.add_argument("--phrase", default="the red mug", help="default: the red mug")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415
+
+    display = Display()
+    plan = survey(options, display)
+    from gap_export.analysis.positions import map_modes, shorten  # noqa: PLC0415
+    from gap_runtime.display import print_table  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    mappings = map_modes(plan, options.phrase, options.image, display)
+    if options.json:
+        print_json(dump_record(mappings))
+        return 0
+    for each in mappings:
+        bucket = f" ({each.bucket})" if each.bucket else ""
+        extra = f" and {each.extra} made of the rest" if each.extra else ""
+        print_table(
+            f"ratio {each.ratio:g}{bucket}: {each.kept} of {each.patches} visual tokens{extra}, "
+            f"{each.example}",
+            ["", *(mode.mode for mode in each.modes)],
+            [
+                [name, *(shorten(getattr(mode, field)) for mode in each.modes)]
+                for name, field in (
+                    ("text before: IDs", "prefix_ids"),
+                    ("visual slots: tokens", "visual_slots"),
+                    ("visual slots: IDs", "visual_ids"),
+                    ("text after: IDs", "suffix_ids"),
+                )
+            ]
+            + [["first answer token: ID", *(str(mode.first_answer_id) for mode in each.modes)]],
+        )
+    return 0

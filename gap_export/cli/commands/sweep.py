@@ -1,0 +1,131 @@
+"""`gap-export sweep`: measure every pruner, position mode and ratio, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gap_export.cli.options import add_model_arguments, read_config
+from gap_runtime.cli.evaluation import (
+    add_data_arguments,
+    choose_protocols,
+    open_cluster,
+    read_data,
+)
+from gap_runtime.cli.options import add_backend, print_json
+from gap_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gap_export.analysis.sweep import SweepRequest
+    from gap_runtime.evaluation.data import Data
+
+SUMMARY: Final = "measure every pruner, position mode and ratio, and write a report"
+_RATIOS: Final = (0.0, 0.25, 0.5, 0.75, 0.9)
+_MODES: Final = ("gap", "compact", "permuted")
+_PICTURES: Final = 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="as for gap-export")
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        metavar="R",
+        default=list(_RATIOS),
+        help="shares of visual tokens removed; 0 is without pruning, done once "
+        "(default: 0 0.25 0.5 0.75 0.9)",
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        metavar="NAME",
+        help="what chooses the tokens that stay; `all` for every one that the model can serve "
+        "(default: the model's)",
+    )
+    parser.add_argument(
+        "--positions",
+        nargs="+",
+        metavar="MODE",
+        default=list(_MODES),
+        help="gap, compact, permuted or permuted-compact (default: the first three)",
+    )
+    parser.add_argument(
+        "--pytorch", action="store_true", help="ask PyTorch too, and count the differing answers"
+    )
+    parser.add_argument(
+        "--gallery",
+        type=int,
+        metavar="N",
+        default=_PICTURES,
+        help="pictures of the worst disagreements in the report, and as many random ones "
+        "(default: 6; 0: none, then the report holds nothing of the data's pictures)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the sweep (default: MODEL-sweep)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the sweep in the folder of --out"
+    )
+    add_backend(parser)
+    parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
+    parser.add_argument("--dtype", metavar="NAME", help="as for gap-export")
+    parser.add_argument("--target", default="cpu", metavar="NAME", help="machine (default: cpu)")
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415 - libraries when a command runs
+    from gap_runtime.grounding.grounder import open_backend  # noqa: PLC0415
+
+    display = Display()
+    if options.gallery < 0:
+        raise ConfigError(f"--gallery {options.gallery}: at least 0 is needed")
+    with display.step("reading the data"):
+        data = read_data(options)
+    open_backend(options.backend)
+    with display.step("loading libraries"):
+        request = _make_request(options, data)
+        from gap_export.analysis.report.page import require_libraries, write_report  # noqa: PLC0415
+        from gap_export.analysis.sweep import plan_sweep, run_sweep  # noqa: PLC0415
+    # Before hours of work.
+    require_libraries()
+    plan = plan_sweep(request)
+    for note in (*data.notes, *plan.left_out):
+        display.say(f"note: {note}")
+    sweep = run_sweep(plan, display, spread=open_cluster(options))
+    with display.step("writing the report"):
+        report = write_report(sweep, choose_protocols(options), pictures=options.gallery)
+    if options.json:
+        print_json(report.figures)
+    else:
+        print(report.path)
+    return 0
+
+
+def _make_request(options: argparse.Namespace, data: Data) -> SweepRequest:
+    """The sweep that parsed options stand for."""
+    # Names that read_config takes from the options of an export.
+    options.ratio = options.ratios
+    options.pruner = options.quantize = None
+    positions, options.positions = tuple(options.positions), None
+    named = read_config(options.model, options)
+    from gap_export.analysis.sweep import SweepRequest  # noqa: PLC0415 - loads torch
+
+    return SweepRequest(
+        named=named,
+        target=options.target,
+        pruners=tuple(options.pruners or [named.config.prune.strategy]),
+        positions=positions,
+        ratios=tuple(options.ratios),
+        data=data,
+        backend=options.backend,
+        eager=options.pytorch,
+        out=options.out or Path(f"{named.name}-sweep"),
+        resume=options.resume,
+    )

@@ -1,1 +1,0 @@
-"""Models run plainly in PyTorch for the reference; shares no code with the graphs."""

@@ -1,0 +1,1 @@
+"""What a plug-in has to be: families, pruners, dialects, and what passes between them."""

@@ -1,0 +1,102 @@
+"""What a dialect is: the operators that graphs are written in, for a kind of runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width,
+# d head width, E = H * d, F = G * d.
+
+FUSED: Final = "com.microsoft.MatMulNBits"
+"""onnxruntime's product with weights in blocks, by its full name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Where the rows of one run belong: by position when they are turned, else by slot.
+
+    The tables of cosines and sines hold d / 2 columns.
+    """
+
+    position_ids_BS: Tensor
+    write_slot_B: Tensor
+    cosine_Pd: Tensor
+    sine_Pd: Tensor
+
+
+class Dialect(Protocol):
+    """A module in gap_export.dialects."""
+
+    OPSETS: frozenset[int]
+    """Versions of the standard operators that it can be written in."""
+
+    OPERATORS: frozenset[str]
+    """All operators that its graphs may hold."""
+
+    def rms_norm(self, x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def plan_rows(self, rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
+        """What attention of every layer needs to know of the rows, computed once for all.
+
+        Args:
+            rows: Where the rows belong.
+            cache_BGLd: Any of the caches; all are alike.
+        """
+
+    def attend(
+        self,
+        query_SE: Tensor,
+        key_SF: Tensor,
+        value_SF: Tensor,
+        cache: tuple[Tensor, Tensor],
+        rows: Rows,
+        planned: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal grouped attention on a cache of fixed capacity.
+
+        Queries and keys are turned by position ID, keys and values written from the write slot
+        on, and every row sees its own slot and those before it.
+
+        Args:
+            query_SE: Of all query heads, side by side.
+            key_SF: Of all key heads.
+            value_SF: Of all key heads.
+            cache: Keys and values so far, each [B, G, L, d].
+            rows: Where the rows belong.
+            planned: What `plan_rows` gave.
+
+        Returns:
+            The mixed values [S, E], and both caches written.
+        """
+
+    translate_attention: Callable[..., Any] | None
+    """A tower's attention in operators: (op, query, key, value, mask, scale) -> value.
+
+    `op` is an ONNX builder, queries, keys and values are [B, H, T, d], `mask` is added to the
+    scaled scores, None where there is none. None leaves it to torch's converter.
+    """
+
+
+def split_heads(x_SE: Tensor, head_dim: int) -> Tensor:
+    """[S, heads * d] to [B, heads, S, d]."""
+    return x_SE.reshape(1, x_SE.shape[0], -1, head_dim).transpose(1, 2)
+
+
+def merge_heads(x_BHSd: Tensor) -> Tensor:
+    """[B, heads, S, d] to [S, heads * d]."""
+    return x_BHSd.transpose(1, 2).flatten(2).squeeze(0)
+
+
+def slot_causal_mask(rows: Rows, slots: int) -> Tensor:
+    """Boolean mask [B, 1, S, L]: a row sees its own slot and those before it.
+
+    Slots, not positions: padded prompt rows lie behind the real ones and stay unseen.
+    """
+    row_slot_BS = rows.write_slot_B[:, None] + torch.arange(rows.position_ids_BS.shape[1])
+    return torch.arange(slots) <= row_slot_BS[:, None, :, None]

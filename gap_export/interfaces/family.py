@@ -1,0 +1,202 @@
+"""What a model family is: how a checkpoint becomes a tower, a projector and a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor, nn
+
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.sources import TensorSource
+from gap_export.config import ExportConfig
+from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.features import EagerVision, Feature, Geometry
+from gap_runtime.bundle.manifest import BoxFormat, Bucket, Preprocess
+
+# B batch (1), N patches, K kept, F fixed tokens, C patch width, D decoder width, S rows,
+# V vocabulary, L text tokens, W text width.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """CLIP's text tower: `tokenizer` is the folder of its tokenizer, `length` its tokens."""
+
+    tokenizer: Path
+    length: int
+    end_id: int
+    width: int
+    library_config: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The facts about one checkpoint that the rest of the export works with.
+
+    `features` are the by-products that the tower gives, each with its sizes behind the patches.
+    `image_text` is what stands for the picture in a prompt and `image_token_id` the one token of
+    it that the visual tokens replace; both are None where the texts before and after the picture
+    are encoded apart. `text` is CLIP's text tower where the checkpoint has one.
+    `tower_layers` are the tower's blocks up to its patches, `layers` those of the decoder.
+    `max_positions` is the number of position IDs that the decoder was trained with.
+    `library_config` is the family's own business.
+    """
+
+    buckets: tuple[Bucket, ...]
+    vision_width: int
+    tower_layers: int
+    features: dict[Feature, tuple[int, ...]]
+    text: TextSpec | None
+    width: int
+    layers: int
+    cache_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+    tokenizer: Path
+    image_text: str | None
+    image_token_id: int | None
+    stop_ids: tuple[int, ...]
+    preprocess: Preprocess
+    box: BoxFormat
+    template: str
+    prefix: int
+    library_config: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmoothingGroup:
+    """Weights that read the same input, and what makes it: a norm's weight, or a linear layer's.
+
+    Dividing the maker's outputs and multiplying the readers' columns leaves the model the same.
+    """
+
+    maker: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputStatistics:
+    """Mean size and mean square of each input [I] of a weight, over all tokens seen."""
+
+    mean_size: Tensor
+    mean_square: Tensor
+
+
+def geometry_of(bucket: Bucket) -> Geometry:
+    """Where the tokens of a bucket lie that may be removed."""
+    return Geometry(grids=bucket.grids, strip=bucket.strip)
+
+
+class EagerModel(Protocol):
+    """A loaded checkpoint in PyTorch, run plainly, for the reference."""
+
+    def make_pixels(self, picture: Image.Image) -> Tensor:
+        """Pixels of an RGB picture, by the library's own processor where there is one."""
+
+    def look(self, pixels: Tensor, bucket: Bucket) -> EagerVision:
+        """All that pruners may ask for of a picture."""
+
+    def read_phrase(self, phrase: str) -> Tensor:
+        """Text features [W] of a phrase, by CLIP's own text tower."""
+
+    def text_patches(self, vision: EagerVision) -> Tensor:
+        """Patches [N, W] in the space of CLIP's text features."""
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Visual tokens [K, D] of patches [K, C]."""
+
+    def fixed_tokens(self, bucket: Bucket) -> Tensor:
+        """The tokens that are never removed, [F, D]."""
+
+    def encode(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Token IDs before and after the picture, by the library's own tokenizer."""
+
+    def encode_phrase(self, phrase: str) -> list[int]:
+        """Token IDs of a phrase alone, without special tokens."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text without special tokens."""
+
+    def embed(self, token_ids: list[int]) -> Tensor:
+        """Token embeddings [S, D]."""
+
+    def start_cache(self) -> Any:
+        """An empty cache of the library's own kind."""
+
+    def run_decoder(self, embeddings: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """Logits [V] of the last row; each row sees the cache and the rows before it."""
+
+    def observe(self) -> AbstractContextManager[Callable[[], dict[str, InputStatistics]]]:
+        """Watch the inputs of the decoder's linear layers, by the canonical name of the weight."""
+
+
+class Family(Protocol):
+    """A module in gap_export.models."""
+
+    EMBEDDING: str
+    """Canonical name of the token embedding table."""
+
+    LAYERS: str
+    """Canonical path of the decoder's layers, whose numbers follow."""
+
+    TOWER_LAYERS: str
+    """Canonical path of the tower's blocks."""
+
+    PARTS: Mapping[str, str]
+    """Further checkpoints that the family can read, by role, each with where it usually is."""
+
+    PHRASE: str
+    """What pruners that read the phrase compare with: `clip` or `embeddings`."""
+
+    def find_parts(self, checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
+        """Those of them that this checkpoint needs; `text` says whether a phrase is to be read."""
+
+    def read_spec(self, checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
+        """Read the checkpoint's config."""
+
+    def find_weights(self, checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
+        """Where every tensor comes from, by its name in the modules built here.
+
+        Raises:
+            CheckpointError: A tensor is missing, misshapen or not known to the family.
+        """
+
+    def build_tower(self, spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
+        """Pixels to patches [B, N, C] before the projector, and {Feature: by-product}."""
+
+    def fill_constants(self, module: nn.Module) -> None:
+        """Give values to the buffers of a tower that no checkpoint holds."""
+
+    def build_projector(self, spec: ModelSpec) -> nn.Module:
+        """Patches [B, K, C] to visual tokens [B, K, D]."""
+
+    def build_fixed_tokens(self, spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
+        """Nothing to the tokens that are never removed [B, F, D]; None where there are none."""
+
+    def build_text_tower(self, spec: ModelSpec) -> nn.Module:
+        """Token IDs int64 [B, L] of a phrase to text features float32 [B, W]."""
+
+    def build_decoder(
+        self, spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]
+    ) -> nn.Module:
+        """The decoder; see gap_export.graph.decoder for its inputs and outputs."""
+
+    def rotary_tables(self, spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
+        """Constants of the decoder that depend on the number of positions."""
+
+    def smoothing_groups(self, spec: ModelSpec) -> list[SmoothingGroup]:
+        """The decoder's weights whose inputs can be scaled before they are quantized."""
+
+    def load_eager(
+        self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
+    ) -> EagerModel:
+        """The checkpoint in PyTorch, independent of every graph.
+
+        With `memory`, weights are read from their files when they are needed, and no more than
+        that many bytes of them stay in memory in between; the answers are the same.
+        """

@@ -1,0 +1,288 @@
+"""Memory and disk of a bundle, from the checkpoint's index alone: no value is read.
+
+    bundle       the weight files that the export would write, and the decoder's rotary tables
+    weights      of the vision graph, CLIP's text tower where phrases go through it, the decoder
+    cache        slots x layers x 2 x heads x head width x bytes; twice where a target's engines
+                 cannot write it in place (opset below 24)
+    activations  the larger of the vision graph's peak and the prefill's of the longest prompt:
+                 the most bytes of tensors that are alive at once when the modules run without
+                 values, in the order that they are written in, with attention scores written out
+                 where the dialect writes them out
+    embedding    the token embedding table, which stays on the host, mapped from its file
+    reserve      a constant for firmware, operating system, Python, CUDA and TensorRT
+
+Their sum is held against the memory of the target's smallest machine. An engine may need less,
+because it joins operators, or more, for its workspace; building one needs more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gap_export.graph.decoder import DecoderStage, cache_names
+from gap_export.pipeline.plan import ExportPlan
+from gap_export.pipeline.stages import scheme_of, tower_needs
+from gap_export.quantization.graph import Scheme
+from gap_export.weights.plan import plan_weights
+from gap_runtime.bundle.manifest import Bucket
+from gap_runtime.bundle.tensors import count_bytes
+
+RESERVE_MIB: Final = 2048
+_IN_PLACE_OPSET: Final = 24
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Bytes that a bundle takes, on disk and where it runs.
+
+    `memory_bytes` is that of the target's smallest machine and `fits` whether `total_bytes` are
+    within it; null where the target has no limit.
+    """
+
+    bundle_bytes: int
+    vision_weights_bytes: int
+    text_weights_bytes: int
+    decoder_weights_bytes: int
+    cache_bytes: int
+    vision_activations_bytes: int
+    prefill_activations_bytes: int
+    embedding_bytes: int
+    reserve_bytes: int
+    total_bytes: int
+    memory_bytes: int | None
+    fits: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """A tensor of a graph; `is_linear` if it is the weight of a linear layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_linear: bool
+
+
+def estimate(plan: ExportPlan) -> Estimate:
+    """What the export of a plan takes; some seconds, as all layers are run without values."""
+    family, spec = plan.family, plan.spec
+    positions = max(plan.layout.at(entry).positions for entry in plan.entries)
+    tables = family.rotary_tables(spec, positions)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    towers = {
+        bucket.name: _build(plan, mode, partial(_build_tower, plan, bucket))
+        for bucket in spec.buckets
+    }
+    decoder = _build(
+        plan, mode, lambda: DecoderStage(family.build_decoder(spec, plan.dialect, tables))
+    )
+    projector = _build(plan, mode, lambda: family.build_projector(spec))
+    visions = {
+        bucket.name: [
+            *_parameters(towers[bucket.name]),
+            *_parameters(projector),
+            *_fixed(plan, mode, bucket),
+        ]
+        for bucket in spec.buckets
+    }
+    text = (
+        list(_parameters(_build(plan, mode, lambda: family.build_text_tower(spec))))
+        if plan.reads_clip
+        else []
+    )
+    # The stage's own attribute is no part of a name.
+    parts = [
+        Parameter(name=each.name.partition(".")[2], shape=each.shape, is_linear=each.is_linear)
+        for each in _parameters(decoder)
+    ]
+    vision_bytes = max(_count(plan, found, vision=True) for found in visions.values())
+    text_bytes = sum(count_bytes(each.shape, plan.dtype) for each in text)
+    decoder_bytes = _count(plan, parts, vision=False) + sum(table.nbytes for table in tables)
+    embedding = count_bytes((spec.vocabulary, spec.width), plan.dtype)
+    in_place = plan.target.opset >= _IN_PLACE_OPSET or not plan.target.packages
+    cache = plan.layout.capacity * plan.cache_bytes_per_slot * (1 if in_place else 2)
+    vision_peak = max(
+        _run_vision(plan, mode, towers[bucket.name], projector, bucket) for bucket in spec.buckets
+    )
+    prefill_peak = _run_prefill(plan, mode, decoder)
+    used = {each.name: each for found in visions.values() for each in found}
+    reserve = RESERVE_MIB * _MIB
+    total = (
+        vision_bytes
+        + text_bytes
+        + decoder_bytes
+        + cache
+        + max(vision_peak, prefill_peak)
+        + embedding
+        + reserve
+    )
+    memory = None if plan.target.memory_mib is None else plan.target.memory_mib * _MIB
+    return Estimate(
+        bundle_bytes=_count_files(plan, list(used.values()), text, parts)
+        + sum(table.nbytes for table in tables),
+        vision_weights_bytes=vision_bytes,
+        text_weights_bytes=text_bytes,
+        decoder_weights_bytes=decoder_bytes,
+        cache_bytes=cache,
+        vision_activations_bytes=vision_peak,
+        prefill_activations_bytes=prefill_peak,
+        embedding_bytes=embedding,
+        reserve_bytes=reserve,
+        total_bytes=total,
+        memory_bytes=memory,
+        fits=None if memory is None else total <= memory,
+    )
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: str, scheme: Scheme | None) -> int:
+    """Bytes of one tensor as it is stored; `dtype` is the model's, which scales have as well."""
+    return count_bytes(shape, dtype) if scheme is None else scheme.count_bytes(shape, dtype)
+
+
+def _count(plan: ExportPlan, found: list[Parameter], *, vision: bool) -> int:
+    """Bytes of a graph's parameters."""
+    return sum(
+        stored_bytes(
+            each.shape,
+            plan.dtype,
+            scheme_of(plan, each.name, each.shape, vision=vision) if each.is_linear else None,
+        )
+        for each in found
+    )
+
+
+def _count_files(
+    plan: ExportPlan, vision: list[Parameter], text: list[Parameter], decoder: list[Parameter]
+) -> int:
+    """Bytes of the bundle's weight files: each tensor once, however many graphs use it."""
+    spec = plan.spec
+    table = (spec.vocabulary, spec.width)
+    if plan.quantization is not None:
+        other = sum(count_bytes(each.shape, plan.dtype) for each in text)
+        counted = _count(plan, vision, vision=True) + _count(plan, decoder, vision=False)
+        return counted + other + count_bytes(table, plan.dtype)
+    wanted = {each.name: each.shape for each in (*vision, *text, *decoder)}
+    wanted[plan.family.EMBEDDING] = table
+    return plan_weights(plan.checkpoint, plan.sources, wanted, dtype=plan.dtype).size
+
+
+def _build_tower(plan: ExportPlan, bucket: Bucket) -> nn.Module:
+    return plan.family.build_tower(plan.spec, bucket, tower_needs(plan))
+
+
+def _build(plan: ExportPlan, mode: FakeTensorMode, build: Callable[[], nn.Module]) -> nn.Module:
+    """A module in the plan's dtype, whose parameters take no memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, plan.dtype))
+    try:
+        with mode:
+            return build().eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fixed(plan: ExportPlan, mode: FakeTensorMode, bucket: Bucket) -> Iterator[Parameter]:
+    """Parameters of the tokens that are never removed, where a bucket has such."""
+    if bucket.fixed:
+        made = _build(
+            plan, mode, lambda: plan.family.build_fixed_tokens(plan.spec, bucket) or nn.Module()
+        )
+        yield from _parameters(made)
+
+
+def _parameters(module: nn.Module) -> Iterator[Parameter]:
+    linear = {
+        f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)
+    }
+    for name, parameter in module.named_parameters():
+        yield Parameter(name=name, shape=tuple(parameter.shape), is_linear=name in linear)
+
+
+def _run_vision(
+    plan: ExportPlan, mode: FakeTensorMode, tower: nn.Module, projector: nn.Module, bucket: Bucket
+) -> int:
+    """Most bytes alive at once in a bucket's vision graph, the pruner's own left out."""
+    side = plan.spec.preprocess.side
+    views = (
+        ()
+        if bucket.canvas is None
+        else (1 + bucket.canvas[0] // side * (bucket.canvas[1] // side),)
+    )
+    kept = max(entry.kept for entry in plan.entries if entry.bucket == bucket.name)
+    plan.family.fill_constants(tower)
+    live = _LiveBytes(tower, projector)
+    with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), live:
+        pixels = torch.empty(1, *views, 3, side, side, dtype=getattr(torch, plan.dtype))
+        patches, _ = tower(pixels)
+        projector(patches[:, :kept])
+    return live.most
+
+
+def _run_prefill(plan: ExportPlan, mode: FakeTensorMode, decoder: nn.Module) -> int:
+    """Most bytes alive at once in a prefill of the longest prompt, caches left out."""
+    spec = plan.spec
+    rows = max(plan.layout.at(entry).prompt for entry in plan.entries)
+    shape = (1, spec.cache_heads, plan.layout.capacity, spec.head_dim)
+    with mode:
+        caches = [
+            torch.empty(shape, dtype=getattr(torch, plan.dtype)) for _ in cache_names(spec.layers)
+        ]
+        inputs = (
+            torch.empty(1, rows, spec.width),
+            torch.zeros(1, rows, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
+        )
+    # The written caches are the engine's own memory, which is counted as cache.
+    live = _LiveBytes(decoder, ignored=shape)
+    with mode, torch.no_grad(), live:
+        decoder(*inputs, caches)
+    return live.most
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operators give and somebody still holds."""
+
+    def __init__(self, *modules: nn.Module, ignored: tuple[int, ...] | None = None) -> None:
+        """Leave out the modules' own tensors, whatever view of them is taken, and a shape."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ignored = ignored
+        self.now = self.most = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(
+            tensor.untyped_storage()
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and count what it gives."""
+        del types
+        given = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, Tensor) and tuple(tensor.shape) != self.ignored:
+                self._count(tensor)
+        return given
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        size = int(storage.nbytes())
+        self._known.add(storage)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size

@@ -1,0 +1,171 @@
+"""What an export is made of, as one hash: the same again would give the same bundle.
+
+Nothing here loads torch, so that a bundle that is there already is recognised at once.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from gap_export.checkpoint.index import list_files, locate_checkpoint, locate_part
+from gap_export.config import NamedConfig
+from gap_export.reference.samples import SAMPLES_FILE, find_samples, read_samples
+from gap_runtime.bundle.hashes import hash_bytes
+from gap_runtime.bundle.manifest import FileEntry, read_manifest
+from gap_runtime.errors import GapError
+from gap_runtime.machines.target import load_target
+from gap_runtime.records import dump_record, load_record
+
+IDENTITY_FILE: Final = "export.json"
+_PACKAGES: Final = (
+    *("gap-export", "gap-runtime", "torch", "transformers", "tokenizers", "safetensors"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
+)
+_CODE: Final = ("gap_export", "gap_runtime")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRecord:
+    """What a bundle remembers of its export.
+
+    `parts` are the places of the checkpoint's parts, by role, that no setting names. `result` is
+    what `--json` printed, without the bundle's place.
+    """
+
+    identity: str
+    parts: dict[str, str]
+    result: dict[str, Any]
+
+    def write(self, folder: Path) -> FileEntry:
+        """Put it into a bundle that is being made."""
+        data = (json.dumps(dump_record(self), indent=2, sort_keys=True) + "\n").encode()
+        (folder / IDENTITY_FILE).write_bytes(data)
+        return FileEntry(size=len(data), blake3=hash_bytes(data))
+
+
+def identify(
+    named: NamedConfig, *, target: str, weights: str, reference: bool, parts: dict[str, str]
+) -> str | None:
+    """The identity of an export; None where a file of it is not on this machine.
+
+    A hash of the settings, the target, the versions and code of what exports, and place, size
+    and time of every file of the checkpoint and its parts; not of their bytes.
+
+    Args:
+        named: The settings.
+        target: Name of the target.
+        weights: How they get into the bundle.
+        reference: Whether PyTorch's answers are recorded.
+        parts: Places of parts, by role, that the settings do not name.
+    """
+    try:
+        facts = {
+            "name": named.name,
+            "config": dump_record(named.config),
+            "target": dump_record(load_target(target)),
+            "weights": weights,
+            "reference": reference,
+            "versions": {name: _find_version(name) for name in _PACKAGES},
+            "files": [
+                (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+                for path in _list_inputs(named, parts, reference=reference)
+            ],
+        }
+    except (GapError, OSError):
+        # The export itself says what is wrong with it.
+        return None
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedExport:
+    """A bundle that is there already, and what its export printed for programs."""
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def find_finished(
+    named: NamedConfig, *, target: str, weights: str, reference: bool, out: Path | None
+) -> FinishedExport | None:
+    """The bundle that this export would only make again; None where there is none.
+
+    Its files must be there and as long as they were.
+
+    Args:
+        named: The settings.
+        target: Name of the target.
+        weights: How they get into the bundle.
+        reference: Whether PyTorch's answers are recorded.
+        out: The bundle's folder; by default those here that may have its name.
+    """
+    # The usual name has counts in it that only the family knows, but the same export has the same.
+    folders = (
+        sorted(Path().glob(f"{glob.escape(named.name)}-*of*"))
+        if out is None
+        else [out.expanduser()]
+    )
+    for folder in folders:
+        record = _read_whole(folder)
+        if record is None:
+            continue
+        identity = identify(
+            named, target=target, weights=weights, reference=reference, parts=record.parts
+        )
+        if identity == record.identity:
+            place = folder.resolve() if folder.is_symlink() else folder
+            return FinishedExport(folder=place, result={"bundle": str(place), **record.result})
+    return None
+
+
+def _read_whole(folder: Path) -> ExportRecord | None:
+    """What a bundle remembers, if it still has its name and its files their sizes."""
+    path = folder / IDENTITY_FILE
+    if not path.is_file():
+        return None
+    try:
+        manifest = read_manifest(folder)
+        record = load_record(ExportRecord, json.loads(path.read_bytes()), IDENTITY_FILE)
+        sizes = {name: (folder / name).stat().st_size for name in manifest.files}
+    except (GapError, OSError, ValueError):
+        return None
+    whole = all(entry.size == sizes[name] for name, entry in manifest.files.items())
+    return record if whole and manifest.name == folder.resolve().name else None
+
+
+def _list_inputs(named: NamedConfig, parts: dict[str, str], *, reference: bool) -> Iterator[Path]:
+    """The files that decide what an export makes, its own code among them."""
+    config = named.config
+    checkpoint = locate_checkpoint(config.checkpoint, config.revision)
+    if checkpoint is None:
+        raise FileNotFoundError
+    yield from list_files(checkpoint)
+    beside = checkpoint.parent if checkpoint.is_file() else checkpoint
+    for _, location in sorted((parts | config.parts).items()):
+        part = locate_part(location, beside) if location else None
+        if location and part is None:
+            raise FileNotFoundError
+        if part is not None:
+            yield from list_files(part)
+    if reference:
+        yield find_samples(config.check.samples) / SAMPLES_FILE
+        yield from (sample.path for sample in read_samples(config.check.samples))
+    for package in _CODE:
+        spec = find_spec(package)
+        for home in (spec.submodule_search_locations or ()) if spec else ():
+            yield from sorted(Path(home).rglob("*.py"))
+
+
+def _find_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,419 @@
+"""What an export will make: every number settled from indices alone, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from gap_export.checkpoint.index import Checkpoint, open_checkpoint, open_part
+from gap_export.checkpoint.sources import PackedValues, TensorSource
+from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer
+from gap_export.config import (
+    DTYPES,
+    NamedConfig,
+    PruneConfig,
+    count_ratios,
+    resolve_family,
+)
+from gap_export.errors import CheckpointError
+from gap_export.graph.positions import keeps_raster_order
+from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.family import Family, ModelSpec
+from gap_export.interfaces.features import Feature, Pruner
+from gap_export.quantization.graph import packed_scheme
+from gap_export.reference.samples import Sample, read_samples
+from gap_runtime.bundle.manifest import (
+    Bucket,
+    BundleLayout,
+    PhraseInput,
+    Prompt,
+    Quantization,
+    RatioEntry,
+)
+from gap_runtime.bundle.tensors import ITEM_BYTES
+from gap_runtime.errors import ConfigError, UnknownNameError
+from gap_runtime.grounding.prompt import IMAGE_FIELD, PromptEncoder
+from gap_runtime.machines.target import Target, load_target
+from gap_runtime.registry import describe_unknown, load_plugin
+
+REFERENCE_DTYPE: Final = "float32"
+TEXT_TOKENIZER_FILE: Final = "text_tokenizer.json"
+HEAD: Final = "lm_head.weight"
+"""Canonical name of the decoder's last linear layer, in every family."""
+_INT4_OPSET: Final = 21
+_LEAST_SUFFIX: Final = 64
+_PHRASE_ROOM: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What to export and how, besides the configuration."""
+
+    named: NamedConfig
+    target: str
+    out: Path | None
+    weights: str
+    reference: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan:
+    """Everything that follows from the request and the checkpoint's index, before any work.
+
+    `entries` are the ratios, for each bucket. `sources` are the model's tensors by name.
+    """
+
+    request: ExportRequest
+    target: Target
+    dialect: Dialect
+    checkpoint: Checkpoint
+    family_name: str
+    family: Family
+    pruner: Pruner
+    spec: ModelSpec
+    sources: dict[str, TensorSource]
+    dtype: str
+    layout: BundleLayout
+    entries: tuple[RatioEntry, ...]
+    phrase: PhraseInput | None
+    prompt: Prompt
+    tokenizer: Tokenizer | None
+    samples: list[Sample]
+    out: Path
+
+    @property
+    def cache_bytes_per_slot(self) -> int:
+        """Bytes of the KV cache per slot, all layers."""
+        spec = self.spec
+        return 2 * spec.layers * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        files = {each for source in self.sources.values() for each in source.inputs}
+        return sum(tensor.length for tensor in files)
+
+    @property
+    def packed(self) -> dict[str, PackedValues]:
+        """The weights that came quantized, by name."""
+        return _packed_values(self.sources)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What is quantized, and how; None for nothing."""
+        if self.packed:
+            bits = max(packed.bits for packed in self.packed.values())
+            found = {"head" if name == HEAD else "decoder" for name in self.packed}
+            return Quantization(
+                weights=f"int{bits}", method="checkpoint", parts=tuple(sorted(found))
+            )
+        wanted = self.request.named.config.quantize
+        if wanted.weights is None:
+            return None
+        usual = "awq" if wanted.weights == "int4" and self.request.reference else "nearest"
+        parts = {"decoder": wanted.decoder, "head": wanted.head, "vision": wanted.vision}
+        return Quantization(
+            weights=wanted.weights,
+            method=wanted.method or usual,
+            parts=tuple(part for part, quantized in parts.items() if quantized),
+        )
+
+    def is_quantized(self, name: str, *, vision: bool) -> bool:
+        """Whether a linear layer's weight is to be quantized; `vision`: of a vision graph."""
+        if self.packed:
+            return name in self.packed
+        part = "vision" if vision else "head" if name == HEAD else "decoder"
+        return self.quantization is not None and part in self.quantization.parts
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether phrases go through CLIP's text tower."""
+        return self.phrase is not None and self.phrase.source == "clip"
+
+    def reads_phrase(self, entry: RatioEntry) -> bool:
+        """Whether the vision graph of a ratio takes the phrase."""
+        unpruned = entry.kept == entry.patches
+        positions = self.request.named.config.prune.positions
+        return self.phrase is not None and not (unpruned and keeps_raster_order(positions))
+
+    def bucket(self, entry: RatioEntry) -> Bucket:
+        """The bucket of a ratio."""
+        return next(bucket for bucket in self.spec.buckets if bucket.name == entry.bucket)
+
+
+def plan_export(request: ExportRequest) -> ExportPlan:
+    """Read configs and indices and settle every number, without tracing or writing.
+
+    Raises:
+        GapError: Anything about the request or the checkpoint that cannot work.
+    """
+    target = load_target(request.target)
+    dialect = _load_dialect(target)
+    model = read_model(request.named)
+    config, spec = request.named.config, model.spec
+    _require_quantizable(request, target)
+    entries = tuple(
+        RatioEntry(
+            ratio=ratio,
+            bucket=bucket.name,
+            patches=bucket.patches,
+            kept=kept,
+            extra=_count_extra(model.pruner, config.prune, kept, bucket),
+        )
+        for bucket in spec.buckets
+        for ratio, kept in count_ratios(config.prune, bucket.patches, len(bucket.fixed))
+    )
+    tokenizer = read_tokenizer(spec.tokenizer)
+    prompt, prefix, suffix = _plan_prompt(request, tokenizer, spec)
+    layout = BundleLayout(prefix=prefix, suffix=suffix, answer=config.prompt.answer, capacity=0)
+    capacity = max(layout.at(entry).capacity for entry in entries)
+    counts = "-".join(
+        f"{'-'.join(str(e.kept) for e in entries if e.bucket == b.name)}of{b.patches}"
+        for b in spec.buckets
+    )
+    out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
+    out = out.resolve() if out.is_symlink() else out
+    sources = model.family.find_weights(model.checkpoint, spec)
+    _require_packable(request, target, sources)
+    samples: list[Sample] = []
+    if request.reference:
+        samples = read_samples(config.check.samples)
+    return ExportPlan(
+        request=request,
+        target=target,
+        dialect=dialect,
+        checkpoint=model.checkpoint,
+        family_name=model.family_name,
+        family=model.family,
+        pruner=model.pruner,
+        spec=spec,
+        sources=sources,
+        dtype=config.dtype or target.dtype or _stored_dtype(sources),
+        layout=replace(layout, capacity=capacity),
+        entries=entries,
+        phrase=_plan_phrase(model, config.prune),
+        prompt=prompt,
+        tokenizer=tokenizer,
+        samples=samples,
+        out=out,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A checkpoint, its family and the pruner that is asked for."""
+
+    checkpoint: Checkpoint
+    family_name: str
+    family: Family
+    pruner: Pruner
+    spec: ModelSpec
+
+
+def read_model(named: NamedConfig) -> Model:
+    """Open a configured checkpoint with its parts, and see that the pruner can be served.
+
+    Raises:
+        GapError: The checkpoint is broken, or lacks what the pruner needs.
+    """
+    config = named.config
+    family_name = config.family
+    parts_beside: frozenset[str] = frozenset()
+    if family_name:
+        family: Family = load_plugin("gap_export.models", family_name, "family")
+        usual = {**family.PARTS, **config.parts}
+        parts_beside = frozenset(Path(location).name for location in usual.values())
+    checkpoint = open_checkpoint(config.checkpoint, config.revision, ignored=parts_beside)
+    if not family_name:
+        family_name = resolve_family(checkpoint.folder)
+        family = load_plugin("gap_export.models", family_name, "family")
+    strategy = config.prune.strategy
+    pruner: Pruner = load_plugin("gap_export.pruners", strategy, "pruner")
+    source = config.prune.phrase or family.PHRASE
+    reads_clip = Feature.TEXT in pruner.NEEDS and source == "clip"
+    unknown = sorted(set(config.parts) - set(family.PARTS))
+    if unknown:
+        raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
+    locations = family.find_parts(checkpoint, text=reads_clip) | config.parts
+    parts = {
+        role: open_part(location, checkpoint.folder, role)
+        for role, location in locations.items()
+        if location
+    }
+    checkpoint = replace(checkpoint, parts=parts)
+    spec = family.read_spec(checkpoint, config)
+    if config.box.frame is not None:
+        spec = replace(spec, box=replace(spec.box, frame=config.box.frame))
+    given = set(spec.features) | {Feature.TOKENS, Feature.TEXT}
+    if not reads_clip:
+        given.add(Feature.TEXT_PATCHES)
+    lacking = sorted(need.value for need in pruner.NEEDS - given)
+    if reads_clip and spec.text is None:
+        raise ConfigError(
+            f"pruner '{strategy}' compares patches with the phrase through CLIP's text tower, "
+            f"which family '{family_name}' does not have; use --set prune.phrase=embeddings"
+        )
+    if lacking:
+        raise ConfigError(
+            f"pruner '{strategy}' needs {', '.join(lacking)}, which family '{family_name}' does "
+            "not give; choose another --pruner"
+        )
+    return Model(
+        checkpoint=checkpoint,
+        family_name=family_name,
+        family=family,
+        pruner=pruner,
+        spec=spec,
+    )
+
+
+def _count_extra(pruner: Pruner, config: PruneConfig, kept: int, bucket: Bucket) -> int:
+    """Extra tokens of a ratio: none where nothing is removed that they could be made of."""
+    made = kept < bucket.patches and config.extra_token != "drop"
+    return pruner.EXTRA if made else 0
+
+
+def _plan_phrase(model: Model, config: PruneConfig) -> PhraseInput | None:
+    """How the vision graph is told the phrase, None where the pruner does not read it.
+
+    Raises:
+        CheckpointError: CLIP's text tower has no tokenizer.
+    """
+    if Feature.TEXT not in model.pruner.NEEDS:
+        return None
+    text = model.spec.text
+    if text is None or config.phrase == "embeddings":
+        return PhraseInput(source="embeddings", tokenizer=None, length=0, end_id=0)
+    if read_tokenizer(text.tokenizer) is None:
+        raise CheckpointError(
+            f"{text.tokenizer}: no tokenizer in it; CLIP's is needed to read phrases"
+        )
+    return PhraseInput(
+        source="clip", tokenizer=TEXT_TOKENIZER_FILE, length=text.length, end_id=text.end_id
+    )
+
+
+def _load_dialect(target: Target) -> Dialect:
+    """The dialect of a target, which must have the target's opset."""
+    dialect: Dialect = load_plugin("gap_export.dialects", target.dialect, "dialect")
+    if target.opset not in dialect.OPSETS:
+        have = ", ".join(str(opset) for opset in sorted(dialect.OPSETS))
+        raise ConfigError(
+            f"target '{target.name}': dialect '{target.dialect}' has no opset {target.opset}; "
+            f"have {have}"
+        )
+    return dialect
+
+
+def _require_quantizable(request: ExportRequest, target: Target) -> None:
+    """Refuse a quantization that the target's operators cannot say, or that lacks samples."""
+    wanted = request.named.config.quantize
+    if wanted.weights is None:
+        return
+    if not (wanted.decoder or wanted.head or wanted.vision):
+        raise ConfigError(
+            f"quantize.weights is {wanted.weights}, but quantize.decoder, quantize.head and "
+            "quantize.vision are all off; turn one on"
+        )
+    if wanted.weights == "int4" and target.opset < _INT4_OPSET:
+        raise ConfigError(
+            f"target '{target.name}': int4 weights need opset {_INT4_OPSET}, its dialect "
+            f"'{target.dialect}' is written in {target.opset}; use --quantize int8"
+        )
+    if wanted.method == "awq" and not request.reference:
+        raise ConfigError(
+            "quantize.method awq watches PyTorch answer the sample pictures, which "
+            "--no-reference leaves out; use --set quantize.method=nearest"
+        )
+
+
+def _packed_values(sources: dict[str, TensorSource]) -> dict[str, PackedValues]:
+    return {name: each.packed for name, each in sources.items() if each.packed is not None}
+
+
+def _require_packable(
+    request: ExportRequest, target: Target, sources: dict[str, TensorSource]
+) -> None:
+    """Refuse a checkpoint that came quantized in a way that the target cannot run."""
+    named, wanted = request.named.name, request.named.config.quantize
+    for name, packed in _packed_values(sources).items():
+        if wanted.weights is not None:
+            raise ConfigError(
+                f"{named}: quantize.weights is {wanted.weights}, but the checkpoint came "
+                f"quantized to {packed.bits} bits, which are kept as they are; leave it out, or "
+                "give the checkpoint that it was made from"
+            )
+        scheme = packed_scheme(packed, sources[name].shape[1])
+        if scheme.needs_blocks and target.opset < _INT4_OPSET:
+            raise ConfigError(
+                f"{named}: the checkpoint came quantized in blocks, which need opset "
+                f"{_INT4_OPSET}; target '{target.name}' is written in {target.opset}; give the "
+                "checkpoint that it was made from, with --quantize int8"
+            )
+        if scheme.has_zeros and target.packages:
+            raise ConfigError(
+                f"{named}: '{name}' came quantized with zero points, which engines of target "
+                f"'{target.name}' cannot take; give a GPTQ checkpoint made with sym=True, or the "
+                "one that it was made from, with --quantize int4"
+            )
+
+
+def _plan_prompt(
+    request: ExportRequest, tokenizer: Tokenizer | None, spec: ModelSpec
+) -> tuple[Prompt, int, int]:
+    """The prompt record and the numbers of tokens before and (at most) after the image."""
+    config = request.named.config.prompt
+    template = config.template or spec.template
+    if tokenizer is None:
+        if request.reference:
+            raise CheckpointError(
+                f"{spec.tokenizer}: no {TOKENIZER_FILE} in it; add the model's tokenizer, or "
+                "export the graphs alone with --no-reference"
+            )
+        prompt = Prompt(
+            template=template, image_token=None, tokenizer=None, stop_ids=spec.stop_ids
+        )
+        prefix = spec.prefix if config.prefix is None else config.prefix
+        return prompt, prefix, config.suffix or _LEAST_SUFFIX
+    image_token = None
+    if spec.image_token_id is not None:
+        image_token = _image_token(tokenizer, spec.image_token_id, spec.tokenizer)
+        template = template.replace(IMAGE_FIELD, spec.image_text or image_token)
+    prompt = Prompt(
+        template=template,
+        image_token=image_token,
+        tokenizer=TOKENIZER_FILE,
+        stop_ids=spec.stop_ids,
+    )
+    encoded = PromptEncoder(tokenizer, prompt).encode("x")
+    suffix = config.suffix or max(_LEAST_SUFFIX, len(encoded.suffix) + _PHRASE_ROOM)
+    if len(encoded.suffix) > suffix:
+        raise ConfigError(
+            f"{request.named.name}: the prompt has {len(encoded.suffix)} tokens after the image "
+            f"for the shortest phrase, prompt.suffix is {suffix}; raise it with "
+            f"--set prompt.suffix={len(encoded.suffix) + _PHRASE_ROOM}"
+        )
+    return prompt, len(encoded.prefix), suffix
+
+
+def _image_token(tokenizer: Tokenizer, token_id: int, folder: Path) -> str:
+    token = tokenizer.id_to_token(token_id)
+    if token is None:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has no token {token_id}, which config.json names as the "
+            "image token; give the tokenizer that belongs to this checkpoint"
+        )
+    return str(token)
+
+
+def _stored_dtype(sources: dict[str, TensorSource]) -> str:
+    """The dtype that most of the model's bytes have: no conversion is the default."""
+    sizes: dict[str, int] = {}
+    for source in sources.values():
+        for tensor in source.inputs:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
+    floats = {name: size for name, size in sizes.items() if name in DTYPES}
+    return max(floats, key=lambda name: floats[name]) if floats else "float32"

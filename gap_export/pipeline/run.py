@@ -1,0 +1,434 @@
+"""An export from start to end: what is made, and in which order.
+
+Everything is written into a folder aside, which becomes the bundle by one rename when it is
+whole; nothing else that an export does can be seen from outside.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gap_export.checkpoint.sources import TensorSource
+from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer
+from gap_export.interfaces.family import EagerModel, InputStatistics
+from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
+from gap_export.pipeline.nonfinite import find_bad_tensor
+from gap_export.pipeline.plan import HEAD, REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
+from gap_export.pipeline.preflight import (
+    describe_streaming,
+    require_readable,
+    require_room,
+    settle_memory,
+)
+from gap_export.pipeline.stages import (
+    Graphs,
+    quantize_graphs,
+    trace_decoder,
+    trace_pruning,
+    trace_text,
+    trace_tower,
+    write_graphs,
+)
+from gap_export.pipeline.staging import folder_aside, move_into_place, require_replaceable
+from gap_export.quantization.awq import smooth_model
+from gap_export.quantization.graph import Scheme, quantize_sources
+from gap_export.reference.answers import record_reference
+from gap_export.tracing.trace import Traced, join
+from gap_export.weights.plan import (
+    WeightPlan,
+    bring_weights,
+    lies_ready,
+    plan_weights,
+    wanted_shapes,
+)
+from gap_export.weights.read import SourceReader
+from gap_runtime.backends.tensorrt.build_script import write_build_script
+from gap_runtime.bundle.bundle import Bundle, describe_file
+from gap_runtime.bundle.manifest import (
+    SCHEMA,
+    CacheShape,
+    FileEntry,
+    Manifest,
+    Pruning,
+    Reference,
+    ReferenceSample,
+    Source,
+    Stage,
+)
+from gap_runtime.display import Display, format_bytes
+from gap_runtime.errors import BackendMissingError, CheckError, EngineError
+from gap_runtime.grounding.check import CheckReport, check_bundle
+from gap_runtime.pictures.load import load_picture
+from gap_runtime.records import dump_record
+
+_REFERENCE: Final = "reference.npz"
+_SAMPLES: Final = "samples"
+_COPIES: Final = ".copies"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """A finished export. `report` is null where parity was not checked, `note` says why."""
+
+    plan: ExportPlan
+    manifest: Manifest
+    report: CheckReport | None
+    note: str
+
+
+class KnownGraphs:
+    """Graphs that exports of one model with other pruning have in common, traced once."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._found: dict[tuple[Any, ...], Traced | None] = {}
+
+    def get(self, key: tuple[Any, ...], trace: Callable[[], Traced | None]) -> Traced | None:
+        """A graph of one's own: weights are bound to it in place."""
+        if key not in self._found:
+            self._found[key] = trace()
+        found = self._found[key]
+        return found and replace(found, model=found.model.clone())
+
+
+def export(
+    plan: ExportPlan, display: Display, *, known: KnownGraphs | None = None
+) -> ExportResult:
+    """Make the bundle.
+
+    Args:
+        plan: What to make.
+        display: Shows the steps.
+        known: Graphs of earlier exports, which may differ in pruning alone.
+
+    Raises:
+        GapError: The export failed; nothing was left behind and nothing was overwritten.
+    """
+    require_replaceable(plan.out)
+    require_readable(plan)
+    memory = settle_memory(plan)
+    # Before anything is read, so that what changes meanwhile is noticed next time.
+    record = _start_record(plan)
+    ready = {name: s for name, s in plan.sources.items() if _stays(name, s, plan)}
+    with folder_aside(plan.out) as folder, ExitStack() as stack:
+        copies = _plan_copies(require_room(plan, folder), folder, plan.request.weights)
+        reader = stack.enter_context(SourceReader(ready, copies))
+        graphs = _trace(plan, display, known or KnownGraphs())
+        schemes: dict[str, Scheme] = {}
+        if plan.quantization is not None:
+            graphs, schemes = quantize_graphs(plan, graphs)
+        reference, statistics = None, None
+        if plan.request.reference:
+            with _asking(plan, display, memory) as show:
+                reference, statistics = _record(plan, folder, memory, show)
+        sources = plan.sources
+        if schemes:
+            with display.step("planning quantized weights"):
+                sources = _quantize(plan, schemes, statistics or {})
+        with display.step("proving the graphs"):
+            weights = _plan_weights(plan, sources, graphs.all)
+            stages = write_graphs(plan, weights, folder, graphs)
+        with display.step(f"bringing {format_bytes(weights.size)} of weights"):
+            hashes = bring_weights(weights, folder, plan.request.weights, copy_of=reader.copy_of)
+            shutil.rmtree(folder / _COPIES, ignore_errors=True)
+            reader.require_finite(weights)
+        _write_tokenizers(plan, folder)
+        write_build_script(folder, plan.target, stages, plan.layout, plan.entries)
+        with display.step("hashing"):
+            hashes |= {name: reader.hash(source) for name, source in weights.shards.items()}
+            entries = _describe_files(folder, hashes)
+        manifest = _make_manifest(plan, weights, stages, reference, entries)
+        report, note = _check(Bundle(folder=folder, manifest=manifest), display)
+        result = ExportResult(plan=plan, manifest=manifest, report=report, note=note)
+        if record is not None:
+            record = replace(record, result=_tell_result(result))
+            files = manifest.files | {IDENTITY_FILE: record.write(folder)}
+            result = replace(result, manifest=replace(manifest, files=files))
+        # Last, so that a folder that was left behind never looks like a bundle.
+        result.manifest.write(folder)
+        move_into_place(folder, plan.out)
+    return result
+
+
+def _start_record(plan: ExportPlan) -> ExportRecord | None:
+    """What is known before the export; None where the same export could not be recognised."""
+    named, request = plan.request.named, plan.request
+    found = plan.family.find_parts(plan.checkpoint, text=plan.reads_clip)
+    parts = {role: place for role, place in found.items() if role not in named.config.parts}
+    identity = identify(
+        named,
+        target=request.target,
+        weights=request.weights,
+        reference=request.reference,
+        parts=parts,
+    )
+    if identity is None:
+        return None
+    return ExportRecord(identity=identity, parts=parts, result={})
+
+
+def _plan_copies(expected: WeightPlan, folder: Path, mode: str) -> dict[Path, Path]:
+    """Where the files that will be cloned are copied to while graphs are traced."""
+    if mode == "link":
+        return {}
+    (folder / _COPIES).mkdir()
+    return {source: folder / _COPIES / name for name, source in expected.shards.items()}
+
+
+def _trace(plan: ExportPlan, display: Display, known: KnownGraphs) -> Graphs:
+    needs = plan.pruner.NEEDS, plan.reads_clip
+    with display.step("tracing the vision tower"):
+        towers = {
+            bucket.name: known.get(
+                ("tower", bucket.name, *needs), partial(trace_tower, plan, bucket)
+            )
+            for bucket in plan.spec.buckets
+        }
+        text = known.get(("text", plan.reads_clip), partial(trace_text, plan))
+    with display.step("tracing the decoder"):
+        positions = max(plan.layout.at(entry).positions for entry in plan.entries)
+        decoder = known.get(
+            ("decoder", plan.layout.capacity, positions), partial(trace_decoder, plan)
+        )
+    assert decoder is not None
+    with display.step(f"joining {len(plan.entries)} pruning stage(s)"):
+        visions = []
+        for entry in plan.entries:
+            tower = towers[entry.bucket]
+            assert tower is not None
+            visions.append(join(tower, trace_pruning(plan, entry)))
+    return Graphs(visions=tuple(visions), decoder=decoder, text=text)
+
+
+def _stays(name: str, source: TensorSource, plan: ExportPlan) -> bool:
+    """Whether a tensor can be expected to be used as it lies in its file."""
+    quantized = name == HEAD or (len(source.shape) == 2 and name != plan.family.EMBEDDING)
+    return lies_ready(source, plan.dtype) and not (
+        quantized and plan.is_quantized(name, vision=False)
+    )
+
+
+def _quantize(
+    plan: ExportPlan, schemes: dict[str, Scheme], statistics: dict[str, InputStatistics]
+) -> dict[str, TensorSource]:
+    """The sources with quantized weights among them."""
+    sources, smoothings = dict(plan.sources), {}
+    if plan.quantization is not None and plan.quantization.method == "awq":
+        smoothed = smooth_model(
+            plan.sources,
+            schemes,
+            plan.family.smoothing_groups(plan.spec),
+            statistics,
+            dtype=plan.dtype,
+        )
+        sources |= smoothed.sources
+        smoothings = smoothed.smoothings
+    return sources | quantize_sources(sources, schemes, smoothings, dtype=plan.dtype)
+
+
+def _plan_weights(
+    plan: ExportPlan, sources: dict[str, TensorSource], graphs: list[Traced]
+) -> WeightPlan:
+    wanted = wanted_shapes(graphs)
+    wanted[plan.family.EMBEDDING] = (plan.spec.vocabulary, plan.spec.width)
+    return plan_weights(plan.checkpoint, sources, wanted, dtype=plan.dtype)
+
+
+@contextmanager
+def _asking(
+    plan: ExportPlan, display: Display, memory: int | None
+) -> Iterator[Callable[[float, str], None]]:
+    """Show that PyTorch is asked; if weights are read layer by layer, why and how far it is."""
+    if memory is None:
+        with display.step("asking PyTorch"):
+            yield lambda _share, _now: None
+        return
+    display.say(describe_streaming(plan, memory))
+    with display.progress("asking PyTorch, layer by layer") as show:
+        yield show
+
+
+def _record(
+    plan: ExportPlan, folder: Path, memory: int | None, show: Callable[[float, str], None]
+) -> tuple[Reference, dict[str, InputStatistics]]:
+    """Ask PyTorch about the samples, in float32 whatever the bundle's dtype.
+
+    What the decoder's linear layers saw meanwhile comes along.
+    """
+    model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE, memory=memory)
+    with model.observe() as summarize:
+        records, arrays = ask_samples(plan, model, folder, show)
+        statistics = summarize()
+    np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
+    reference = Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
+    return reference, statistics
+
+
+def ask_samples(
+    plan: ExportPlan, model: EagerModel, folder: Path, show: Callable[[float, str], None]
+) -> tuple[list[ReferenceSample], dict[str, np.ndarray]]:
+    """A loaded model's answers to the samples of a plan, whose pictures go into a folder."""
+    return record_reference(
+        model,
+        plan.samples,
+        plan.spec,
+        plan.entries,
+        pruner=plan.pruner,
+        config=plan.request.named.config.prune,
+        prompt=plan.prompt,
+        phrase=plan.phrase,
+        most=plan.layout.answer,
+        folder=folder,
+        images=_SAMPLES,
+        show=show,
+    )
+
+
+def _write_tokenizers(plan: ExportPlan, folder: Path) -> None:
+    """The language model's tokenizer, and CLIP's where phrases go through its text tower."""
+    if plan.tokenizer is not None:
+        source = plan.spec.tokenizer / TOKENIZER_FILE
+        if source.is_file():
+            shutil.copyfile(source, folder / TOKENIZER_FILE)
+        else:
+            plan.tokenizer.save(str(folder / TOKENIZER_FILE))
+    if plan.reads_clip:
+        assert plan.spec.text is not None
+        tokenizer = read_tokenizer(plan.spec.text.tokenizer)
+        assert tokenizer is not None
+        tokenizer.save(str(folder / TEXT_TOKENIZER_FILE))
+
+
+def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
+    """Run the finished bundle against the reference where that can be done here."""
+    if bundle.manifest.reference is None:
+        return None, "no reference was recorded"
+    if bundle.manifest.dtype == "bfloat16":
+        return None, "the onnxruntime backend does not run bfloat16"
+    try:
+        with display.step("checking against PyTorch on onnxruntime"):
+            report = check_bundle(bundle, "onnxruntime:cpu")
+    except BackendMissingError as error:
+        return None, str(error)
+    except EngineError:
+        _require_finite(bundle)
+        raise
+    if not report.passed:
+        _require_finite(bundle)
+        failed = next(
+            (row for row in report.rows if not (row.passed or row.missed)),
+            next(row for row in report.rows if not row.passed),
+        )
+        raise CheckError(
+            f"{bundle.manifest.name}: the exported graphs differ from PyTorch: {failed.sample} "
+            f"at ratio {failed.ratio:g}: {'; '.join(failed.reasons)}; nothing was "
+            "written; --no-reference exports the graphs unchecked"
+        )
+    return report, ""
+
+
+def _require_finite(bundle: Bundle) -> None:
+    """Say so where a failed check comes from an overflow, and in which tensor."""
+    assert bundle.manifest.reference is not None
+    if bundle.manifest.dtype == "float32":
+        return
+    for sample in bundle.manifest.reference.samples:
+        if sample.ratio is None:
+            continue
+        picture = load_picture(bundle.folder / sample.image)
+        entry = bundle.choose_ratio(sample.ratio, sample.bucket)
+        found = find_bad_tensor(bundle, picture, sample.phrase, entry)
+        if found is not None:
+            raise CheckError(
+                f"{bundle.manifest.name}: {found} is not finite in {bundle.manifest.dtype}; "
+                "nothing was written; export with --dtype bfloat16 or float32"
+            )
+
+
+def _describe_files(folder: Path, hashes: dict[str, str]) -> dict[str, FileEntry]:
+    """Size and hash of every file of the bundle; the hashes of some are known."""
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        entries[name] = (
+            FileEntry(size=path.stat().st_size, blake3=hashes[name])
+            if name in hashes
+            else describe_file(path)
+        )
+    return entries
+
+
+def _make_manifest(
+    plan: ExportPlan,
+    weights: WeightPlan,
+    stages: list[Stage],
+    reference: Reference | None,
+    files: dict[str, FileEntry],
+) -> Manifest:
+    spec, prune = plan.spec, plan.request.named.config.prune
+    packages = ("gap-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+    return Manifest(
+        schema=SCHEMA,
+        name=plan.out.name,
+        family=plan.family_name,
+        dtype=plan.dtype,
+        quantization=plan.quantization,
+        target=plan.target,
+        source=Source(
+            checkpoint=plan.checkpoint.hub_id or plan.request.named.name,
+            revision=plan.checkpoint.revision,
+            index_sha256=plan.checkpoint.index_sha256,
+        ),
+        versions={name: metadata.version(name) for name in packages},
+        layout=plan.layout,
+        pruning=Pruning(
+            strategy=prune.strategy,
+            positions=prune.positions,
+            seed=prune.seed,
+            extra_token=prune.extra_token if plan.pruner.EXTRA else None,
+        ),
+        buckets=spec.buckets,
+        ratios=plan.entries,
+        stages=tuple(stages),
+        cache=CacheShape(
+            layers=spec.layers,
+            heads=spec.cache_heads,
+            head_dim=spec.head_dim,
+            dtype=plan.dtype,
+        ),
+        embedding=weights.placed[plan.family.EMBEDDING],
+        preprocess=spec.preprocess,
+        prompt=plan.prompt,
+        phrase=plan.phrase,
+        box=spec.box,
+        reference=reference,
+        files=files,
+    )
+
+
+def summarize(result: ExportResult) -> dict[str, Any]:
+    """The export's result as plain data, for `--json`."""
+    return {"bundle": str(result.plan.out), **_tell_result(result)}
+
+
+def _tell_result(result: ExportResult) -> dict[str, Any]:
+    """The result without the bundle's place."""
+    report = result.report
+    return {
+        "ratios": dump_record(result.manifest.ratios),
+        "checked": report is not None and report.passed,
+        "not_checked_because": result.note or None,
+        "rows": 0 if report is None else len(report.rows),
+        "dtype": result.manifest.dtype,
+        "positions": result.manifest.pruning.positions,
+        "pruner": result.manifest.pruning.strategy,
+    }

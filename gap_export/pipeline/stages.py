@@ -1,0 +1,355 @@
+"""The stages of a bundle: their inputs and outputs, and the road from module to proved file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import onnx_ir as ir
+
+from gap_export.graph.decoder import DecoderStage, cache_names
+from gap_export.graph.text import TextStage
+from gap_export.graph.vision import PruneStage, TowerStage, sort_features
+from gap_export.interfaces.dialect import FUSED
+from gap_export.interfaces.family import geometry_of
+from gap_export.interfaces.features import Feature
+from gap_export.pipeline.plan import ExportPlan
+from gap_export.quantization.graph import (
+    Scheme,
+    choose_scheme,
+    packed_scheme,
+    quantize_graph,
+)
+from gap_export.tracing.keep_batch import keep_batch
+from gap_export.tracing.proof import prove_graph
+from gap_export.tracing.repeat_layers import repeat_layer
+from gap_export.tracing.trace import FREE_ROWS, Traced, trace
+from gap_export.weights.plan import WeightPlan, bind_weights, strip_stage, write_placeholders
+from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, Bucket, RatioEntry, Stage
+from gap_runtime.bundle.tensors import TensorSpec
+
+_TRACED_LAYERS: Final = 2
+"""Of a decoder: the first, and one that can follow itself."""
+_TRACED_TOWER_LAYERS: Final = 3
+"""Of a tower: besides these the last, whose input pruners look at."""
+
+
+def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
+    """The tower's graph, the same for all ratios; traced with few blocks, as the decoder."""
+    spec, needs = plan.spec, tower_needs(plan)
+    few = replace(spec, tower_layers=min(spec.tower_layers, _TRACED_TOWER_LAYERS))
+    side = spec.preprocess.side
+    views = _count_views(bucket, side)
+    traced = trace(
+        lambda: TowerStage(plan.family.build_tower(few, bucket, needs), needs),
+        dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
+        inputs=[
+            TensorSpec(
+                name="pixels",
+                dtype="float32",
+                shape=(1, 3, side, side) if views is None else (1, views, 3, side, side),
+                meaning="normalized picture" if views is None else "whole picture, then its tiles",
+            )
+        ],
+        outputs=_between(plan, bucket),
+        finish=lambda stage: plan.family.fill_constants(stage.tower),  # type: ignore[arg-type]
+    )
+    more = spec.tower_layers - few.tower_layers
+    return repeat_layer(traced, f"tower.{plan.family.TOWER_LAYERS}", more)
+
+
+def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
+    """The graph from patches to visual tokens, kept index and position IDs at one ratio."""
+    layout, spec = plan.layout.at(entry), plan.spec
+    bucket = plan.bucket(entry)
+    between = _between(plan, bucket)
+    phrase = [_describe_phrase(plan)] if plan.reads_phrase(entry) else []
+    return trace(
+        lambda: PruneStage(
+            plan.pruner,
+            plan.family.build_projector(spec),
+            plan.family.build_fixed_tokens(spec, bucket),
+            config=plan.request.named.config.prune,
+            layout=layout,
+            geometry=geometry_of(bucket),
+            fixed=bucket.fixed,
+            given=[*sort_features(tower_needs(plan)), *([Feature.TEXT] if phrase else [])],
+            text_sign=-1 if plan.reads_clip else 1,
+        ),
+        dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
+        inputs=[*between, *phrase],
+        outputs=[
+            TensorSpec(
+                name="visual_tokens",
+                dtype="float32",
+                shape=(1, layout.visual, spec.width),
+                meaning="tokens of the kept patches, in slot order",
+            ),
+            TensorSpec(
+                name="kept_index",
+                dtype="int64",
+                shape=(1, entry.kept),
+                meaning="visual token that each kept slot holds",
+            ),
+            TensorSpec(
+                name="position_ids",
+                dtype="int64",
+                shape=(1, layout.prompt),
+                meaning="position of every slot of the longest prompt",
+            ),
+        ],
+        nested=len(between) - 1 + len(phrase),
+    )
+
+
+def trace_text(plan: ExportPlan) -> Traced | None:
+    """CLIP's text tower; None where no graph reads the phrase through it."""
+    text = plan.spec.text
+    if not plan.reads_clip:
+        return None
+    assert text is not None
+    return trace(
+        lambda: TextStage(plan.family.build_text_tower(plan.spec)),
+        dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
+        inputs=[
+            TensorSpec(
+                name="text_ids",
+                dtype="int64",
+                shape=(1, text.length),
+                meaning="the phrase's tokens, padded with end tokens",
+            )
+        ],
+        outputs=[_describe_phrase(plan)],
+        finish=lambda stage: plan.family.fill_constants(stage.tower),  # type: ignore[arg-type]
+    )
+
+
+def trace_decoder(plan: ExportPlan) -> Traced:
+    """The decoder's graph, the same for all ratios and position modes.
+
+    Traced with few layers; the others are like the last of these.
+    """
+    spec = plan.spec
+    few = replace(spec, layers=min(spec.layers, _TRACED_LAYERS))
+    cache_shape = (1, spec.cache_heads, plan.layout.capacity, spec.head_dim)
+    names = cache_names(spec.layers)
+    caches = [
+        TensorSpec(
+            name=name,
+            dtype=plan.dtype,
+            shape=cache_shape,
+            meaning=f"{name.split('_')[1]}s so far, layer {int(name.rpartition('_')[2])}",
+        )
+        for name in names
+    ]
+    positions = max(plan.layout.at(entry).positions for entry in plan.entries)
+    tables = plan.family.rotary_tables(spec, positions)
+    inputs = [
+        TensorSpec(
+            name="embeddings",
+            dtype="float32",
+            shape=(1, FREE_ROWS, spec.width),
+            meaning="prompt rows, or one token",
+        ),
+        TensorSpec(
+            name="position_ids",
+            dtype="int64",
+            shape=(1, FREE_ROWS),
+            meaning="rotary position of each row",
+        ),
+        TensorSpec(name="write_slot", dtype="int64", shape=(1,), meaning="cache slot of row 0"),
+        TensorSpec(
+            name="logits_row", dtype="int64", shape=(1,), meaning="row whose logits are wanted"
+        ),
+        *caches,
+    ]
+    outputs = [
+        TensorSpec(
+            name="logits", dtype="float32", shape=(1, spec.vocabulary), meaning="of the wanted row"
+        ),
+        *(
+            TensorSpec(
+                name=f"next_{cache.name}",
+                dtype=cache.dtype,
+                shape=cache.shape,
+                meaning="the same memory, with the rows written",
+            )
+            for cache in caches
+        ),
+    ]
+    left_out = 2 * (spec.layers - few.layers)
+    traced = trace(
+        lambda: DecoderStage(plan.family.build_decoder(few, plan.dialect, tables)),
+        dtype=plan.dtype,
+        dialect=plan.dialect,
+        opset=plan.target.opset,
+        inputs=inputs[: len(inputs) - left_out],
+        outputs=outputs[: len(outputs) - left_out],
+        nested=2 * few.layers,
+    )
+    return repeat_layer(
+        traced,
+        f"decoder.{plan.family.LAYERS}",
+        spec.layers - few.layers,
+        inputs=inputs[len(traced.inputs) :],
+        outputs=outputs[len(traced.outputs) :],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graphs:
+    """All graphs of a bundle; vision graphs in the order of the plan's entries."""
+
+    visions: tuple[Traced, ...]
+    decoder: Traced
+    text: Traced | None
+
+    @property
+    def all(self) -> list[Traced]:
+        """Every graph."""
+        return [*self.visions, self.decoder, *([self.text] if self.text else [])]
+
+
+def scheme_of(
+    plan: ExportPlan, name: str, shape: tuple[int, ...], *, vision: bool
+) -> Scheme | None:
+    """The scheme of a linear layer's weight; None where it stays. `vision`: of a vision graph."""
+    if plan.quantization is None or not plan.is_quantized(name, vision=vision):
+        return None
+    packed = plan.sources[name].packed
+    scheme = (
+        choose_scheme(plan.quantization.weights, shape)
+        if packed is None
+        else packed_scheme(packed, shape[1])
+    )
+    fuses = FUSED in plan.dialect.OPERATORS
+    if scheme is None or scheme.block is None or not fuses:
+        return scheme
+    return replace(scheme, is_fused=True)
+
+
+def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> tuple[Graphs, dict[str, Scheme]]:
+    """The graphs with quantized weights in their linear layers, and each scheme by weight."""
+    schemes: dict[str, Scheme] = {}
+
+    def quantize(traced: Traced, *, vision: bool) -> Traced:
+        def choose(parameter: str, shape: tuple[int, ...]) -> Scheme | None:
+            return scheme_of(plan, strip_stage(parameter), shape, vision=vision)
+
+        quantized, found = quantize_graph(traced, choose)
+        schemes.update({strip_stage(name): scheme for name, scheme in found.items()})
+        return quantized
+
+    decoder = quantize(graphs.decoder, vision=False)
+    if schemes and FUSED in plan.dialect.OPERATORS:
+        keep_batch(decoder.model)
+    visions = tuple(quantize(each, vision=True) for each in graphs.visions)
+    return replace(graphs, visions=visions, decoder=decoder), schemes
+
+
+def write_graphs(
+    plan: ExportPlan, weights: WeightPlan, folder: Path, graphs: Graphs
+) -> list[Stage]:
+    """Write and prove every graph beside placeholders of the weights.
+
+    Placeholders, because the ONNX checker refuses hard links, and because a graph that fails
+    should do so before gigabytes are copied.
+    """
+    write_placeholders(weights, folder)
+    stages = []
+    for entry, vision in zip(plan.entries, graphs.visions, strict=True):
+        bucket = f"-{entry.bucket}" if entry.bucket else ""
+        name = f"vision{bucket}-{entry.kept}of{entry.patches}"
+        stages.append(_describe_stage(name, VISION, vision, entry))
+        _write_graph(plan, vision, weights, folder, stages[-1])
+    if graphs.text is not None:
+        stages.append(_describe_stage(TEXT, TEXT, graphs.text, None))
+        _write_graph(plan, graphs.text, weights, folder, stages[-1])
+    stages.append(_describe_stage(DECODER, DECODER, graphs.decoder, None))
+    _write_graph(plan, graphs.decoder, weights, folder, stages[-1])
+    return stages
+
+
+def tower_needs(plan: ExportPlan) -> frozenset[Feature]:
+    """Needs of the pruner that the tower serves; the others come later or with the phrase."""
+    later = {Feature.TOKENS, Feature.TEXT}
+    if not plan.reads_clip:
+        later.add(Feature.TEXT_PATCHES)
+    return plan.pruner.NEEDS - later
+
+
+def _between(plan: ExportPlan, bucket: Bucket) -> list[TensorSpec]:
+    """What the tower hands to the pruning stage."""
+    spec, tokens = plan.spec, geometry_of(bucket).tokens
+    patches = TensorSpec(
+        name="patches",
+        dtype=plan.dtype,
+        shape=(1, tokens, spec.vision_width),
+        meaning="tokens before the projector",
+    )
+    features = [
+        TensorSpec(
+            name=feature.value,
+            dtype="float32",
+            shape=(1, tokens * bucket.strip, *spec.features[feature]),
+            meaning="by-product of the tower",
+        )
+        for feature in sort_features(tower_needs(plan))
+    ]
+    return [patches, *features]
+
+
+def _describe_phrase(plan: ExportPlan) -> TensorSpec:
+    """The vision graph's input besides the picture, where the pruner reads the phrase."""
+    text = plan.spec.text
+    width = text.width if plan.reads_clip and text else plan.spec.width
+    return TensorSpec(
+        name=Feature.TEXT.value, dtype="float32", shape=(1, width), meaning="the phrase"
+    )
+
+
+def _count_views(bucket: Bucket, side: int) -> int | None:
+    """Views of a tiled picture, None where the picture is not tiled."""
+    if bucket.canvas is None:
+        return None
+    return 1 + bucket.canvas[0] // side * (bucket.canvas[1] // side)
+
+
+def _describe_stage(name: str, role: str, traced: Traced, entry: RatioEntry | None) -> Stage:
+    return Stage(
+        name=name,
+        role=role,
+        file=f"{name}.onnx",
+        bucket=entry.bucket if entry else None,
+        ratio=entry.ratio if entry else None,
+        kept=entry.kept if entry else None,
+        inputs=traced.inputs,
+        outputs=traced.outputs,
+    )
+
+
+def _write_graph(
+    plan: ExportPlan, traced: Traced, weights: WeightPlan, folder: Path, stage: Stage
+) -> None:
+    path = folder / stage.file
+    bind_weights(traced, weights, folder)
+    traced.model.graph.name = stage.name
+    traced.model.producer_name = "gap-export"
+    traced.model.producer_version = metadata.version("gap-export")
+    ir.save(traced.model, path)
+    prove_graph(
+        path,
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        opset=plan.target.opset,
+        operators=plan.dialect.OPERATORS,
+        free=frozenset({FREE_ROWS} if stage.role == DECODER else ()),
+    )

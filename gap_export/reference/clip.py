@@ -1,0 +1,121 @@
+"""CLIP's towers of Hugging Face's, with everything on the way that pruners may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
+
+from gap_export.interfaces.features import EagerVision, Geometry
+
+# V views, T tokens of a view (CLS first), N visual tokens, C width, D decoder width, W text width.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerOutput:
+    """All hidden states and attention maps, and each block's queries and keys [V, T, C]."""
+
+    hidden_states: tuple[Tensor, ...]
+    attentions: tuple[Tensor, ...]
+    queries: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+
+
+class EagerClip:
+    """A vision tower."""
+
+    def __init__(self, tower: CLIPVisionModel, layer: int) -> None:
+        """Wrap a loaded tower; `layer` is the hidden state that patches are taken from."""
+        self._tower, self._layer = tower.eval(), layer
+
+    @torch.no_grad()
+    def look(
+        self,
+        views: Tensor,
+        project: Callable[[Tensor], Tensor],
+        *,
+        geometry: Geometry,
+        arrange: Callable[[Tensor], Tensor],
+    ) -> EagerVision:
+        """All that pruners may ask for.
+
+        Args:
+            views: Pixels [V, 3, H, W].
+            project: Patches [N, C] to visual tokens [N, D].
+            geometry: Of the tokens that may be removed.
+            arrange: [V, T - 1, ...] to the patches [N, ...] in their order.
+        """
+        dtype = next(self._tower.parameters()).dtype
+        with _recorded(self._tower) as (queries, keys):
+            output = self._tower(
+                views.to(dtype), output_hidden_states=True, output_attentions=True
+            )
+        patches = arrange(output.hidden_states[self._layer][:, 1:])
+        return EagerVision(
+            patches=patches,
+            tokens=project(patches),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            queries=tuple(queries),
+            keys=tuple(keys),
+            layer=self._layer,
+            geometry=geometry,
+            arrange=arrange,
+            text=None,
+            text_patches=None,
+            text_sign=1,
+        )
+
+    @torch.no_grad()
+    def normalize(self, patches: Tensor) -> Tensor:
+        """The tower's last norm, which is meant for the last layer's states, on patches."""
+        normed: Tensor = self._tower.post_layernorm(patches)
+        return normed
+
+
+class EagerClipText:
+    """CLIP as a whole, for its text tower and the space that it shares with patches."""
+
+    def __init__(self, model: CLIPModel, tokenizer: Path) -> None:
+        """Wrap a loaded model; `tokenizer` is the folder of its tokenizer."""
+        self._model = model.eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+
+    @torch.no_grad()
+    def read_phrase(self, phrase: str) -> Tensor:
+        """Text features [W], not normalized."""
+        length = self._model.config.text_config.max_position_embeddings
+        encoded = self._tokenizer(phrase, truncation=True, max_length=length, return_tensors="pt")
+        pooled = self._model.text_model(**encoded).pooler_output
+        features: Tensor = self._model.text_projection(pooled)[0]
+        return features
+
+    @torch.no_grad()
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """Normed patches [N, C] in the space of text features [N, W]."""
+        projected: Tensor = self._model.visual_projection(patches)
+        return projected
+
+
+@contextmanager
+def _recorded(tower: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """What the query and key projections of every block give while the tower runs."""
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    handles = []
+    for block in tower.encoder.layers:
+        for module, record in ((block.self_attn.q_proj, queries), (block.self_attn.k_proj, keys)):
+            handles.append(
+                module.register_forward_hook(lambda _m, _i, out, record=record: record.append(out))
+            )
+    try:
+        yield queries, keys
+    finally:
+        for handle in handles:
+            handle.remove()

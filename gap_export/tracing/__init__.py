@@ -1,0 +1,1 @@
+"""Modules become ONNX graphs: traced, repeated layer by layer, and proved."""

@@ -1,0 +1,143 @@
+"""Proof that a graph file is what was promised, made after every export.
+
+The rules: named inputs and outputs with the promised dtypes and shapes; every dimension a number
+(but the promised free one); only operators on the list; constant TopK sizes; weights inside the
+bundle; and the ONNX checker's own full check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from gap_export.errors import GraphError, StaticShapeError, UnsupportedOpError
+from gap_runtime.bundle.tensors import TensorSpec
+
+_OWN_VERSION = 1
+"""Of the operators that a dialect has besides the standard ones."""
+
+
+def prove_graph(
+    path: Path,
+    *,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    opset: int,
+    operators: frozenset[str],
+    free: frozenset[str] = frozenset(),
+) -> None:
+    """Check a graph file against its promise.
+
+    Args:
+        path: The file; its weights must lie beside it.
+        inputs: Promised inputs, in order.
+        outputs: Promised outputs, in order.
+        opset: Promised version of the standard operators.
+        operators: Those that the dialect has; others than standard ones behind their domain.
+        free: Names of dimensions that may stay open.
+
+    Raises:
+        StaticShapeError: A dimension is open that should not be.
+        UnsupportedOpError: An operator is not on the list.
+        GraphError: Anything else is not as promised.
+    """
+    model = ir.load(path)
+    graph = model.graph
+    _require_interface(path, "input", graph.inputs, list(inputs))
+    _require_interface(path, "output", graph.outputs, list(outputs))
+    _require_operators(path, graph, operators)
+    promised = {"": opset} | {
+        node.domain: _OWN_VERSION
+        for node in graph
+        if _full_name(node) in operators and node.domain
+    }
+    if dict(model.opset_imports) != promised:
+        raise GraphError(f"{path.name}: opsets {dict(model.opset_imports)}, expected {promised}")
+    _require_static(path, graph, free)
+    _require_weights_inside(path, graph)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).splitlines()[0]
+        raise GraphError(f"{path.name}: the ONNX checker says: {reason}") from error
+
+
+def _require_interface(
+    path: Path, kind: str, values: Iterable[ir.Value], specs: list[TensorSpec]
+) -> None:
+    found = [
+        (
+            value.name,
+            value.dtype.name.lower().replace("float", "float32", 1)
+            if value.dtype == ir.DataType.FLOAT
+            else (value.dtype.name.lower() if value.dtype else None),
+            tuple(size if isinstance(size, int) else size.value for size in value.shape or ()),
+        )
+        for value in values
+    ]
+    promised = [(spec.name, spec.dtype, spec.shape) for spec in specs]
+    for one, other in zip(found, promised, strict=False):
+        if one != other:
+            raise GraphError(f"{path.name}: {kind} {one}, promised {other}")
+    if len(found) != len(promised):
+        raise GraphError(f"{path.name}: {len(found)} {kind}s, promised {len(promised)}")
+
+
+def _require_operators(path: Path, graph: ir.Graph, operators: frozenset[str]) -> None:
+    for node in graph:
+        if _full_name(node) not in operators:
+            raise UnsupportedOpError(
+                f"{path.name}: node '{node.name}' is {_full_name(node)}, which the target's "
+                "dialect does not have"
+            )
+        if node.op_type == "TopK" and (
+            node.inputs[1] is None or node.inputs[1].const_value is None
+        ):
+            raise StaticShapeError(f"{path.name}: node '{node.name}': TopK size is not a constant")
+
+
+def _full_name(node: ir.Node) -> str:
+    """An operator's name, behind its domain where it is not a standard one."""
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _require_static(path: Path, graph: ir.Graph, free: frozenset[str]) -> None:
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is None:
+                raise StaticShapeError(f"{path.name}: tensor '{value.name}' has no known shape")
+            for axis, size in enumerate(value.shape):
+                if not isinstance(size, int) and size.value not in free:
+                    raise StaticShapeError(
+                        f"{path.name}: tensor '{value.name}': dimension {axis} is open ({size})"
+                    )
+
+
+def _require_weights_inside(path: Path, graph: ir.Graph) -> None:
+    for initializer in graph.initializers.values():
+        tensor = initializer.const_value
+        if tensor is None:
+            raise GraphError(f"{path.name}: initializer '{initializer.name}' has no value")
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        location = str(tensor.location)
+        file = path.parent / location
+        if Path(location).name != location or not file.is_file():
+            raise GraphError(
+                f"{path.name}: initializer '{initializer.name}' lies in '{location}', "
+                "which is no file of the bundle"
+            )
+        if tensor.length not in (None, tensor.nbytes):
+            raise GraphError(
+                f"{path.name}: initializer '{initializer.name}' has {tensor.nbytes} bytes, its "
+                f"place in {location} {tensor.length}"
+            )
+        end = (tensor.offset or 0) + tensor.nbytes
+        if end > file.stat().st_size:
+            raise GraphError(
+                f"{path.name}: initializer '{initializer.name}' ends at byte {end} of {location}, "
+                f"which has {file.stat().st_size}"
+            )

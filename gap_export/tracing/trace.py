@@ -1,0 +1,331 @@
+"""Torch modules to ONNX graphs without any weights: the one room that knows torch.onnx.
+
+Modules are built under fake tensors, so neither memory nor time depends on the size of the
+weights. Initializers come out as names and shapes; gap_export.weights.plan binds them to files.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import PassManager, common
+from onnxscript import optimizer
+from onnxscript.values import Opset
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from gap_export.errors import ExportError
+from gap_export.interfaces.dialect import Dialect
+from gap_runtime.bundle.tensors import TensorSpec
+
+FREE_ROWS: Final = "rows"
+_SCOPES: Final = "pkg.torch.onnx.name_scopes"
+_NO_SCOPE: Final = "_empty_nn_module_stack"
+"""Begins what torch calls the module of nodes that are of none."""
+_operators: dict[int, ONNXRegistry] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """A graph, its interface and the names of the initializers that have no values yet."""
+
+    model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: frozenset[str]
+
+
+def trace(
+    build: Callable[[], nn.Module],
+    *,
+    dtype: str,
+    dialect: Dialect,
+    opset: int,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    finish: Callable[[nn.Module], None] | None = None,
+    nested: int | None = None,
+) -> Traced:
+    """Trace a module.
+
+    Args:
+        build: Makes the module; runs where parameters have no memory.
+        dtype: Of the module's parameters.
+        dialect: What the graph is written in.
+        opset: One of the dialect's.
+        inputs: Inputs by position; a named dimension stays free.
+        outputs: Outputs by position, with the dtypes and shapes that the graph must have.
+        finish: Gives values to buffers; runs where memory is real.
+        nested: How many of the last inputs the module takes as one list (None: no list).
+
+    Raises:
+        ExportError: torch.onnx could not trace it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _default_dtype(getattr(torch, dtype)):
+        module = build().eval()
+    with mode:
+        examples = [_example(spec) for spec in inputs]
+    if finish is not None:
+        finish(module)
+    arguments: tuple[Any, ...] = tuple(examples)
+    free: tuple[Any, ...] = tuple(_free_dimensions(spec) for spec in inputs)
+    if nested is not None:
+        alone = len(examples) - nested
+        arguments = (*examples[:alone], list(examples[alone:]))
+        free = (*free[:alone], list(free[alone:]))
+    try:
+        with mode, _quiet(), _known_operators():
+            program = torch.onnx.export(
+                module,
+                arguments,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[spec.name for spec in inputs],
+                output_names=[spec.name for spec in outputs],
+                dynamic_shapes=free,
+                custom_translation_table=_translations(dialect, opset),
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ExportError(f"torch.onnx could not trace the graph: {reason}") from error
+    assert program is not None
+    model = program.model
+    parameters = frozenset(name for name, _ in module.named_parameters())
+    for name in parameters & set(model.graph.initializers):
+        # Without a value, so that nothing takes it for a constant before it is bound.
+        model.graph.initializers[name].const_value = None
+    tidy(model)
+    _name_nodes(model.graph)
+    common.ClearMetadataAndDocStringPass()(model)
+    _set_interface(model.graph, inputs, outputs)
+    return Traced(
+        model=model,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        parameters=parameters,
+    )
+
+
+def tidy(model: ir.Model) -> None:
+    """Inline helper functions, compute small constant parts, drop what nothing uses."""
+    with _quiet():
+        optimizer.fold_constants(
+            model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=65536
+        )
+    passes = PassManager(
+        [
+            common.InlinePass(),
+            common.IdentityEliminationPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+            common.RemoveUnusedOpsetsPass(),
+            # A constant output (all patches kept) needs a node that gives it.
+            common.OutputFixPass(),
+        ]
+    )
+    passes(model)
+
+
+def join(first: Traced, second: Traced) -> Traced:
+    """One graph that feeds the outputs of the first into the second's inputs of the same names.
+
+    What the second takes besides becomes an input of the whole. Both graphs are copied, so that
+    the first can be joined again.
+    """
+    head, tail = first.model.clone(), second.model.clone()
+    graph, rest = head.graph, tail.graph
+    given = {spec.name: value for spec, value in zip(first.outputs, graph.outputs, strict=True)}
+    inputs = list(first.inputs)
+    for value, spec in zip(list(rest.inputs), second.inputs, strict=True):
+        if spec.name in given:
+            ir.convenience.replace_all_uses_with(value, given[spec.name])
+        else:
+            rest.inputs.remove(value)
+            graph.inputs.append(value)
+            inputs.append(spec)
+    kept_names = second.parameters | {spec.name for spec in (*second.outputs, *second.inputs)}
+    for value in list(_values(rest)):
+        if value.name not in kept_names:
+            value.name = f"prune.{value.name}"
+    outputs = list(rest.outputs)
+    rest.outputs.clear()
+    for initializer in list(rest.initializers.values()):
+        name = initializer.name
+        assert name is not None
+        rest.initializers.pop(name)
+        graph.initializers[name] = initializer
+    for node in list(rest):
+        rest.remove(node)
+        node.name = f"prune.{node.name}"
+        graph.append(node)
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    tidy(head)
+    return Traced(
+        model=head,
+        inputs=tuple(inputs),
+        outputs=second.outputs,
+        parameters=first.parameters | second.parameters,
+    )
+
+
+def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
+    """Torch operators that are written otherwise than the converter would."""
+    op: Any = Opset("", opset)
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        return linear_as_gemm(op, x, weight, bias)
+
+    table = {torch.ops.aten.linear.default: linear}
+    translate = dialect.translate_attention
+    if translate is None:
+        return table
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,  # noqa: FBT001, FBT002 - the operator's own arguments
+        scale: Any = None,
+    ) -> Any:
+        assert (dropout_p, is_causal) == (0.0, False)
+        return translate(op, query, key, value, attn_mask, scale or query.shape[-1] ** -0.5)
+
+    return table | {torch.ops.aten.scaled_dot_product_attention.default: attention}
+
+
+def linear_as_gemm(op: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+    """aten.linear as Gemm(transB=1), which takes weights [out, in] as checkpoints hold them.
+
+    MatMul would need a Transpose, which runtimes fold into a second copy of the weight.
+    """
+    width, rank = weight.shape[1], len(x.shape)
+    if rank == 2:
+        return op.Gemm(x, weight, bias, transB=1)
+    assert rank == 3, x.shape
+    # ONNX shape inference loses a free dimension here; beside a batch of one it stays known.
+    sizes = [size for size in x.shape[:-1] if size != 1] or [1]
+    assert len(sizes) == 1 or all(isinstance(size, int) for size in sizes), x.shape
+    count = sizes[0] if len(sizes) == 1 else sizes[0] * sizes[1]
+    rows = op.Reshape(x, op.Constant(value_ints=[-1, width]))
+    product = op.Gemm(rows, weight, bias, transB=1)
+    rows.shape = ir.Shape([count, width])
+    product.shape = ir.Shape([count, weight.shape[0]])
+    rows.dtype = product.dtype = x.dtype
+    leading = [size if isinstance(size, int) else -1 for size in x.shape[:-1]]
+    return op.Reshape(product, op.Constant(value_ints=[*leading, weight.shape[0]]))
+
+
+def _set_interface(
+    graph: ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    """Give the free dimension its name everywhere; torch numbers it."""
+    names: dict[str, str] = {}
+    for value, spec in zip(graph.inputs, inputs, strict=True):
+        assert value.shape is not None
+        for size, wanted in zip(value.shape, spec.shape, strict=True):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                names[str(size.value)] = str(wanted)
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape(names.get(str(size), size) for size in value.shape)
+    for value, spec in zip(graph.outputs, outputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Name nodes after the module that they come from, for those who read a parser's errors."""
+    counts: Counter[str] = Counter()
+    for node in graph:
+        scope = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))[-2]
+        name = node.op_type if scope.startswith(_NO_SCOPE) else f"{scope}/{node.op_type}"
+        name = name.lstrip("/")
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Every value of a graph that has a name."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _example(spec: TensorSpec) -> Tensor:
+    """An input without values; a free dimension gets any size above 1."""
+    shape = [size if isinstance(size, int) else 7 for size in spec.shape]
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+
+def _free_dimensions(spec: TensorSpec) -> dict[int, Any] | None:
+    named = {k: size for k, size in enumerate(spec.shape) if isinstance(size, str)}
+    return {k: torch.export.Dim(size, min=1, max=2**20) for k, size in named.items()} or None
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters get this dtype; converting them afterwards fails without memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _known_operators() -> Iterator[None]:
+    """Torch's table of operators is built once, not for every graph, where it takes seconds."""
+    kind = ONNXRegistry
+    own = vars(kind)["from_torchlib"]
+    build = kind.from_torchlib
+
+    def find(opset_version: int) -> ONNXRegistry:
+        if opset_version not in _operators:
+            _operators[opset_version] = build(opset_version=opset_version)
+        # A graph's own translations go into a table of its own.
+        found = copy.copy(_operators[opset_version])
+        found.functions = {name: list(each) for name, each in found.functions.items()}
+        return found
+
+    kind.from_torchlib = staticmethod(find)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        kind.from_torchlib = own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' progress text and warnings off the user's screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

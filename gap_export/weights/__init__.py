@@ -1,0 +1,1 @@
+"""How a checkpoint's values get into a bundle: planned, bound to graphs, read, written."""

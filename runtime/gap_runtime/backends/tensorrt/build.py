@@ -1,0 +1,456 @@
+"""From a bundle's graphs to engines: parse, prove, build, write aside, put in place."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from types import ModuleType
+from typing import Any, Final
+
+from gap_runtime.backends.tensorrt.cuda import Gpu, find_gpu
+from gap_runtime.backends.tensorrt.library import (
+    RTX,
+    choose_package,
+    dtype_name,
+    last_error,
+    make_log,
+    package_name,
+)
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.engines import (
+    BuildReport,
+    BuildRequest,
+    BuiltEngine,
+    EngineRecord,
+    describe_engine,
+    engine_file,
+    engine_folder,
+    estimate_build,
+    find_fault,
+    identify_weights,
+    list_profiles,
+    list_stages,
+    new_engine,
+    read_engine_record,
+    read_graph,
+    require_readable,
+    require_room,
+)
+from gap_runtime.bundle.manifest import DECODER, Stage
+from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.display import Display
+from gap_runtime.errors import ConfigError, EngineError
+
+_OPTIONS: Final = ("package",)
+_ATTENTION_ADVICE: Final = (
+    "; its attention kernels take heads of 16 and more in float16: export with --dtype float16, "
+    "or in plain operators with --target portable"
+)
+_CACHE_LAYER: Final = "KV_CACHE_UPDATE"
+_UNUSED: Final = "Unused Input"
+"""How the parser warns of an input of a node that it ignores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What all stages of a build share. `gpu` is null where engines are for a GPU elsewhere."""
+
+    bundle: Bundle
+    request: BuildRequest
+    trt: ModuleType
+    gpu: Gpu | None
+    capabilities: tuple[str, ...]
+    folder: Path
+    display: Display
+
+
+def build_engines(bundle: Bundle, request: BuildRequest, display: Display) -> BuildReport:
+    """Make the engines that are missing or stale, keep those that are good.
+
+    Raises:
+        ConfigError: The target does not fit the bundle, the package or the GPU.
+        EngineError: There is no TensorRT, no GPU, no room, or a graph cannot be built.
+    """
+    unknown = sorted(set(request.options) - set(_OPTIONS))
+    if unknown:
+        raise ConfigError(f"unknown setting 'tensorrt.{unknown[0]}'; have tensorrt.package")
+    require_readable(bundle, request.target)
+    trt = choose_package(request.target, request.options.get("package"))
+    capabilities, gpu = _choose_gpu(trt, request)
+    named = request.compute_capabilities
+    job = _Job(
+        bundle=bundle,
+        request=request,
+        trt=trt,
+        gpu=gpu,
+        capabilities=capabilities,
+        folder=engine_folder(bundle, request.target.name, named),
+        display=display,
+    )
+    engines = tuple(_provide(job, stage) for stage in list_stages(bundle, request.entries))
+    return BuildReport(
+        bundle=str(bundle.folder),
+        target=request.target.name,
+        package=package_name(trt),
+        version=trt.__version__,
+        compute_capabilities=capabilities,
+        folder=str(job.folder),
+        engines=engines,
+    )
+
+
+def find_mismatch(record: EngineRecord, trt: ModuleType, capabilities: tuple[str, ...]) -> str:
+    """Why an engine does not run here; empty where it does.
+
+    Args:
+        record: Of the engine.
+        trt: The package that would run it.
+        capabilities: Compute capabilities that it has to run on.
+    """
+    built, found = (record.package, record.version), (package_name(trt), trt.__version__)
+    if built != found:
+        return f"it was built with {' '.join(built)}, found {' '.join(found)}"
+    if record.platform != describe_platform():
+        return f"it was built on {record.platform}, this is {describe_platform()}"
+    if not set(capabilities) <= set(record.compute_capabilities):
+        has = ", ".join(record.compute_capabilities)
+        return (
+            f"it was built for GPUs of compute capability {has}, found {', '.join(capabilities)}"
+        )
+    return ""
+
+
+def describe_platform() -> str:
+    """System and processor, for example `Linux-aarch64`."""
+    return f"{platform.system()}-{platform.machine()}"
+
+
+def _choose_gpu(trt: ModuleType, request: BuildRequest) -> tuple[tuple[str, ...], Gpu | None]:
+    """Compute capabilities to build for, and this machine's GPU where it is the one."""
+    target, named = request.target, request.compute_capabilities
+    rtx = package_name(trt) == RTX
+    if named and not rtx:
+        raise ConfigError(
+            f"--compute-capability {named[0]}: {package_name(trt)} builds for the GPU of this "
+            "machine alone; run the build on the device, without this option"
+        )
+    gpu = None
+    if not named:
+        try:
+            gpu = find_gpu()
+        except EngineError as error:
+            advice = (
+                "name the GPU to build for: --compute-capability "
+                + " or ".join(target.compute_capabilities)
+                if rtx
+                else f"{package_name(trt)} builds on the device that runs the engine"
+            )
+            raise type(error)(f"{error}; {advice}") from error
+        named = (gpu.compute_capability,)
+    for each in named:
+        if target.compute_capabilities and each not in target.compute_capabilities:
+            raise ConfigError(
+                f"target '{target.name}' is for compute capability "
+                f"{', '.join(target.compute_capabilities)}, found {each}; choose another --target"
+            )
+        if rtx and not hasattr(trt.ComputeCapability, _sm(each)):
+            known = sorted(n for n in dir(trt.ComputeCapability) if n.startswith("SM"))
+            raise ConfigError(
+                f"{package_name(trt)} {trt.__version__} does not build for compute capability "
+                f"{each}; it has {', '.join(known)}"
+            )
+    return named, gpu
+
+
+def _sm(capability: str) -> str:
+    return f"SM{capability.replace('.', '')}"
+
+
+def _provide(job: _Job, stage: Stage) -> BuiltEngine:
+    """The engine of a stage: the one that is there, or a new one."""
+    bundle, folder = job.bundle, job.folder
+    path = engine_file(folder, stage.name)
+    profiles = (
+        list_profiles(bundle.manifest.layout, job.request.entries) if stage.role == DECODER else ()
+    )
+    record = read_engine_record(folder, stage.name)
+    if record is not None:
+        fault = find_fault(bundle, stage, folder) or find_mismatch(
+            record, job.trt, job.capabilities
+        )
+        same = record.compute_capabilities == job.capabilities
+        if not fault and same and set(profiles) <= set(record.profiles):
+            if not job.request.is_forced:
+                return BuiltEngine(file=str(path), is_reused=True, record=record)
+        elif not fault and same:
+            # Ratios that were built before stay: the weights are the same for all of them.
+            profiles = (*sorted({*profiles[:-1], *record.profiles[:-1]}), profiles[-1])
+        else:
+            reason = fault or "it is for other GPUs"
+            job.display.say(f"{path.name}: {reason}; it is built again")
+    return BuiltEngine(file=str(path), is_reused=False, record=_build(job, stage, profiles))
+
+
+def _build(job: _Job, stage: Stage, profiles: tuple[int, ...]) -> EngineRecord:
+    bundle, request = job.bundle, job.request
+    graph = read_graph(bundle, stage, request.target)
+    needs = estimate_build(graph, request.target)
+    free = job.gpu.free_bytes if job.gpu else None
+    require_room(job.folder, stage.name, needs, free_device=free)
+    began = time.perf_counter()
+    stop = Event()
+    with (
+        new_engine(job.folder, stage.name) as (aside, place),
+        job.display.progress(f"building {stage.name}") as report,
+    ):
+
+        def work() -> Counter[str]:
+            return _compile(job, stage, profiles, aside, _make_monitor(job.trt, report, stop))
+
+        # In a thread of its own, so that Ctrl-C is heard while the library works.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            future = pool.submit(work)
+            try:
+                layers = future.result()
+            except KeyboardInterrupt:
+                stop.set()
+                raise
+        size, found_hash = describe_engine(aside)
+        record = EngineRecord(
+            stage=stage.name,
+            target=request.target.name,
+            package=package_name(job.trt),
+            version=job.trt.__version__,
+            platform=describe_platform(),
+            compute_capabilities=job.capabilities,
+            precision=bundle.manifest.precision,
+            graph_blake3=bundle.manifest.files[stage.file].blake3,
+            weights_blake3=identify_weights(bundle),
+            profiles=profiles,
+            is_cache_in_place=layers[_CACHE_LAYER] > 0,
+            layers=dict(sorted(layers.items())),
+            build_seconds=round(time.perf_counter() - began, 3),
+            size=size,
+            blake3=found_hash,
+            device_memory_bytes=_measure(job, aside) if job.gpu else None,
+        )
+        place(record)
+    return record
+
+
+def _compile(
+    job: _Job, stage: Stage, profiles: tuple[int, ...], aside: Path, monitor: Any
+) -> Counter[str]:
+    """Write the engine of a stage to a file; the layers of the parsed network by kind."""
+    trt, path = job.trt, (job.bundle.folder / stage.file).resolve()
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    # The network points into weights that the parser holds.
+    network, _parser = parse(trt, log, builder, path)
+    require_interface(network, stage, path)
+    config = builder.create_builder_config()
+    config.progress_monitor = monitor
+    if job.request.target.workspace_mib is not None:
+        config.set_memory_pool_limit(
+            trt.MemoryPoolType.WORKSPACE, job.request.target.workspace_mib * 2**20
+        )
+    if package_name(trt) == RTX:
+        config.num_compute_capabilities = len(job.capabilities)
+        for k, capability in enumerate(job.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, _sm(capability)), k)
+    for rows in profiles:
+        profile = builder.create_optimization_profile()
+        for spec in stage.inputs:
+            if any(isinstance(size, str) for size in spec.shape):
+                shape = tuple(rows if isinstance(size, str) else size for size in spec.shape)
+                profile.set_shape(spec.name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+    save_timings = _load_timings(job, config)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        reason = last_error(log)
+        advice = _ATTENTION_ADVICE if "ttention" in reason else ""
+        raise EngineError(
+            f"{path}: {package_name(trt)} {trt.__version__} could not build it: {reason}{advice}"
+        )
+    with aside.open("wb") as file:
+        file.write(engine)
+        file.flush()
+        os.fsync(file.fileno())
+    save_timings()
+    kinds = (network.get_layer(k).type for k in range(network.num_layers))
+    return Counter(str(kind).rpartition(".")[2].partition(":")[0] for kind in kinds)
+
+
+def parse(trt: ModuleType, log: Any, builder: Any, path: Path) -> tuple[Any, Any]:
+    """The network of an ONNX file, strongly typed, and the parser, which it needs to live.
+
+    Raises:
+        EngineError: The parser does not take it, or ignores a part of it.
+    """
+    # Later versions know no other networks than strongly typed ones, and no flag for them.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    parsed = parser.parse_from_file(str(path))
+    problems = [_describe_problem(parser.get_error(k)) for k in range(parser.num_errors)]
+    if not parsed or problems:
+        raise EngineError(
+            f"{path}: {package_name(trt)} {trt.__version__} cannot read it: "
+            f"{'; '.join(problems) or last_error(log)}"
+        )
+    ignored = [message for message in log.warnings if _UNUSED in message]
+    if ignored:
+        raise EngineError(
+            f"{path}: {package_name(trt)} {trt.__version__} ignores a part of it: "
+            f"{' '.join(ignored[0].split())}"
+        )
+    return network, parser
+
+
+def _describe_problem(error: Any) -> str:
+    node = error.node_name() or f"number {error.node()}"
+    code = str(error.code()).rpartition(".")[2].partition(":")[0]
+    return f"node '{node}' ({error.node_operator()}): {code} {' '.join(error.desc().split())}"
+
+
+def require_interface(network: Any, stage: Stage, path: Path) -> None:
+    """Refuse a network whose inputs and outputs are not those of the manifest.
+
+    Raises:
+        EngineError: A name, dtype or dimension differs.
+    """
+    sides = (
+        ("input", stage.inputs, network.num_inputs, network.get_input),
+        ("output", stage.outputs, network.num_outputs, network.get_output),
+    )
+    for side, specs, count, find in sides:
+        found = {tensor.name: tensor for tensor in map(find, range(count))}
+        lost = [spec.name for spec in specs if spec.name not in found]
+        unknown = sorted(set(found) - {spec.name for spec in specs})
+        if lost or unknown:
+            what = f"has no {side} '{lost[0]}'" if lost else f"has a further {side} '{unknown[0]}'"
+            raise EngineError(f"{path}: {what}; the manifest says otherwise, export again")
+        for spec in specs:
+            _require_tensor(found[spec.name], spec, side, path)
+
+
+def _require_tensor(tensor: Any, spec: TensorSpec, side: str, path: Path) -> None:
+    dtype = dtype_name(tensor.dtype)
+    if dtype != spec.dtype:
+        raise EngineError(
+            f"{path}: {side} '{spec.name}' is {dtype}, the manifest says {spec.dtype}; "
+            "export again"
+        )
+    shape = tuple(tensor.shape)
+    wanted = tuple(-1 if isinstance(size, str) else size for size in spec.shape)
+    if shape != wanted:
+        kind = "has an open dimension" if -1 in shape and -1 not in wanted else "has the shape"
+        raise EngineError(
+            f"{path}: {side} '{spec.name}' {kind} {list(shape)}, the manifest says "
+            f"{list(spec.shape)}; export again"
+        )
+
+
+def _make_monitor(trt: ModuleType, report: Callable[[float, str], None], stop: Event) -> Any:
+    """Hands the library's progress on, and the wish to stop back."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            # Steps done and steps in all of every phase under way, the outermost first.
+            self._phases: dict[str, tuple[int, int]] = {}
+
+        def phase_start(self, phase_name: str, _parent_phase: str | None, num_steps: int) -> None:
+            self._phases[phase_name] = (0, max(num_steps, 1))
+            self._show()
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._phases:
+                self._phases[phase_name] = (step + 1, self._phases[phase_name][1])
+            self._show()
+            return not stop.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+        def _show(self) -> None:
+            share = 0.0
+            for done, steps in reversed(self._phases.values()):
+                share = min((done + share) / steps, 1.0)
+            report(share, next(iter(self._phases), ""))
+
+    return Monitor()
+
+
+def _load_timings(job: _Job, config: Any) -> Callable[[], None]:
+    """Give the builder what it measured in earlier builds; what saves it afterwards."""
+    if package_name(job.trt) == RTX:
+        # It measures nothing at a build.
+        return lambda: None
+    path = job.request.timing_cache or default_timing_cache(job.trt, job.capabilities[0])
+    known = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        job.display.say(f"{path}: timings of another device or version; they are measured again")
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+    def save() -> None:
+        aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(config.get_timing_cache().serialize())
+            aside.replace(path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            job.display.say(f"{path}: timings cannot be kept ({error.strerror})")
+
+    return save
+
+
+def default_timing_cache(trt: ModuleType, capability: str) -> Path:
+    """Where timings of this device and version are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    name = f"timing-{package_name(trt)}-{trt.__version__}-{_sm(capability).lower()}.cache"
+    return Path(home) / "gap-runtime" / name
+
+
+def _measure(job: _Job, path: Path) -> int:
+    """Scratch memory of an engine on this machine's GPU, which proves that it loads.
+
+    Raises:
+        EngineError: It does not load.
+    """
+    log = make_log(job.trt)
+    engine = load_engine(job.trt, log, path)
+    return int(scratch_bytes(engine))
+
+
+def load_engine(trt: ModuleType, log: Any, path: Path) -> Any:
+    """An engine from its file, which is mapped and not read into memory first.
+
+    Raises:
+        EngineError: The library does not take it.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        engine = trt.Runtime(log).deserialize_cuda_engine(mapped)
+    if engine is None:
+        raise EngineError(
+            f"{path}: {package_name(trt)} {trt.__version__} cannot load it: {last_error(log)}"
+        )
+    return engine
+
+
+def scratch_bytes(engine: Any) -> int:
+    """Memory that any of an engine's profiles needs while it runs, beside weights and tensors."""
+    # The first name is there since 10.1, the second is what it was before.
+    size = getattr(engine, "device_memory_size_v2", None)
+    return int(engine.device_memory_size if size is None else size)

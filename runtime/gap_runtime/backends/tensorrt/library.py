@@ -1,0 +1,125 @@
+"""TensorRT's two packages, which share one API: finding one, its types, its messages."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Final
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from gap_runtime.errors import BackendMissingError, ConfigError, EngineError
+from gap_runtime.machines.target import Target
+
+PLAIN: Final = "tensorrt"
+RTX: Final = "tensorrt_rtx"
+"""TensorRT-RTX builds for GPUs that are not there, and compiles the rest where it runs."""
+
+_INSTALL: Final = {
+    PLAIN: "pip install 'gap-runtime[tensorrt]'; on Jetson it comes with JetPack",
+    RTX: "pip install 'gap-runtime[rtx]'",
+}
+_DTYPES: Final = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "BOOL": "bool",
+}
+
+
+def choose_package(target: Target, wanted: str | None) -> ModuleType:
+    """The package that builds for a target: the one that is wanted, or the first that fits.
+
+    Raises:
+        ConfigError: The target has no such package.
+        BackendMissingError: None is installed.
+        EngineError: Those that are installed have another version.
+    """
+    if wanted is not None and wanted not in target.packages:
+        raise ConfigError(
+            f"tensorrt.package: target '{target.name}' has no package '{wanted}'; have "
+            f"{', '.join(target.packages) or 'none'}"
+        )
+    names = target.packages if wanted is None else {wanted: target.packages[wanted]}
+    unfit = []
+    for name, versions in names.items():
+        package = _try_import(name)
+        if package is None:
+            continue
+        if SpecifierSet(versions).contains(Version(package.__version__), prereleases=True):
+            return package
+        unfit.append(f"{name} {package.__version__}")
+    described = " or ".join(f"{name}{versions}" for name, versions in names.items())
+    if unfit:
+        raise EngineError(
+            f"target '{target.name}' needs {described}, found {' and '.join(unfit)}; install "
+            "that, or choose a target for this version (gap-runtime build --help)"
+        )
+    advice = "; or ".join(_INSTALL.get(name, f"pip install {name}") for name in names)
+    raise BackendMissingError(
+        f"target '{target.name}' needs {described or 'a TensorRT'}, none is installed; {advice}"
+    )
+
+
+def import_package(name: str) -> ModuleType:
+    """The package of that name.
+
+    Raises:
+        BackendMissingError: It is not installed.
+    """
+    package = _try_import(name)
+    if package is None:
+        raise BackendMissingError(
+            f"{name} is not installed, with which the engine was built; "
+            f"{_INSTALL.get(name, f'pip install {name}')}"
+        )
+    return package
+
+
+def _try_import(name: str) -> ModuleType | None:
+    if name not in _INSTALL:
+        return None
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+def package_name(trt: ModuleType) -> str:
+    """The import name of the package."""
+    return trt.__name__
+
+
+def dtype_name(dtype: Any) -> str:
+    """Our name of a TensorRT dtype, or TensorRT's where it has none."""
+    name = str(dtype).rpartition(".")[2].partition(":")[0]
+    return _DTYPES.get(name, name.lower())
+
+
+def make_log(trt: ModuleType) -> Any:
+    """A logger that keeps warnings and errors in its lists of these names and shows nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+
+    return Log()
+
+
+def last_error(log: Any) -> str:
+    """What the library said last, in one line."""
+    if not log.errors:
+        return "it gave no reason"
+    return " ".join(log.errors[-1].split())[:400]

@@ -1,0 +1,289 @@
+"""TensorRT: `tensorrt` on servers and Jetson, `tensorrt_rtx` on RTX cards, one API.
+
+`tensorrt` takes the engines of the bundle's own target, `tensorrt:FOLDER` those of that folder
+under engines/. `gap-runtime build` makes them. Tensors and the KV cache stay on the GPU; each
+call copies its inputs in and its outputs out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from gap_runtime.backends.tensorrt.build import (
+    build_engines,
+    find_mismatch,
+    load_engine,
+    scratch_bytes,
+)
+from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemory
+from gap_runtime.backends.tensorrt.library import import_package, last_error, make_log
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.engines import (
+    STEP_ROWS,
+    EngineRecord,
+    engine_file,
+    find_engine_folder,
+    find_fault,
+    read_engine_record,
+    rebuild_command,
+)
+from gap_runtime.bundle.manifest import Stage
+from gap_runtime.bundle.tensors import ITEM_BYTES, TensorSpec
+from gap_runtime.errors import EngineError
+
+build = build_engines
+"""Make the engines of a bundle; see gap_runtime.backends.Builder."""
+
+_SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_row")
+_RUNS_BEFORE_CAPTURE: Final = 2
+"""Runs of the step before it is captured: the first ones allocate, which a graph may not."""
+
+
+class _Engine:
+    """A loaded engine: its library, its device, its scratch memory."""
+
+    def __init__(self, bundle: Bundle, stage: Stage, folder_name: str) -> None:
+        """Find the engine, prove that it is for this bundle and this machine, load it."""
+        folder = find_engine_folder(bundle, folder_name)
+        self.path: Path = engine_file(folder, stage.name)
+        self.rebuild = rebuild_command(bundle, folder)
+        fault = find_fault(bundle, stage, folder)
+        record = read_engine_record(folder, stage.name)
+        if fault or record is None:
+            raise EngineError(f"{self.path}: {fault}; build it: {self.rebuild}")
+        self.record: EngineRecord = record
+        self.trt: ModuleType = import_package(record.package)
+        try:
+            self.device = Device()
+        except EngineError as error:
+            raise type(error)(
+                f"{self.path}: {error}; --backend onnxruntime runs the graphs without one"
+            ) from error
+        capability = self.device.describe().compute_capability
+        mismatch = find_mismatch(record, self.trt, (capability,))
+        if mismatch:
+            raise EngineError(f"{self.path}: {mismatch}; build it again: {self.rebuild}")
+        self.log = make_log(self.trt)
+        self.engine: Any = load_engine(self.trt, self.log, self.path)
+        # Profiles never run at the same time, so that all contexts work in the same memory.
+        self.scratch = self.device.allocate(scratch_bytes(self.engine))
+
+    def make_context(self, profile: int) -> Any:
+        """An execution context with a profile chosen."""
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self.engine.create_execution_context(strategy)
+        if context is None:
+            raise EngineError(f"{self.path}: no execution context: {last_error(self.log)}")
+        if not context.set_optimization_profile_async(profile, self.device.stream):
+            raise EngineError(f"{self.path}: profile {profile}: {last_error(self.log)}")
+        context.set_device_memory(self.scratch.address, self.scratch.size)
+        return context
+
+    def set_address(self, context: Any, name: str, memory: DeviceMemory) -> None:
+        """Say where a tensor lies."""
+        if not context.set_tensor_address(name, memory.address):
+            raise EngineError(f"{self.path}: tensor '{name}': {last_error(self.log)}")
+
+    def set_shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
+        """Say how large an input with a free dimension is."""
+        if not context.set_input_shape(name, shape):
+            raise EngineError(f"{self.path}: input '{name}' {shape}: {last_error(self.log)}")
+
+    def enqueue(self, context: Any) -> None:
+        """Queue one run."""
+        if not context.execute_async_v3(self.device.stream):
+            raise EngineError(f"{self.path}: it could not be run: {last_error(self.log)}")
+
+
+class TensorrtStage:
+    """A vision or text engine; every tensor has its place on the device from the start."""
+
+    def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
+        """Load the engine."""
+        self._engine = _Engine(bundle, stage, device)
+        self._context = self._engine.make_context(0)
+        device_ = self._engine.device
+        self._inputs = {spec.name: _place(device_, spec) for spec in stage.inputs}
+        self._outputs = {spec.name: _place(device_, spec) for spec in stage.outputs}
+        for name, tensor in (self._inputs | self._outputs).items():
+            self._engine.set_address(self._context, name, tensor.memory)
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for the stage's inputs by name."""
+        device = self._engine.device
+        for name, tensor in self._inputs.items():
+            tensor.write(inputs[name])
+            device.to_device(tensor.memory, tensor.host)
+        self._engine.enqueue(self._context)
+        for tensor in self._outputs.values():
+            device.to_host(tensor.host, tensor.memory)
+        device.synchronize()
+        return {name: tensor.host.copy() for name, tensor in self._outputs.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tensor:
+    """A tensor on the device and its counterpart in page-locked host memory."""
+
+    host: np.ndarray
+    memory: DeviceMemory
+
+    def write(self, values: np.ndarray) -> None:
+        """Put values into the host's side, of the tensor's dtype and shape."""
+        if values.shape != self.host.shape:
+            raise EngineError(f"input of shape {values.shape}, expected {self.host.shape}")
+        self.host[...] = values
+
+
+@dataclass(slots=True, kw_only=True)
+class _Call:
+    """What runs one row count. `graphs` are by the cache that is read."""
+
+    rows: int
+    context: Any
+    inputs: dict[str, _Tensor]
+    runs: int = 0
+    graphs: dict[int, CapturedGraph]
+
+
+class TensorrtDecoder:
+    """A decoder engine and its KV cache on the device.
+
+    Where the engine writes the cache in place, there is one, bound as input and as output.
+    Otherwise there are two, which change sides at every run.
+    """
+
+    def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
+        """Load the engine and make an empty cache."""
+        self._engine = _Engine(bundle, stage, device)
+        self._capacity = bundle.manifest.layout.capacity
+        specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
+        self._specs = {name: specs[name] for name in _SMALL_INPUTS}
+        self._logits = _place(self._engine.device, specs["logits"])
+        caches = [spec for spec in stage.inputs if spec.name.startswith("cache_")]
+        self._require_aliases(caches)
+        sides = 1 if self._engine.record.is_cache_in_place else 2
+        self._caches = [
+            {spec.name: self._engine.device.allocate(_count_bytes(spec)) for spec in caches}
+            for _ in range(sides)
+        ]
+        self._side = 0
+        self._calls: dict[int, _Call] = {}
+        self._captures = True
+
+    def run(
+        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+    ) -> np.ndarray:
+        """Logits float32 [V] of one row; see gap_runtime.backends.DecoderSession."""
+        rows = embeddings.shape[1]
+        if write_slot < 0 or write_slot + rows > self._capacity:
+            # A kernel would write behind the cache and say nothing.
+            raise EngineError(
+                f"{self._engine.path}: rows {write_slot} to {write_slot + rows - 1} do not fit "
+                f"the cache of {self._capacity} slots"
+            )
+        if rows not in self._calls:
+            self._calls[rows] = self._prepare(rows)
+        call = self._calls[rows]
+        call.inputs["embeddings"].write(embeddings)
+        call.inputs["position_ids"].write(position_ids)
+        call.inputs["write_slot"].host[0] = write_slot
+        call.inputs["logits_row"].host[0] = logits_row
+        self._launch(call)
+        self._engine.device.synchronize()
+        call.runs += 1
+        self._side = (self._side + 1) % len(self._caches)
+        logits: np.ndarray = self._logits.host[0]
+        return logits
+
+    def _launch(self, call: _Call) -> None:
+        """Queue one run: as a graph where there is one, or where one can be made now."""
+        is_step = call.rows == STEP_ROWS
+        is_due = self._captures and is_step and call.runs >= _RUNS_BEFORE_CAPTURE
+        if is_due and self._side not in call.graphs:
+            # Some kernels cannot be captured; running them one by one gives the same.
+            try:
+                call.graphs[self._side] = self._engine.device.capture(lambda: self._queue(call))
+            except EngineError:
+                self._captures = False
+        graph = call.graphs.get(self._side)
+        if graph is None:
+            self._queue(call)
+        else:
+            graph.launch()
+
+    def _queue(self, call: _Call) -> None:
+        device, context = self._engine.device, call.context
+        for tensor in call.inputs.values():
+            device.to_device(tensor.memory, tensor.host)
+        if len(self._caches) > 1 or call.runs == 0:
+            self._bind_caches(context)
+        self._engine.enqueue(context)
+        device.to_host(self._logits.host, self._logits.memory)
+
+    def _bind_caches(self, context: Any) -> None:
+        before = self._caches[self._side]
+        after = self._caches[(self._side + 1) % len(self._caches)]
+        for name in before:
+            self._engine.set_address(context, name, before[name])
+            self._engine.set_address(context, f"next_{name}", after[name])
+
+    def _prepare(self, rows: int) -> _Call:
+        """Context and inputs for one row count."""
+        profiles = self._engine.record.profiles
+        if rows not in profiles:
+            have = ", ".join(map(str, profiles))
+            raise EngineError(
+                f"{self._engine.path}: it has profiles for {have} rows, {rows} are wanted; build "
+                f"it for all ratios: {self._engine.rebuild}"
+            )
+        context = self._engine.make_context(profiles.index(rows))
+        inputs = {}
+        for name, spec in self._specs.items():
+            shape = tuple(rows if isinstance(size, str) else size for size in spec.shape)
+            fixed = TensorSpec(name=name, dtype=spec.dtype, shape=shape, meaning=spec.meaning)
+            inputs[name] = _place(self._engine.device, fixed)
+            if shape != spec.shape:
+                self._engine.set_shape(context, name, shape)
+            self._engine.set_address(context, name, inputs[name].memory)
+        self._engine.set_address(context, "logits", self._logits.memory)
+        return _Call(rows=rows, context=context, inputs=inputs, graphs={})
+
+    def _require_aliases(self, caches: list[TensorSpec]) -> None:
+        """Compare what the record says of the cache with what the engine does."""
+        find = getattr(self._engine.engine, "get_aliased_input_tensor", None)
+        if find is None:
+            return
+        for spec in caches:
+            is_aliased = find(f"next_{spec.name}") == spec.name
+            if is_aliased != self._engine.record.is_cache_in_place:
+                raise EngineError(
+                    f"{self._engine.path}: its record does not say how it writes "
+                    f"'{spec.name}'; build it again: {self._engine.rebuild} --force"
+                )
+
+
+def open_stage(bundle: Bundle, stage: Stage, device: str) -> TensorrtStage:
+    """Load a vision or text engine."""
+    return TensorrtStage(bundle, stage, device)
+
+
+def open_decoder(bundle: Bundle, stage: Stage, device: str) -> TensorrtDecoder:
+    """Load the decoder engine and make an empty cache."""
+    return TensorrtDecoder(bundle, stage, device)
+
+
+def _place(device: Device, spec: TensorSpec) -> _Tensor:
+    """Room for a tensor on both sides; its dtype is one that numpy has."""
+    shape = tuple(int(size) for size in spec.shape)
+    return _Tensor(host=device.pin(shape, spec.dtype), memory=device.allocate(_count_bytes(spec)))
+
+
+def _count_bytes(spec: TensorSpec) -> int:
+    return math.prod(int(size) for size in spec.shape) * ITEM_BYTES[spec.dtype]

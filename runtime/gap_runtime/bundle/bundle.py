@@ -1,0 +1,127 @@
+"""A bundle on disk: its manifest, its files and the proof that they are unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Final
+
+import numpy as np
+
+from gap_runtime.bundle.hashes import hash_file, read_blocks
+from gap_runtime.bundle.layout import is_ratio
+from gap_runtime.bundle.manifest import FileEntry, Manifest, RatioEntry, read_manifest
+from gap_runtime.errors import BundleError, ConfigError, HashError
+
+_SMALL_BYTES: Final = 256 * 2**20
+"""Files up to this size are hashed at every opening; larger ones when all are asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """An opened bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify_all: bool = False) -> Bundle:
+        """Open a bundle and check that its files are those that were exported.
+
+        Args:
+            path: The bundle's folder.
+            verify_all: Hash every file. Otherwise files above 256 MiB (the weights of a large
+                model) are checked by size alone.
+
+        Raises:
+            BundleError: The folder is no bundle, or a file is missing.
+            SchemaError: The bundle was written in another format.
+            HashError: A file has changed.
+        """
+        folder = Path(path)
+        bundle = cls(folder=folder, manifest=read_manifest(folder))
+        bundle.verify(limit=None if verify_all else _SMALL_BYTES)
+        return bundle
+
+    def verify(self, *, limit: int | None) -> None:
+        """Compare sizes of all files and hashes of those up to `limit` bytes (None: all)."""
+        files = self.manifest.files
+        for name, entry in files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise BundleError(f"{path}: missing; copy the bundle again or export again")
+            size = path.stat().st_size
+            if size != entry.size:
+                raise HashError(
+                    f"{path}: {size} bytes, expected {entry.size}; "
+                    "copy the bundle again or export again"
+                )
+        hashed = [name for name, entry in files.items() if limit is None or entry.size <= limit]
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: hash_file(self.folder / name), hashed)
+            for name, found_hash in zip(hashed, found, strict=True):
+                if found_hash != files[name].blake3:
+                    raise HashError(
+                        f"{self.folder / name}: BLAKE3 {found_hash[:12]}..., expected "
+                        f"{files[name].blake3[:12]}...; the file has changed, export again"
+                    )
+
+    def choose_ratio(self, ratio: float | None, bucket: str | None = None) -> RatioEntry:
+        """The entry of a ratio, or the bundle's first one; of a bucket, or of any.
+
+        Raises:
+            ConfigError: The bundle was not exported at that ratio.
+        """
+        entries = [
+            entry for entry in self.manifest.ratios if bucket is None or entry.bucket == bucket
+        ]
+        for entry in entries:
+            if ratio is None or abs(entry.ratio - ratio) < 1e-9:
+                return entry
+        # Every bucket has a ratio.
+        assert ratio is not None
+        have = ", ".join(dict.fromkeys(f"{entry.ratio:g}" for entry in entries))
+        way = f"export with --ratio {ratio:g}" if is_ratio(ratio) else "ratios lie in [0, 1)"
+        raise ConfigError(f"{self.folder}: no ratio {ratio:g}; have {have}; {way}")
+
+    def map_embedding(self) -> np.ndarray:
+        """The token embedding table [V, D], mapped from its file, which is read ahead meanwhile.
+
+        bfloat16, which numpy lacks, comes as uint16; `embedding_rows` gives float32 of any.
+        """
+        stored = self.manifest.embedding
+        path = self.folder / stored.file
+        reading = (path, stored.offset, stored.length)
+        Thread(target=_read_ahead, args=reading, daemon=True).start()
+        return np.memmap(
+            path,
+            dtype="uint16" if stored.dtype == "bfloat16" else stored.dtype,
+            mode="r",
+            offset=stored.offset,
+            shape=stored.shape,
+        )
+
+
+def _read_ahead(path: Path, offset: int, length: int) -> None:
+    """Bring a part of a file into the page cache, so that no token waits for the disk."""
+    # Whoever needs the file will say what is wrong with it.
+    with contextlib.suppress(OSError):
+        for _ in read_blocks(path, offset, length):
+            pass
+
+
+def embedding_rows(table: np.ndarray, token_ids: list[int]) -> np.ndarray:
+    """Rows of an embedding table from `map_embedding`, float32 [len(token_ids), D]."""
+    # Indexing a memmap itself takes twice as long.
+    rows = np.asarray(table)[token_ids]
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32, copy=False)
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hash of a file, for a manifest."""
+    return FileEntry(size=path.stat().st_size, blake3=hash_file(path))

@@ -1,0 +1,396 @@
+"""Engines on disk: what a build is asked for, where engines lie, and when one may be used.
+
+    BUNDLE/engines/<target>[-sm89]/<stage>.engine        the compiled stage
+    BUNDLE/engines/<target>[-sm89]/<stage>.engine.json   what it is: EngineRecord
+
+An engine is written aside and renamed, its record last. Without a record that fits, it is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.hashes import hash_bytes, hash_file
+from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
+from gap_runtime.bundle.onnx_file import OnnxFile, OnnxNode, read_onnx
+from gap_runtime.display import format_bytes
+from gap_runtime.errors import BundleError, ConfigError, EngineError, RecordError
+from gap_runtime.machines.target import Target
+from gap_runtime.records import dump_record, load_record
+
+ENGINES: Final = "engines"
+STEP_ROWS: Final = 1
+"""Rows of the decoder's profile for one token; the others are for whole prompts."""
+
+_HASHED_BYTES: Final = 256 * 2**20
+"""Engines up to this size are hashed when they are looked at, larger ones are only measured."""
+_SPARE_BYTES: Final = 512 * 2**20
+"""What a build takes whatever the model: the library, its kernels and its tables."""
+_PLAN_SHARE: Final = 1.1
+"""Size of an engine by that of its weights; the rest are kernels."""
+
+# The first opset that has an operator which older TensorRTs do not read.
+_SINCE: Final = {
+    "Gelu": 20,
+    "Attention": 23,
+    "RMSNormalization": 23,
+    "RotaryEmbedding": 23,
+    "Swish": 24,
+    "TensorScatter": 24,
+}
+_OPEN_OPERATORS: Final = frozenset(
+    {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique"}
+)
+"""Control flow, and operators whose output's size depends on values."""
+
+_IGNORED: Final = {("Attention", 6): "nonpad_kv_seqlen"}
+"""Inputs, by operator and place, that TensorRT's parser takes and leaves out without a word."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """What an engine was built from, with what and for which machine.
+
+    `compute_capabilities` are the GPUs that it runs on. `graph_blake3` is of the ONNX file,
+    `weights_blake3` of the names and hashes of the bundle's weight files. `profiles` are the
+    decoder's row counts, in the engine's order; empty for a stage without a free dimension.
+    `is_cache_in_place` says that the cache's outputs are its inputs. `layers` counts the layers
+    of the parsed network by kind. `blake3` is null above 256 MiB. `device_memory_bytes` is the
+    scratch memory that it needs beside its weights; null where no GPU could tell.
+    """
+
+    stage: str
+    target: str
+    package: str
+    version: str
+    platform: str
+    compute_capabilities: tuple[str, ...]
+    precision: str
+    graph_blake3: str
+    weights_blake3: str
+    profiles: tuple[int, ...]
+    is_cache_in_place: bool
+    layers: dict[str, int]
+    build_seconds: float
+    size: int
+    blake3: str | None
+    device_memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What to build. `options` are the backend's own, by the part of their name after the dot.
+
+    `compute_capabilities` are empty for the GPU of this machine. `timing_cache` is null for the
+    one in the user's cache folder. `is_forced` builds engines anew that are good.
+    """
+
+    target: Target
+    entries: tuple[RatioEntry, ...]
+    compute_capabilities: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+    options: dict[str, str]
+    is_forced: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine that is there now. `is_reused` says that it was there before."""
+
+    file: str
+    is_reused: bool
+    record: EngineRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """All engines that were asked for, and what built them."""
+
+    bundle: str
+    target: str
+    package: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    folder: str
+    engines: tuple[BuiltEngine, ...]
+
+
+def require_readable(bundle: Bundle, target: Target) -> None:
+    """Refuse a bundle whose graphs are newer than what the target reads.
+
+    Raises:
+        ConfigError: The bundle has to be exported again.
+    """
+    found = bundle.manifest.target
+    if found.opset > target.opset:
+        raise ConfigError(
+            f"{bundle.folder}: its graphs are of the {found.dialect} dialect, opset "
+            f"{found.opset}, and target '{target.name}' reads opset {target.opset} at most "
+            f"({target.dialect}); export again with gap-export MODEL --target {target.name}"
+        )
+
+
+def list_stages(bundle: Bundle, entries: tuple[RatioEntry, ...]) -> list[Stage]:
+    """The stages that run at those ratios, each once, the smaller ones first."""
+    manifest = bundle.manifest
+    visions = {stage.name: stage for stage in (manifest.stage(VISION, e) for e in entries)}
+    texts = [stage for stage in manifest.stages if stage.role == TEXT]
+    return [*visions.values(), *texts, manifest.stage(DECODER)]
+
+
+def list_profiles(layout: BundleLayout, entries: tuple[RatioEntry, ...]) -> tuple[int, ...]:
+    """The decoder's row counts: the length of every prompt once, ascending, and the step."""
+    prompts = sorted({layout.at(entry).prompt for entry in entries})
+    return (*prompts, STEP_ROWS)
+
+
+def engine_folder(bundle: Bundle, target: str, compute_capabilities: tuple[str, ...]) -> Path:
+    """Where engines lie; `compute_capabilities` are empty for this machine's GPU."""
+    named = "".join(f"-sm{each.replace('.', '')}" for each in compute_capabilities)
+    return bundle.folder / ENGINES / f"{target}{named}"
+
+
+def find_engine_folder(bundle: Bundle, name: str) -> Path:
+    """The folder of that name, or without one that of the bundle's target, or the only one.
+
+    Raises:
+        EngineError: There is none.
+    """
+    home = bundle.folder / ENGINES
+    found = sorted(path.name for path in home.glob("*") if any(path.glob("*.engine.json")))
+    own = bundle.manifest.target.name
+    if name and name in found:
+        return home / name
+    if not name and own in found:
+        return home / own
+    if not name and len(found) == 1:
+        return home / found[0]
+    wanted = name or own
+    choices = f"; have {', '.join(found)}, to be chosen by --backend NAME:FOLDER" if found else ""
+    target = wanted.partition("-sm")[0]
+    raise EngineError(
+        f"{home / wanted}: no engines there{choices}; build them: {build_command(bundle, target)}"
+    )
+
+
+def build_command(bundle: Bundle, target: str, more: str = "") -> str:
+    """The command line that makes the engines."""
+    return f"gap-runtime build {bundle.folder} --target {target}{more}"
+
+
+def rebuild_command(bundle: Bundle, folder: Path) -> str:
+    """The command line that makes the engines of a folder again."""
+    target, *named = folder.name.split("-sm")
+    more = "".join(f" --compute-capability {sm[:-1]}.{sm[-1]}" for sm in named)
+    return build_command(bundle, target, more)
+
+
+def engine_file(folder: Path, stage: str) -> Path:
+    """The engine of a stage."""
+    return folder / f"{stage}.engine"
+
+
+def read_engine_record(folder: Path, stage: str) -> EngineRecord | None:
+    """What is said of an engine; None where nothing is, or nothing that can be read."""
+    path = engine_file(folder, stage).with_suffix(".engine.json")
+    try:
+        return load_record(EngineRecord, json.loads(path.read_text("utf-8")), str(path))
+    except (OSError, ValueError, RecordError):
+        return None
+
+
+def find_fault(bundle: Bundle, stage: Stage, folder: Path) -> str | None:
+    """Why the engine of a stage cannot be used; None for one that is whole and of this bundle."""
+    path, record = engine_file(folder, stage.name), read_engine_record(folder, stage.name)
+    if record is None:
+        return "there is no record of how it was built"
+    size = path.stat().st_size if path.is_file() else 0
+    if size != record.size or size == 0:
+        return f"the file has {size} bytes, expected {record.size}"
+    if record.blake3 is not None and hash_file(path) != record.blake3:
+        return "its bytes have changed since it was built"
+    if record.graph_blake3 != bundle.manifest.files[stage.file].blake3:
+        return f"{stage.file} is another graph than the one that it was built from"
+    if record.weights_blake3 != identify_weights(bundle):
+        return "the bundle's weights are other ones than those that it was built from"
+    return None
+
+
+def identify_weights(bundle: Bundle) -> str:
+    """One hash for the names and hashes of all weight files, from the manifest."""
+    files = bundle.manifest.files
+    named = sorted((name, files[name].blake3) for name in files if name.endswith(".safetensors"))
+    return hash_bytes(json.dumps(named).encode())
+
+
+@contextmanager
+def new_engine(folder: Path, stage: str) -> Iterator[tuple[Path, Callable[[EngineRecord], None]]]:
+    """A file to write an engine to, and what puts it in place with its record.
+
+    Whatever was not put in place is gone afterwards, whether or not there was an error.
+    """
+    path = engine_file(folder, stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    record_aside = aside.with_name(f"{aside.name}.json")
+
+    def place(record: EngineRecord) -> None:
+        text = json.dumps(dump_record(record), indent=2, sort_keys=True) + "\n"
+        record_aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+        record_aside.replace(path.with_suffix(".engine.json"))
+
+    try:
+        yield aside, place
+    finally:
+        aside.unlink(missing_ok=True)
+        record_aside.unlink(missing_ok=True)
+        for empty in (folder, folder.parent):
+            if not any(empty.iterdir()):
+                empty.rmdir()
+
+
+def describe_engine(path: Path) -> tuple[int, str | None]:
+    """Size and, where it is not too large, hash of an engine.
+
+    Raises:
+        EngineError: The file is empty.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise EngineError(f"{path}: the builder wrote an empty engine")
+    return size, hash_file(path) if size <= _HASHED_BYTES else None
+
+
+def read_graph(bundle: Bundle, stage: Stage, target: Target) -> OnnxFile:
+    """The skeleton of a stage's graph, proved to be one that the target can build.
+
+    Raises:
+        EngineError: An input that nothing reads, an operator or an opset outside the target's.
+        BundleError: A weight file is missing or too short.
+    """
+    path = bundle.folder / stage.file
+    graph = read_onnx(path)
+    opset = graph.opsets.get("", 0)
+    if opset > target.opset:
+        raise EngineError(
+            f"{path}: opset {opset}, target '{target.name}' reads {target.opset} at most; export "
+            f"again with gap-export MODEL --target {target.name}"
+        )
+    if graph.unused:
+        raise EngineError(
+            f"{path}: nothing reads the input '{graph.unused[0]}', so an engine would ignore it; "
+            "export again"
+        )
+    for node in graph.nodes:
+        reason = _find_objection(node, target)
+        if reason:
+            raise EngineError(
+                f"{path}: node '{node.name}' is {node.operator}, {reason}; export again with "
+                f"gap-export MODEL --target {target.name}"
+            )
+    _require_weights(bundle, path, graph)
+    return graph
+
+
+def _find_objection(node: OnnxNode, target: Target) -> str:
+    """Why a target cannot build a node; empty where it may."""
+    if node.domain not in ("", "ai.onnx"):
+        return f"of the domain '{node.domain}', which TensorRT does not know"
+    if node.operator in _OPEN_OPERATORS:
+        return "whose output has no fixed size"
+    since = _SINCE.get(node.operator, 0)
+    if since > target.opset:
+        return f"of opset {since}, target '{target.name}' reads {target.opset}"
+    ignored = (_IGNORED.get((node.operator, k)) for k, name in enumerate(node.inputs) if name)
+    return next((f"with the input {name}, which TensorRT ignores" for name in ignored if name), "")
+
+
+def _require_weights(bundle: Bundle, path: Path, graph: OnnxFile) -> None:
+    sizes: dict[str, int] = {}
+    for weight in graph.weights:
+        if weight.file not in sizes:
+            file = bundle.folder / weight.file
+            if not file.is_file():
+                raise BundleError(
+                    f"{file}: missing, {path.name} has its weights there; copy the bundle again "
+                    "or export again"
+                )
+            sizes[weight.file] = file.stat().st_size
+        if weight.offset + weight.length > sizes[weight.file]:
+            raise BundleError(
+                f"{bundle.folder / weight.file}: {sizes[weight.file]} bytes, weight "
+                f"'{weight.name}' ends at {weight.offset + weight.length}; copy the bundle again"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildNeeds:
+    """Bytes that a build needs: host memory, memory of the GPU, and disk."""
+
+    memory: int
+    device: int
+    disk: int
+
+
+def estimate_build(graph: OnnxFile, target: Target) -> BuildNeeds:
+    """What building one stage takes.
+
+    The weights are held once as parsed and once in the finished engine; on the GPU once, beside
+    the scratch memory that the target allows.
+    """
+    weights = graph.weight_bytes
+    engine = round(weights * _PLAN_SHARE)
+    scratch = (target.workspace_mib or 0) * 2**20
+    return BuildNeeds(
+        memory=weights + engine + _SPARE_BYTES,
+        device=engine + min(scratch, _SPARE_BYTES),
+        disk=engine + 2**24,
+    )
+
+
+def require_room(
+    folder: Path, stage: str, needs: BuildNeeds, *, free_device: int | None = None
+) -> None:
+    """Refuse a build that would run out of disk or memory.
+
+    Raises:
+        EngineError: With what is needed and what is free.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free_disk = shutil.disk_usage(there).free
+    if free_disk < needs.disk:
+        raise EngineError(
+            f"{there}: {format_bytes(free_disk)} free, the engine of {stage} needs about "
+            f"{format_bytes(needs.disk)}; make room, or move the bundle to a larger disk"
+        )
+    free_memory = find_free_memory()
+    if free_memory is not None and free_memory < needs.memory:
+        raise EngineError(
+            f"{stage}: {format_bytes(free_memory)} of memory free, its build needs about "
+            f"{format_bytes(needs.memory)}; close other programs, add swap, or export with "
+            "--quantize int4"
+        )
+    if free_device is not None and free_device < needs.device:
+        raise EngineError(
+            f"{stage}: {format_bytes(free_device)} of GPU memory free, its build needs about "
+            f"{format_bytes(needs.device)}; close other programs, or export with --quantize int4"
+        )
+
+
+def find_free_memory() -> int | None:
+    """Bytes of memory and swap that are free; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        values = {name: int(rest.split()[0]) for name, rest in (x.split(":") for x in lines)}
+        return (values["MemAvailable"] + values["SwapFree"]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

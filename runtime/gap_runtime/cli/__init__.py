@@ -1,0 +1,1 @@
+"""The `gap-runtime` command. Results on stdout, everything for people on stderr."""

@@ -1,0 +1,42 @@
+"""`gap-runtime bench`: time every stage at every ratio."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Final
+
+from gap_runtime.cli.options import add_backend, add_bundle, open_bundle, print_json
+from gap_runtime.errors import ConfigError
+
+SUMMARY: Final = "time every stage at every ratio"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_bundle(parser)
+    parser.add_argument("--runs", type=int, default=7, help="timed runs per ratio (default 7)")
+    add_backend(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415
+    from gap_runtime.grounding.bench import bench_bundle  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    if options.runs < 1:
+        raise ConfigError(f"--runs {options.runs}: at least 1 is needed")
+    display = Display()
+    with display.step("timing"):
+        report = bench_bundle(open_bundle(options), options.backend, runs=options.runs)
+    if options.json:
+        print_json(dump_record(report))
+        return 0
+    for row in report.rows:
+        bucket = f"{row.bucket}, " if row.bucket else ""
+        print(
+            f"ratio {row.ratio:g} ({bucket}{row.kept} of {row.patches}): "
+            f"vision {row.vision_ms:.1f} ms, prefill of {row.prompt} {row.prefill_ms:.1f} ms, "
+            f"token {row.token_ms:.2f} ms ({row.tokens_per_second:.0f}/s)"
+        )
+    return 0

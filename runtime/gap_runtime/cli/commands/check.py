@@ -1,0 +1,81 @@
+"""`gap-runtime check`: compare with PyTorch's recorded answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gap_runtime.cli.options import add_backend, add_bundle, open_bundle, print_json
+from gap_runtime.errors import CheckError
+
+if TYPE_CHECKING:
+    from gap_runtime.display import Display
+
+SUMMARY: Final = "compare with PyTorch's recorded answers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_bundle(parser)
+    add_backend(parser)
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as one page with pictures"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415
+    from gap_runtime.grounding.check import Compared, check_bundle  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+    from gap_runtime.report.check_page import make_check_page  # noqa: PLC0415
+    from gap_runtime.report.page import require_writable, write_page  # noqa: PLC0415
+
+    if options.html is not None:
+        require_writable(options.html)
+    display = Display()
+    with display.step("checking files"):
+        bundle = open_bundle(options, verify_all=True)
+    with display.step("comparing with PyTorch's answers"):
+        compared: list[Compared] = []
+        report = check_bundle(bundle, options.backend, on_compared=compared.append)
+    if options.html is not None:
+        write_page(options.html, make_check_page(bundle, report, compared))
+        display.say(f"report: {options.html}")
+    if options.json:
+        print_json(dump_record(report))
+    else:
+        _show(display, report)
+        print("passed" if report.passed else "failed")
+    if not report.passed:
+        failed = [row for row in report.rows if not row.passed]
+        message = (
+            f"{len(failed)} of {len(report.rows)} rows differ from PyTorch; first: "
+            f"{failed[0].sample} at ratio {failed[0].ratio:g}: {'; '.join(failed[0].reasons)}"
+        )
+        print(f"error: {message}", file=sys.stderr)
+        return CheckError.exit_code
+    return 0
+
+
+def _show(display: Display, report: Any) -> None:
+    """The rows of a check as a table."""
+    display.table(
+        f"{report.precision} on {report.backend} against PyTorch",
+        ["ratio", "sample", "kept", "positions", "logits", "tokens", "IoU", "result"],
+        [
+            [
+                row.ratio,
+                row.sample,
+                "equal" if row.kept_equal else f"Jaccard {row.kept_jaccard:.3f}",
+                "equal" if row.positions_equal else "differ",
+                f"{row.max_logit_error:.1e}",
+                "same" if row.same_tokens else f"part at {row.first_divergence}",
+                "-" if row.iou is None else f"{row.iou:.3f}",
+                "passed" if row.passed else "; ".join(row.reasons),
+            ]
+            for row in report.rows
+        ],
+    )

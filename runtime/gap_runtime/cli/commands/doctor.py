@@ -1,0 +1,84 @@
+"""`gap-runtime doctor`: say what this machine has and which targets fit it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gap_runtime.cli.options import print_json
+from gap_runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from gap_runtime.machines.survey import Fit, Gpu, Machine
+
+SUMMARY: Final = "say what this machine has and which targets fit it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.machines.survey import fit_targets, survey_machine  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    machine = survey_machine(Path.cwd())
+    fits = fit_targets(machine)
+    if options.json:
+        print_json({"machine": dump_record(machine), "targets": dump_record(fits)})
+    else:
+        _show(machine, fits)
+    if any(fit.fits for fit in fits):
+        return 0
+    print(
+        "error: no target fits this machine; see what each of them misses, or pip install "
+        "'gap-runtime[cpu]' to run bundles on the CPU",
+        file=sys.stderr,
+    )
+    return EngineError.exit_code
+
+
+def _show(machine: Machine, fits: tuple[Fit, ...]) -> None:
+    rows = [
+        ("machine", f"{machine.system}, Python {machine.python}"),
+        ("memory", f"{_size(machine.memory_mib)}, {_size(machine.free_mib)} free"),
+        ("disk", f"{_size(machine.disk_free_mib)} free here"),
+        *(("GPU", _describe_gpu(gpu)) for gpu in machine.gpus),
+    ]
+    if not machine.gpus:
+        rows.append(("GPU", "none found"))
+    else:
+        driver, cuda = machine.driver or "unknown", machine.cuda or "unknown"
+        rows.append(("driver", f"{driver}, runs CUDA {cuda}"))
+    if machine.jetson is not None:
+        jetson = machine.jetson
+        linux, jetpack = jetson.linux or "unknown", jetson.jetpack or "unknown"
+        rows.append(("Jetson", f"{jetson.model}, JetPack {jetpack}, Jetson Linux {linux}"))
+    engines = [f"{name} {version}" for name, version in machine.engines.items()]
+    rows.append(("TensorRT", ", ".join(engines) or "not installed"))
+    rows.append(("cuda-python", machine.cuda_python or "not installed"))
+    found = [f"{name} {version}" for name, version in machine.onnxruntimes.items()]
+    providers = f": {', '.join(machine.providers)}" if machine.providers else ""
+    rows.append(("onnxruntime", (", ".join(found) or "not installed") + providers))
+    rows += [("problem", text) for text in machine.problems]
+    for name, text in rows:
+        print(f"{name:<12} {text}")
+    width = max(len(fit.target) for fit in fits)
+    for fit in fits:
+        print(f"target {fit.target:<{width}}  {'fits' if fit.fits else 'does not fit'}")
+        for line in (*fit.missing, *fit.notes):
+            print(f"    {line}")
+
+
+def _describe_gpu(gpu: Gpu) -> str:
+    free = f" ({_size(gpu.free_mib)} free)" if gpu.free_mib is not None else ""
+    capability = gpu.compute_capability or "unknown"
+    return f"{gpu.name}, compute capability {capability}, {_size(gpu.memory_mib)}{free}"
+
+
+def _size(mib: int | None) -> str:
+    return "unknown" if mib is None else f"{mib / 1024:.1f} GiB"

@@ -1,0 +1,81 @@
+"""`gap-runtime ground`: say where a phrase is in a picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gap_runtime.cli.options import add_backend, add_bundle, open_bundle, print_json
+from gap_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from gap_runtime.bundle.bundle import Bundle
+
+SUMMARY: Final = "say where a phrase is in a picture"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_bundle(parser)
+    parser.add_argument("image", metavar="IMAGE", help="picture file")
+    parser.add_argument("phrase", metavar="PHRASE", help="what to look for: 'the red mug'")
+    parser.add_argument("--ratio", type=float, help="one of the bundle's ratios (default: first)")
+    parser.add_argument("--draw", metavar="OUT.png", type=Path, help="paint the result")
+    add_backend(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415 - libraries only when a command runs
+    from gap_runtime.grounding.grounder import Grounder  # noqa: PLC0415
+    from gap_runtime.pictures.load import load_picture  # noqa: PLC0415
+
+    picture = load_picture(options.image)
+    bundle = open_bundle(options)
+    if options.draw is not None and options.draw.suffix.lower() not in {".png", ".jpg", ".jpeg"}:
+        raise InputError(f"{options.draw}: --draw writes .png or .jpg files")
+    grounding = Grounder(bundle, options.backend, ratio=options.ratio).ground(
+        picture, options.phrase
+    )
+    if options.draw is not None:
+        _draw(options.draw, picture, bundle, grounding)
+    if options.json:
+        print_json(
+            {
+                "answer": grounding.answer,
+                "boxes": [box.as_list() for box in grounding.boxes],
+                "problems": list(grounding.problems),
+                "phrase": grounding.phrase,
+                "ratio": grounding.ratio,
+                "kept": grounding.kept,
+                "patches": grounding.patches,
+                "kept_index": list(grounding.kept_index),
+                "milliseconds": grounding.milliseconds,
+            }
+        )
+        return 0
+    for box in grounding.boxes:
+        print(" ".join(f"{value:.1f}" for value in box.as_list()))
+    display = Display()
+    for problem in grounding.problems:
+        display.say(f"no usable box: {problem} (answer: {grounding.answer!r})")
+    times = ", ".join(f"{name} {value:.0f} ms" for name, value in grounding.milliseconds.items())
+    display.say(f"{grounding.answer}  kept {grounding.kept} of {grounding.patches}; {times}")
+    return 0
+
+
+def _draw(path: Path, picture: Any, bundle: Bundle, grounding: Any) -> None:
+    from gap_runtime.pictures.drawing import draw_grounding  # noqa: PLC0415
+
+    painted = draw_grounding(
+        picture,
+        bundle.manifest,
+        phrase=grounding.phrase,
+        boxes=grounding.boxes,
+        kept_index=grounding.kept_index,
+    )
+    try:
+        painted.save(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,319 @@
+"""What the `evaluate` commands of both distributions share: options, the run, the tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gap_runtime.cli.options import print_json
+from gap_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gap_runtime.display import Display
+    from gap_runtime.evaluation.data import Data
+    from gap_runtime.evaluation.results import Answers, Header
+    from gap_runtime.evaluation.run import Open, Spread
+    from gap_runtime.evaluation.score import Comparison, Score
+
+_NAMED = 5
+"""Bad pictures that are named; the rest is in the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluation gave."""
+
+    answers: Answers
+    data: Data
+    scores: tuple[Score, ...]
+    comparisons: tuple[Comparison, ...]
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked, how answers are scored and where the work is done."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="what to ask: SET:SPLIT@DIR (refcoco:val@DIR), a file, or refshapes:test; see "
+        "docs/evaluation.md",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of the pictures (default: the data's)"
+    )
+    parser.add_argument(
+        "--protocol",
+        action="append",
+        metavar="NAME",
+        help="how answers are scored; give it again for more (default: ours)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N phrases only")
+    parser.add_argument("--ray", action="store_true", help="work on a Ray cluster, by picture")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="with --ray: how many (default: all)"
+    )
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of both commands."""
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        action="extend",
+        nargs="+",
+        metavar="R",
+        help="shares of visual tokens removed (default: all that there are)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.jsonl", help="append every answer to this file"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the file that --out names"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OTHER.jsonl",
+        help="compare with these answers phrase by phrase (McNemar's test)",
+    )
+
+
+def read_data(options: argparse.Namespace) -> Data:
+    """The data, after all of `add_data_arguments` that can be checked at once.
+
+    Raises:
+        ConfigError: Options that do not go together, or an unknown name.
+        InputError: A file that cannot be used.
+    """
+    from gap_runtime.evaluation.data import open_data  # noqa: PLC0415 - libraries when a command runs
+    from gap_runtime.evaluation.protocol import load_protocol  # noqa: PLC0415
+
+    if options.workers is not None and (not options.ray or options.workers < 1):
+        raise ConfigError(f"--workers {options.workers}: goes with --ray, at least 1")
+    for name in options.protocol or ():
+        load_protocol(name)
+    return open_data(options.data, images=options.images, limit=options.limit)
+
+
+def choose_protocols(options: argparse.Namespace) -> list[str]:
+    """Names of the protocols, each once."""
+    from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL  # noqa: PLC0415
+
+    return list(dict.fromkeys(options.protocol or [DEFAULT_PROTOCOL]))
+
+
+def open_cluster(options: argparse.Namespace) -> Spread | None:
+    """The cluster that is to do the work; None for this process."""
+    if not options.ray:
+        return None
+    from gap_runtime.evaluation.spread import RayCluster  # noqa: PLC0415
+
+    return RayCluster(options.workers)
+
+
+def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
+    """The data, and the answers to compare with, after all that can be checked at once.
+
+    Raises:
+        ConfigError: Options that do not go together, or an unknown name.
+        InputError: A file that cannot be used.
+    """
+    from gap_runtime.evaluation.results import read_answers  # noqa: PLC0415
+
+    if options.resume and options.out is None:
+        raise ConfigError("--resume: which file? name it with --out")
+    if options.out is not None and options.out.exists() and not options.resume:
+        raise ConfigError(
+            f"{options.out}: exists; go on with it by --resume, or give another --out"
+        )
+    other = None if options.compare is None else read_answers(options.compare)
+    return read_data(options), other
+
+
+def run_evaluation(
+    options: argparse.Namespace,
+    display: Display,
+    data: Data,
+    *,
+    header: Header,
+    ratios: Sequence[float],
+    open_answerer: Open,
+) -> Answers:
+    """Ask everything that is not yet answered."""
+    from gap_runtime.display import Pace  # noqa: PLC0415
+    from gap_runtime.evaluation.run import evaluate  # noqa: PLC0415
+
+    spread = open_cluster(options)
+    for note in data.notes:
+        display.say(f"note: {note}")
+    total = len(data.expressions) * len(ratios)
+    with display.progress("asking") as show:
+
+        def begin(left: int) -> Callable[[int], None]:
+            if left < total:
+                display.say(f"{total - left:,} of {total:,} answers were there already")
+            return Pace(show, left, "answers")
+
+        return evaluate(
+            data,
+            header,
+            open_answerer,
+            ratios=tuple(ratios),
+            path=options.out,
+            resume=options.resume,
+            spread=spread,
+            begin=begin,
+        )
+
+
+def score_evaluation(
+    data: Data, answers: Answers, protocols: Sequence[str], other: Answers | None, label: str
+) -> Evaluation:
+    """Figures of answers under each protocol, and the comparison with others."""
+    from gap_runtime.evaluation.protocol import load_protocol  # noqa: PLC0415
+    from gap_runtime.evaluation.score import compare_rows, score_rows  # noqa: PLC0415
+
+    scores: list[Score] = []
+    comparisons: list[Comparison] = []
+    for name in protocols:
+        protocol = load_protocol(name)
+        scores += score_rows(answers.rows, name, protocol, answers.header.box)
+        if other is not None:
+            comparisons += compare_rows(answers, other, label, name, protocol)
+    return Evaluation(
+        answers=answers, data=data, scores=tuple(scores), comparisons=tuple(comparisons)
+    )
+
+
+def finish(
+    options: argparse.Namespace,
+    display: Display,
+    data: Data,
+    answers: Answers,
+    other: Answers | None,
+) -> int:
+    """Score, show, and the exit code."""
+    protocols = choose_protocols(options)
+    label = "" if options.compare is None else options.compare.name
+    found = score_evaluation(data, answers, protocols, other, label)
+    if options.json:
+        print_json(dump_evaluation(found))
+    else:
+        _show(found)
+    _name_problems(display, answers, options.out)
+    return 0
+
+
+def dump_evaluation(found: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain data."""
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    header = found.answers.header
+    return {
+        "subject": dump_record(header.subject),
+        "data": dump_record(header.data),
+        "notes": list(found.data.notes),
+        "scores": dump_record(found.scores),
+        "comparisons": dump_record(found.comparisons),
+        "unasked": [
+            {"key": row.key, "ratio": row.ratio, "problem": row.problem}
+            for row in found.answers.rows
+            if row.problem is not None
+        ],
+    }
+
+
+def _name_problems(display: Display, answers: Answers, out: Path | None) -> None:
+    """Pictures and phrases that could not be asked, the first few by name."""
+    problems = [row for row in answers.rows if row.problem is not None]
+    for problem in list(dict.fromkeys(str(row.problem) for row in problems))[:_NAMED]:
+        display.say(f"could not be asked: {problem}")
+    if problems:
+        where = "" if out is None else f"; all are in {out}"
+        display.say(f"answers that could not be had, in no figure: {len(problems)}{where}")
+
+
+def _show(found: Evaluation) -> None:
+    from gap_runtime.display import print_table  # noqa: PLC0415
+
+    header = found.answers.header
+    subject = header.subject
+    print_table(
+        f"{subject.name} ({subject.strategy}, positions {subject.positions}) on {subject.engine}, "
+        f"{header.data.name}",
+        [
+            *("protocol", "ratio", "phrases", "Acc@0.5", "95 %", "@0.25", "@0.75", "mean IoU"),
+            *("unparsable", "degenerate", "tokens", "ms"),
+        ],
+        [
+            [
+                each.protocol,
+                f"{each.ratio:g}",
+                each.phrases,
+                _percent(each.accuracy),
+                f"{_percent(each.low)} to {_percent(each.high)}",
+                _percent(each.accuracy_25),
+                _percent(each.accuracy_75),
+                f"{each.mean_iou:.3f}",
+                each.unparsable,
+                each.degenerate,
+                f"{each.tokens:.1f}",
+                f"{each.median_ms:.0f}",
+            ]
+            for each in found.scores
+        ],
+    )
+    print_table(
+        "Acc@0.5 by the true box's share of the picture",
+        ["protocol", "ratio", "size", "phrases", "Acc@0.5", "95 %", "mean IoU"],
+        [
+            [
+                each.protocol,
+                f"{each.ratio:g}",
+                size.size,
+                size.phrases,
+                _percent(size.accuracy),
+                f"{_percent(size.low)} to {_percent(size.high)}",
+                f"{size.mean_iou:.3f}",
+            ]
+            for each in found.scores
+            for size in each.sizes
+        ],
+    )
+    if found.comparisons:
+        _show_comparisons(found.comparisons)
+
+
+def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
+    from gap_runtime.display import print_table  # noqa: PLC0415
+
+    print_table(
+        f"against {comparisons[0].other}, phrase by phrase",
+        [
+            *("protocol", "ratio", "its ratio", "phrases", "Acc@0.5", "its Acc@0.5"),
+            *("only here", "only there", "McNemar p", "other answers"),
+        ],
+        [
+            [
+                each.protocol,
+                f"{each.ratio:g}",
+                f"{each.other_ratio:g}",
+                each.phrases,
+                _percent(each.accuracy),
+                _percent(each.other_accuracy),
+                each.only_this,
+                each.only_other,
+                f"{each.p:.2g}",
+                each.differing,
+            ]
+            for each in comparisons
+        ],
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,1 +1,0 @@
-"""The commands of `gap-runtime`, one file each; fits gap_runtime.command.Command."""

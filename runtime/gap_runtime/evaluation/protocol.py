@@ -1,0 +1,130 @@
+"""How an answer is judged: what every protocol gives, and the arithmetic that they share."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final, NamedTuple, Protocol
+
+from gap_runtime.bundle.manifest import BoxFormat
+from gap_runtime.errors import UnknownNameError
+from gap_runtime.evaluation.expression import Box4
+from gap_runtime.registry import describe_unknown, list_plugins, load_plugin
+
+BOX: Final = "box"
+UNPARSABLE: Final = "unparsable"
+DEGENERATE: Final = "degenerate"
+DEFAULT_PROTOCOL: Final = "ours"
+_SINGLES: Final = [Struct(f"{count}f") for count in range(7)]
+_PROTOCOLS: Final = "gap_runtime.evaluation.protocols"
+
+
+class Judgement(NamedTuple):
+    """IoU with the true box, at least 0 (a script's negative one is 0), and what was found.
+
+    `status` is `box`, `unparsable` (no box where the protocol expects one) or `degenerate` (one
+    that spans no area: reversed corners, a line, a point, nothing inside the picture).
+    """
+
+    iou: float
+    status: str
+
+
+NO_BOX: Final = Judgement(0.0, UNPARSABLE)
+
+
+class ScoringProtocol(Protocol):
+    """A module in gap_runtime.evaluation.protocols."""
+
+    SUMMARY: str
+    """What it does, in one line."""
+
+    STRICT: bool
+    """Whether an answer counts from IoU > threshold, or from IoU >= threshold."""
+
+    def judge(self, answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+        """Judge one answer.
+
+        Args:
+            answer: Text.
+            size: (width, height) of the picture.
+            box: The true one, in pixels.
+            spec: How the model writes boxes; the published scripts do not ask.
+        """
+
+
+def list_protocols() -> list[str]:
+    """Names of all protocols."""
+    return [name.replace("_", "-") for name in list_plugins(_PROTOCOLS)]
+
+
+def load_protocol(name: str) -> ScoringProtocol:
+    """A protocol by its name.
+
+    Raises:
+        UnknownNameError: There is none.
+    """
+    if name not in list_protocols():
+        raise UnknownNameError(describe_unknown("protocol", name, list_protocols()))
+    protocol: ScoringProtocol = load_plugin(_PROTOCOLS, name.replace("-", "_"), "protocol")
+    return protocol
+
+
+def judge_corners(found: Box4, true: Box4, *, edge: float = 0.0) -> Judgement:
+    """IoU as the scripts compute it, without looking whether corners are in order.
+
+    Args:
+        found: The answer's box.
+        true: The true one, in the same frame.
+        edge: Added to every width and height: 1 where pixels are counted.
+    """
+    across = max(0.0, min(found[2], true[2]) - max(found[0], true[0]) + edge)
+    down = max(0.0, min(found[3], true[3]) - max(found[1], true[1]) + edge)
+    shared = across * down
+    area = (found[2] - found[0] + edge) * (found[3] - found[1] + edge)
+    other = (true[2] - true[0] + edge) * (true[3] - true[1] + edge)
+    joined = area + other - shared
+    status = BOX if found[0] < found[2] and found[1] < found[3] else DEGENERATE
+    # A reversed box has a negative area in all of them; where it cancels out they divide by 0.
+    value = shared / joined if joined else 0.0
+    return Judgement(max(value, 0.0), status)
+
+
+def judge_singles(found: Box4, true: Box4) -> Judgement:
+    """The same in the arithmetic of 32-bit floats, which decides where an IoU is the threshold.
+
+    Every operation on doubles is rounded to 32 bits, which gives what 32-bit hardware gives.
+
+    Args:
+        found: The answer's box, its values rounded by `round_singles`.
+        true: The true one, in the same frame, rounded too.
+    """
+    status = BOX if found[0] < found[2] and found[1] < found[3] else DEGENERATE
+    try:
+        across, down, width, height, true_width, true_height = round_singles(
+            max(0.0, min(found[2], true[2]) - max(found[0], true[0])),
+            max(0.0, min(found[3], true[3]) - max(found[1], true[1])),
+            found[2] - found[0],
+            found[3] - found[1],
+            true[2] - true[0],
+            true[3] - true[1],
+        )
+        shared, area, other = round_singles(
+            across * down, width * height, true_width * true_height
+        )
+        (both,) = round_singles(area + other)
+        (joined,) = round_singles(both - shared)
+        (value,) = round_singles(shared / joined if joined else 0.0)
+    except OverflowError:
+        # Endless in 32 bits: the IoU is 0 or not a number, which no threshold is below.
+        return Judgement(0.0, status)
+    return Judgement(max(value, 0.0), status)
+
+
+def round_singles(*values: float) -> tuple[float, ...]:
+    """Values rounded to 32 bits.
+
+    Raises:
+        OverflowError: One is too large for them.
+    """
+    form = _SINGLES[len(values)]
+    return form.unpack(form.pack(*values))

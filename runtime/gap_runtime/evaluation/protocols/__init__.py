@@ -1,0 +1,1 @@
+"""Rules by which answers become scores; each fits evaluation.protocol.ScoringProtocol."""

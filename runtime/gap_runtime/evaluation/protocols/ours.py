@@ -1,0 +1,32 @@
+"""The frame that the model answers in; exactly one usable box, else the answer is wrong.
+
+The bundle says how the model writes boxes. A padded square is taken back to the picture, a box is
+cut at its edges, reversed corners are not mended. IoU counts from the threshold on (>=).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from gap_runtime.bundle.manifest import BoxFormat
+from gap_runtime.evaluation.expression import Box4
+from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, judge_corners
+from gap_runtime.pictures.boxes import parse_boxes
+
+SUMMARY: Final = "the model's own frame; exactly one usable box; IoU >= t"
+STRICT: Final = False
+
+
+def judge(answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+    """Judge one answer."""
+    found = parse_boxes(answer, spec, *size).boxes
+    if len(found) == 1:
+        mine = found[0]
+        return judge_corners((mine.x0, mine.y0, mine.x1, mine.y1), box)
+    # A box that is written properly and spans nothing is no box either, but another mistake.
+    if not found and any(
+        re.fullmatch(spec.pattern, each) for each in re.findall(spec.attempt, answer)
+    ):
+        return Judgement(0.0, DEGENERATE)
+    return NO_BOX

@@ -1,0 +1,1 @@
+"""Formats of data, one file each; fits gap_runtime.evaluation.source.Reader."""

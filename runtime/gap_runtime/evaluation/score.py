@@ -1,0 +1,290 @@
+"""Figures of a set of answers, and the comparison of two sets phrase by phrase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from gap_runtime.bundle.manifest import BoxFormat
+from gap_runtime.errors import InputError
+from gap_runtime.evaluation.protocol import DEGENERATE, UNPARSABLE, ScoringProtocol
+from gap_runtime.evaluation.results import Answers, Row
+
+SIZES: Final = (("small", 0.0), ("medium", 0.03), ("large", 0.15))
+"""Size classes of true boxes: the least share of the picture's area of each."""
+
+_Z: Final = 1.959963984540054
+"""Of the normal distribution, for 95 %."""
+_THRESHOLDS: Final = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeScore:
+    """Accuracy of one size class of true boxes; an interval of 95 %."""
+
+    size: str
+    phrases: int
+    accuracy: float
+    low: float
+    high: float
+    mean_iou: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Figures of one ratio under one protocol.
+
+    `accuracy` is Acc@0.5, `low` and `high` its 95 % interval (Wilson). `unasked` phrases (a bad
+    picture, a phrase too long) are in no other figure. `tokens` and `milliseconds` are means per
+    phrase, `median_ms` is of the whole of a phrase.
+    """
+
+    protocol: str
+    ratio: float
+    phrases: int
+    unasked: int
+    hits: int
+    accuracy: float
+    low: float
+    high: float
+    accuracy_25: float
+    accuracy_75: float
+    mean_iou: float
+    unparsable: int
+    degenerate: int
+    sizes: tuple[SizeScore, ...]
+    tokens: float
+    milliseconds: dict[str, float]
+    median_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two sets of answers to the same phrases.
+
+    `only_this` and `only_other` are the phrases that just one of them got right, `p` is
+    McNemar's exact two-sided test on them, `differing` counts answers that are not the same text.
+    """
+
+    protocol: str
+    ratio: float
+    other_ratio: float
+    other: str
+    phrases: int
+    accuracy: float
+    other_accuracy: float
+    only_this: int
+    only_other: int
+    p: float
+    differing: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """IoU [n], status by phrase, and who counts at each threshold, bool [3, n]."""
+
+    iou: np.ndarray
+    status: list[str]
+    hits: np.ndarray
+
+
+def judge_rows(rows: Sequence[Row], protocol: ScoringProtocol, box: BoxFormat) -> Judged:
+    """Judge answered rows."""
+    judge = protocol.judge
+    judged = [
+        judge(row.answer or "", row.size, row.box, box)
+        for row in rows
+        if row.size is not None and row.box is not None
+    ]
+    ious = np.array([each.iou for each in judged], np.float64)
+    over = np.greater if protocol.STRICT else np.greater_equal
+    hits = np.stack([over(ious, threshold) for threshold in _THRESHOLDS])
+    return Judged(ious, [each.status for each in judged], hits)
+
+
+def score_rows(
+    rows: Iterable[Row], name: str, protocol: ScoringProtocol, box: BoxFormat
+) -> list[Score]:
+    """Figures of every ratio, in ascending order of the ratio.
+
+    Args:
+        rows: Answers, of any ratios.
+        name: Of the protocol.
+        protocol: Judges the answers.
+        box: How the answers write boxes.
+    """
+    by_ratio: dict[float, list[Row]] = {}
+    for row in rows:
+        by_ratio.setdefault(row.ratio, []).append(row)
+    return [_score(ratio, by_ratio[ratio], name, protocol, box) for ratio in sorted(by_ratio)]
+
+
+def _score(
+    ratio: float, rows: list[Row], name: str, protocol: ScoringProtocol, box: BoxFormat
+) -> Score:
+    asked = [row for row in rows if row.problem is None]
+    judged = judge_rows(asked, protocol, box)
+    count, hits = len(asked), int(judged.hits[1].sum())
+    low, high = wilson_interval(hits, count)
+    times = [row.milliseconds or {} for row in asked]
+    stages = list(dict.fromkeys(stage for each in times for stage in each))
+    totals = [each.get("total", math.nan) for each in times]
+    return Score(
+        protocol=name,
+        ratio=ratio,
+        phrases=count,
+        unasked=len(rows) - count,
+        hits=hits,
+        accuracy=_mean(judged.hits[1]),
+        low=low,
+        high=high,
+        accuracy_25=_mean(judged.hits[0]),
+        accuracy_75=_mean(judged.hits[2]),
+        mean_iou=_mean(judged.iou),
+        unparsable=judged.status.count(UNPARSABLE),
+        degenerate=judged.status.count(DEGENERATE),
+        sizes=tuple(_score_sizes(asked, judged)),
+        tokens=_mean(np.array([len(row.token_ids) for row in asked])),
+        milliseconds={
+            stage: _mean(np.array([each.get(stage, 0.0) for each in times])) for stage in stages
+        },
+        median_ms=float(np.median(totals)) if totals else math.nan,
+    )
+
+
+def _score_sizes(rows: list[Row], judged: Judged) -> Iterable[SizeScore]:
+    """Size classes that have phrases."""
+    shares = np.array([_share(row) for row in rows])
+    classes = np.searchsorted([least for _, least in SIZES], shares, side="right") - 1
+    for k, (size, _) in enumerate(SIZES):
+        members = classes == k
+        if members.any():
+            hits = judged.hits[1][members]
+            low, high = wilson_interval(int(hits.sum()), len(hits))
+            yield SizeScore(
+                size=size,
+                phrases=len(hits),
+                accuracy=_mean(hits),
+                low=low,
+                high=high,
+                mean_iou=_mean(judged.iou[members]),
+            )
+
+
+def _share(row: Row) -> float:
+    """Share of the picture's area that the true box has."""
+    assert row.box is not None
+    assert row.size is not None
+    x0, y0, x1, y1 = row.box
+    return (x1 - x0) * (y1 - y0) / (row.size[0] * row.size[1])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share.
+
+    References:
+        E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    if not count:
+        return 0.0, 1.0
+    share, square = hits / count, _Z * _Z
+    middle = share + square / (2 * count)
+    spread = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    scale = 1 + square / count
+    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+
+
+def mcnemar_p(only_this: int, only_other: int) -> float:
+    """The exact two-sided p of McNemar's test: a fair coin for every phrase that one got right.
+
+    References:
+        Q. McNemar, Note on the sampling error of the difference between correlated proportions,
+        1947.
+    """
+    count, least = only_this + only_other, min(only_this, only_other)
+    term = total = 1
+    for k in range(least):
+        term = term * (count - k) // (k + 1)
+        total += term
+    # Whole numbers of any length divide to the nearest float.
+    return min(1.0, 2 * total / (1 << count))
+
+
+def compare_rows(
+    this: Answers, other: Answers, label: str, name: str, protocol: ScoringProtocol
+) -> list[Comparison]:
+    """Compare every ratio of one file with the same of another, or with its only one.
+
+    Args:
+        this: Answers.
+        other: Answers to the same phrases; phrases that one of them lacks are left out.
+        label: What the other is called.
+        name: Of the protocol.
+        protocol: Judges both, each by its own box format.
+
+    Raises:
+        InputError: The phrases are not the same, or no ratio fits.
+    """
+    pairs = _pair_ratios(this, other, label)
+    found = []
+    for ratio, other_ratio in pairs:
+        mine, theirs = _match(this, other, ratio, other_ratio, label)
+        judged, against = (
+            judge_rows(rows, protocol, answers.header.box).hits[1]
+            for rows, answers in ((mine, this), (theirs, other))
+        )
+        only_this, only_other = int((judged & ~against).sum()), int((against & ~judged).sum())
+        found.append(
+            Comparison(
+                protocol=name,
+                ratio=ratio,
+                other_ratio=other_ratio,
+                other=label,
+                phrases=len(mine),
+                accuracy=_mean(judged),
+                other_accuracy=_mean(against),
+                only_this=only_this,
+                only_other=only_other,
+                p=mcnemar_p(only_this, only_other),
+                differing=sum(a.answer != b.answer for a, b in zip(mine, theirs, strict=True)),
+            )
+        )
+    return found
+
+
+def _pair_ratios(this: Answers, other: Answers, label: str) -> list[tuple[float, float]]:
+    own = sorted({row.ratio for row in this.rows})
+    others = sorted({row.ratio for row in other.rows})
+    if len(others) == 1:
+        return [(ratio, others[0]) for ratio in own]
+    shared = [(ratio, ratio) for ratio in own if ratio in others]
+    if not shared:
+        have = ", ".join(f"{ratio:g}" for ratio in others)
+        raise InputError(f"{label}: has none of these ratios; have {have or 'none'}")
+    return shared
+
+
+def _match(
+    this: Answers, other: Answers, ratio: float, other_ratio: float, label: str
+) -> tuple[list[Row], list[Row]]:
+    """The rows that both have, in one order."""
+    theirs = {r.key: r for r in other.rows if r.ratio == other_ratio and r.problem is None}
+    own = [r for r in this.rows if r.ratio == ratio and r.problem is None and r.key in theirs]
+    for row in own:
+        twin = theirs[row.key]
+        if (row.phrase, row.box, row.size) != (twin.phrase, twin.box, twin.size):
+            raise InputError(
+                f"{label}: '{row.key:.60}' is another phrase or box there ({twin.phrase!r:.60}); "
+                "compare answers to the same data"
+            )
+    if not own:
+        raise InputError(f"{label}: has no phrase in common; compare answers to the same data")
+    return own, [theirs[row.key] for row in own]

@@ -1,0 +1,76 @@
+"""What a reader of data is given, and what it must give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from gap_runtime.errors import InputError
+from gap_runtime.evaluation.expression import Expression
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Data to read.
+
+    `name` and `split` are empty where the user named none. `by` is who split it (unc, umd,
+    google), empty for the usual one. `images` is the folder of the pictures. A reader adds to
+    `notes` what the user should know.
+    """
+
+    paths: tuple[Path, ...]
+    name: str
+    split: str
+    by: str
+    images: Path | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """The one file.
+
+        Raises:
+            InputError: There are several.
+        """
+        if len(self.paths) != 1:
+            raise InputError(f"{self.paths[0]}: one of {len(self.paths)} files; name one")
+        return self.paths[0]
+
+    @property
+    def image_folder(self) -> Path:
+        """Where the pictures are: as the user says, or beside the data."""
+        return self.path.parent if self.images is None else self.images
+
+
+class Reader(Protocol):
+    """A module in gap_runtime.evaluation.readers."""
+
+    SUFFIXES: tuple[str, ...]
+    """Endings of the files that it may read; none where the data are generated."""
+
+    USUAL: int | None
+    """How many phrases are meant where the user does not say; None for all."""
+
+    def recognise(self, head: Any) -> bool:
+        """Whether a file of such an ending is of this format.
+
+        `head` is the first record of a file of lines, the whole value of a .json file that is
+        not larger than FILE_BYTES, the columns of a table, or None of other files.
+        """
+
+    def locate(self, folder: Path, source: Source) -> tuple[Path, ...]:
+        """The files of a named set in a folder, as they are published; empty without them."""
+
+    def read(self, source: Source) -> Iterator[Expression]:
+        """All phrases, in the order of the data.
+
+        Raises:
+            InputError: A record is not of the format; the message names the line.
+        """
+
+
+def existing(*paths: Path) -> tuple[Path, ...]:
+    """The first of these files that is there."""
+    return next(((path,) for path in paths if path.is_file()), ())

@@ -1,0 +1,111 @@
+"""Milliseconds of each stage at each ratio and bucket of a bundle: medians after a warm-up."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.manifest import Bucket, RatioEntry
+from gap_runtime.grounding.grounder import DEFAULT_BACKEND, Grounder
+from gap_runtime.pictures.load import fitting_size
+
+_TOKENS: Final = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow:
+    """Medians at one ratio of a bucket. `prompt` counts the slots of the padded prefill."""
+
+    ratio: float
+    bucket: str
+    kept: int
+    patches: int
+    prompt: int
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+    token_ms: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """Rows by ratio and what they were measured on."""
+
+    bundle: str
+    backend: str
+    runs: int
+    cores: int
+    load_average: float
+    rows: tuple[BenchRow, ...]
+
+
+def bench_bundle(
+    bundle: Bundle, backend: str = DEFAULT_BACKEND, *, runs: int = 7, warmup: int = 2
+) -> BenchReport:
+    """Time every ratio of a bundle, the ratios taking turns so that drift hits all alike.
+
+    Args:
+        bundle: An opened bundle with a tokenizer.
+        backend: As in Grounder.
+        runs: Timed runs per ratio and bucket.
+        warmup: Untimed runs before them.
+    """
+    grounder = Grounder(bundle, backend)
+    pictures = {bucket.name: _noise(bundle, bucket) for bucket in bundle.manifest.buckets}
+    entries = bundle.manifest.ratios
+    times: list[list[dict[str, float]]] = [[] for _ in entries]
+    most = min(_TOKENS, bundle.manifest.layout.answer)
+    for run in range(warmup + runs):
+        for entry, samples in zip(entries, times, strict=True):
+            picture = pictures[entry.bucket]
+            values = grounder.run_stages(picture, "the red circle", entry, most=most)
+            if run >= warmup:
+                samples.append(values.milliseconds)
+    rows = tuple(
+        _make_row(bundle, entry, samples, most)
+        for entry, samples in zip(entries, times, strict=True)
+    )
+    return BenchReport(
+        bundle=str(bundle.folder),
+        backend=backend,
+        runs=runs,
+        cores=os.cpu_count() or 1,
+        load_average=os.getloadavg()[0],
+        rows=rows,
+    )
+
+
+def _noise(bundle: Bundle, bucket: Bucket) -> Image.Image:
+    """A picture that fits a bucket."""
+    width, height = fitting_size(bucket, bundle.manifest.preprocess)
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def _make_row(
+    bundle: Bundle, entry: RatioEntry, times: list[dict[str, float]], most: int
+) -> BenchRow:
+    def median(stage: str) -> float:
+        return statistics.median(sample[stage] for sample in times)
+
+    # The first answer token comes with the prefill.
+    token_ms = median("decode") / max(most - 1, 1)
+    return BenchRow(
+        ratio=entry.ratio,
+        bucket=entry.bucket,
+        kept=entry.kept,
+        patches=entry.patches,
+        prompt=bundle.manifest.layout.at(entry).prompt,
+        preprocess_ms=median("preprocess"),
+        vision_ms=median("vision"),
+        prefill_ms=median("prefill"),
+        token_ms=token_ms,
+        tokens_per_second=1e3 / token_ms if token_ms else 0.0,
+    )

@@ -1,0 +1,287 @@
+"""A picture and a phrase in, boxes out: the runtime's one job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from gap_runtime.backends import Backend, DecoderSession, StageSession
+from gap_runtime.bundle.bundle import Bundle, embedding_rows
+from gap_runtime.bundle.manifest import (
+    DECODER,
+    TEXT,
+    TEXT_FEATURES,
+    TEXT_IDS,
+    VISION,
+    RatioEntry,
+    Stage,
+)
+from gap_runtime.errors import BundleError
+from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
+from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
+from gap_runtime.pictures.boxes import Box, parse_boxes
+from gap_runtime.pictures.load import find_bucket, load_picture, make_pixels, to_rgb
+from gap_runtime.registry import load_plugin
+
+DEFAULT_BACKEND: Final = "onnxruntime"
+_BACKENDS: Final = "gap_runtime.backends"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grounding:
+    """Where a phrase is in a picture.
+
+    `problems` says what in the answer was no usable box. `kept_index` are the patches that
+    stayed, by slot. `milliseconds` is by stage: preprocess, vision, prefill, decode, total.
+    """
+
+    phrase: str
+    answer: str
+    boxes: tuple[Box, ...]
+    problems: tuple[str, ...]
+    ratio: float
+    kept: int
+    patches: int
+    kept_index: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    milliseconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageValues:
+    """What the stages gave on the way to an answer, for comparison with the reference."""
+
+    prompt_ids: list[int]
+    pixels: np.ndarray
+    visual_tokens: np.ndarray
+    kept_index: np.ndarray
+    position_ids: np.ndarray
+    decoded: Decoded
+    milliseconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What the stages before the decoder gave of a picture at one ratio."""
+
+    pixels: np.ndarray
+    visual_tokens: np.ndarray
+    kept_index: np.ndarray
+    position_ids: np.ndarray
+    preprocess_ms: float
+    vision_ms: float
+
+
+def open_backend(name: str) -> tuple[Backend, str]:
+    """A backend module by name, and the device after a colon in the name (or nothing).
+
+    Raises:
+        UnknownNameError: There is no such backend.
+    """
+    module, _, device = name.partition(":")
+    backend: Backend = load_plugin(_BACKENDS, module, "backend")
+    return backend, device
+
+
+class Grounder:
+    """A bundle loaded for use. Graphs are loaded at first need and kept."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str | Backend = DEFAULT_BACKEND,
+        *,
+        ratio: float | None = None,
+    ) -> None:
+        """Load the tokenizer and map the embeddings.
+
+        Args:
+            bundle: An opened bundle.
+            backend: `onnxruntime`, `onnxruntime:cpu` or `onnxruntime:cuda`.
+                Or a backend itself.
+            ratio: One of the bundle's ratios; the first one it was exported with by default.
+
+        Raises:
+            ConfigError: Unknown backend or ratio.
+            BundleError: The bundle holds graphs alone and no tokenizer.
+        """
+        self.bundle = bundle
+        self.default_ratio = bundle.choose_ratio(ratio)
+        self._backend, self._device = (
+            open_backend(backend) if isinstance(backend, str) else (backend, "")
+        )
+        prompt = bundle.manifest.prompt
+        if prompt.tokenizer is None:
+            raise BundleError(
+                f"{bundle.folder}: no tokenizer in it (the checkpoint had none), so it takes no "
+                "phrase; add tokenizer.json to the checkpoint and export again"
+            )
+        self.encoder = PromptEncoder(load_tokenizer(bundle.folder / prompt.tokenizer), prompt)
+        self._table = bundle.map_embedding()
+        self._stages: dict[str, StageSession] = {}
+        self._decoder: DecoderSession | None = None
+        self._phrases: PhraseEncoder | None = None
+        spec = bundle.manifest.phrase
+        if spec is not None and spec.tokenizer is not None:
+            self._phrases = PhraseEncoder(load_tokenizer(bundle.folder / spec.tokenizer), spec)
+
+    def ground(
+        self, image: str | Path | Image.Image, phrase: str, *, ratio: float | None = None
+    ) -> Grounding:
+        """Ask where a phrase is.
+
+        Args:
+            image: A file or a Pillow picture of any mode.
+            phrase: What to ground, for example `the red mug`.
+            ratio: Another of the bundle's ratios than the one this was made with.
+
+        Raises:
+            InputError: The picture or the phrase cannot be used.
+            EngineError: The backend failed.
+        """
+        picture = load_picture(image) if isinstance(image, (str, Path)) else to_rgb(image)
+        manifest = self.bundle.manifest
+        bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
+        wanted = self.default_ratio.ratio if ratio is None else ratio
+        entry = self.bundle.choose_ratio(wanted, bucket.name)
+        values = self.run_stages(picture, phrase, entry)
+        answer = self.encoder.decode(values.decoded.token_ids)
+        parsed = parse_boxes(answer, manifest.box, *picture.size)
+        return Grounding(
+            phrase=phrase,
+            answer=answer,
+            boxes=parsed.boxes,
+            problems=parsed.problems,
+            ratio=entry.ratio,
+            kept=entry.kept,
+            patches=entry.patches,
+            kept_index=tuple(values.kept_index[0].tolist()),
+            token_ids=tuple(values.decoded.token_ids),
+            milliseconds=values.milliseconds,
+        )
+
+    def run_stages(
+        self,
+        picture: Image.Image,
+        phrase: str,
+        entry: RatioEntry,
+        *,
+        most: int | None = None,
+        seen: Seen | None = None,
+    ) -> StageValues:
+        """Run every stage on an RGB picture and keep what each gave.
+
+        Args:
+            picture: RGB.
+            phrase: What to ground.
+            entry: Of the picture's bucket.
+            most: Tokens to decode, whether or not the answer ends before.
+            seen: What `see` gave of this picture at this ratio, to be used instead.
+        """
+        manifest = self.bundle.manifest
+        prompt = self.encoder.encode_within(phrase, manifest.layout)
+        if seen is None:
+            seen = self.see(picture, phrase, entry)
+        decoder = self._open_decoder()
+        looked = time.perf_counter()
+        layout = manifest.layout.at(entry)
+        embeddings = splice_prompt(
+            self._table, prompt.prefix, seen.visual_tokens, prompt.suffix, layout.prompt
+        )
+        decoded = decode_greedily(
+            decoder,
+            self._table,
+            embeddings,
+            seen.position_ids,
+            length=layout.prefix + layout.visual + len(prompt.suffix),
+            most=layout.answer if most is None else most,
+            stop_ids=manifest.prompt.stop_ids if most is None else (),
+        )
+        answered_ms = (time.perf_counter() - looked) * 1e3
+        return StageValues(
+            prompt_ids=prompt.prefix + prompt.suffix,
+            pixels=seen.pixels,
+            visual_tokens=seen.visual_tokens,
+            kept_index=seen.kept_index,
+            position_ids=seen.position_ids,
+            decoded=decoded,
+            milliseconds={
+                "preprocess": seen.preprocess_ms,
+                "vision": seen.vision_ms,
+                "prefill": decoded.prefill_ms,
+                "decode": decoded.decode_ms,
+                "total": seen.preprocess_ms + seen.vision_ms + answered_ms,
+            },
+        )
+
+    def see(
+        self,
+        picture: Image.Image,
+        phrase: str,
+        entry: RatioEntry,
+        *,
+        before: Seen | None = None,
+    ) -> Seen:
+        """Run the stages before the decoder on an RGB picture.
+
+        Args:
+            picture: RGB.
+            phrase: For a pruner that reads it, see `reads_phrase`.
+            entry: Of the picture's bucket.
+            before: Of the same picture, whose pixels are used again.
+        """
+        manifest = self.bundle.manifest
+        stage = manifest.stage(VISION, entry)
+        vision = self._open(stage)
+        reads_phrase = self.reads_phrase(entry)
+        text = self._open(manifest.stage(TEXT)) if reads_phrase and self._phrases else None
+        began = time.perf_counter()
+        if before is None:
+            pixels = make_pixels(picture, manifest.preprocess, manifest.bucket(entry.bucket))
+        else:
+            pixels = before.pixels
+        prepared = time.perf_counter()
+        inputs = {"pixels": pixels}
+        if reads_phrase:
+            inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
+        given = vision.run(inputs)
+        looked = time.perf_counter()
+        preprocess_ms = (prepared - began) * 1e3
+        return Seen(
+            pixels=pixels,
+            visual_tokens=given["visual_tokens"],
+            kept_index=given["kept_index"],
+            position_ids=given["position_ids"],
+            preprocess_ms=preprocess_ms if before is None else before.preprocess_ms,
+            vision_ms=(looked - prepared) * 1e3,
+        )
+
+    def reads_phrase(self, entry: RatioEntry) -> bool:
+        """Whether what the vision graph of a ratio gives depends on the phrase."""
+        inputs = self.bundle.manifest.stage(VISION, entry).inputs
+        return any(spec.name == TEXT_FEATURES for spec in inputs)
+
+    def _read_phrase(self, phrase: str, text: StageSession | None) -> np.ndarray:
+        """What the vision graph is told of the phrase, float32 [1, W]."""
+        if text is not None and self._phrases is not None:
+            return text.run({TEXT_IDS: self._phrases.encode(phrase)})[TEXT_FEATURES]
+        rows = embedding_rows(self._table, self.encoder.encode_phrase(phrase))
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        mean: np.ndarray = (rows / np.maximum(lengths, 1e-12)).mean(axis=0, keepdims=True)
+        return mean
+
+    def _open(self, stage: Stage) -> StageSession:
+        if stage.name not in self._stages:
+            self._stages[stage.name] = self._backend.open_stage(self.bundle, stage, self._device)
+        return self._stages[stage.name]
+
+    def _open_decoder(self) -> DecoderSession:
+        if self._decoder is None:
+            stage = self.bundle.manifest.stage(DECODER)
+            self._decoder = self._backend.open_decoder(self.bundle, stage, self._device)
+        return self._decoder

@@ -1,0 +1,180 @@
+"""Phrases to token IDs and answers back to text, with the model's own tokenizer file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt
+from gap_runtime.errors import BundleError, InputError
+
+PHRASE_FIELD: Final = "{phrase}"
+IMAGE_FIELD: Final = "<image>"
+"""Stands for the picture in a template, whatever the tokenizer calls it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """Token IDs before and after the visual tokens."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Raises:
+        BundleError: The file is no tokenizer.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{path}: not a tokenizer ({error})") from error
+
+
+class PromptEncoder:
+    """Fills a template with a phrase and splits its tokens at the image token."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt) -> None:
+        """Prepare the tokenizer.
+
+        Raises:
+            BundleError: It does not know the image token.
+        """
+        self._tokenizer = tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._prompt = prompt
+        self._image_id: int | None = None
+        if prompt.image_token is not None:
+            self._image_id = self._tokenizer.token_to_id(prompt.image_token)
+            if self._image_id is None:
+                raise BundleError(
+                    f"the tokenizer has no token '{prompt.image_token}', which stands for the "
+                    "picture; export again"
+                )
+        self._special = _special_tokens(tokenizer) - {prompt.image_token}
+        if prompt.image_token is None:
+            self._special |= {IMAGE_FIELD}
+
+    def encode(self, phrase: str) -> EncodedPrompt:
+        """Token IDs of the prompt for a phrase.
+
+        Raises:
+            InputError: The phrase is empty, not text, or holds the image token.
+        """
+        phrase = _collapse(phrase)
+        if not phrase:
+            raise InputError(
+                "the phrase is empty; say what to look for, for example 'the red mug'"
+            )
+        _require_plain(phrase, self._special)
+        try:
+            phrase.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("the phrase is not valid UTF-8 text") from error
+        if self._image_id is None:
+            return self._encode_apart(phrase)
+        text = self._prompt.template.replace(PHRASE_FIELD, phrase)
+        ids: list[int] = self._tokenizer.encode(text).ids
+        if ids.count(self._image_id) != 1:
+            raise InputError(
+                f"the phrase {phrase!r:.60} holds the image token '{self._prompt.image_token}'; "
+                "leave it out"
+            )
+        at = ids.index(self._image_id)
+        return EncodedPrompt(prefix=ids[:at], suffix=ids[at + 1 :])
+
+    def _encode_apart(self, phrase: str) -> EncodedPrompt:
+        """Both sides of the picture one by one, as models without an image token were trained."""
+        before, _, after = self._prompt.template.partition(IMAGE_FIELD)
+        prefix = self._tokenizer.encode(before.replace(PHRASE_FIELD, phrase))
+        suffix = self._tokenizer.encode(
+            after.replace(PHRASE_FIELD, phrase), add_special_tokens=False
+        )
+        return EncodedPrompt(prefix=list(prefix.ids), suffix=list(suffix.ids))
+
+    def encode_phrase(self, phrase: str) -> list[int]:
+        """Token IDs of the phrase alone."""
+        ids: list[int] = self._tokenizer.encode(_collapse(phrase), add_special_tokens=False).ids
+        return ids
+
+    def encode_within(self, phrase: str, layout: BundleLayout) -> EncodedPrompt:
+        """Token IDs of a prompt that fits a bundle's layout.
+
+        Raises:
+            InputError: The phrase is too long for the bundle.
+            BundleError: The prefix is not the one that the graphs were made for.
+        """
+        encoded = self.encode(phrase)
+        if len(encoded.prefix) != layout.prefix:
+            raise BundleError(
+                f"the prompt has {len(encoded.prefix)} tokens before the image, the graphs were "
+                f"made for {layout.prefix}; export again"
+            )
+        if len(encoded.suffix) > layout.suffix:
+            raise InputError(
+                f"the prompt has {len(encoded.suffix)} tokens after the image, this bundle takes "
+                f"{layout.suffix}; use a shorter phrase or export with --set prompt.suffix="
+                f"{len(encoded.suffix)}"
+            )
+        return encoded
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of an answer, without special tokens."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.strip()
+
+
+class PhraseEncoder:
+    """The phrase as CLIP's text tower reads it: a fixed number of tokens, padded at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, spec: PhraseInput) -> None:
+        """Prepare CLIP's tokenizer."""
+        self._tokenizer = tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(spec.length)
+        self._special = _special_tokens(tokenizer)
+        self._spec = spec
+
+    def encode(self, phrase: str) -> np.ndarray:
+        """Token IDs int64 [1, length]; a longer phrase is cut.
+
+        Raises:
+            InputError: The phrase holds a special token, which would end it for CLIP.
+        """
+        phrase = _collapse(phrase)
+        _require_plain(phrase, self._special)
+        ids = self._tokenizer.encode(phrase).ids
+        padded = np.full((1, self._spec.length), self._spec.end_id, np.int64)
+        padded[0, : len(ids)] = ids
+        return padded
+
+
+def _collapse(phrase: str) -> str:
+    """The phrase with single spaces, as every tokenizer here sees it."""
+    return " ".join(phrase.split())
+
+
+def _special_tokens(tokenizer: Tokenizer) -> set[str]:
+    """What a tokenizer takes for more than text."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return {token.content for token in added if token.special}
+
+
+def _require_plain(phrase: str, special: set[str]) -> None:
+    """Refuse a phrase with special tokens.
+
+    Raises:
+        InputError: It holds one.
+    """
+    held = sorted(token for token in special if token in phrase)
+    if held:
+        raise InputError(
+            f"the phrase {phrase!r:.60} holds the special token '{held[0]}'; leave it out"
+        )

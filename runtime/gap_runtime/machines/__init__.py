@@ -1,0 +1,1 @@
+"""Kinds of machines that bundles are made for, and what this machine is."""

@@ -1,0 +1,483 @@
+"""What this machine has, and which targets it fits. Reads; changes and loads nothing.
+
+Facts come from what other programs and files say. Each text has a function of its own that reads
+it, and `survey_machine` is the one place that asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, Final
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from gap_runtime.machines.target import Target, list_targets, load_target
+
+_QUERY: Final = ("name", "compute_cap", "driver_version", "memory.total", "memory.free")
+_ENGINE_PACKAGES: Final = ("tensorrt", "tensorrt_rtx")
+_ONNXRUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu")
+_BOTH: Final = (
+    "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+    "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'gap-runtime[cpu]' or "
+    "'gap-runtime[gpu]'"
+)
+_CUDA_PYTHON: Final = ("cuda-bindings", "cuda-python")
+_DEBIAN: Final = ("nvidia-jetpack", "nvidia-l4t-core", "libnvinfer10", "python3-libnvinfer")
+_JETSON_CHIPS: Final = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2"}
+_JETPACKS: Final = {"36": "6", "38": "7", "39": "7"}
+"""JetPack by the major number of its Jetson Linux."""
+_OPSET_24: Final = Version("1.24")
+_ROOM: Final = 0.9
+"""Share of its nominal memory that a machine has at least; firmware keeps the rest."""
+_PATIENCE: Final = 60
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A GPU; null is what nobody tells. On a Jetson the memory is the machine's own."""
+
+    name: str
+    compute_capability: str | None
+    memory_mib: int | None
+    free_mib: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jetson:
+    """A Jetson: its model, Jetson Linux (`36.4.7`) and JetPack (`6.2.1`, or `6` alone)."""
+
+    model: str
+    linux: str | None
+    jetpack: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What was found. `engines` are the engine packages, by import name with their versions.
+
+    `cuda_python` is the version of the package through which engines run, `onnxruntimes` are the
+    installed distributions of onnxruntime with their versions, `providers` what the one that can
+    be imported has. `problems` need mending, whatever the target.
+    """
+
+    system: str
+    python: str
+    memory_mib: int | None
+    free_mib: int | None
+    disk_free_mib: int
+    driver: str | None
+    cuda: str | None
+    gpus: tuple[Gpu, ...]
+    jetson: Jetson | None
+    engines: dict[str, str]
+    cuda_python: str | None
+    debian: dict[str, str]
+    onnxruntimes: dict[str, str]
+    providers: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Whether a target fits; `missing` says what stands against it and how to get it."""
+
+    target: str
+    description: str
+    fits: bool
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def read_gpus(text: str) -> tuple[tuple[Gpu, ...], str | None]:
+    """GPUs and the driver's version, from `nvidia-smi --query-gpu=... --format=csv`."""
+    gpus, driver = [], None
+    for line in text.splitlines():
+        values = [value.strip() for value in line.split(",")]
+        if len(values) != len(_QUERY):
+            continue
+        name, capability, found, total, free = values
+        driver = driver or _known(found)
+        gpus.append(
+            Gpu(
+                name=name,
+                compute_capability=_known(capability),
+                memory_mib=_number(total),
+                free_mib=_number(free),
+            )
+        )
+    return tuple(gpus), driver
+
+
+def read_cuda_version(text: str) -> str | None:
+    """The newest CUDA that the driver runs, from the head of `nvidia-smi`."""
+    found = re.search(r"CUDA(?: UMD)? Version:\s*(\d+\.\d+)", text)
+    return found.group(1) if found else None
+
+
+def read_jetson_linux(text: str) -> str | None:
+    """Version of Jetson Linux, from /etc/nv_tegra_release."""
+    found = re.search(r"R(\d+)\b.*?REVISION:\s*([\d.]+)", text)
+    return f"{found.group(1)}.{found.group(2)}" if found else None
+
+
+def read_debian_versions(text: str, names: Iterable[str]) -> dict[str, str]:
+    """Versions of the named packages that are installed, from /var/lib/dpkg/status."""
+    wanted, found = set(names), {}
+    for entry in text.split("\n\n"):
+        fields = dict(
+            line.split(": ", 1) for line in entry.splitlines() if ": " in line and line[0] != " "
+        )
+        if fields.get("Package") in wanted and fields.get("Status", "").endswith(" installed"):
+            found[fields["Package"]] = fields.get("Version", "")
+    return found
+
+
+def read_memory(text: str) -> tuple[int | None, int | None]:
+    """Total and available memory in MiB, from /proc/meminfo."""
+    values = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, flags=re.MULTILINE))
+
+    def mib(name: str) -> int | None:
+        return int(values[name]) // 1024 if name in values else None
+
+    return mib("MemTotal"), mib("MemAvailable")
+
+
+def read_source_version(text: str) -> str | None:
+    """The `__version__` that a module's source sets, without running it."""
+    found = re.search(r"^__version__\s*=\s*[\"']([^\"']+)[\"']", text, flags=re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def read_jetson(model: str, release: str, debian: Mapping[str, str]) -> Jetson | None:
+    """The Jetson, None where this is none.
+
+    Args:
+        model: /proc/device-tree/model.
+        release: /etc/nv_tegra_release.
+        debian: Versions of installed Debian packages.
+    """
+    name = model.strip("\0 \n")
+    linux = read_jetson_linux(release)
+    if linux is None and "nvidia-l4t-core" in debian:
+        linux = debian["nvidia-l4t-core"].partition("-")[0]
+    if linux is None and "Jetson" not in name:
+        return None
+    jetpack = debian.get("nvidia-jetpack", "").partition("+")[0].partition("-")[0]
+    major = (linux or "").partition(".")[0]
+    return Jetson(
+        model=name or "Jetson", linux=linux, jetpack=jetpack or _JETPACKS.get(major) or None
+    )
+
+
+def complete_gpus(
+    gpus: tuple[Gpu, ...], jetson: Jetson | None, memory: tuple[int | None, int | None]
+) -> tuple[Gpu, ...]:
+    """GPUs with what a Jetson's tools leave out: its chip tells the rest, its memory is shared."""
+    if jetson is None:
+        return gpus
+    capability = next((c for chip, c in _JETSON_CHIPS.items() if chip in jetson.model), None)
+    unknown = Gpu(name=jetson.model, compute_capability=None, memory_mib=None, free_mib=None)
+    return tuple(
+        replace(
+            gpu,
+            compute_capability=gpu.compute_capability or capability,
+            memory_mib=gpu.memory_mib or memory[0],
+            free_mib=gpu.free_mib or memory[1],
+        )
+        for gpu in gpus or (unknown,)
+    )
+
+
+def ask_driver(library: Any) -> tuple[tuple[Gpu, ...], str | None]:
+    """GPUs and CUDA's version from the driver's own library; nothing where it does not start.
+
+    Args:
+        library: libcuda, loaded by ctypes.
+    """
+    count, version = ctypes.c_int(), ctypes.c_int()
+    if library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count)):
+        return (), None
+    library.cuDriverGetVersion(ctypes.byref(version))
+    cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    gpus = []
+    for index in range(count.value):
+        handle, name, size = ctypes.c_int(), ctypes.create_string_buffer(128), ctypes.c_size_t()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        library.cuDeviceGet(ctypes.byref(handle), index)
+        library.cuDeviceGetName(name, len(name), handle)
+        library.cuDeviceTotalMem_v2(ctypes.byref(size), handle)
+        # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+        library.cuDeviceGetAttribute(ctypes.byref(major), 75, handle)
+        library.cuDeviceGetAttribute(ctypes.byref(minor), 76, handle)
+        gpus.append(
+            Gpu(
+                name=name.value.decode(errors="replace"),
+                compute_capability=f"{major.value}.{minor.value}",
+                memory_mib=size.value // _MIB or None,
+                free_mib=None,
+            )
+        )
+    return tuple(gpus), cuda
+
+
+def survey_machine(folder: Path) -> Machine:
+    """What this machine has; `folder` is where bundles would lie."""
+    debian = read_debian_versions(_read(Path("/var/lib/dpkg/status")), _DEBIAN)
+    memory = read_memory(_read(Path("/proc/meminfo")))
+    jetson = read_jetson(
+        _read(Path("/proc/device-tree/model")), _read(Path("/etc/nv_tegra_release")), debian
+    )
+    gpus, driver, cuda = _find_gpus()
+    engines = {name: _find_version(name, debian) for name in _ENGINE_PACKAGES}
+    installed = _find_onnxruntimes()
+    providers, failure = _ask_providers() if installed else ((), None)
+    problems = [_BOTH] if len(installed) > 1 else []
+    if failure:
+        problems.append(f"onnxruntime cannot be imported: {failure}; install it again")
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        memory_mib=memory[0],
+        free_mib=memory[1],
+        disk_free_mib=shutil.disk_usage(folder).free // _MIB,
+        driver=driver,
+        cuda=cuda,
+        gpus=complete_gpus(gpus, jetson, memory),
+        jetson=jetson,
+        engines={name: version for name, version in engines.items() if version is not None},
+        cuda_python=_find_distribution(*_CUDA_PYTHON),
+        debian=debian,
+        onnxruntimes=installed,
+        providers=providers,
+        problems=tuple(problems),
+    )
+
+
+def fit_targets(machine: Machine) -> tuple[Fit, ...]:
+    """Every target, and what stands against it on this machine."""
+    return tuple(fit_target(machine, load_target(name)) for name in list_targets())
+
+
+def fit_target(machine: Machine, target: Target) -> Fit:
+    """One target, and what stands against it on this machine."""
+    found = [_miss_gpu(machine, target) if target.compute_capabilities else None]
+    if target.packages:
+        found += [_miss_engine(machine, target), _miss_cuda_python(machine)]
+    else:
+        found.append(_miss_onnxruntime(machine, target))
+    missing = tuple(text for text in found if text is not None)
+    note = None if missing else _note_memory(machine, target)
+    return Fit(
+        target=target.name,
+        description=target.description,
+        fits=not missing,
+        missing=missing,
+        notes=() if note is None else (note,),
+    )
+
+
+def _miss_gpu(machine: Machine, target: Target) -> str | None:
+    wanted = " or ".join(target.compute_capabilities)
+    if not machine.gpus:
+        return (
+            f"no NVIDIA GPU found, needs one of compute capability {wanted}; where there is one, "
+            "install its driver until nvidia-smi shows it"
+        )
+    found = [gpu.compute_capability for gpu in machine.gpus]
+    if any(capability in target.compute_capabilities for capability in found):
+        return None
+    names = ", ".join(
+        f"{gpu.name} ({gpu.compute_capability or 'unknown'})" for gpu in machine.gpus
+    )
+    return f"needs a GPU of compute capability {wanted}, found {names}; choose the target of that"
+
+
+def _miss_engine(machine: Machine, target: Target) -> str | None:
+    found = []
+    for name, wanted in target.packages.items():
+        version = machine.engines.get(name)
+        if version is not None:
+            if _fits_version(version, wanted):
+                return None
+            found.append(f"{name} {version}")
+    wanted_all = " or ".join(f"{name} {wanted}" for name, wanted in target.packages.items())
+    listed = ", ".join(found) or "none"
+    return f"needs {wanted_all}, found {listed}; {_advise_engine(machine, target)}"
+
+
+def _miss_cuda_python(machine: Machine) -> str | None:
+    if machine.cuda_python is not None:
+        return None
+    major = int((machine.cuda or "13").partition(".")[0])
+    return (
+        "engines run through cuda-python, which is not installed; pip install "
+        f"'cuda-python>={major},<{major + 1}'"
+    )
+
+
+def _advise_engine(machine: Machine, target: Target) -> str:
+    """How to get the engine package of a target."""
+    if set(target.compute_capabilities) & set(_JETSON_CHIPS.values()):
+        return _advise_jetson(machine)
+    extra = "rtx" if "tensorrt_rtx" in target.packages else "tensorrt"
+    return f"pip install 'gap-runtime[{extra}]'"
+
+
+def _advise_jetson(machine: Machine) -> str:
+    """How to get JetPack's TensorRT, which comes by no other way."""
+    if machine.jetson is None:
+        return "it comes with JetPack, on the Jetson itself"
+    if "tensorrt" in machine.engines:
+        return "it comes with JetPack: install the one that this target names, or choose another"
+    if "libnvinfer10" not in machine.debian:
+        return "sudo apt install nvidia-jetpack"
+    if "python3-libnvinfer" not in machine.debian:
+        return "sudo apt install python3-libnvinfer"
+    return (
+        "JetPack's is there, but this Python does not see it: make the environment with "
+        "python3 -m venv --system-site-packages"
+    )
+
+
+def _miss_onnxruntime(machine: Machine, target: Target) -> str | None:
+    if not machine.onnxruntimes:
+        return (
+            "onnxruntime is not installed; pip install 'gap-runtime[cpu]', or 'gap-runtime[gpu]' "
+            "for CUDA, never both"
+        )
+    if not machine.providers:
+        return "onnxruntime is installed but does not work; see the problem above"
+    name, version = next(iter(machine.onnxruntimes.items()))
+    if target.opset < 24 or _fits_version(version, f">={_OPSET_24}"):
+        return None
+    return (
+        f"opset {target.opset} needs onnxruntime >={_OPSET_24}, found {name} {version}; take "
+        "Python 3.11 or newer and pip install --upgrade it, or export with --target portable"
+    )
+
+
+def _note_memory(machine: Machine, target: Target) -> str | None:
+    """What to say of a machine that is smaller than its kind."""
+    sizes = [gpu.memory_mib for gpu in machine.gpus if gpu.memory_mib is not None]
+    if target.memory_mib is None or not sizes or max(sizes) >= _ROOM * target.memory_mib:
+        return None
+    return (
+        f"the target counts on {target.memory_mib} MiB, this machine has {max(sizes)}; "
+        "gap-export MODEL --dry-run --target NAME says what a bundle takes"
+    )
+
+
+def _fits_version(version: str, wanted: str) -> bool:
+    try:
+        return SpecifierSet(wanted).contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+def _find_gpus() -> tuple[tuple[Gpu, ...], str | None, str | None]:
+    """GPUs, driver and CUDA: from nvidia-smi, and the driver's library where that says less."""
+    query = ["--query-gpu=" + ",".join(_QUERY), "--format=csv,noheader,nounits"]
+    gpus, driver = read_gpus(_ask("nvidia-smi", *query))
+    cuda = read_cuda_version(_ask("nvidia-smi")) if gpus else None
+    if not gpus or cuda is None or any(gpu.compute_capability is None for gpu in gpus):
+        try:
+            seen, version = ask_driver(ctypes.CDLL("libcuda.so.1"))
+        except (OSError, AttributeError):
+            seen, version = (), None
+        gpus, cuda = seen or gpus, cuda or version
+    return gpus, driver, cuda
+
+
+def _find_version(name: str, debian: Mapping[str, str]) -> str | None:
+    """Version of an engine package without importing it; None where there is none.
+
+    JetPack's has a module and no metadata that Python knows.
+    """
+    spec = util.find_spec(name)
+    if spec is None:
+        return None
+    version = _find_distribution(name, f"{name}-cu13", f"{name}-cu12")
+    if version is not None:
+        return version
+    source = _read(Path(spec.origin)) if spec.origin else ""
+    packaged = debian.get("python3-libnvinfer", "").partition("-")[0]
+    return read_source_version(source) or packaged or _ask_version(name) or "unknown"
+
+
+def _find_distribution(*names: str) -> str | None:
+    """Version of the first of these distributions that is installed."""
+    found = (each for name in names for each in metadata.distributions(name=name))
+    return next((each.version for each in found), None)
+
+
+def _ask_version(name: str) -> str:
+    """A module's own version, from another process: a broken one must not end this one."""
+    return _ask(sys.executable, "-c", f"import {name}; print({name}.__version__)").strip()
+
+
+def _find_onnxruntimes() -> dict[str, str]:
+    return {
+        name: found.version
+        for name in _ONNXRUNTIMES
+        for found in metadata.distributions(name=name)
+    }
+
+
+def _ask_providers() -> tuple[tuple[str, ...], str | None]:
+    """Providers of the installed onnxruntime, or why it cannot be imported."""
+    code = "import onnxruntime; print(*onnxruntime.get_available_providers())"
+    try:
+        done = subprocess.run(  # noqa: S603 - this Python itself
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PATIENCE,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return (), type(error).__name__
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return (), lines[-1][:200] if lines else f"exit code {done.returncode}"
+    return tuple(done.stdout.split()), None
+
+
+def _ask(program: str, *arguments: str) -> str:
+    """What a program says; nothing where it is missing, fails or does not answer."""
+    path = shutil.which(program)
+    if path is None:
+        return ""
+    try:
+        done = subprocess.run(  # noqa: S603 - found on the path, arguments are ours
+            [path, *arguments], capture_output=True, text=True, check=False, timeout=_PATIENCE
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _known(value: str) -> str | None:
+    """A value of nvidia-smi, which writes `[N/A]` and `[Not Supported]` for what it lacks."""
+    return None if not value or value.startswith("[") or value == "N/A" else value
+
+
+def _number(value: str) -> int | None:
+    return int(value) if value.isdigit() else None

@@ -1,0 +1,1 @@
+"""Pictures become pixels, answers become boxes, and boxes are drawn."""

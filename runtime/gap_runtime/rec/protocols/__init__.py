@@ -1,1 +1,0 @@
-"""Rules by which answers become scores, one file each; fits gap_runtime.rec.protocol.Protocol."""

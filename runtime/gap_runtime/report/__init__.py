@@ -1,0 +1,1 @@
+"""HTML pages that a device can make without further libraries."""
