@@ -2,9 +2,9 @@
 
 import signal
 
-import checkpoints
 import hypothesis
 import pytest
+from makers import checkpoints
 
 # The same draws everywhere, and no folder of past failures in the checkout.
 hypothesis.settings.register_profile("here", database=None, derandomize=True, deadline=None)
@@ -24,7 +24,7 @@ def polite_kills_end_no_test():
 
 @pytest.fixture(scope="session")
 def make_llava_checkpoint():
-    """The maker of small random checkpoints; see tests/checkpoints.py for its options."""
+    """The maker of small random checkpoints; see tests/makers/checkpoints.py for its options."""
     return checkpoints.make_llava_checkpoint
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from families import find_family
+from makers.families import find_family
 from onnx import parser
 from onnx.reference import ReferenceEvaluator
 

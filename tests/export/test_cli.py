@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 
-import pruner_formulas
 import pytest
+from truths import pruners as pruner_formulas
 
 from gap_export.cli import main as cli
 from gap_export.config import POSITION_MODES, package_data

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, find_family
+from makers.families import FAMILIES, find_family
 from torch import nn
 
 from benchmarks import checkpoints, memory

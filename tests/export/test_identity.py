@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
 import pytest
+from makers import checkpoints
 
 from gap_export.cli import main as cli
 from gap_export.config import load_config

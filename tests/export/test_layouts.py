@@ -6,10 +6,9 @@ import json
 import subprocess
 import sys
 
-import checkpoints
-import originals
 import pytest
 import torch
+from makers import checkpoints, originals
 
 from gap_export.checkpoint.sources import make_tensor
 from gap_export.cli import main as cli

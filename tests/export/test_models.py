@@ -11,14 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-import originals
-import published
 import pytest
 import sentencepiece
 import torch
-from checkpoints import edit_tensors
-from families import FAMILIES, PHRASE, export, find_family, make_picture, shared_graphs
-from family_truth import find_truth
+from makers import originals
+from makers.checkpoints import edit_tensors
+from makers.families import FAMILIES, PHRASE, export, find_family, make_picture, shared_graphs
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -27,6 +25,8 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
 )
+from truths import published
+from truths.families import find_truth
 
 from gap_export.checkpoint.sources import make_tensor
 from gap_export.config import load_config

@@ -3,11 +3,10 @@
 import json
 
 import numpy as np
-import originals
-import published
 import pytest
 import sentencepiece
 import torch
+from makers import originals
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,6 +19,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from truths import published
 
 EQUAL = 1e-10
 # The library takes norms and rotary tables in float32, whatever the model's dtype.

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import originals
 import pytest
 import torch
-from checkpoints import edit_tensors, make_llava_checkpoint
-from families import shared_graphs
-from packing import pack_checkpoint, set_quantization
+from makers import originals
+from makers.checkpoints import edit_tensors, make_llava_checkpoint
+from makers.families import shared_graphs
+from makers.packing import pack_checkpoint, set_quantization
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
@@ -374,7 +374,7 @@ def test_the_estimate_counts_what_is_written(pack, tmp_path):
 
 
 def test_an_engine_of_sorted_symmetric_values_builds(pack, tmp_path):
-    from engines import build_bundle
+    from tools.engines import build_bundle
 
     wanted = plan(pack("gptq-ordered")[0], tmp_path / "b", target="rtx")
     export(wanted, Display(quiet=True))

@@ -10,13 +10,13 @@ import sys
 import time
 from collections import Counter
 
-import checkpoints
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from makers import checkpoints
 from tokenizers import Tokenizer
 from transformers import LlavaForConditionalGeneration
 

@@ -3,11 +3,11 @@
 import itertools
 from dataclasses import dataclass, replace
 
-import pruner_formulas
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from truths import pruners as pruner_formulas
 
 from gap_export.config import EXTRA_RULES, POSITION_MODES, PruneConfig
 from gap_export.graph.positions import keeps_raster_order, place_tokens

@@ -5,9 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-import checkpoints
 import psutil
 import pytest
+from makers import checkpoints
 
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.pipeline import machine, preflight

@@ -1,13 +1,13 @@
-"""The plain formulas of tests/pruner_formulas.py against other ways to write them."""
+"""The plain formulas of tests/truths/pruners.py against other ways to write them."""
 
 import itertools
 import math
 
 import numpy as np
-import pruner_formulas as truth
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from truths import pruners as truth
 
 MODES = ("gap", "compact", "permuted", "permuted-compact")
 RULES = (None, "last-visual", "append", "centroid")

@@ -1,4 +1,4 @@
-"""Every pruner against tests/pruner_formulas.py: in torch, in ONNX Runtime and eagerly."""
+"""Every pruner against tests/truths/pruners.py: in torch, in ONNX Runtime and eagerly."""
 
 import functools
 import importlib
@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import pruner_formulas as truth
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from truths import pruners as truth
 
 import gap_export.pruners
 from gap_export.blocks import scores

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from families import find_family
+from makers.families import find_family
 
 from gap_export.pipeline import stages
 

@@ -5,13 +5,13 @@ import re
 import shutil
 import statistics
 
-import pruner_formulas as truth
 import pytest
 import torch
-from families import PHRASE, READ_PHRASE, find_family, make_picture
-from family_truth import find_truth
+from makers.families import PHRASE, READ_PHRASE, find_family, make_picture
 from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from truths import pruners as truth
+from truths.families import find_truth
 
 from gap_export.cli import main as cli
 from gap_export.config import EXTRA_RULES, POSITION_MODES, package_data
@@ -75,7 +75,7 @@ def find(tmp_path_factory):
 
 
 def arguments_of(case, pruner):
-    """How the command line is told about a family of tests/families.py."""
+    """How the command line is told about a family of tests/makers/families.py."""
     checkpoint = ["--checkpoint", case.checkpoint] if case.checkpoint else []
     overrides = case.overrides | (case.text if pruner in READ_PHRASE else {})
     settings = [part for item in overrides.items() for part in ("--set", "{}={}".format(*item))]
@@ -87,7 +87,7 @@ def refshapes_with(pruner):
 
 
 def require_modes(mapping, order, weights=None, rule=None):
-    """All four modes of one ratio, by tests/pruner_formulas.py."""
+    """All four modes of one ratio, by tests/truths/pruners.py."""
     assert [mode["mode"] for mode in mapping["modes"]] == list(POSITION_MODES)
     for mode in mapping["modes"]:
         prefix, suffix = len(mode["prefix_ids"]), len(mode["suffix_ids"])

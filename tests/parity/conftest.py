@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from families import shared_graphs
+from makers.families import shared_graphs
 
 from gap_export.cli import main as cli
 from gap_export.config import load_config

@@ -6,9 +6,9 @@ import shutil
 
 import onnx
 import pytest
-from engines import build_bundle
-from families import ARCHITECTURES, FAMILIES, export, find_family
+from makers.families import ARCHITECTURES, FAMILIES, export, find_family
 from onnx import TensorProto, helper
+from tools.engines import build_bundle
 
 from benchmarks import checkpoints
 from gap_runtime import Bundle

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from engines import build
+from tools.engines import build
 
 from gap_export.dialects import native, portable
 from gap_export.interfaces.dialect import Rows

@@ -9,7 +9,7 @@ import sys
 
 import onnxruntime
 import pytest
-from engines import load_fakes
+from tools.engines import load_fakes
 
 from gap_runtime import Bundle
 from gap_runtime.cli.main import main

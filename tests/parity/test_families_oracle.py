@@ -2,17 +2,17 @@
 
 The same as test_masked_oracle.py, for every family and every pruner that only selects: with GAP,
 the pruned bundle answers as the unpruned model does when no row may look at a pruned token. Which
-tokens are pruned is compared with tests/pruner_formulas.py on the same independent towers. For
+tokens are pruned is compared with tests/truths/pruners.py on the same independent towers. For
 pruners that merge, tokens, slots, IDs and logits are compared with the formulas.
 """
 
 import numpy as np
-import pruner_formulas as truth
 import pytest
 import torch
-from families import ARCHITECTURES, FAMILIES, PHRASE, export, find_family
-from family_truth import find_truth
+from makers.families import ARCHITECTURES, FAMILIES, PHRASE, export, find_family
 from PIL import Image
+from truths import pruners as truth
+from truths.families import find_truth
 
 from gap_runtime import Bundle, Grounder
 from gap_runtime.registry import list_plugins, load_plugin

@@ -3,9 +3,9 @@
 import numpy as np
 import onnxruntime
 import pytest
-from checkpoints import make_llava_checkpoint
-from masked_llava import MaskedLlava
+from makers.checkpoints import make_llava_checkpoint
 from PIL import Image
+from truths.masked import MaskedLlava
 
 from gap_runtime import Bundle, Grounder
 from gap_runtime.grounding.decode import splice_prompt

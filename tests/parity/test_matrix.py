@@ -8,9 +8,9 @@ import itertools
 from collections import Counter
 
 import numpy as np
-import pruner_formulas as truth
 import pytest
-from families import ARCHITECTURES, FAMILIES, export, find_family
+from makers.families import ARCHITECTURES, FAMILIES, export, find_family
+from truths import pruners as truth
 
 from gap_export.config import EXTRA_RULES, POSITION_MODES
 from gap_runtime.bundle.manifest import read_manifest
@@ -72,7 +72,7 @@ def require_equal(case, out, pruner, mode, ratios=RATIOS, **overrides):
 
 
 def require_places(out, case, pruner, mode, ratios):
-    """The reference's own slots and IDs, by tests/pruner_formulas.py."""
+    """The reference's own slots and IDs, by tests/truths/pruners.py."""
     manifest = read_manifest(out)
     arrays = np.load(out / manifest.reference.arrays)
     samples = [sample for sample in manifest.reference.samples if sample.ratio is not None]

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import originals
 import pytest
+from makers import originals
 from PIL import Image
 from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerFast
 

@@ -6,12 +6,12 @@ import re
 import numpy as np
 import onnx
 import pytest
-from checkpoints import make_llava_checkpoint
-from engines import build_bundle
-from families import ARCHITECTURES, find_family
-from families import export as export_plan
+from makers.checkpoints import make_llava_checkpoint
+from makers.families import ARCHITECTURES, find_family
+from makers.families import export as export_plan
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from tools.engines import build_bundle
 
 from gap_export.cli.main import main
 from gap_export.config import package_data

@@ -3,8 +3,8 @@
 import json
 import re
 
-import browser
 import pytest
+from tools import browser
 
 from gap_export.analysis.report.plots import Line, draw_key, plot_accuracy, plot_bars
 from gap_export.analysis.report.tables import read_published

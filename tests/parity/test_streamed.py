@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, find_family, shared_graphs
+from makers.families import FAMILIES, find_family, shared_graphs
 
 from gap_export.cli.main import main
 from gap_export.config import package_data

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import families
 import pytest
+from makers import families
 
 from gap_export.analysis.sweep import share_files
 from gap_export.cli import main as cli

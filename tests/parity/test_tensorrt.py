@@ -1,7 +1,7 @@
 """Every graph is parsed and built by a real TensorRT (TensorRT-RTX builds without a GPU)."""
 
 import pytest
-from engines import build
+from tools.engines import build
 
 from gap_runtime import Bundle
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from families import FAMILIES, FamilyCase, find_family
+from makers.families import FAMILIES, FamilyCase, find_family
 
 TARGETS = ("cpu", "standard", "portable")
 PRECISIONS = {

@@ -7,7 +7,8 @@ import json
 
 import numpy as np
 import torch
-from checkpoints import edit_tensors
+
+from makers.checkpoints import edit_tensors
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output that lies in each nibble of a word, from the lowest up."""

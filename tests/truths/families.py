@@ -1,8 +1,8 @@
-"""Every family of tests/families.py in float64 and without the exporter.
+"""Every family of tests/makers/families.py in float64 and without the exporter.
 
 Visual tokens, what pruners look at, and the decoder with some visual tokens hidden: Hugging
-Face's own classes where the library has the model, else tests/published.py. Nothing here knows
-position modes or graphs.
+Face's own classes where the library has the model, else tests/truths/published.py. Nothing here
+knows position modes or graphs.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
-import originals
-import pruner_formulas as truth
-import published
 import sentencepiece
 import torch
+from makers import originals
 from transformers import (
     AutoTokenizer,
     CLIPModel,
@@ -24,6 +22,9 @@ from transformers import (
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+from truths import pruners as truth
+from truths import published
 
 NEWLINE = -1
 # N visual tokens, R of them removable, P patches of a view, V views, T = P + 1 with the CLS
@@ -54,7 +55,7 @@ class Seen:
     text_sign: int
 
     def prune(self, pruner, kept, grids):
-        """What a rule of tests/pruner_formulas.py makes of the removable tokens.
+        """What a rule of tests/truths/pruners.py makes of the removable tokens.
 
         `grids` are the (rows, columns) that they lie in; the seed is 0.
         """
@@ -150,7 +151,7 @@ class FamilyTruth:
 
 
 def find_truth(case):
-    """The truth about a family of tests/families.py."""
+    """The truth about a family of tests/makers/families.py."""
     return _MAKERS[case.name](case)
 
 

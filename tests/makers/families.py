@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import originals
 import pytest
-from checkpoints import make_llava_checkpoint
 from PIL import Image
 
 from gap_export.config import load_config
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline.plan import ExportRequest, plan_export
 from gap_runtime.display import Display
+from makers import originals
+from makers.checkpoints import make_llava_checkpoint
 
 FAMILIES = (
     "llava",

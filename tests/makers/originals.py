@@ -24,7 +24,6 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from checkpoints import REFSHAPES, TOKENIZER_FILES, rename_tensors, stored_name
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
@@ -34,6 +33,8 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     MistralConfig,
 )
+
+from makers.checkpoints import REFSHAPES, TOKENIZER_FILES, rename_tensors, stored_name
 
 SPREAD = 0.15
 SHIKRA_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")

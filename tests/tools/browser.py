@@ -2,7 +2,7 @@
 
 Run as a program it takes a picture:
 
-    python tests/browser.py PAGE.html OUT.png WIDTH [light|dark|print]
+    python tests/tools/browser.py PAGE.html OUT.png WIDTH [light|dark|print]
 """
 
 import base64

@@ -1,0 +1,1 @@
+"""Checkpoints and pictures as their originals' savers write them, small and random."""

@@ -1,0 +1,1 @@
+"""Helpers of tests: engines, a browser, a comparison of exported files."""
