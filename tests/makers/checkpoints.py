@@ -17,7 +17,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-REFSHAPES = Path(__file__).resolve().parents[1] / "refshapes" / "checkpoint"
+REFSHAPES = Path(__file__).resolve().parents[2] / "refshapes" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 _TO_CANONICAL = (

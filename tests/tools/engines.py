@@ -50,7 +50,7 @@ def build_bundle(bundle, *capabilities, target="rtx"):
 
 def load_fakes():
     """The made-up TensorRT of the runtime's tests."""
-    path = Path(__file__).parent / "runtime" / "fake_tensorrt.py"
+    path = Path(__file__).parents[1] / "runtime" / "fake_tensorrt.py"
     spec = importlib.util.spec_from_file_location("fake_tensorrt", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
