@@ -210,8 +210,13 @@ def _trace(plan: ExportPlan, display: Display, known: KnownGraphs) -> Graphs:
 
 
 def _stays(name: str, source: TensorSource, plan: ExportPlan) -> bool:
-    """Whether a tensor can be expected to be used as it lies in its file."""
-    quantized = name == HEAD or (len(source.shape) == 2 and name != plan.family.EMBEDDING)
+    """Whether a tensor can be expected to be used as it lies in its file.
+
+    Of towers all are, also where they are quantized: what is looked at twice is looked at.
+    """
+    embedding = plan.family.EMBEDDING
+    decoders = len(source.shape) == 2 and name.startswith(f"{embedding.partition('.')[0]}.")
+    quantized = name == HEAD or (decoders and name != embedding)
     return lies_ready(source, plan.dtype) and not (
         quantized and plan.is_quantized(name, vision=False)
     )
