@@ -16,13 +16,11 @@ from typing import Final
 import torch
 
 from gap_export.blocks.selection import (
-    attend_as_one,
-    count_outliers,
     merge_nearest,
-    merge_nearest_eagerly,
 )
 from gap_export.config import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.reference.selection import attend_as_one, count_outliers, merge_nearest_eagerly
 
 NEEDS: Final = frozenset({Feature.MERGE_ATTENTION, Feature.MERGE_KEYS})
 EXTRA: Final = 1

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from gap_export.blocks.selection import (
-    count_outliers,
     mark,
     mark_removed,
     score_by_phrase,
@@ -24,6 +23,7 @@ from gap_export.blocks.selection import (
 )
 from gap_export.config import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.reference.selection import count_outliers
 
 NEEDS: Final = frozenset({Feature.TEXT, Feature.TEXT_PATCHES})
 EXTRA: Final = 1

@@ -213,6 +213,38 @@ def test_a_pruner_says_what_it_needs_and_makes(name):
     assert module.EXTRA in {0, 1}
 
 
+def names_reached(module, starts):
+    """Every name that those functions of a module use, and the module's own ones that they use."""
+    functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    reached, waiting = set(), [name for name in starts if name in functions]
+    while waiting:
+        found = {n.id for n in ast.walk(functions[waiting.pop()]) if isinstance(n, ast.Name)}
+        waiting += sorted((found & set(functions)) - reached)
+        reached |= found
+    return reached
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("gap_export/pruners/[!_]*.py")), ids=lambda p: p.stem
+)
+def test_a_pruners_two_forms_share_no_brick(path):
+    """An error in a brick would be in the graph and in what it is compared with."""
+    module = parse(path)
+    origin = {
+        alias.asname or alias.name: node.module
+        for node in module.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    graph = {origin.get(name) for name in names_reached(module, ["prune"])}
+    eager = {
+        origin.get(name) for name in names_reached(module, ["prune_eagerly", "count_adaptively"])
+    }
+    assert "gap_export.interfaces.features" in eager
+    assert not any(each and each.startswith("gap_export.reference") for each in graph)
+    assert not any(each and each.startswith("gap_export.blocks") for each in eager)
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if ".models." in name])
 def test_a_family_says_what_it_reads(name):
     module = importlib.import_module(name)
