@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
+from tools.places import ROOT
 
 from gap_export import config as config_module
 from gap_export.cli.main import add_export_arguments, read_config
@@ -22,7 +23,6 @@ from gap_export.config import (
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
 from gap_runtime.machines.target import load_target
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (ROOT / "export_configs").glob("*.toml"))
 TARGETS = sorted(path.stem for path in (ROOT / "export_configs" / "targets").glob("*.toml"))
 

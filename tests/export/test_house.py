@@ -6,9 +6,9 @@ import importlib
 import inspect
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
+from tools.places import ROOT
 
 from gap_export.config import PHRASE_SOURCES
 from gap_export.interfaces.dialect import Dialect
@@ -21,7 +21,6 @@ from gap_runtime.evaluation.protocol import ScoringProtocol
 from gap_runtime.evaluation.source import Reader
 from gap_runtime.registry import list_plugins
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (ROOT / "gap_export", ROOT / "runtime" / "gap_runtime")
 FILES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tools.places import ROOT
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -17,7 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-REFSHAPES = Path(__file__).resolve().parents[2] / "refshapes" / "checkpoint"
+REFSHAPES = ROOT / "refshapes" / "checkpoint"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 _TO_CANONICAL = (

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from makers.families import shared_graphs
+from tools.places import ROOT
 
 from gap_export.cli import main as cli
 from gap_export.config import load_config
@@ -72,7 +73,7 @@ def swept(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pages():
     """The module page_reader.py of the runtime's tests."""
-    path = Path(__file__).resolve().parents[1] / "runtime" / "page_reader.py"
+    path = ROOT / "tests" / "runtime" / "page_reader.py"
     spec = importlib.util.spec_from_file_location("page_reader", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -95,7 +95,7 @@ def require_places(out, case, pruner, mode, ratios):
         wanted = pruner in EXTRA and entry.kept < total and manifest.pruning.extra_token != "drop"
         assert entry.extra == int(wanted)
         if rule == "centroid":
-            # Its place depends on weights, which tests/export/test_pruners.py looks at.
+            # Its place depends on weights, which tests/export/pruners/test_choices.py looks at.
             continue
         suffix = len(sample.prompt_ids) - prefix
         slots, ids, _ = truth.place(prefix, total, suffix, kept, mode, rule)

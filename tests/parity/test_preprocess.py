@@ -1,11 +1,11 @@
 """The runtime's preprocessing against Hugging Face's own processor and tokenizer."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from makers import originals
+from makers.checkpoints import REFSHAPES as CHECKPOINT
 from PIL import Image
 from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
@@ -16,7 +16,6 @@ from gap_runtime.errors import InputError
 from gap_runtime.grounding.prompt import PromptEncoder, load_tokenizer
 from gap_runtime.pictures.load import make_pixels, to_rgb
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "refshapes" / "checkpoint"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 FILL = (122, 116, 104)

@@ -2,16 +2,15 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from tools.places import ROOT
 
 from gap_export.cli import main as export_cli
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.cli import main as runtime_cli
 from gap_runtime.cli import options as runtime_command
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"),
     *("docs/models.md", "docs/targets.md", "docs/jetson.md", "docs/evaluation.md"),

@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections import Counter
-from pathlib import Path
 
 import tensorrt_rtx as trt
 
@@ -10,6 +9,7 @@ from gap_runtime.backends import tensorrt as backend
 from gap_runtime.bundle.engines import BuildRequest
 from gap_runtime.display import Display
 from gap_runtime.machines.target import load_target
+from tools.places import ROOT
 
 
 def build(path, profiles):
@@ -50,7 +50,7 @@ def build_bundle(bundle, *capabilities, target="rtx"):
 
 def load_fakes():
     """The made-up TensorRT of the runtime's tests."""
-    path = Path(__file__).parents[1] / "runtime" / "fake_tensorrt.py"
+    path = ROOT / "tests" / "runtime" / "fake_tensorrt.py"
     spec = importlib.util.spec_from_file_location("fake_tensorrt", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from makers import originals
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,6 +19,8 @@ from transformers import (
     MistralForCausalLM,
 )
 from truths import published
+
+from makers import originals
 
 EQUAL = 1e-10
 # The library takes norms and rotary tables in float32, whatever the model's dtype.

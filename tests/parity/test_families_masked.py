@@ -1,6 +1,6 @@
 """Exported graphs of every family against float64 on the full sequence, pruned keys masked.
 
-The same as test_masked_oracle.py, for every family and every pruner that only selects: with GAP,
+The same as test_llava_masked.py, for every family and every pruner that only selects: with GAP,
 the pruned bundle answers as the unpruned model does when no row may look at a pruned token. Which
 tokens are pruned is compared with tests/truths/pruners.py on the same independent towers. For
 pruners that merge, tokens, slots, IDs and logits are compared with the formulas.

@@ -814,7 +814,7 @@ def test_an_image_token_that_the_tokenizer_lacks(copy, tmp_path, make_plan):
 def test_a_tensor_that_is_missing_or_transposed(
     copy, tmp_path, make_plan, capsys, name, change, parts
 ):
-    """Said before any work; tests/export/test_layouts.py has the other damages and layouts."""
+    """Said before any work; the other damages and layouts are in models/test_llava_files.py."""
 
     def edit(tensors):
         value = tensors.pop(name)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from truths import pruners as truth
 
 MODES = ("gap", "compact", "permuted", "permuted-compact")

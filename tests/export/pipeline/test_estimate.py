@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from makers.families import FAMILIES, find_family
+from tools.places import ROOT
 from torch import nn
 
 from benchmarks import checkpoints, memory
@@ -20,7 +20,6 @@ from gap_export.quantization.graph import choose_scheme
 from gap_runtime.display import Display
 from gap_runtime.machines.target import load_target
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "USER: <image>\nWhere is {phrase}? ASSISTANT:"
 
 

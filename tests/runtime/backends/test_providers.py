@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import sys
+from importlib import metadata
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -327,7 +328,7 @@ def test_a_graph_that_cannot_be_loaded(ort, decoder_bundle, failure, reason):
 def test_two_packages_that_overwrite_each_other(ort, decoder_bundle, monkeypatch):
     del ort
     found = SimpleNamespace(name="onnxruntime", version="1.31.1")
-    monkeypatch.setattr(backend.metadata, "distributions", lambda name: [found])  # noqa: ARG005
+    monkeypatch.setattr(metadata, "distributions", lambda name: [found])  # noqa: ARG005
     with pytest.raises(BackendMissingError, match="pip uninstall onnxruntime onnxruntime-gpu"):
         open_vision(decoder_bundle, "cuda")
 
