@@ -4,9 +4,9 @@
     python tests/tools/same_bytes.py compare BEFORE.json     # exit code 1 if a file differs
 
 Exports the small random checkpoint of every family and the embedded model for each target and
-precision with the command itself, and writes the BLAKE3 of each file of each bundle. `export.json` is left out: it
-holds a hash of the exporter's code. A change that is meant to change graphs is compared by answers
-instead (`gap-runtime check`).
+precision with the command itself, and writes the BLAKE3 of each file of each bundle.
+`export.json` is left out: it holds a hash of the exporter's code. A change that is meant to
+change graphs is compared by answers instead (`gap-runtime check`).
 """
 
 from __future__ import annotations

@@ -368,7 +368,7 @@ HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "ric
 def test_help_imports_no_library(command, arguments):
     code = (
         "import sys\n"
-        f"from {command}.cli import main\n"
+        f"from {command}.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit as end:\n    assert not end.code\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"

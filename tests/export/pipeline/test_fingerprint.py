@@ -82,7 +82,8 @@ def test_nothing_is_loaded_and_the_same_is_printed(capsys, monkeypatch, json_too
 @pytest.mark.usefixtures("home")
 def test_a_process_that_finds_it_loads_no_large_library():
     code = (
-        "import sys; from gap_export import cli, identity; identity._CODE = ();"
+        "import sys; from gap_export.cli import main as cli; "
+        "from gap_export.pipeline import fingerprint; fingerprint._CODE = ();"
         f"assert cli.main(['./small', *{OPTIONS!r}]) == 0;"
         "print([n for n in ('torch', 'transformers', 'onnx', 'huggingface_hub') "
         "if n in sys.modules])"
