@@ -13,8 +13,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from gap_runtime.backends.onnxruntime import session as backend
 from gap_runtime.backends.onnxruntime import providers
+from gap_runtime.backends.onnxruntime import session as backend
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER, VISION
 from gap_runtime.bundle.tensors import TensorSpec
