@@ -3,7 +3,6 @@
 # make test    lint, types, layers, tests, and the runtime alone in clean environments
 # make matrix  parity of every family, pruner and position mode (about half an hour)
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
-# make pruners accuracy of every pruner by ratio and position mode on the held-out split (about an hour)
 # make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
 # make train   train the embedded model again (about an hour on two cores)
 
@@ -16,7 +15,7 @@ SAMPLE := refshapes/samples/test-006.png
 PHRASE := the top yellow circle
 PHRASES := 100
 
-.PHONY: setup demo test lint unit device matrix effect pruners results train clean
+.PHONY: setup demo test lint unit device matrix effect results train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -56,9 +55,6 @@ matrix: $(STAMP)
 
 effect: $(STAMP)
 	$(BIN)/python refshapes/effect.py --out build/effect.json
-
-pruners: $(STAMP)
-	$(BIN)/python refshapes/pruners.py
 
 # One thread: single phrases gain nothing from more. Run again after a stop, it goes on.
 results: $(STAMP)
