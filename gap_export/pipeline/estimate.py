@@ -213,17 +213,12 @@ def _run_vision(
     plan: ExportPlan, mode: FakeTensorMode, tower: nn.Module, projector: nn.Module, bucket: Bucket
 ) -> int:
     """Most bytes alive at once in a bucket's vision graph, the pruner's own left out."""
-    side = plan.spec.preprocess.side
-    views = (
-        ()
-        if bucket.canvas is None
-        else (1 + bucket.canvas[0] // side * (bucket.canvas[1] // side),)
-    )
+    shape = plan.spec.preprocess.pixel_shape(bucket)
     kept = max(entry.kept for entry in plan.entries if entry.bucket == bucket.name)
     plan.family.fill_constants(tower)
     live = _LiveBytes(tower, projector)
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), live:
-        pixels = torch.empty(1, *views, 3, side, side, dtype=getattr(torch, plan.dtype))
+        pixels = torch.empty(shape, dtype=getattr(torch, plan.dtype))
         patches, _ = tower(pixels)
         projector(patches[:, :kept])
     return live.most

@@ -34,14 +34,15 @@ _TRACED_LAYERS: Final = 2
 """Of a decoder: the first, and one that can follow itself."""
 _TRACED_TOWER_LAYERS: Final = 3
 """Of a tower: besides these the last, whose input pruners look at."""
+_TILED: Final = 5
+"""Dimensions of pixels that have views, [1, views, 3, side, side]."""
 
 
 def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     """The tower's graph, the same for all ratios; traced with few blocks, as the decoder."""
     spec, needs = plan.spec, tower_needs(plan)
     few = replace(spec, tower_layers=min(spec.tower_layers, _TRACED_TOWER_LAYERS))
-    side = spec.preprocess.side
-    views = _count_views(bucket, side)
+    pixels = spec.preprocess.pixel_shape(bucket)
     traced = trace(
         lambda: TowerStage(plan.family.build_tower(few, bucket, needs), needs),
         dtype=plan.dtype,
@@ -51,8 +52,10 @@ def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
             TensorSpec(
                 name="pixels",
                 dtype="float32",
-                shape=(1, 3, side, side) if views is None else (1, views, 3, side, side),
-                meaning="normalized picture" if views is None else "whole picture, then its tiles",
+                shape=pixels,
+                meaning="whole picture, then its tiles"
+                if len(pixels) == _TILED
+                else "normalized picture",
             )
         ],
         outputs=_between(plan, bucket),
@@ -314,13 +317,6 @@ def _describe_phrase(plan: ExportPlan) -> TensorSpec:
     return TensorSpec(
         name=Feature.TEXT.value, dtype="float32", shape=(1, width), meaning="the phrase"
     )
-
-
-def _count_views(bucket: Bucket, side: int) -> int | None:
-    """Views of a tiled picture, None where the picture is not tiled."""
-    if bucket.canvas is None:
-        return None
-    return 1 + bucket.canvas[0] // side * (bucket.canvas[1] // side)
 
 
 def _describe_stage(name: str, role: str, traced: Traced, entry: RatioEntry | None) -> Stage:

@@ -169,6 +169,18 @@ class Preprocess:
     std: tuple[float, float, float]
     canvases: tuple[tuple[int, int], ...]
 
+    def pixel_shape(self, bucket: Bucket) -> tuple[int, ...]:
+        """Of the pixels of a bucket's pictures: [1, 3, height, width].
+
+        Tiles and the whole picture before them are views: [1, views, 3, side, side].
+        """
+        if bucket.canvas is None:
+            return 1, 3, self.side, self.side
+        width, height = bucket.canvas
+        if self.mode != ANYRES:
+            return 1, 3, height, width
+        return 1, 1 + width // self.side * (height // self.side), 3, self.side, self.side
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -455,11 +467,9 @@ def _is_phrase_told(manifest: Manifest) -> bool:
 
 def _fits_its_graph(entry: RatioEntry, manifest: Manifest) -> bool:
     """Whether the vision graph of a ratio takes and gives what the counts say."""
-    layout, side = manifest.layout.at(entry), manifest.preprocess.side
-    canvas = manifest.bucket(entry.bucket).canvas
-    views = () if canvas is None else (1 + canvas[0] // side * (canvas[1] // side),)
+    layout = manifest.layout.at(entry)
     expected = {
-        "pixels": (1, *views, 3, side, side),
+        "pixels": manifest.preprocess.pixel_shape(manifest.bucket(entry.bucket)),
         "visual_tokens": (1, layout.visual, manifest.embedding.shape[-1]),
         "kept_index": (1, entry.kept),
         "position_ids": (1, layout.prompt),

@@ -303,6 +303,22 @@ def test_tiles_need_graphs_of_as_many_views(make_bundle, tiled):
     assert refused_key(make_bundle(**{**tiled, "buckets": buckets})) == "layout"
 
 
+@pytest.mark.parametrize(
+    ("mode", "canvas", "shape"),
+    [
+        ("pad", None, (1, 3, 8, 8)),
+        ("anyres", (16, 8), (1, 3, 3, 8, 8)),
+        ("anyres", (24, 16), (1, 7, 3, 8, 8)),
+        # A picture that keeps its shape: (width, height) on the left, height first on the right.
+        ("resize", (24, 16), (1, 3, 16, 24)),
+    ],
+)
+def test_the_shape_of_pixels(manifest, mode, canvas, shape):
+    bucket = dataclasses.replace(manifest.buckets[0], canvas=canvas)
+    spec = dataclasses.replace(manifest.preprocess, mode=mode)
+    assert spec.pixel_shape(bucket) == shape
+
+
 def test_pictures_of_another_size_than_the_graphs_are_refused(make_bundle, manifest):
     spec = dataclasses.replace(manifest.preprocess, side=16)
     assert refused_key(make_bundle(preprocess=spec)) == "layout"
