@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -158,10 +159,7 @@ def check_index(folder, stem, ending):
     index = read_json(folder / f"{stem}.{ending}.index.json")
     found = {}
     for path in sorted(folder.glob(f"{stem}-*.{ending}")):
-        if ending == "bin":
-            held = torch.load(path, weights_only=True)
-        else:
-            held = originals.load_file(path)
+        held = torch.load(path, weights_only=True) if ending == "bin" else load_file(path)
         found |= dict.fromkeys(held, path.name)
     assert index["weight_map"] == found
     tensors = originals.read_folder(folder)

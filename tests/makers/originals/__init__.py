@@ -1,0 +1,37 @@
+"""Small random checkpoints in the files that the models were published in.
+
+Same key names, nesting, containers, dtypes, shards and tokenizer files as the real downloads, only
+smaller: what a reader of the real files needs is here, and what it must not trip over too (rotary
+buffers, position numbers, heads nobody uses, a spare block, an optimizer, wrong token numbers).
+
+| maker | as published in |
+|---|---|
+| `make_sentencepiece` | the tokenizer files of Vicuna and LLaMA |
+| `make_clip` | openai/clip-vit-large-patch14-336 |
+| `make_llava_original` | liuhaotian/llava-v1.5-7b |
+| `make_llava_next` | llava-hf/llava-v1.6-vicuna-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf |
+| `make_shikra` | shikras/shikra-7b-delta-v1, a LLaMA, openai/clip-vit-large-patch14 |
+| `make_minigpt` | minigptv2_checkpoint.pth, LAVIS' eva_vit_g.pth, meta-llama/Llama-2-7b-chat-hf |
+"""
+
+from makers.originals.clip import CLIP_MEAN, CLIP_STD, make_clip
+from makers.originals.files import read_folder
+from makers.originals.llava import make_llava_original
+from makers.originals.llava_next import make_llava_next
+from makers.originals.minigpt import MinigptFiles, make_minigpt
+from makers.originals.shikra import ShikraFiles, make_shikra
+from makers.originals.tokenizers import make_sentencepiece
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "MinigptFiles",
+    "ShikraFiles",
+    "make_clip",
+    "make_llava_next",
+    "make_llava_original",
+    "make_minigpt",
+    "make_sentencepiece",
+    "make_shikra",
+    "read_folder",
+]

@@ -1,0 +1,57 @@
+"""The tensors and the configuration that every Llama here has."""
+
+import torch
+
+from makers.originals.files import under
+
+
+def llama_tensors(draw, vocabulary, width, layers, heads, kv_heads, mlp):
+    """The tensors of a Llama, in Hugging Face's names, without buffers."""
+    assert width % (2 * heads) == 0, "rotary heads have an even width"
+    narrow = width // heads * kv_heads
+    tensors = {"model.embed_tokens.weight": draw.zero(vocabulary, width)}
+    for k in range(layers):
+        layer = {
+            "self_attn.q_proj.weight": draw.zero(width, width),
+            "self_attn.k_proj.weight": draw.zero(narrow, width),
+            "self_attn.v_proj.weight": draw.zero(narrow, width),
+            "self_attn.o_proj.weight": draw.zero(width, width),
+            "mlp.gate_proj.weight": draw.zero(mlp, width),
+            "mlp.down_proj.weight": draw.zero(width, mlp),
+            "mlp.up_proj.weight": draw.zero(mlp, width),
+            "input_layernorm.weight": draw.one(width),
+            "post_attention_layernorm.weight": draw.one(width),
+        }
+        tensors |= under(f"model.layers.{k}.", layer)
+    tensors["model.norm.weight"] = draw.one(width)
+    tensors["lm_head.weight"] = draw.zero(vocabulary, width)
+    return tensors
+
+
+def rotary_buffers(layers, head_dim):
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return {
+        f"model.layers.{k}.self_attn.rotary_emb.inv_freq": frequencies.clone()
+        for k in range(layers)
+    }
+
+
+def llama_config(
+    vocabulary, width, layers, heads, mlp, max_positions, dtype, *, eps, kv_heads=None
+):
+    """A Llama's keys; those before transformers 4.31 knew no `num_key_value_heads`."""
+    config = {
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "initializer_range": 0.02,
+        "intermediate_size": mlp,
+        "max_position_embeddings": max_positions,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "rms_norm_eps": eps,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": vocabulary,
+    }
+    return config | ({"num_key_value_heads": kv_heads} if kv_heads else {})
