@@ -64,7 +64,7 @@ def calibrate(
         ConfigError: The pruner has no adaptive rule, or needs a phrase.
         InputError: No picture of the folder can be used.
     """
-    strategy = plan.request.named.config.prune.strategy
+    strategy = plan.prune.strategy
     if not hasattr(plan.pruner, "count_adaptively"):
         raise ConfigError(f"pruner '{strategy}' has no adaptive rule; choose a --ratio yourself")
     pruner: AdaptivePruner = plan.pruner  # type: ignore[assignment]

@@ -101,7 +101,7 @@ class EagerAnswerer:
             asked,
             entry=_find_entry(plan, view.bucket, ratio),
             pruner=plan.pruner,
-            config=plan.request.named.config.prune,
+            config=plan.prune,
             most=plan.layout.answer,
             stop_ids=plan.prompt.stop_ids,
         )
@@ -123,7 +123,7 @@ def _find_entry(plan: ExportPlan, bucket: Bucket, ratio: float) -> RatioEntry:
 
 def describe_plan(plan: ExportPlan) -> Subject:
     """A checkpoint with the settings of an export as the subject of an evaluation."""
-    config = plan.request.named.config
+    config = plan.config
     files = sorted({tensor.file for source in plan.sources.values() for tensor in source.inputs})
     facts = {
         "index": plan.checkpoint.index_sha256,
@@ -138,7 +138,7 @@ def describe_plan(plan: ExportPlan) -> Subject:
     }
     text = json.dumps(facts, sort_keys=True)
     return Subject(
-        name=plan.request.named.name,
+        name=plan.name,
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         engine=ENGINE,
         strategy=config.prune.strategy,

@@ -108,7 +108,7 @@ def _choices(
     plan: ExportPlan, phrase: str, image: Path | None, display: Display | None
 ) -> list[tuple[RatioEntry, Chosen, str]]:
     """What is kept at each ratio, and what that is an example of."""
-    config = plan.request.named.config.prune
+    config = plan.prune
     if image is not None:
         picture = load_picture(image)
         bucket = find_bucket(picture.size, plan.spec.preprocess, plan.spec.buckets)
@@ -143,7 +143,7 @@ def _constant_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
         patches_BNC=torch.empty(1, geometry.tokens, 0), geometry=geometry, values={}, text_sign=1
     )
     kept = entry.kept - len(bucket.fixed)
-    order = plan.pruner.prune(features, kept, plan.request.named.config.prune).order
+    order = plan.pruner.prune(features, kept, plan.prune).order
     assert isinstance(order, tuple)
     removable = [token for token in range(bucket.patches) if token not in bucket.fixed]
     own = [removable[index] for index in order] + list(bucket.fixed)
@@ -160,7 +160,7 @@ def _even_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
     if entry.extra:
         middle = entry.patches // 2 + 0.5
         rules = {"append": float(entry.patches), "last-visual": entry.patches - 0.5}
-        index = rules.get(plan.request.named.config.prune.extra_token, middle)
+        index = rules.get(plan.prune.extra_token, middle)
     return Chosen(
         order=[*reversed(even), *bucket.fixed], tokens={}, extra_index=index, scores=None
     )

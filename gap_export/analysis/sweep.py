@@ -76,7 +76,7 @@ class Variant:
     @property
     def ratios(self) -> tuple[float, ...]:
         """Of its bundle."""
-        return self.plan.request.named.config.prune.ratios
+        return self.plan.prune.ratios
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -236,9 +236,9 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
                 ),
             ]
         )
-    prune = plan.request.named.config.prune
+    prune = plan.prune
     display.table(
-        f"{plan.request.named.name}: {prune.strategy}, positions {prune.positions}, {plan.dtype}",
+        f"{plan.name}: {prune.strategy}, positions {prune.positions}, {plan.dtype}",
         ["ratio removed", "visual tokens kept", "longest prompt", "KV cache"],
         rows,
     )
@@ -266,5 +266,5 @@ def _plan_facts(plan: ExportPlan) -> dict[str, Any]:
         "checkpoint": str(plan.checkpoint.folder),
         "weights_bytes": plan.weights_bytes,
         "cache_bytes": plan.layout.capacity * plan.cache_bytes_per_slot,
-        "config": dump_record(plan.request.named.config),
+        "config": dump_record(plan.config),
     }

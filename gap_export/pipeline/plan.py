@@ -10,19 +10,20 @@ from tokenizers import Tokenizer
 
 from gap_export.checkpoint.index import Checkpoint, open_checkpoint, open_part
 from gap_export.checkpoint.sources import PackedValues, TensorSource
-from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer
+from gap_export.checkpoint.tokenizer import read_tokenizer
 from gap_export.config import (
     DTYPES,
+    ExportConfig,
     NamedConfig,
     PruneConfig,
     count_ratios,
     resolve_family,
 )
-from gap_export.errors import CheckpointError
 from gap_export.graph.positions import keeps_raster_order
 from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import Feature, Pruner
+from gap_export.pipeline.prompt import plan_phrase, plan_prompt
 from gap_export.quantization.graph import packed_scheme
 from gap_export.reference.samples import Sample, read_samples
 from gap_runtime.bundle.manifest import (
@@ -35,17 +36,13 @@ from gap_runtime.bundle.manifest import (
 )
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.errors import ConfigError, UnknownNameError
-from gap_runtime.grounding.prompt import IMAGE_FIELD, PromptEncoder
 from gap_runtime.machines.target import Target, load_target
 from gap_runtime.registry import describe_unknown, load_plugin
 
 REFERENCE_DTYPE: Final = "float32"
-TEXT_TOKENIZER_FILE: Final = "text_tokenizer.json"
 HEAD: Final = "lm_head.weight"
 """Canonical name of the decoder's last linear layer, in every family."""
 _INT4_OPSET: Final = 21
-_LEAST_SUFFIX: Final = 64
-_PHRASE_ROOM: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +82,21 @@ class ExportPlan:
     out: Path
 
     @property
+    def name(self) -> str:
+        """Of the model, as it was asked for."""
+        return self.request.named.name
+
+    @property
+    def config(self) -> ExportConfig:
+        """All settings."""
+        return self.request.named.config
+
+    @property
+    def prune(self) -> PruneConfig:
+        """Those of the pruning."""
+        return self.config.prune
+
+    @property
     def cache_bytes_per_slot(self) -> int:
         """Bytes of the KV cache per slot, all layers."""
         spec = self.spec
@@ -110,7 +122,7 @@ class ExportPlan:
             return Quantization(
                 weights=f"int{bits}", method="checkpoint", parts=tuple(sorted(found))
             )
-        wanted = self.request.named.config.quantize
+        wanted = self.config.quantize
         if wanted.weights is None:
             return None
         usual = "awq" if wanted.weights == "int4" and self.request.reference else "nearest"
@@ -136,7 +148,7 @@ class ExportPlan:
     def reads_phrase(self, entry: RatioEntry) -> bool:
         """Whether the vision graph of a ratio takes the phrase."""
         unpruned = entry.kept == entry.patches
-        positions = self.request.named.config.prune.positions
+        positions = self.prune.positions
         return self.phrase is not None and not (unpruned and keeps_raster_order(positions))
 
     def bucket(self, entry: RatioEntry) -> Bucket:
@@ -167,7 +179,9 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         for ratio, kept in count_ratios(config.prune, bucket.patches, len(bucket.fixed))
     )
     tokenizer = read_tokenizer(spec.tokenizer)
-    prompt, prefix, suffix = _plan_prompt(request, tokenizer, spec)
+    prompt, prefix, suffix = plan_prompt(
+        request.named, tokenizer, spec, reference=request.reference
+    )
     layout = BundleLayout(prefix=prefix, suffix=suffix, answer=config.prompt.answer, capacity=0)
     capacity = max(layout.at(entry).capacity for entry in entries)
     counts = "-".join(
@@ -194,7 +208,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         dtype=config.dtype or target.dtype or _stored_dtype(sources),
         layout=replace(layout, capacity=capacity),
         entries=entries,
-        phrase=_plan_phrase(model, config.prune),
+        phrase=plan_phrase(model.pruner, spec.text, config.prune),
         prompt=prompt,
         tokenizer=tokenizer,
         samples=samples,
@@ -276,26 +290,6 @@ def _count_extra(pruner: Pruner, config: PruneConfig, kept: int, bucket: Bucket)
     return pruner.EXTRA if made else 0
 
 
-def _plan_phrase(model: Model, config: PruneConfig) -> PhraseInput | None:
-    """How the vision graph is told the phrase, None where the pruner does not read it.
-
-    Raises:
-        CheckpointError: CLIP's text tower has no tokenizer.
-    """
-    if Feature.TEXT not in model.pruner.NEEDS:
-        return None
-    text = model.spec.text
-    if text is None or config.phrase == "embeddings":
-        return PhraseInput(source="embeddings", tokenizer=None, length=0, end_id=0)
-    if read_tokenizer(text.tokenizer) is None:
-        raise CheckpointError(
-            f"{text.tokenizer}: no tokenizer in it; CLIP's is needed to read phrases"
-        )
-    return PhraseInput(
-        source="clip", tokenizer=TEXT_TOKENIZER_FILE, length=text.length, end_id=text.end_id
-    )
-
-
 def _load_dialect(target: Target) -> Dialect:
     """The dialect of a target, which must have the target's opset."""
     dialect: Dialect = load_plugin("gap_export.dialects", target.dialect, "dialect")
@@ -359,54 +353,6 @@ def _require_packable(
                 f"'{target.name}' cannot take; give a GPTQ checkpoint made with sym=True, or the "
                 "one that it was made from, with --quantize int4"
             )
-
-
-def _plan_prompt(
-    request: ExportRequest, tokenizer: Tokenizer | None, spec: ModelSpec
-) -> tuple[Prompt, int, int]:
-    """The prompt record and the numbers of tokens before and (at most) after the image."""
-    config = request.named.config.prompt
-    template = config.template or spec.template
-    if tokenizer is None:
-        if request.reference:
-            raise CheckpointError(
-                f"{spec.tokenizer}: no {TOKENIZER_FILE} in it; add the model's tokenizer, or "
-                "export the graphs alone with --no-reference"
-            )
-        prompt = Prompt(
-            template=template, image_token=None, tokenizer=None, stop_ids=spec.stop_ids
-        )
-        prefix = spec.prefix if config.prefix is None else config.prefix
-        return prompt, prefix, config.suffix or _LEAST_SUFFIX
-    image_token = None
-    if spec.image_token_id is not None:
-        image_token = _image_token(tokenizer, spec.image_token_id, spec.tokenizer)
-        template = template.replace(IMAGE_FIELD, spec.image_text or image_token)
-    prompt = Prompt(
-        template=template,
-        image_token=image_token,
-        tokenizer=TOKENIZER_FILE,
-        stop_ids=spec.stop_ids,
-    )
-    encoded = PromptEncoder(tokenizer, prompt).encode("x")
-    suffix = config.suffix or max(_LEAST_SUFFIX, len(encoded.suffix) + _PHRASE_ROOM)
-    if len(encoded.suffix) > suffix:
-        raise ConfigError(
-            f"{request.named.name}: the prompt has {len(encoded.suffix)} tokens after the image "
-            f"for the shortest phrase, prompt.suffix is {suffix}; raise it with "
-            f"--set prompt.suffix={len(encoded.suffix) + _PHRASE_ROOM}"
-        )
-    return prompt, len(encoded.prefix), suffix
-
-
-def _image_token(tokenizer: Tokenizer, token_id: int, folder: Path) -> str:
-    token = tokenizer.id_to_token(token_id)
-    if token is None:
-        raise CheckpointError(
-            f"{folder}: its tokenizer has no token {token_id}, which config.json names as the "
-            "image token; give the tokenizer that belongs to this checkpoint"
-        )
-    return str(token)
 
 
 def _stored_dtype(sources: dict[str, TensorSource]) -> str:

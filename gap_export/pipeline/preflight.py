@@ -48,7 +48,7 @@ def _input_files(plan: ExportPlan) -> Iterator[Path]:
         found |= {tensor.file for tensor in each.tensors.values()}
     yield from sorted(found)
     if plan.samples:
-        yield find_samples(plan.request.named.config.check.samples) / SAMPLES_FILE
+        yield find_samples(plan.config.check.samples) / SAMPLES_FILE
         yield from (sample.path for sample in plan.samples)
 
 
@@ -117,7 +117,7 @@ def settle_reference(plan: ExportPlan) -> int | None:
         ExportError: There is not enough even so.
     """
     free = free_memory()
-    wanted = plan.request.named.config.check.memory_mib
+    wanted = plan.config.check.memory_mib
     if wanted is None and reference_bytes(plan) + _WORK_BYTES <= free:
         return None
     least = _streamed_bytes(plan)
@@ -151,7 +151,7 @@ def load_reference(plan: ExportPlan, display: Display | None) -> EagerModel:
 
 def describe_streaming(plan: ExportPlan, memory: int) -> str:
     """Why weights are read layer by layer, for people."""
-    is_set = plan.request.named.config.check.memory_mib is not None
+    is_set = plan.config.check.memory_mib is not None
     why = (
         "check.memory_mib is set" if is_set else f"{format_bytes(free_memory())} of memory is free"
     )

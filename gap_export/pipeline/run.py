@@ -22,13 +22,14 @@ from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer
 from gap_export.interfaces.family import EagerModel, InputStatistics
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
 from gap_export.pipeline.nonfinite import find_bad_tensor
-from gap_export.pipeline.plan import HEAD, REFERENCE_DTYPE, TEXT_TOKENIZER_FILE, ExportPlan
+from gap_export.pipeline.plan import HEAD, REFERENCE_DTYPE, ExportPlan
 from gap_export.pipeline.preflight import (
     describe_streaming,
     require_readable,
     require_room,
     settle_memory,
 )
+from gap_export.pipeline.prompt import TEXT_TOKENIZER_FILE
 from gap_export.pipeline.stages import (
     Graphs,
     quantize_graphs,
@@ -288,7 +289,7 @@ def ask_samples(
         plan.spec,
         plan.entries,
         pruner=plan.pruner,
-        config=plan.request.named.config.prune,
+        config=plan.prune,
         prompt=plan.prompt,
         phrase=plan.phrase,
         most=plan.layout.answer,
@@ -379,7 +380,7 @@ def _make_manifest(
     reference: Reference | None,
     files: dict[str, FileEntry],
 ) -> Manifest:
-    spec, prune = plan.spec, plan.request.named.config.prune
+    spec, prune = plan.spec, plan.prune
     packages = ("gap-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
     return Manifest(
         schema=SCHEMA,
@@ -389,7 +390,7 @@ def _make_manifest(
         quantization=plan.quantization,
         target=plan.target,
         source=Source(
-            checkpoint=plan.checkpoint.hub_id or plan.request.named.name,
+            checkpoint=plan.checkpoint.hub_id or plan.name,
             revision=plan.checkpoint.revision,
             index_sha256=plan.checkpoint.index_sha256,
         ),

@@ -76,7 +76,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             plan.pruner,
             plan.family.build_projector(spec),
             plan.family.build_fixed_tokens(spec, bucket),
-            config=plan.request.named.config.prune,
+            config=plan.prune,
             layout=layout,
             geometry=geometry_of(bucket),
             fixed=bucket.fixed,

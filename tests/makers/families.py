@@ -185,7 +185,7 @@ def _tower_key(plan, bucket):
     later = {"tokens", "text_features"} | (set() if plan.reads_clip else {"text_patches"})
     needs = frozenset(need.value for need in plan.pruner.NEEDS) - later
     text = plan.spec.text and plan.spec.text.width
-    return _index(plan), plan.request.named.config.vision, bucket, needs, text
+    return _index(plan), plan.config.vision, bucket, needs, text
 
 
 def _text_key(plan):
@@ -202,7 +202,7 @@ def _decoder_key(plan):
 
 
 def _pruning_key(plan, entry):
-    prune, text = plan.request.named.config.prune, plan.spec.text and plan.spec.text.width
+    prune, text = plan.prune, plan.spec.text and plan.spec.text.width
     return _index(plan), prune, plan.layout, plan.bucket(entry), entry, text
 
 

@@ -114,7 +114,7 @@ def test_pytorch_and_onnx_give_the_same_text(refshapes_bundle, asked):
                 put,
                 entry=pruned,
                 pruner=plan.pruner,
-                config=plan.request.named.config.prune,
+                config=plan.prune,
                 most=24,
                 stop_ids=bundle.manifest.prompt.stop_ids,
             )

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         display,
         data,
         header=Header(subject=describe_plan(plan), data=describe_data(data), box=plan.spec.box),
-        ratios=plan.request.named.config.prune.ratios,
+        ratios=plan.prune.ratios,
         # Workers share a machine's cores, and say nothing.
         open_answerer=partial(EagerAnswerer, plan.request, threads=1)
         if options.ray
