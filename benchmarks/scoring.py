@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Final
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.evaluation.protocol import list_protocols, load_protocol
 from gap_runtime.evaluation.results import (
     AnswerWriter,
@@ -26,6 +25,7 @@ from gap_runtime.evaluation.results import (
     read_answers,
 )
 from gap_runtime.evaluation.score import score_rows
+from gap_runtime.pictures.boxes import BoxFormat
 
 _NUMBER: Final = r"(-?\d+(?:\.\d+)?)"
 BOX: Final = BoxFormat(

@@ -72,7 +72,8 @@ def main() -> None:
                 for side, found in (("PyTorch", boxes), ("ONNX", exported.boxes)):
                     panel = draw_grounding(
                         picture,
-                        bundle.manifest,
+                        bundle.manifest.preprocess,
+                        bundle.manifest.buckets,
                         phrase=eager.phrase,
                         boxes=found,
                         kept_index=exported.kept_index,

@@ -14,13 +14,14 @@ from PIL import Image
 from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan, ExportRequest, plan_export
 from gap_export.pipeline.preflight import load_reference
 from gap_export.reference.answers import Asked, answer_eagerly, ask
-from gap_runtime.bundle.manifest import Bucket, RatioEntry
+from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation.answer import Answer
 from gap_runtime.evaluation.results import Subject
 from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.pictures.load import find_bucket
+from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.records import dump_record
 
 ENGINE: Final = f"pytorch:{REFERENCE_DTYPE}"

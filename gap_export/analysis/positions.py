@@ -145,7 +145,7 @@ def _constant_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
     kept = entry.kept - len(bucket.fixed)
     order = plan.pruner.prune(features, kept, plan.prune).order
     assert isinstance(order, tuple)
-    removable = [token for token in range(bucket.patches) if token not in bucket.fixed]
+    removable = bucket.removable
     own = [removable[index] for index in order] + list(bucket.fixed)
     return Chosen(order=own, tokens={}, extra_index=None, scores=None)
 
@@ -153,7 +153,7 @@ def _constant_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
 def _even_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
     """Tokens in even steps, the last first, so that raster and own order differ."""
     bucket = plan.bucket(entry)
-    removable = [token for token in range(bucket.patches) if token not in bucket.fixed]
+    removable = bucket.removable
     kept = entry.kept - len(bucket.fixed)
     even = [removable[(2 * j + 1) * len(removable) // (2 * kept)] for j in range(kept)]
     index = None

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.errors import CheckpointError
-from gap_runtime.bundle.manifest import BoxFormat
+from gap_runtime.pictures.boxes import BoxFormat
 
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)

@@ -16,7 +16,8 @@ from gap_export.checkpoint.sources import TensorSource
 from gap_export.config import ExportConfig
 from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.features import EagerVision, Feature, Geometry
-from gap_runtime.bundle.manifest import BoxFormat, Bucket, Preprocess
+from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, F fixed tokens, C patch width, D decoder width, S rows,
 # V vocabulary, L text tokens, W text width.

@@ -69,7 +69,7 @@ from gap_export.reference.model import (
     loading,
 )
 from gap_export.reference.streamed import Stream, open_tensors
-from gap_runtime.bundle.manifest import Bucket, Preprocess
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width, S rows, V vocabulary.
 

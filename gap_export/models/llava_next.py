@@ -66,10 +66,10 @@ from gap_export.reference.clip import EagerClip
 from gap_export.reference.llama import EagerLlama
 from gap_export.reference.model import EagerGrounder, load_clip_text, load_library, loading
 from gap_export.reference.streamed import Stream
-from gap_runtime.bundle.manifest import Bucket, Preprocess
 from gap_runtime.errors import BundleError, ConfigError
 from gap_runtime.pictures.anyres import choose_canvas, mosaic_grid, mosaic_index, newline_index
 from gap_runtime.pictures.load import fitting_size
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), V views, P patches of a view, N removable tokens, K kept, F newlines, D width.
 

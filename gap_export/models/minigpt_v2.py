@@ -50,8 +50,9 @@ from gap_export.reference.files import load_tensors
 from gap_export.reference.llama import EagerLlama
 from gap_export.reference.model import EagerGrounder, loading
 from gap_export.reference.streamed import LazyTensor, Stream, change_tensor, open_tensors
-from gap_runtime.bundle.manifest import BoxFormat, Bucket, Preprocess
 from gap_runtime.errors import ConfigError
+from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N visual tokens, C patch width (of a whole strip), D decoder width.
 

@@ -60,7 +60,7 @@ from gap_export.reference.files import load_tensors, rename_tensors
 from gap_export.reference.llama import EagerLlama
 from gap_export.reference.model import EagerGrounder, load_clip_text, load_state, loading
 from gap_export.reference.streamed import LazyTensor, Stream, open_tensors, sum_tensors
-from gap_runtime.bundle.manifest import Bucket, Preprocess
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width.
 

@@ -35,8 +35,8 @@ from gap_export.pipeline.plan import ExportPlan
 from gap_export.pipeline.stages import scheme_of, tower_needs
 from gap_export.quantization.graph import Scheme
 from gap_export.weights.plan import plan_weights
-from gap_runtime.bundle.manifest import Bucket
 from gap_runtime.bundle.tensors import count_bytes
+from gap_runtime.pictures.preprocess import Bucket
 
 RESERVE_MIB: Final = 2048
 _IN_PLACE_OPSET: Final = 24

@@ -26,17 +26,11 @@ from gap_export.interfaces.features import Feature, Pruner
 from gap_export.pipeline.prompt import plan_phrase, plan_prompt
 from gap_export.quantization.graph import packed_scheme
 from gap_export.reference.samples import Sample, read_samples
-from gap_runtime.bundle.manifest import (
-    Bucket,
-    BundleLayout,
-    PhraseInput,
-    Prompt,
-    Quantization,
-    RatioEntry,
-)
+from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt, Quantization, RatioEntry
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.errors import ConfigError, UnknownNameError
 from gap_runtime.machines.target import Target, load_target
+from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.registry import describe_unknown, load_plugin
 
 REFERENCE_DTYPE: Final = "float32"

@@ -27,8 +27,9 @@ from gap_export.tracing.proof import prove_graph
 from gap_export.tracing.repeat_layers import repeat_layer
 from gap_export.tracing.trace import FREE_ROWS, Traced, trace
 from gap_export.weights.plan import WeightPlan, bind_weights, strip_stage, write_placeholders
-from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, Bucket, RatioEntry, Stage
+from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Stage
 from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.pictures.preprocess import Bucket
 
 _TRACED_LAYERS: Final = 2
 """Of a decoder: the first, and one that can follow itself."""

@@ -23,11 +23,12 @@ from gap_export.config import PruneConfig
 from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import EagerVision, Pruner
 from gap_export.reference.samples import Sample
-from gap_runtime.bundle.manifest import Bucket, PhraseInput, Prompt, RatioEntry, ReferenceSample
+from gap_runtime.bundle.manifest import PhraseInput, Prompt, RatioEntry, ReferenceSample
 from gap_runtime.errors import InputError
 from gap_runtime.grounding.prompt import PHRASE_FIELD
 from gap_runtime.pictures.boxes import parse_boxes
 from gap_runtime.pictures.load import find_bucket, fitting_size, load_picture
+from gap_runtime.pictures.preprocess import Bucket
 
 UNPRUNED: Final = "unpruned"
 EXTRA: Final = -1

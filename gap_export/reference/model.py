@@ -18,7 +18,7 @@ from gap_export.reference.clip import EagerClipText
 from gap_export.reference.files import is_quantized, load_tensors
 from gap_export.reference.llama import EagerLlama
 from gap_export.reference.streamed import LazyTensor, Stream, open_tensors
-from gap_runtime.bundle.manifest import Bucket
+from gap_runtime.pictures.preprocess import Bucket
 
 # V views, P patches of a view, N visual tokens, F fixed ones, C patch width, D decoder width,
 # S rows, W text width.

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokeni
 
 from gap_export.blocks.hf_config import FRACTION_BOX
 from gap_export.checkpoint.tokenizer import read_tokenizer
-from gap_runtime.bundle.manifest import Bucket, Preprocess, Prompt
+from gap_runtime.bundle.manifest import Prompt
 from gap_runtime.errors import InputError
 from gap_runtime.grounding.prompt import PromptEncoder, load_tokenizer
 from gap_runtime.pictures.load import make_pixels, to_rgb
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

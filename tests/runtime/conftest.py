@@ -13,13 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from gap_runtime.bundle.bundle import describe_file
 from gap_runtime.bundle.manifest import (
     SCHEMA,
-    BoxFormat,
-    Bucket,
     BundleLayout,
     CacheShape,
     Manifest,
     PhraseInput,
-    Preprocess,
     Prompt,
     Pruning,
     RatioEntry,
@@ -29,6 +26,8 @@ from gap_runtime.bundle.manifest import (
 from gap_runtime.bundle.tensors import StoredTensor, TensorSpec
 from gap_runtime.grounding import grounder
 from gap_runtime.machines.target import load_target
+from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 BOX_WORD = "[0.25,0.25,0.75,0.50]"
 WORDS = (

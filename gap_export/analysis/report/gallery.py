@@ -101,7 +101,7 @@ def draw_choices(sweep: Sweep, choices: Iterable[Choice]) -> Iterator[Shown]:
         except InputError:
             continue
         kept = tuple(int(patch) for patch in seen.kept_index[0])
-        canvas, scale = shade_patches(picture, manifest, kept)
+        canvas, scale = shade_patches(picture, manifest.preprocess, manifest.buckets, kept)
         draw_pair(
             canvas,
             scale,

@@ -16,6 +16,8 @@ from gap_runtime.bundle.layout import TokenLayout
 from gap_runtime.bundle.tensors import ITEM_BYTES, StoredTensor, TensorSpec
 from gap_runtime.errors import BundleError, RecordError, SchemaError
 from gap_runtime.machines.target import Target
+from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 from gap_runtime.records import dump_record, load_record
 
 SCHEMA: Final = 4
@@ -41,28 +43,6 @@ class Source:
     checkpoint: str
     revision: str | None
     index_sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """Pictures that share a vision graph: all of them, or those of one canvas and aspect.
-
-    The visual tokens are `grids` of (rows, columns), one after another, and in between those of
-    the indices `fixed`, which show no part of the picture and are never removed. A token of a
-    grid is a horizontal strip of `strip` patches. `canvas` is (width, height) in pixels, null
-    where pictures of any shape take the same road.
-    """
-
-    name: str
-    canvas: tuple[int, int] | None
-    grids: tuple[tuple[int, int], ...]
-    strip: int
-    fixed: tuple[int, ...]
-
-    @property
-    def patches(self) -> int:
-        """Visual tokens before pruning."""
-        return sum(rows * columns for rows, columns in self.grids) + len(self.fixed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,35 +134,6 @@ class CacheShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preprocess:
-    """How a picture becomes pixels: RGB, shaped, resized, scaled, normalized.
-
-    `mode` is `pad` (to a square filled with `fill`), `stretch`, or `anyres` (a view of the whole
-    picture, then tiles of it on the fitting one of `canvases`, (width, height) in pixels).
-    `side` is that of every view.
-    """
-
-    mode: str
-    side: int
-    fill: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    canvases: tuple[tuple[int, int], ...]
-
-    def pixel_shape(self, bucket: Bucket) -> tuple[int, ...]:
-        """Of the pixels of a bucket's pictures: [1, 3, height, width].
-
-        Tiles and the whole picture before them are views: [1, views, 3, side, side].
-        """
-        if bucket.canvas is None:
-            return 1, 3, self.side, self.side
-        width, height = bucket.canvas
-        if self.mode != ANYRES:
-            return 1, 3, height, width
-        return 1, 1 + width // self.side * (height // self.side), 3, self.side, self.side
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """How a phrase becomes tokens. `tokenizer` is null in a bundle of graphs alone.
 
@@ -208,21 +159,6 @@ class PhraseInput:
     tokenizer: str | None
     length: int
     end_id: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoxFormat:
-    """How an answer writes a box.
-
-    `attempt` is a regular expression for what is meant as a box, `pattern` one for all of a
-    proper box, whose four groups are x0, y0, x1, y1. A value of `scale` is the far edge of the
-    frame: `padded-square` or `original`.
-    """
-
-    attempt: str
-    pattern: str
-    scale: float
-    frame: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.errors import ConfigError, InputError, RecordError
 from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.files import LINE_BYTES, unreadable
+from gap_runtime.pictures.boxes import BoxFormat
 from gap_runtime.records import dump_record, load_record
 
 SCHEMA: Final = 1

@@ -10,13 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.errors import InputError
 from gap_runtime.evaluation.answer import Answer, Answerer
 from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.expression import Expression, Picture
 from gap_runtime.evaluation.results import Answers, AnswerWriter, DataFacts, Header, Row
-from gap_runtime.pictures.boxes import parse_boxes
+from gap_runtime.pictures.boxes import BoxFormat, parse_boxes
 
 Open = Callable[[], Answerer]
 """Loads a model where it is needed; picklable, for that may be another machine."""

@@ -9,10 +9,10 @@ from typing import Final
 
 import numpy as np
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.errors import InputError
 from gap_runtime.evaluation.protocol import DEGENERATE, UNPARSABLE, ScoringProtocol
 from gap_runtime.evaluation.results import Answers, Row
+from gap_runtime.pictures.boxes import BoxFormat
 
 SIZES: Final = (("small", 0.0), ("medium", 0.03), ("large", 0.15))
 """Size classes of true boxes: the least share of the picture's area of each."""

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.manifest import Bucket, RatioEntry
+from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.grounding.grounder import DEFAULT_BACKEND, Grounder
 from gap_runtime.pictures.load import fitting_size
+from gap_runtime.pictures.preprocess import Bucket
 
 _TOKENS: Final = 16
 

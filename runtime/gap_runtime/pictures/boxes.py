@@ -5,8 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.errors import BundleError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxFormat:
+    """How an answer writes a box.
+
+    `attempt` is a regular expression for what is meant as a box, `pattern` one for all of a
+    proper box, whose four groups are x0, y0, x1, y1. A value of `scale` is the far edge of the
+    frame: `padded-square` or `original`.
+    """
+
+    attempt: str
+    pattern: str
+    scale: float
+    frame: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from gap_runtime.bundle.manifest import Manifest
 from gap_runtime.pictures.boxes import Box, clip_box, unpad_box
 from gap_runtime.pictures.load import find_bucket
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 _LEAST_SIDE: Final = 480
 BOX_COLOUR: Final = (255, 64, 129)
@@ -22,7 +22,8 @@ _DARKEST: Final = 215
 
 def draw_grounding(
     picture: Image.Image,
-    manifest: Manifest,
+    spec: Preprocess,
+    buckets: tuple[Bucket, ...],
     *,
     phrase: str,
     boxes: tuple[Box, ...],
@@ -33,7 +34,7 @@ def draw_grounding(
 
     Small pictures are enlarged so that the labels can be read.
     """
-    canvas, scale = shade_patches(picture, manifest, kept_index)
+    canvas, scale = shade_patches(picture, spec, buckets, kept_index)
     draw = ImageDraw.Draw(canvas)
     outline_boxes(canvas, boxes, scale, colour)
     font = ImageFont.load_default(size=max(14, max(canvas.size) // 24))
@@ -43,22 +44,28 @@ def draw_grounding(
 
 
 def shade_patches(
-    picture: Image.Image, manifest: Manifest, kept_index: Collection[int]
+    picture: Image.Image,
+    spec: Preprocess,
+    buckets: tuple[Bucket, ...],
+    kept_index: Collection[int],
 ) -> tuple[Image.Image, int]:
     """A copy of the picture with removed patches shaded, and by how much it was enlarged."""
     canvas, scale = _enlarge(picture)
     kept = set(kept_index)
-    places = _find_patches(picture, manifest)
+    places = _find_patches(picture, spec, buckets)
     shaded = {token: _SHADE for token in places if token not in kept}
     return _tint(canvas, places, shaded, scale), scale
 
 
 def draw_heat(
-    picture: Image.Image, manifest: Manifest, shares: Mapping[int, float]
+    picture: Image.Image,
+    spec: Preprocess,
+    buckets: tuple[Bucket, ...],
+    shares: Mapping[int, float],
 ) -> Image.Image:
     """A copy of the picture in which a patch is the darker the smaller its share, in [0, 1]."""
     canvas, scale = _enlarge(picture)
-    places = _find_patches(picture, manifest)
+    places = _find_patches(picture, spec, buckets)
     red, green, blue, _ = _SHADE
     tints = {
         token: (red, green, blue, round(_DARKEST * (1 - shares.get(token, 0.0))))
@@ -128,15 +135,16 @@ def _enlarge(picture: Image.Image) -> tuple[Image.Image, int]:
     return picture.resize(size, Image.Resampling.NEAREST).convert("RGBA"), scale
 
 
-def _find_patches(picture: Image.Image, manifest: Manifest) -> dict[int, Box]:
+def _find_patches(
+    picture: Image.Image, spec: Preprocess, buckets: tuple[Bucket, ...]
+) -> dict[int, Box]:
     """Where visual tokens lie in the picture; those in the padding are left out."""
-    bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
+    bucket = find_bucket(picture.size, spec, buckets)
     # Of several grids the last is the finest, and shows the whole picture too.
     rows, columns = bucket.grids[-1]
-    tokens = [token for token in range(bucket.patches) if token not in bucket.fixed]
     found = {}
-    for place, token in enumerate(tokens[-rows * columns :]):
-        box = _patch_box(place, rows, columns, manifest, picture)
+    for place, token in enumerate(bucket.removable[-rows * columns :]):
+        box = _patch_box(place, rows, columns, spec, picture)
         if box is not None:
             found[token] = box
     return found
@@ -179,12 +187,12 @@ def draw_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Im
 
 
 def _patch_box(
-    patch: int, rows: int, columns: int, manifest: Manifest, picture: Image.Image
+    patch: int, rows: int, columns: int, spec: Preprocess, picture: Image.Image
 ) -> Box | None:
     """Where a patch lies in the picture, or None where it lies in the padding."""
     row, column = divmod(patch, columns)
     values = [column / columns, row / rows, (column + 1) / columns, (row + 1) / rows]
-    frame = "padded-square" if manifest.preprocess.mode == "pad" else "original"
+    frame = "padded-square" if spec.mode == "pad" else "original"
     return clip_box(unpad_box(values, frame, *picture.size), *picture.size)
 
 

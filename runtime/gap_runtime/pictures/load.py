@@ -10,9 +10,9 @@ from typing import BinaryIO, Final
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gap_runtime.bundle.manifest import Bucket, Preprocess
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.pictures.anyres import MAX_PIXELS, choose_canvas, make_views, mosaic_grid
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 _MODES: Final = "pad, stretch, anyres"
 _ORIENTATION: Final = 0x0112

@@ -147,7 +147,9 @@ def _number(value: float | None) -> str:
 def _show(bundle: Bundle, each: Compared) -> str:
     """The picture of a row."""
     row = each.row
-    canvas, scale = shade_patches(each.picture, bundle.manifest, each.kept_index)
+    canvas, scale = shade_patches(
+        each.picture, bundle.manifest.preprocess, bundle.manifest.buckets, each.kept_index
+    )
     draw_pair(canvas, scale, reference=each.reference_boxes, found=each.boxes)
     differ = sorted(set(each.kept_index) ^ set(each.reference_kept_index))
     said = f"{len(each.kept_index)} patches kept"
@@ -185,7 +187,9 @@ def _show_heat(bundle: Bundle, compared: Sequence[Compared]) -> list[str]:
         ratios = ", ".join(f"{each.row.ratio:g}" for each in group)
         figures.append(
             _figure(
-                draw_heat(group[0].picture, bundle.manifest, shares),
+                draw_heat(
+                    group[0].picture, bundle.manifest.preprocess, bundle.manifest.buckets, shares
+                ),
                 f"{sample}: the picture, the darker a patch the fewer of the ratios keep it",
                 f"<strong>{escape(sample)}</strong>: ratios {ratios}",
             )

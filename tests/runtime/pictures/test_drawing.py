@@ -19,7 +19,13 @@ ALL = tuple(range(16))
 def draw(manifest, *, size=(480, 480), phrase="mug", boxes=(), kept_index=ALL, **options):
     picture = Image.new("RGB", size, GREY)
     painted = draw_grounding(
-        picture, manifest, phrase=phrase, boxes=boxes, kept_index=kept_index, **options
+        picture,
+        manifest.preprocess,
+        manifest.buckets,
+        phrase=phrase,
+        boxes=boxes,
+        kept_index=kept_index,
+        **options,
     )
     return np.asarray(painted).astype(int)
 
@@ -209,7 +215,9 @@ def test_small_pictures_are_enlarged_with_their_boxes(manifest):
 
 def test_the_given_picture_is_not_painted_on(manifest):
     picture = Image.new("RGB", (480, 480), GREY)
-    draw_grounding(picture, manifest, phrase="mug", boxes=(), kept_index=())
+    draw_grounding(
+        picture, manifest.preprocess, manifest.buckets, phrase="mug", boxes=(), kept_index=()
+    )
     assert picture.getcolors() == [(480 * 480, GREY)]
 
 

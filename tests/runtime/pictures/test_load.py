@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_runtime.bundle.manifest import Bucket, Preprocess
 from gap_runtime.errors import BundleError, GapError, InputError
 from gap_runtime.pictures import load as image
 from gap_runtime.pictures.anyres import choose_canvas, mosaic_grid, newline_index
@@ -20,6 +19,7 @@ from gap_runtime.pictures.load import (
     pad_to_square,
     to_rgb,
 )
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 ONE = Bucket(name="", canvas=None, grids=((2, 2),), strip=1, fixed=())
 

@@ -70,7 +70,8 @@ def _draw(path: Path, picture: Any, bundle: Bundle, grounding: Any) -> None:
 
     painted = draw_grounding(
         picture,
-        bundle.manifest,
+        bundle.manifest.preprocess,
+        bundle.manifest.buckets,
         phrase=grounding.phrase,
         boxes=grounding.boxes,
         kept_index=grounding.kept_index,

@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_corners
+from gap_runtime.pictures.boxes import BoxFormat
 
 SUMMARY: Final = "first [a, b, c, d] as fractions of the picture, no unpadding; IoU >= t"
 STRICT: Final = False

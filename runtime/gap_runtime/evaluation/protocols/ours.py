@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, judge_corners
-from gap_runtime.pictures.boxes import parse_boxes
+from gap_runtime.pictures.boxes import BoxFormat, parse_boxes
 
 SUMMARY: Final = "the model's own frame; exactly one usable box; IoU >= t"
 STRICT: Final = False

@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.bundle.manifest import BoxFormat
 from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_singles, round_singles
+from gap_runtime.pictures.boxes import BoxFormat
 
 SUMMARY: Final = "exactly one [a,b,c,d], both boxes in the padded square; IoU > t"
 STRICT: Final = True
