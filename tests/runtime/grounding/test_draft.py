@@ -1,0 +1,172 @@
+"""Drafts: what the form forces, with tokenizers that keep digits apart and such that join them."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from gap_runtime.grounding.draft import Drafter
+
+LLAVA = "[0.##, 0.##, 0.##, 0.##]"
+SHIKRA = "[0.###,0.###,0.###,0.###]"
+MINIGPT = "{<##><##><##><##>}"
+BEFORE = "? ASSISTANT:"
+
+
+def make_tokenizer(*joined, metaspace=False):
+    """Llama's form: pieces with a mark for the space before; `joined` are further pieces."""
+    letters = sorted({*"▁?:ASITN[]{}<>,.;abcdefghijklmnopqrstuvwxyz0123456789"})
+    words = ["▁A", "SS", "IST", "ANT", "▁ASSISTANT", *joined]
+    vocabulary, merges = {"<unk>": 0}, []
+    for letter in letters:
+        vocabulary[letter] = len(vocabulary)
+
+    def join(piece):
+        if piece in vocabulary:
+            return
+        for length in range(len(piece) - 1, 0, -1):
+            if piece[:length] in vocabulary and piece[length:] in vocabulary:
+                break
+        else:
+            join(piece[:-1])
+            length = len(piece) - 1
+        merges.append((piece[:length], piece[length:]))
+        vocabulary[piece] = len(vocabulary)
+
+    for word in words:
+        join(word)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    return tokenizer
+
+
+def tokens_of(tokenizer, answer):
+    """The tokens of an answer behind the prompt's end."""
+    before = tokenizer.encode(BEFORE, add_special_tokens=False).ids
+    whole = tokenizer.encode(BEFORE + answer, add_special_tokens=False).ids
+    assert whole[: len(before)] == before
+    return whole[len(before) :]
+
+
+def replay(drafter, answer, *, most=7):
+    """A decoder that gives this answer whatever is drafted; calls, drafted and accepted tokens.
+
+    The prefill is one of the calls.
+    """
+    said, calls, drafted, accepted = [], 0, 0, 0
+    while len(said) < len(answer):
+        draft, before, good = drafter.propose(said, most), list(said), 0
+        calls, drafted = calls + 1, drafted + len(draft)
+        while len(said) < len(answer):
+            said.append(answer[len(said)])
+            if good == len(draft) or draft[good] != said[-1]:
+                break
+            good += 1
+        accepted += good
+        if draft:
+            drafter.learn(before, good)
+    assert said == answer
+    return calls, drafted, accepted
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_a_box_of_llamas_digits_takes_a_third_of_the_calls(metaspace):
+    """24 tokens and the stop token, one call each, without drafts."""
+    tokenizer = make_tokenizer("▁[", metaspace=metaspace)
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    answer = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
+    assert len(answer) == 24
+    assert replay(drafter, answer) == (9, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "tokens", "calls"),
+    [
+        (SHIKRA, " [0.123,0.456,0.789,0.999]", 25, 13),
+        (MINIGPT, " {<12><34><56><78>}", 18, 9),
+    ],
+)
+def test_other_forms_in_proportion(form, answer, tokens, calls):
+    tokenizer = make_tokenizer("▁[", "▁{")
+    found = tokens_of(tokenizer, answer)
+    assert len(found) == tokens
+    assert replay(Drafter(tokenizer, form, BEFORE), found)[0] == calls
+
+
+def test_the_draft_follows_a_tokenizer_that_joins_pieces():
+    tokenizer = make_tokenizer("▁[0.", "▁0.", "]", ".5", "12")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    piece = tokenizer.token_to_id
+    assert drafter.propose([], 7) == [piece("▁[0.")]
+    first = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
+    assert tokenizer.decode([first[1]]) == "12"
+    assert drafter.propose(first[:2], 7) == [piece(","), piece("▁0.")]
+    calls, drafted, accepted = replay(drafter, first)
+    assert (calls, drafted - accepted) == (8, 0)
+
+
+def test_a_piece_that_may_join_a_digit_is_not_drafted():
+    """With `.5` a piece, the point before a digit is not forced."""
+    tokenizer = make_tokenizer("▁[", ".5")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    assert drafter.propose([], 7) == [tokenizer.token_to_id("▁["), tokenizer.token_to_id("0")]
+    answer = tokens_of(tokenizer, " [0.51, 0.34, 0.56, 0.78]")
+    calls, drafted, accepted = replay(drafter, answer)
+    assert drafted == accepted
+    assert calls <= 14
+
+
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [
+        (LLAVA, " [0.12, 0.34, 1.00, 0.78]"),
+        (LLAVA, " [0.1, 0.345, 0.56, 0.78]"),
+        (LLAVA, " [0.12, 0.34, 0.56, 0.78]; [0.12, 0.34, 0.56, 0.78]"),
+        (MINIGPT, " {<5><100><56><0>}"),
+        (MINIGPT, " {<5><100>"),
+        (LLAVA, " no ring in the picture"),
+        (LLAVA, "[0.12, 0.34, 0.56, 0.78]"),
+        (LLAVA, ""),
+    ],
+)
+def test_other_answers_are_still_given(form, answer):
+    tokenizer = make_tokenizer("▁[")
+    found = tokens_of(tokenizer, answer)
+    drafter = Drafter(tokenizer, form, BEFORE)
+    for _ in range(3):
+        calls, drafted, accepted = replay(drafter, found)
+        assert calls <= len(found) <= calls + accepted
+        assert accepted <= drafted
+
+
+def test_who_answers_in_other_words_is_soon_left_alone():
+    tokenizer = make_tokenizer("▁[")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    found = tokens_of(tokenizer, " a ring")
+    drafted = [replay(drafter, found)[1] for _ in range(5)]
+    assert drafted[0] > 0
+    assert drafted[2:] == [0, 0, 0]
+
+
+def test_an_answer_without_the_space_is_learnt():
+    """The first one is drafted with a space in vain, the next ones as the model writes them."""
+    tokenizer = make_tokenizer("▁[")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    found = tokens_of(tokenizer, "[0.12, 0.34, 0.56, 0.78]")
+    assert replay(drafter, found) == (10, 18, 15)
+    assert replay(drafter, found) == (9, 16, 16)
+
+
+def test_a_draft_is_no_longer_than_asked():
+    tokenizer = make_tokenizer("▁[")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    assert len(drafter.propose([], 7)) == 3
+    assert len(drafter.propose([], 2)) == 2
+    assert drafter.propose([], 0) == []
