@@ -34,6 +34,8 @@ ARCHITECTURES = tuple(
     family for family in FAMILIES if family not in {"llava-original", "llava-next-vicuna"}
 )
 """Those whose graphs differ in more than sizes; the others are further files of the same."""
+CLIP_FAMILIES = tuple(family for family in FAMILIES if family != "minigpt-v2")
+"""Those whose tower is CLIP's."""
 PHRASE = "the red ring left of the blue box"
 READ_PHRASE = frozenset({"trim", "text_similarity", "cdpruner"})
 """Pruners that look at the phrase."""
