@@ -258,3 +258,18 @@ def test_the_format_page_names_every_key_of_the_manifest():
     keys = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     named = set(re.findall(r"(\w+)`", page))
     assert keys <= named | {"size", "blake3"}
+
+
+@pytest.mark.parametrize("package", ["gap_export", "gap_runtime"])
+def test_the_design_page_shows_the_layers_that_are_enforced(package):
+    """The block of docs/design.md, line by line, against the contract of import-linter."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = {each["name"]: each for each in settings["tool"]["importlinter"]["contracts"]}
+    layers = contracts[f"rooms of {package}"]["layers"]
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = page.partition("## Rooms, and who may import whom\n")[2].partition("\n## ")[0]
+    block = section.partition(f"\n    {package}\n\n")[2].partition("\n\n")[0]
+    assert [line.strip() for line in block.splitlines()] == layers
+    rooms = [room for layer in layers for room in re.findall(r"\w+", layer)]
+    table = section.partition(f"| in {package} |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \| \w", table, re.MULTILINE) == rooms
