@@ -25,6 +25,8 @@ Make = Callable[..., Tensor]
 Encode = Callable[[], npt.NDArray[Any]]
 _PIECE_VALUES: Final = 4 * 2**20
 """Values that are made at a time: 16 MiB in float32."""
+NOT_FINITE: Final = "values that are no finite numbers; give the checkpoint as it was published"
+"""What a tensor holds that is refused, and what helps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from gap_export.graph.decoder import DecoderStage, cache_names
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.pipeline.stages import scheme_of, tower_needs
-from gap_export.quantization.graph import Scheme
+from gap_export.quantization.scheme import Scheme
 from gap_export.weights.plan import plan_weights
 from gap_runtime.bundle.tensors import count_bytes
 from gap_runtime.pictures.preprocess import Bucket

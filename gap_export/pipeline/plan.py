@@ -24,7 +24,7 @@ from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import Feature, Pruner
 from gap_export.pipeline.prompt import plan_phrase, plan_prompt
-from gap_export.quantization.graph import packed_scheme
+from gap_export.quantization.scheme import packed_scheme
 from gap_export.reference.samples import Sample, read_samples
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt, Quantization, RatioEntry
 from gap_runtime.bundle.tensors import ITEM_BYTES

@@ -14,7 +14,8 @@ from gap_export.pipeline.machine import free_memory
 from gap_export.pipeline.plan import HEAD, REFERENCE_DTYPE, ExportPlan
 from gap_export.pipeline.stages import scheme_of
 from gap_export.reference.samples import SAMPLES_FILE, find_samples
-from gap_export.weights.plan import WeightPlan, plan_weights, require_linkable, require_space
+from gap_export.weights.plan import WeightPlan, plan_weights
+from gap_export.weights.write import require_linkable, require_space
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.display import Display, format_bytes
 

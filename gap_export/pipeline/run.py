@@ -41,17 +41,14 @@ from gap_export.pipeline.stages import (
 )
 from gap_export.pipeline.staging import folder_aside, move_into_place, require_replaceable
 from gap_export.quantization.awq import smooth_model
-from gap_export.quantization.graph import Scheme, quantize_sources
+from gap_export.quantization.scheme import Scheme
+from gap_export.quantization.values import quantize_sources
 from gap_export.reference.answers import record_reference
 from gap_export.tracing.trace import Traced, join
-from gap_export.weights.plan import (
-    WeightPlan,
-    bring_weights,
-    lies_ready,
-    plan_weights,
-    wanted_shapes,
-)
+from gap_export.weights.bind import wanted_shapes
+from gap_export.weights.plan import WeightPlan, lies_ready, plan_weights
 from gap_export.weights.read import SourceReader
+from gap_export.weights.write import bring_weights
 from gap_runtime.backends.tensorrt.build_script import write_build_script
 from gap_runtime.bundle.bundle import Bundle, describe_file
 from gap_runtime.bundle.manifest import (

@@ -16,17 +16,15 @@ from gap_export.interfaces.dialect import FUSED
 from gap_export.interfaces.family import geometry_of
 from gap_export.interfaces.features import Feature
 from gap_export.pipeline.plan import ExportPlan
-from gap_export.quantization.graph import (
-    Scheme,
-    choose_scheme,
-    packed_scheme,
-    quantize_graph,
-)
+from gap_export.quantization.graph import quantize_graph
+from gap_export.quantization.scheme import Scheme, choose_scheme, packed_scheme
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
 from gap_export.tracing.repeat_layers import repeat_layer
 from gap_export.tracing.trace import FREE_ROWS, Traced, trace
-from gap_export.weights.plan import WeightPlan, bind_weights, strip_stage, write_placeholders
+from gap_export.weights.bind import bind_weights, strip_stage
+from gap_export.weights.plan import WeightPlan
+from gap_export.weights.write import write_placeholders
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.pictures.preprocess import Bucket

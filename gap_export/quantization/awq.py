@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gap_export.checkpoint.sources import TensorSource, cut_pieces, make_tensor
 from gap_export.interfaces.family import InputStatistics, SmoothingGroup
-from gap_export.quantization.graph import Scheme, Smoothing, round_weight
+from gap_export.quantization.scheme import Scheme
+from gap_export.quantization.values import Smoothing, round_weight
 
 # I inputs of a weight, O its outputs.
 

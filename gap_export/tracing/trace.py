@@ -1,7 +1,7 @@
 """Torch modules to ONNX graphs without any weights: the one room that knows torch.onnx.
 
 Modules are built under fake tensors, so neither memory nor time depends on the size of the
-weights. Initializers come out as names and shapes; gap_export.weights.plan binds them to files.
+weights. Initializers come out as names and shapes; gap_export.weights.bind binds them to files.
 """
 
 from __future__ import annotations

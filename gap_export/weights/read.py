@@ -17,9 +17,10 @@ from typing import Final, Self
 import torch
 
 from gap_export.checkpoint.index import TensorLocation
-from gap_export.checkpoint.sources import TensorSource
+from gap_export.checkpoint.sources import NOT_FINITE, TensorSource
 from gap_export.errors import ExportError
-from gap_export.weights.plan import NOT_FINITE, WeightPlan, share_blocks
+from gap_export.weights.plan import WeightPlan
+from gap_export.weights.write import share_blocks
 from gap_runtime.bundle.hashes import new_hash
 
 _BLOCK_BYTES: Final = 4 * 2**20

@@ -16,7 +16,7 @@ from tools.engines import build_bundle
 from gap_export.cli.main import main
 from gap_export.config import package_data
 from gap_export.errors import ExportError
-from gap_export.quantization.graph import VALUES
+from gap_export.quantization.scheme import VALUES
 from gap_runtime import Bundle, Grounder
 from gap_runtime.errors import CheckError
 from gap_runtime.evaluation.refshapes import draw_scene

@@ -24,14 +24,8 @@ from gap_export.errors import CheckpointError, ExportError
 from gap_export.pipeline.estimate import estimate
 from gap_export.pipeline.plan import ExportRequest, plan_export
 from gap_export.pipeline.run import export
-from gap_export.quantization.graph import (
-    ORDER,
-    SCALES,
-    VALUES,
-    ZEROS,
-    packed_scheme,
-    quantize_sources,
-)
+from gap_export.quantization.scheme import ORDER, SCALES, VALUES, ZEROS, packed_scheme
+from gap_export.quantization.values import quantize_sources
 from gap_export.reference.files import load_tensors
 from gap_runtime import Bundle
 from gap_runtime.bundle.tensors import count_bytes

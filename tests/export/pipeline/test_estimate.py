@@ -16,7 +16,7 @@ from gap_export.config import load_config
 from gap_export.pipeline.estimate import _LiveBytes, estimate, stored_bytes
 from gap_export.pipeline.plan import ExportRequest, plan_export
 from gap_export.pipeline.run import export
-from gap_export.quantization.graph import choose_scheme
+from gap_export.quantization.scheme import choose_scheme
 from gap_runtime.display import Display
 from gap_runtime.machines.target import load_target
 

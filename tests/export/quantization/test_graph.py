@@ -14,15 +14,8 @@ from gap_export.config import load_config
 from gap_export.interfaces.family import InputStatistics, SmoothingGroup
 from gap_export.pipeline.plan import ExportRequest, plan_export
 from gap_export.quantization.awq import smooth_model
-from gap_export.quantization.graph import (
-    SCALES,
-    VALUES,
-    Scheme,
-    Smoothing,
-    choose_scheme,
-    quantize_sources,
-    round_weight,
-)
+from gap_export.quantization.scheme import SCALES, VALUES, Scheme, choose_scheme
+from gap_export.quantization.values import Smoothing, quantize_sources, round_weight
 from gap_runtime.errors import ConfigError
 
 INT8, INT4 = Scheme(dtype="int8", block=None), Scheme(dtype="int4", block=32)

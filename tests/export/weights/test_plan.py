@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.sources import TensorSource, make_tensor, stored
 from gap_export.errors import ExportError
-from gap_export.weights.plan import bring_weights, plan_weights, write_placeholders
+from gap_export.weights.plan import plan_weights
+from gap_export.weights.write import bring_weights, write_placeholders
 
 CONVERTED = "weights-float16.safetensors"
 

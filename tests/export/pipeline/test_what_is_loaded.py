@@ -1,0 +1,35 @@
+"""What planning costs: it settles numbers, so that it must not load what makes graphs."""
+
+import subprocess
+import sys
+
+import pytest
+
+TRACER = ("gap_export.tracing.trace", "onnx", "onnx_ir", "onnxscript")
+IMPORTED = "import gap_export.pipeline.plan"
+PLANNED = """
+from gap_export.config import load_config
+from gap_export.pipeline.plan import ExportRequest, plan_export
+
+named = load_config("refshapes", {})
+plan_export(
+    ExportRequest(named=named, target="cpu", out=None, weights="clone", reference=True)
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        # A family loads transformers, which loads torch.onnx on its own.
+        (IMPORTED, (*TRACER, "torch.onnx._internal")),
+        (PLANNED, TRACER),
+    ],
+    ids=["imported", "planned"],
+)
+def test_the_tracer_is_not_loaded(code, unwanted):
+    script = f"{code}\nimport sys\nprint([name for name in {unwanted} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
