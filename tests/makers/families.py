@@ -243,6 +243,15 @@ def find_family(name, tmp_path_factory, *, head_dim=None):
     return _made[key]
 
 
+def _find_case(home, *, sizes, **told):
+    """The family that `home` is named after, with a picture of the first size to ask about."""
+    samples = home / "samples"
+    picture = make_samples(samples, make_picture(*sizes[0]))
+    return FamilyCase(
+        name=home.name, home=home, sizes=sizes, samples=samples, picture=picture, **told
+    )
+
+
 def _make_llava(home, head_dim):
     """5x5 patches; three query heads to a key head; nothing is a power of two."""
     folder = make_llava_checkpoint(
@@ -268,15 +277,12 @@ def _make_llava(home, head_dim):
         projection=22,
         seed=2,
     )
-    return FamilyCase(
-        name="llava",
-        home=home,
+    return _find_case(
+        home,
         model=str(folder),
         text={"parts.clip": str(clip)},
         buckets=((25, 0),),
         sizes=((90, 61),),
-        picture=make_samples(home / "samples", make_picture(90, 61)),
-        samples=home / "samples",
         files=folder,
     )
 
@@ -302,15 +308,12 @@ def _make_llava_original(home, head_dim):
         layers=3,
         seed=4,
     )
-    return FamilyCase(
-        name="llava-original",
-        home=home,
+    return _find_case(
+        home,
         model=str(folder),
         overrides={"parts.clip": str(clip)},
         buckets=((25, 0),),
         sizes=((61, 90),),
-        picture=make_samples(home / "samples", make_picture(61, 90)),
-        samples=home / "samples",
         files=folder,
     )
 
@@ -336,16 +339,13 @@ def _make_next_vicuna(home, head_dim):
         text_heads=4,
         seed=6,
     )
-    return FamilyCase(
-        name="llava-next-vicuna",
-        home=home,
+    return _find_case(
+        home,
         model=str(folder),
         overrides={"image.canvas": "126x42,126x42/9:1"},
         text={"parts.clip": str(clip)},
         buckets=((9 + 3 * 10, 3), (9 + 1 * 10, 1)),
         sizes=((160, 50), (270, 30)),
-        picture=make_samples(home / "samples", make_picture(160, 50)),
-        samples=home / "samples",
         files=folder,
     )
 
@@ -373,16 +373,13 @@ def _make_next_mistral(home, head_dim):
         projection=18,
         seed=8,
     )
-    return FamilyCase(
-        name="llava-next-mistral",
-        home=home,
+    return _find_case(
+        home,
         model=str(folder),
         overrides={"image.canvas": "112x112/4:3"},
         text={"parts.clip": str(clip)},
         buckets=((16 + 6 * 9, 6),),
         sizes=((160, 120),),
-        picture=make_samples(home / "samples", make_picture(160, 120)),
-        samples=home / "samples",
         files=folder,
     )
 
@@ -399,15 +396,12 @@ def _make_shikra(home, head_dim):
         mlp=76,
         seed=9,
     )
-    return FamilyCase(
-        name="shikra",
-        home=home,
+    return _find_case(
+        home,
         model=str(files.delta),
         overrides={"parts.base": str(files.base), "parts.clip": str(files.clip)},
         buckets=((36, 0),),
         sizes=((90, 50),),
-        picture=make_samples(home / "samples", make_picture(90, 50)),
-        samples=home / "samples",
         files=files,
     )
 
@@ -425,9 +419,8 @@ def _make_minigpt(home, head_dim):
         layers=3,
         seed=10,
     )
-    return FamilyCase(
-        name="minigpt-v2",
-        home=home,
+    return _find_case(
+        home,
         model="minigpt-v2",
         checkpoint=files.checkpoint,
         overrides={
@@ -437,8 +430,6 @@ def _make_minigpt(home, head_dim):
         },
         buckets=((16, 0),),
         sizes=((80, 60),),
-        picture=make_samples(home / "samples", make_picture(80, 60)),
-        samples=home / "samples",
         files=files,
     )
 
