@@ -43,7 +43,8 @@ class BenchReport:
     backend: str
     runs: int
     cores: int
-    load_average: float
+    load_average: float | None
+    """Of the minute before the end; None where the system counts none (Windows)."""
     rows: tuple[BenchRow, ...]
 
 
@@ -78,7 +79,7 @@ def bench_bundle(
         backend=backend,
         runs=runs,
         cores=os.cpu_count() or 1,
-        load_average=os.getloadavg()[0],
+        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         rows=rows,
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -25,6 +26,15 @@ def test_every_ratio_has_a_row(make_bundle, backend):
     assert found == [(0.5, "", 8, 16, 16), (0.75, "", 4, 16, 12)]
     assert Counter(name for name, _ in backend.calls) == {"vision-8": 4, "vision-4": 4}
     assert report.runs == 3
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_system_that_counts_no_load(make_bundle, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 2.0, 3.0), raising=False)
+    bundle = Bundle.open(make_bundle())
+    assert bench_bundle(bundle, runs=1).load_average == 1.5
+    monkeypatch.delattr(os, "getloadavg")
+    assert bench_bundle(bundle, runs=1).load_average is None
 
 
 def test_every_ratio_of_every_bucket_has_a_row(make_bundle, backend, tiled):
