@@ -132,6 +132,19 @@ def test_every_graph_file_is_looked_at():
     )
 
 
+def test_tests_lie_where_a_reader_looks_for_them():
+    """In folders named as the packages, in files that one can read through."""
+    for tests, package in zip(("export", "runtime"), PACKAGES, strict=True):
+        folders = {path.parent.name for path in (ROOT / "tests" / tests).glob("*/test_*.py")}
+        assert folders <= {path.parent.name for path in package.glob("*/__init__.py")}
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "tests").rglob("*.py")
+    }
+    assert len(lengths) > 100
+    assert {name for name, length in lengths.items() if length > 600} == set()
+
+
 def read_version(path):
     for node in ast.walk(parse(path)):
         targets = (
