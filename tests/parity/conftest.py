@@ -1,11 +1,10 @@
 """Bundles that several parity tests read; made once."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 from makers.families import shared_graphs
-from tools.places import ROOT
+from tools.places import load_runtime_helper
 
 from gap_export.cli import main as cli
 from gap_export.config import load_config
@@ -73,8 +72,4 @@ def swept(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pages():
     """The module page_reader.py of the runtime's tests."""
-    path = ROOT / "tests" / "runtime" / "page_reader.py"
-    spec = importlib.util.spec_from_file_location("page_reader", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_runtime_helper("page_reader")

@@ -9,13 +9,13 @@ import sys
 
 import onnxruntime
 import pytest
-from tools.engines import load_fakes
+from tools.places import load_runtime_helper
 
 from gap_runtime import Bundle
 from gap_runtime.cli.main import main
 from gap_runtime.grounding.check import check_bundle
 
-fakes = load_fakes()
+fakes = load_runtime_helper("fake_tensorrt")
 
 
 @pytest.fixture

@@ -349,21 +349,22 @@ def edit_manifest():
     return edit
 
 
-@pytest.fixture(scope="session")
-def fakes():
-    """The module fake_tensorrt.py, which lies beside this one."""
-    path = Path(__file__).with_name("fake_tensorrt.py")
-    spec = importlib.util.spec_from_file_location("fake_tensorrt", path)
+def load_beside(name):
+    """A module that lies beside this one: these tests run without the other folders."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fakes():
+    """A TensorRT and a CUDA that are made up."""
+    return load_beside("fake_tensorrt")
 
 
 @pytest.fixture(scope="session")
 def pages():
-    """The module page_reader.py, which lies beside this one."""
-    path = Path(__file__).with_name("page_reader.py")
-    spec = importlib.util.spec_from_file_location("page_reader", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The reader of HTML pages."""
+    return load_beside("page_reader")

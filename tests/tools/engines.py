@@ -1,6 +1,5 @@
 """Engines built by a real TensorRT (TensorRT-RTX builds without a GPU)."""
 
-import importlib.util
 from collections import Counter
 
 import tensorrt_rtx as trt
@@ -9,7 +8,6 @@ from gap_runtime.backends import tensorrt as backend
 from gap_runtime.bundle.engines import BuildRequest
 from gap_runtime.display import Display
 from gap_runtime.machines.target import load_target
-from tools.places import ROOT
 
 
 def build(path, profiles):
@@ -46,12 +44,3 @@ def build_bundle(bundle, *capabilities, target="rtx"):
     )
     report = backend.build(bundle, request, Display(quiet=True))
     return {engine.record.stage: engine.record for engine in report.engines}
-
-
-def load_fakes():
-    """The made-up TensorRT of the runtime's tests."""
-    path = ROOT / "tests" / "runtime" / "fake_tensorrt.py"
-    spec = importlib.util.spec_from_file_location("fake_tensorrt", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
