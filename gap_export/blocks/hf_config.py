@@ -21,6 +21,7 @@ FRACTION_BOX: Final = BoxFormat(
     pattern=rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]",
     scale=1.0,
     frame="padded-square",
+    form="[0.##, 0.##, 0.##, 0.##]",
 )
 """`[0.12, 0.34, 0.56, 0.78]`: fractions of the picture on its square canvas."""
 

@@ -166,10 +166,10 @@ class LlamaDecoder(nn.Module):
         embeddings_BSD: Tensor,
         position_ids_BS: Tensor,
         write_slot_B: Tensor,
-        logits_row_B: Tensor,
+        logits_rows_R: Tensor,
         caches: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Logits [B, V] float32 of one row, then the caches, key and value by layer."""
+        """Logits [R, V] float32 of the wanted rows, then the caches, key and value by layer."""
         # The batch is one, and linear layers of two dimensions need no reshaping.
         hidden_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
         rows = Rows(
@@ -184,9 +184,10 @@ class LlamaDecoder(nn.Module):
             cache = (caches[2 * k], caches[2 * k + 1])
             hidden_SD, key, value = layer(hidden_SD, cache, rows, planned)
             written += [key, value]
-        row_BD = torch.index_select(hidden_SD, 0, logits_row_B)
-        logits_BV = self.lm_head(self.language_model.norm(row_BD))
-        return logits_BV.float(), *written
+        # One Gather; index_select would be written with a Reshape that loses the free dimension.
+        wanted_RD = functional.embedding(logits_rows_R, hidden_SD)
+        logits_RV = self.lm_head(self.language_model.norm(wanted_RD))
+        return logits_RV.float(), *written
 
 
 class LlamaLayer(nn.Module):

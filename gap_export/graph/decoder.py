@@ -2,18 +2,19 @@
 
     name                 dtype    shape                   meaning
     in
-    embeddings           float32  [1, S, D]               prompt rows, or one token
+    embeddings           float32  [1, S, D]               prompt rows, or a token and a draft
     position_ids         int64    [1, S]                  rotary position of each row
     write_slot           int64    [1]                     cache slot of row 0
-    logits_row           int64    [1]                     row whose logits are wanted
+    logits_rows          int64    [R]                     rows whose logits are wanted
     cache_key_00 ...     model's  [1, G, capacity, d]     keys so far, one tensor a layer
     cache_value_00 ...   model's  [1, G, capacity, d]     values so far
     out
-    logits               float32  [1, V]                  of the wanted row
+    logits               float32  [R, V]                  of the wanted rows
     next_cache_key_00 .. model's  [1, G, capacity, d]     the cache with the rows written
     next_cache_value_00  model's  [1, G, capacity, d]
 
-S is the only free dimension. A runtime binds each cache tensor's memory as input and as output.
+S and R are the only free dimensions. A runtime binds each cache tensor's memory as input and as
+output.
 Position and slot are independent: position_ids may run ahead of the slots.
 """
 
@@ -37,12 +38,12 @@ class DecoderStage(nn.Module):
         embeddings: Tensor,
         position_ids: Tensor,
         write_slot: Tensor,
-        logits_row: Tensor,
+        logits_rows: Tensor,
         caches: list[Tensor],
     ) -> tuple[Tensor, ...]:
         """Logits and the written caches; see the table above."""
         outputs: tuple[Tensor, ...] = self.decoder(
-            embeddings, position_ids, write_slot, logits_row, caches
+            embeddings, position_ids, write_slot, logits_rows, caches
         )
         return outputs
 

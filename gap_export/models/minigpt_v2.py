@@ -74,6 +74,7 @@ _BOX: Final = BoxFormat(
     pattern=rf"\{{{_NUMBER}{_NUMBER}{_NUMBER}{_NUMBER}\s*\}}",
     scale=100.0,
     frame="original",
+    form="{<##><##><##><##>}",
 )
 _LORA_KEY: Final = re.compile(
     r"^llama_model\.base_model\.model\.model\.(layers\.\d+\.self_attn\.[qv]_proj)"

@@ -70,6 +70,7 @@ TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14", "base": "huggyllama/llama-7b"}
 PHRASE: Final = "clip"
 _LAYER: Final = -2
+_FORM: Final = "[0.###,0.###,0.###,0.###]"
 _TEMPLATE: Final = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. USER: In <image>, I need the "
@@ -145,7 +146,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             std=std,
             canvases=(),
         ),
-        box=FRACTION_BOX,
+        box=dataclasses.replace(FRACTION_BOX, form=_FORM),
         template=_TEMPLATE,
         prefix=_PREFIX,
         library_config=_Config(vision, llama, layer),

@@ -92,8 +92,16 @@ class _WatchedDecoder:
     def __init__(self, bundle: Bundle, stage: Stage) -> None:
         self._bundle, self._stage = bundle, stage
 
+    def fit(self, rows: int) -> int:
+        """Any number of rows will do."""
+        return rows
+
     def run(
-        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+        self,
+        embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        write_slot: int,
+        logits_rows: np.ndarray,
     ) -> np.ndarray:
         caches = {
             spec.name: np.zeros([int(size) for size in spec.shape], spec.dtype)
@@ -104,10 +112,10 @@ class _WatchedDecoder:
             "embeddings": embeddings,
             "position_ids": position_ids,
             "write_slot": np.array([write_slot]),
-            "logits_row": np.array([logits_row]),
+            "logits_rows": logits_rows,
         }
         path = self._bundle.folder / self._stage.file
-        logits: np.ndarray = run_watched(path, self._stage, given | caches)["logits"][0]
+        logits: np.ndarray = run_watched(path, self._stage, given | caches)["logits"]
         return logits
 
 

@@ -21,12 +21,12 @@ from gap_export.quantization.scheme import Scheme, choose_scheme, packed_scheme
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
 from gap_export.tracing.repeat_layers import repeat_layer
-from gap_export.tracing.trace import FREE_ROWS, Traced, trace
+from gap_export.tracing.trace import Traced, trace
 from gap_export.weights.bind import bind_weights, strip_stage
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.write import write_placeholders
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Stage
-from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS, TensorSpec
 from gap_runtime.pictures.preprocess import Bucket
 
 _TRACED_LAYERS: Final = 2
@@ -159,7 +159,7 @@ def trace_decoder(plan: ExportPlan) -> Traced:
             name="embeddings",
             dtype="float32",
             shape=(1, FREE_ROWS, spec.width),
-            meaning="prompt rows, or one token",
+            meaning="prompt rows, or a token and a draft",
         ),
         TensorSpec(
             name="position_ids",
@@ -169,13 +169,19 @@ def trace_decoder(plan: ExportPlan) -> Traced:
         ),
         TensorSpec(name="write_slot", dtype="int64", shape=(1,), meaning="cache slot of row 0"),
         TensorSpec(
-            name="logits_row", dtype="int64", shape=(1,), meaning="row whose logits are wanted"
+            name="logits_rows",
+            dtype="int64",
+            shape=(FREE_LOGITS,),
+            meaning="rows whose logits are wanted",
         ),
         *caches,
     ]
     outputs = [
         TensorSpec(
-            name="logits", dtype="float32", shape=(1, spec.vocabulary), meaning="of the wanted row"
+            name="logits",
+            dtype="float32",
+            shape=(FREE_LOGITS, spec.vocabulary),
+            meaning="of the wanted rows",
         ),
         *(
             TensorSpec(
@@ -346,5 +352,5 @@ def _write_graph(
         outputs=stage.outputs,
         opset=plan.target.opset,
         operators=plan.dialect.OPERATORS,
-        free=frozenset({FREE_ROWS} if stage.role == DECODER else ()),
+        free=frozenset({FREE_ROWS, FREE_LOGITS} if stage.role == DECODER else ()),
     )

@@ -1,7 +1,7 @@
 """Proof that a graph file is what was promised, made after every export.
 
 The rules: named inputs and outputs with the promised dtypes and shapes; every dimension a number
-(but the promised free one); only operators on the list; constant TopK sizes; weights inside the
+(but the promised free ones); only operators on the list; constant TopK sizes; weights inside the
 bundle; and the ONNX checker's own full check.
 """
 

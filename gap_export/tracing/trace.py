@@ -30,7 +30,6 @@ from gap_export.errors import ExportError
 from gap_export.interfaces.dialect import Dialect
 from gap_runtime.bundle.tensors import TensorSpec
 
-FREE_ROWS: Final = "rows"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _NO_SCOPE: Final = "_empty_nn_module_stack"
 """Begins what torch calls the module of nodes that are of none."""
@@ -238,7 +237,7 @@ def linear_as_gemm(op: Any, x: Any, weight: Any, bias: Any = None) -> Any:
 def _set_interface(
     graph: ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> None:
-    """Give the free dimension its name everywhere; torch numbers it."""
+    """Give the free dimensions their names everywhere; torch numbers them."""
     names: dict[str, str] = {}
     for value, spec in zip(graph.inputs, inputs, strict=True):
         assert value.shape is not None

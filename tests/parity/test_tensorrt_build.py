@@ -178,7 +178,7 @@ def test_an_input_of_a_node_that_the_parser_ignores(change):
     def plant(graph):
         for node in graph.node:
             if node.op_type == "Attention":
-                node.input.extend([""] * (6 - len(node.input)) + ["logits_row"])
+                node.input.extend([""] * (6 - len(node.input)) + ["logits_rows"])
 
     changed = change("decoder", plant)
     with pytest.raises(EngineError, match="with the input nonpad_kv_seqlen, which TensorRT ign"):

@@ -290,13 +290,16 @@ class FakeDecoder:
     def __init__(self, token, calls):
         self.token, self.calls = token, calls
 
-    def run(self, embeddings, position_ids, write_slot, logits_row):
+    def fit(self, rows):
+        return rows
+
+    def run(self, embeddings, position_ids, write_slot, logits_rows):
         assert embeddings.shape[:2] == position_ids.shape
         assert write_slot >= 0
-        assert logits_row >= 0
-        self.calls.append((embeddings.copy(), position_ids, write_slot, logits_row))
-        logits = np.zeros(12, np.float32)
-        logits[self.token if write_slot == 0 else 10] = 1
+        assert min(logits_rows) >= 0
+        self.calls.append((embeddings.copy(), position_ids, write_slot, logits_rows.tolist()))
+        logits = np.zeros((len(logits_rows), 12), np.float32)
+        logits[:, self.token if write_slot == 0 else 10] = 1
         return logits
 
 

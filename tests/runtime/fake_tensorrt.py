@@ -371,9 +371,16 @@ class _Context:
 
     def _shape(self, name):
         spec = self.inputs.get(name) or self.outputs[name]
-        if any(isinstance(size, str) for size in spec.shape):
+        if name in self.shapes:
             return self.shapes[name]
-        return spec.shape
+        # The free dimensions of an output are those of the inputs that have set them.
+        free = {
+            size: self.shapes[each.name][k]
+            for each in self.inputs.values()
+            for k, size in enumerate(each.shape)
+            if isinstance(size, str)
+        }
+        return tuple(free.get(size, size) for size in spec.shape)
 
     def _size(self, name):
         spec = self.inputs.get(name) or self.outputs[name]

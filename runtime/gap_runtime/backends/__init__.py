@@ -22,16 +22,25 @@ class StageSession(Protocol):
 class DecoderSession(Protocol):
     """A loaded decoder graph and its KV cache, which lives on the device."""
 
+    def fit(self, rows: int) -> int | None:
+        """The number of rows that a call of so many has to be padded to; None: it is too long."""
+
     def run(
-        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+        self,
+        embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        write_slot: int,
+        logits_rows: np.ndarray,
     ) -> np.ndarray:
-        """Logits float32 [V] of one row; the rows' keys and values go into the cache.
+        """Logits float32 [R, V] of some rows; all rows' keys and values go into the cache.
+
+        What it gives may be written over by the next call.
 
         Args:
             embeddings: float32 [1, S, D].
             position_ids: int64 [1, S].
             write_slot: Slot of the cache that row 0 is written to; the others follow.
-            logits_row: Row whose logits are wanted.
+            logits_rows: Rows whose logits are wanted, int64 [R], at most MOST_LOGITS.
         """
 
 

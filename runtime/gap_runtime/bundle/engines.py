@@ -21,6 +21,7 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.hashes import hash_bytes, hash_file
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
 from gap_runtime.bundle.onnx_file import OnnxFile, OnnxNode, read_onnx
+from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.display import format_bytes
 from gap_runtime.errors import BundleError, ConfigError, EngineError, RecordError
 from gap_runtime.machines.target import Target
@@ -147,9 +148,9 @@ def list_stages(bundle: Bundle, entries: tuple[RatioEntry, ...]) -> list[Stage]:
 
 
 def list_profiles(layout: BundleLayout, entries: tuple[RatioEntry, ...]) -> tuple[int, ...]:
-    """The decoder's row counts: the length of every prompt once, ascending, and the step."""
-    prompts = sorted({layout.at(entry).prompt for entry in entries})
-    return (*prompts, STEP_ROWS)
+    """The decoder's row counts, ascending: drafts, the length of every prompt; then the step."""
+    prompts = {layout.at(entry).prompt for entry in entries}
+    return (*sorted(prompts | {MOST_LOGITS}), STEP_ROWS)
 
 
 def engine_folder(bundle: Bundle, target: str, compute_capabilities: tuple[str, ...]) -> Path:

@@ -20,7 +20,7 @@ from gap_runtime.pictures.boxes import BoxFormat
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 from gap_runtime.records import dump_record, load_record
 
-SCHEMA: Final = 4
+SCHEMA: Final = 5
 MANIFEST_FILE: Final = "manifest.json"
 DECODER: Final = "decoder"
 VISION: Final = "vision"

@@ -20,6 +20,13 @@ ITEM_BYTES: Final = {
 _WEIGHT_BITS: Final = {"int4": 4, "uint4": 4, "uint8": 8}
 """Bits of the dtypes that only quantized weights have."""
 
+FREE_ROWS: Final = "rows"
+"""The free dimension of the decoder: how many rows a call has."""
+FREE_LOGITS: Final = "wanted_rows"
+"""Its second one: of how many of them the logits are wanted."""
+MOST_LOGITS: Final = 8
+"""Rows whose logits one call gives at most: a token that was chosen, and a draft of others."""
+
 
 def count_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Size of a tensor as it is stored; values of 4 bits lie two in a byte."""
@@ -37,6 +44,11 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
     meaning: str
+
+    def shape_at(self, rows: int) -> tuple[int, ...]:
+        """The shape in a call of a fixed number of rows, which gives as many logits as it may."""
+        sizes = {FREE_ROWS: rows, FREE_LOGITS: min(rows, MOST_LOGITS)}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

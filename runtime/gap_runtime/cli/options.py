@@ -93,6 +93,16 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    """Whether what the form of an answer forces is drafted."""
+    parser.add_argument(
+        "--no-draft",
+        action="store_false",
+        dest="draft",
+        help="decode token by token, without drafts of what the form of an answer forces",
+    )
+
+
 def open_bundle(options: argparse.Namespace, *, verify_all: bool = False) -> Bundle:
     """The bundle that is named on the command line."""
     from gap_runtime.bundle.bundle import Bundle  # noqa: PLC0415 - numpy only when a command runs

@@ -1,4 +1,4 @@
-"""The decode loop: prefill once, then one token at a time, greedily.
+"""The decode loop: the prompt, then token by token, greedily; what is forced is drafted.
 
 Position and slot are two counters: a token's slot follows the compact cache, its position goes
 on from the last one that the vision graph gave, in whatever mode that was made.
@@ -14,90 +14,172 @@ import numpy as np
 from gap_runtime.backends import DecoderSession
 from gap_runtime.bundle.bundle import embedding_rows
 from gap_runtime.errors import EngineError
+from gap_runtime.grounding.draft import Drafter
+
+# A axes of positions, S prompt rows, D width, V vocabulary, K + E visual tokens.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """A decoded answer."""
+    """A decoded answer.
+
+    `calls` of the decoder, the prefill among them. Of the rows that they held, `drafted` were
+    sent as drafts, and `accepted` of these turned out to be tokens of the answer.
+    """
 
     token_ids: list[int]
     prefill_logits: np.ndarray
     prefill_ms: float
     decode_ms: float
+    calls: int
+    drafted: int
+    accepted: int
 
 
 def splice_prompt(
-    table: np.ndarray, prefix: list[int], visual: np.ndarray, suffix: list[int], rows: int
+    table: np.ndarray, prefix: list[int], visual: np.ndarray, suffix: list[int]
 ) -> np.ndarray:
-    """Prompt embeddings float32 [1, rows, D], zero rows after the last token.
+    """Prompt embeddings float32 [1, S, D].
 
     Args:
         table: Token embeddings [V, D].
         prefix: Token IDs before the picture.
         visual: The vision graph's tokens [1, K + E, D].
         suffix: Token IDs after the picture.
-        rows: Length to pad to.
     """
-    embeddings = np.zeros((1, rows, visual.shape[-1]), np.float32)
-    start, end = len(prefix), len(prefix) + visual.shape[1]
-    embeddings[0, :start] = embedding_rows(table, prefix)
-    embeddings[0, start:end] = visual[0]
-    embeddings[0, end : end + len(suffix)] = embedding_rows(table, suffix)
-    return embeddings
+    before, after = (embedding_rows(table, ids)[None] for ids in (prefix, suffix))
+    return np.concatenate([before, visual, after], axis=1, dtype=np.float32)
 
 
 def decode_greedily(
     decoder: DecoderSession,
     table: np.ndarray,
-    embeddings: np.ndarray,
+    prompt: np.ndarray,
     position_ids: np.ndarray,
     *,
-    length: int,
     most: int,
+    capacity: int,
     stop_ids: tuple[int, ...],
+    drafter: Drafter | None = None,
 ) -> Decoded:
-    """Answer tokens, the most likely one at each step, without the stop token.
+    """Answer tokens, the most likely one at each place, without the stop token.
+
+    Every call holds the rows that are known and a draft of what follows them. A drafted token
+    counts if it is the most likely one at its place; what comes after one that is not is lost.
 
     Args:
         decoder: A session; its cache is overwritten from slot 0.
         table: Token embeddings [V, D].
-        embeddings: Padded prompt [1, S, D].
-        position_ids: Of the padded prompt, int64 [1, S].
-        length: Tokens of the prompt without padding.
+        prompt: Embeddings [1, S, D].
+        position_ids: Of the prompt, int64 [A, S]; columns behind it are not looked at.
         most: Most tokens to decode.
+        capacity: Slots of the cache.
         stop_ids: Token IDs that end the answer.
+        drafter: Makes the drafts; None for one token at a time.
 
     Raises:
         EngineError: The decoder gave values that are not finite.
     """
     began = time.perf_counter()
-    # Padded rows come after the real ones, so that none of those sees them; decoding
-    # overwrites their cache slots one by one.
-    logits = decoder.run(embeddings, position_ids, write_slot=0, logits_row=length - 1).copy()
-    prefilled = time.perf_counter()
-    token_ids: list[int] = []
-    token = _choose(logits)
-    first_position = int(position_ids[0, length - 1]) + 1
-    while token not in stop_ids and len(token_ids) < most:
-        token_ids.append(token)
-        if len(token_ids) == most:
+    caller = _Caller(decoder, table, prompt, position_ids, capacity)
+    answer: list[int] = []
+    calls = drafted = accepted = 0
+    while True:
+        before = tuple(answer)
+        draft = drafter.propose(before, most - len(before) - 1) if drafter else []
+        logits, draft = caller.run(before, draft)
+        if not calls:
+            prefill_logits, prefilled = logits[0].copy(), time.perf_counter()
+        news = _read(logits, draft, most - len(before), stop_ids)
+        answer += news.token_ids
+        calls, drafted = calls + 1, drafted + len(draft)
+        accepted += news.accepted
+        if drafter and draft:
+            drafter.learn(before, news.accepted)
+        if news.is_last:
             break
-        step = len(token_ids) - 1
-        token = _choose(
-            decoder.run(
-                embedding_rows(table, [token])[None],
-                np.array([[first_position + step]]),
-                write_slot=length + step,
-                logits_row=0,
-            )
-        )
-    ended = time.perf_counter()
     return Decoded(
-        token_ids=token_ids,
-        prefill_logits=logits,
+        token_ids=answer,
+        prefill_logits=prefill_logits,
         prefill_ms=(prefilled - began) * 1e3,
-        decode_ms=(ended - prefilled) * 1e3,
+        decode_ms=(time.perf_counter() - prefilled) * 1e3,
+        calls=calls,
+        drafted=drafted,
+        accepted=accepted,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _News:
+    """What one call adds to an answer, and whether it ends it."""
+
+    token_ids: list[int]
+    accepted: int
+    is_last: bool
+
+
+def _read(logits: np.ndarray, draft: list[int], most: int, stop_ids: tuple[int, ...]) -> _News:
+    """The most likely tokens [1 + drafted, V], as far as the draft agrees with them."""
+    found: list[int] = []
+    for row, drafted in zip(logits, [*draft, None], strict=True):
+        if len(found) == most:
+            return _News(token_ids=found, accepted=len(found), is_last=True)
+        token = _choose(row)
+        if token in stop_ids:
+            return _News(token_ids=found, accepted=len(found), is_last=True)
+        found.append(token)
+        if token != drafted:
+            break
+    return _News(token_ids=found, accepted=len(found) - 1, is_last=len(found) == most)
+
+
+class _Caller:
+    """Calls of the decoder for one prompt: the rows that are known, a draft, and their places."""
+
+    def __init__(
+        self,
+        decoder: DecoderSession,
+        table: np.ndarray,
+        prompt: np.ndarray,
+        position_ids: np.ndarray,
+        capacity: int,
+    ) -> None:
+        self._decoder, self._table, self._capacity = decoder, table, capacity
+        self._prompt = prompt
+        self._length = prompt.shape[1]
+        self._positions = position_ids[:, : self._length]
+        self._is_prefilled = False
+
+    def run(self, answer: tuple[int, ...], draft: list[int]) -> tuple[np.ndarray, list[int]]:
+        """Logits [1 + drafted, V] behind an answer so far, and the draft that there was room for.
+
+        Rows that only fill a call up come last, so that no other sees them; later calls write
+        over their slots, as over those of a refused draft.
+        """
+        if self._is_prefilled:
+            # The last token has been chosen, but not been seen by the decoder yet.
+            known, slot = embedding_rows(self._table, [answer[-1]])[None], len(answer) - 1
+            known_positions, slot = self._behind(slot, 1), self._length + slot
+        else:
+            known, known_positions, slot = self._prompt, self._positions, 0
+        self._is_prefilled = True
+        count = known.shape[1]
+        rows = self._decoder.fit(count + len(draft))
+        if rows is None or slot + rows > self._capacity:
+            draft = []
+            rows = self._decoder.fit(count) or count
+        embeddings = np.zeros((1, rows, known.shape[2]), np.float32)
+        embeddings[:, :count] = known
+        embeddings[:, count : count + len(draft)] = embedding_rows(self._table, draft)
+        behind = self._behind(slot + count - self._length, rows - count)
+        positions = np.concatenate([known_positions, behind], axis=1)
+        wanted = np.arange(count - 1, count + len(draft))
+        return self._decoder.run(embeddings, positions, slot, wanted), draft
+
+    def _behind(self, start: int, count: int) -> np.ndarray:
+        """Position IDs [A, count] of the tokens from that one of the answer on."""
+        steps: np.ndarray = self._positions[:, -1:] + 1 + start + np.arange(count)
+        return steps
 
 
 def _choose(logits: np.ndarray) -> int:

@@ -17,10 +17,12 @@ from typing import Final
 
 from tokenizers import Tokenizer
 
+from gap_runtime.bundle.tensors import MOST_LOGITS
+
 DIGIT: Final = "#"
 """A digit that is not known, in the form of an answer: `[0.##, 0.##, 0.##, 0.##]`."""
-MOST_ROWS: Final = 8
-"""Rows of a decoder call behind the prefill: a token that was just chosen, and a draft."""
+LONGEST: Final = MOST_LOGITS - 1
+"""Tokens of a draft at most: they follow the last token that is known."""
 _DIGITS: Final = "0123456789"
 _TRIES: Final = 2
 """Misses at one place of the form after which nothing is drafted there any more."""
@@ -47,19 +49,19 @@ class Drafter:
         self._known: dict[tuple[int | str, ...], tuple[int, ...]] = {}
         self._misses: dict[tuple[int | str, ...], int] = {}
 
-    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+    def propose(self, token_ids: Sequence[int], most: int = LONGEST) -> list[int]:
         """Tokens that the form forces behind an answer so far; none where it forces nothing.
 
         Args:
             token_ids: The answer so far.
-            most: Longest draft.
+            most: There is room for so many; LONGEST is the limit in any case.
         """
         key = self._key(token_ids)
         if self._misses.get(key, 0) >= _TRIES:
             return []
         if key not in self._known:
             self._known[key] = self._draft(token_ids)
-        return list(self._known[key][: max(most, 0)])
+        return list(self._known[key][: max(min(most, LONGEST), 0)])
 
     def learn(self, token_ids: Sequence[int], accepted: int) -> None:
         """Take in how many tokens were accepted of the draft behind an answer so far."""

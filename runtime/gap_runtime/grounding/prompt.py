@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt
 from gap_runtime.errors import BundleError, InputError
+from gap_runtime.grounding.draft import Drafter
 
 PHRASE_FIELD: Final = "{phrase}"
 IMAGE_FIELD: Final = "<image>"
@@ -124,6 +125,13 @@ class PromptEncoder:
                 f"{len(encoded.suffix)}"
             )
         return encoded
+
+    def make_drafter(self, form: str | None) -> Drafter | None:
+        """A drafter of answers of that form behind this prompt; None where there is no form."""
+        if form is None:
+            return None
+        before = self._prompt.template.rpartition(PHRASE_FIELD)[2]
+        return Drafter(self._tokenizer, form, before)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of an answer, without special tokens."""

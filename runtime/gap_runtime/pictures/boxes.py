@@ -14,13 +14,15 @@ class BoxFormat:
 
     `attempt` is a regular expression for what is meant as a box, `pattern` one for all of a
     proper box, whose four groups are x0, y0, x1, y1. A value of `scale` is the far edge of the
-    frame: `padded-square` or `original`.
+    frame: `padded-square` or `original`. `form` is the usual answer with `#` for a digit, of
+    which drafts are made; null where there is none.
     """
 
     attempt: str
     pattern: str
     scale: float
     frame: str
+    form: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,11 +242,11 @@ def run_decoder(bundle, embeddings, position_ids, tmp_path):
         "embeddings": embeddings,
         "position_ids": position_ids,
         "write_slot": np.zeros(1, np.int64),
-        "logits_row": np.array([embeddings.shape[1] - 1]),
+        "logits_rows": np.array([embeddings.shape[1] - 1]),
     } | {
         spec.name: np.zeros(spec.shape, spec.dtype)
         for spec in stage.inputs
-        if spec.name not in {"embeddings", "position_ids", "write_slot", "logits_row"}
+        if spec.name not in {"embeddings", "position_ids", "write_slot", "logits_rows"}
     }
     logits = session.run(["logits"], feeds)[0][0]
     model = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)

@@ -162,7 +162,7 @@ def decoder_bundle(make_bundle, manifest):
         make_spec("embeddings", "float32", 1, "rows", 2),
         make_spec("position_ids", "int64", 1, "rows"),
         make_spec("write_slot", "int64", 1),
-        make_spec("logits_row", "int64", 1),
+        make_spec("logits_rows", "int64", "wanted_rows"),
         *caches,
     )
     stages[-1] = dataclasses.replace(decoder, inputs=inputs)
@@ -185,7 +185,7 @@ def open_vision(bundle, device):
 def run_rows(decoder, rows, slot):
     embeddings = np.full((1, rows, 2), float(slot + 1), np.float32)
     positions = np.arange(slot, slot + rows)[None]
-    return decoder.run(embeddings, positions, write_slot=slot, logits_row=rows - 1)
+    return decoder.run(embeddings, positions, write_slot=slot, logits_rows=np.array([rows - 1]))[0]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,10 @@ def test_tensorrt_has_cuda_behind_it(ort, decoder_bundle):
     (first, options), (second, _) = ort.sessions[0].providers
     assert (first, second) == (TENSORRT, CUDA)
     assert options["trt_fp16_enable"] == "0"
-    assert options["trt_profile_min_shapes"] == "embeddings:1x1x2,position_ids:1x1"
-    assert options["trt_profile_opt_shapes"] == "embeddings:1x16x2,position_ids:1x16"
+    assert options["trt_profile_min_shapes"] == ("embeddings:1x1x2,position_ids:1x1,logits_rows:1")
+    assert options["trt_profile_opt_shapes"] == (
+        "embeddings:1x16x2,position_ids:1x16,logits_rows:8"
+    )
     assert options["trt_profile_max_shapes"] == options["trt_profile_opt_shapes"]
     folder = decoder_bundle.folder.resolve() / "engines"
     assert options["trt_engine_cache_path"].startswith(f"{folder}/onnxruntime-tensorrt-")
@@ -381,7 +383,9 @@ def test_a_provider_that_is_a_package_of_its_own(plugin, decoder_bundle):
     assert session.providers is None
     ((name, options),) = session.options.added
     assert name == "nv_tensorrt_rtx"
-    assert options["nv_profile_max_shapes"] == "embeddings:1x16x2,position_ids:1x16"
+    assert options["nv_profile_max_shapes"] == (
+        "embeddings:1x16x2,position_ids:1x16,logits_rows:8"
+    )
     assert "onnxruntime-nvtensorrtrtx-" in options["nv_runtime_cache_path"]
     run_rows(decoder, 3, 0)
     cache = session.runs[0][0].inputs["cache_key_00"]
@@ -410,7 +414,7 @@ def test_a_plugin_that_does_not_start(plugin, decoder_bundle):
 
 
 def test_the_cache_stays_on_the_device_and_is_bound_once(ort, decoder_bundle):
-    ort.available, ort.on_host = [CUDA, CPU], {"write_slot", "logits_row"}
+    ort.available, ort.on_host = [CUDA, CPU], {"write_slot", "logits_rows"}
     decoder = open_decoder(decoder_bundle, "cuda")
     (session,) = ort.sessions
     assert run_rows(decoder, 4, 0).shape == (VOCABULARY,)
@@ -426,7 +430,7 @@ def test_the_cache_stays_on_the_device_and_is_bound_once(ort, decoder_bundle):
     assert prefill.inputs["cache_key_00"] is steps[0].inputs["cache_key_00"]
     places = {name: value.device for name, value in steps[0].inputs.items()}
     assert (places["embeddings"], places["position_ids"]) == ("cuda", "cuda")
-    assert (places["write_slot"], places["logits_row"]) == ("cpu", "cpu")
+    assert (places["write_slot"], places["logits_rows"]) == ("cpu", "cpu")
     assert [int(seen["write_slot"][0]) for _, seen in session.runs] == [0, 4, 5, 6]
     assert [int(seen["position_ids"][0, -1]) for _, seen in session.runs] == [3, 4, 5, 6]
     assert [float(seen["embeddings"][0, 0, 0]) for _, seen in session.runs] == [1, 5, 6, 7]
@@ -451,7 +455,7 @@ def test_where_nobody_tells_the_places_inputs_are_bound_at_every_run(ort, decode
     for slot in (0, 1):
         run_rows(decoder, 1, slot)
     binding = session.runs[0][0]
-    assert binding.copies == ["embeddings", "position_ids", "write_slot", "logits_row"] * 2
+    assert binding.copies == ["embeddings", "position_ids", "write_slot", "logits_rows"] * 2
     assert [int(seen["write_slot"][0]) for _, seen in session.runs] == [0, 1]
 
 

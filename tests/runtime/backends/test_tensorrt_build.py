@@ -42,11 +42,11 @@ def stages(manifest):
             spec("embeddings", "float32", 1, "rows", 2),
             spec("position_ids", "int64", 1, "rows"),
             spec("write_slot", "int64", 1),
-            spec("logits_row", "int64", 1),
+            spec("logits_rows", "int64", "wanted_rows"),
             *caches,
         ),
         outputs=(
-            spec("logits", "float32", 1, 12),
+            spec("logits", "float32", "wanted_rows", 12),
             *(dataclasses.replace(cache, name=f"next_{cache.name}") for cache in caches),
         ),
     )
@@ -127,7 +127,7 @@ def test_engines_and_records_are_made(write_bundle, install, build):
     record = read_engine_record(folder, "decoder")
     assert (record.package, record.version) == ("tensorrt", "10.16.1")
     assert record.compute_capabilities == ("8.9",)
-    assert record.profiles == (12, 16, 1)
+    assert record.profiles == (8, 12, 16, 1)
     assert record.is_cache_in_place
     assert record.device_memory_bytes == 4096
     assert record.precision == "float32"
@@ -137,7 +137,7 @@ def test_engines_and_records_are_made(write_bundle, install, build):
     config = trt.configs[-1]
     assert config.pools == {"workspace": 2048 * 2**20}
     assert [profile.shapes["embeddings"] for profile in config.profiles] == [
-        [1, rows, 2] for rows in (12, 16, 1)
+        [1, rows, 2] for rows in (8, 12, 16, 1)
     ]
     # Plain TensorRT builds for the GPU that is there.
     assert config.capabilities == {}
@@ -179,9 +179,9 @@ def test_ratios_can_be_built_one_after_the_other(write_bundle, install, build):
     bundle = write_bundle()
     install(bundle)
     first = build(bundle, "--ratio", "0.5")[1]["engines"]
-    assert [engine["record"]["profiles"] for engine in first] == [[], [16, 1]]
+    assert [engine["record"]["profiles"] for engine in first] == [[], [8, 16, 1]]
     both = build(bundle, "--ratio", "0.75")[1]["engines"]
-    assert [engine["record"]["profiles"] for engine in both] == [[], [12, 16, 1]]
+    assert [engine["record"]["profiles"] for engine in both] == [[], [8, 12, 16, 1]]
     assert all(engine["is_reused"] for engine in build(bundle)[1]["engines"])
 
 
@@ -324,9 +324,9 @@ def test_estimates_grow_with_the_weights_of_the_graph(write_bundle):
     assert 4.2e9 < needs.memory < 5e9
 
 
-def test_profiles_are_distinct_prompts_and_the_step(manifest):
-    assert list_profiles(manifest.layout, manifest.ratios) == (12, 16, 1)
-    assert list_profiles(manifest.layout, manifest.ratios[:1] * 2) == (16, 1)
+def test_profiles_are_drafts_distinct_prompts_and_the_step(manifest):
+    assert list_profiles(manifest.layout, manifest.ratios) == (8, 12, 16, 1)
+    assert list_profiles(manifest.layout, manifest.ratios[:1] * 2) == (8, 16, 1)
 
 
 @pytest.mark.parametrize(
@@ -472,8 +472,8 @@ def test_the_script_has_the_same_stages_and_profiles(manifest, stages):
         assert "--stronglyTyped" in call
         assert "--memPoolSize=workspace:2048" in call
         assert '--timingCacheFile="$out"/timing.cache' in call
-    for k, rows in enumerate((12, 16, 1)):
-        shapes = f"embeddings:1x{rows}x2,position_ids:1x{rows}"
+    for k, rows in enumerate((8, 12, 16, 1)):
+        shapes = f"embeddings:1x{rows}x2,position_ids:1x{rows},logits_rows:{min(rows, 8)}"
         sides = " ".join(f"--{side}Shapes={shapes}" for side in ("min", "opt", "max"))
         assert f"--profile={k} {sides}" in calls[2]
     assert "--profile" not in calls[0]

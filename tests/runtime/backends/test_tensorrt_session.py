@@ -32,20 +32,21 @@ def compute(path, inputs):
             "kept_index": np.arange(kept)[None],
             "position_ids": np.arange(kept + 8)[None],
         }
-    start, row = int(inputs["write_slot"][0]), int(inputs["logits_row"][0])
+    start, wanted = int(inputs["write_slot"][0]), inputs["logits_rows"]
     key, value = inputs["cache_key_00"].copy(), inputs["cache_value_00"].copy()
     rows = inputs["embeddings"].shape[1]
     written = inputs["embeddings"][0].astype(np.float16)
     key[0, 0, start : start + rows] = written.astype(key.dtype)
     value[0, 0, start : start + rows] = inputs["position_ids"][0, :, None].astype(value.dtype)
-    logits = np.zeros((1, 12), np.float32)
-    seen = slice(0, start + row + 1)
-    logits[0, :4] = (
-        key[0, 0, seen].astype(np.float32).sum(),
-        value[0, 0, seen].astype(np.float32).sum(),
-        start,
-        np.abs(key[0, 0, start + rows :].astype(np.float32)).sum(),
-    )
+    logits = np.zeros((len(wanted), 12), np.float32)
+    for k, row in enumerate(wanted):
+        seen = slice(0, start + row + 1)
+        logits[k, :4] = (
+            key[0, 0, seen].astype(np.float32).sum(),
+            value[0, 0, seen].astype(np.float32).sum(),
+            start,
+            np.abs(key[0, 0, start + rows :].astype(np.float32)).sum(),
+        )
     return {"logits": logits, "next_cache_key_00": key, "next_cache_value_00": value}
 
 
@@ -61,11 +62,11 @@ def open_bundle(make_bundle, manifest, fakes, monkeypatch):
                 spec("embeddings", "float32", 1, "rows", 2),
                 spec("position_ids", "int64", 1, "rows"),
                 spec("write_slot", "int64", 1),
-                spec("logits_row", "int64", 1),
+                spec("logits_rows", "int64", "wanted_rows"),
                 *caches,
             ),
             outputs=(
-                spec("logits", "float32", 1, 12),
+                spec("logits", "float32", "wanted_rows", 12),
                 *(dataclasses.replace(cache, name=f"next_{cache.name}") for cache in caches),
             ),
         )
@@ -101,10 +102,10 @@ def feed(decoder, answer=4):
     """A prompt and some steps; the logits of each."""
     generator = np.random.default_rng(0)
     prompt = generator.integers(-8, 8, (1, 16, 2)).astype(np.float32)
-    seen = [decoder.run(prompt, np.arange(16)[None], 0, 13).copy()]
+    seen = [decoder.run(prompt, np.arange(16)[None], 0, np.array([13]))[0].copy()]
     for k in range(answer):
         row = generator.integers(-8, 8, (1, 1, 2)).astype(np.float32)
-        seen.append(decoder.run(row, np.array([[30 + k]]), 14 + k, 0).copy())
+        seen.append(decoder.run(row, np.array([[30 + k]]), 14 + k, np.array([0]))[0].copy())
     return np.array(seen)
 
 
@@ -113,17 +114,17 @@ def expected(dtype, answer=4):
     cache = {f"cache_{part}_00": np.zeros((1, 1, CAPACITY, 2), dtype) for part in ("key", "value")}
 
     class Plain:
-        def run(self, embeddings, position_ids, write_slot, logits_row):
+        def run(self, embeddings, position_ids, write_slot, logits_rows):
             inputs = {
                 "embeddings": embeddings,
                 "position_ids": position_ids,
                 "write_slot": np.array([write_slot]),
-                "logits_row": np.array([logits_row]),
+                "logits_rows": logits_rows,
                 **cache,
             }
             outputs = compute("decoder.onnx", inputs)
             cache.update({name: outputs[f"next_{name}"] for name in cache})
-            return outputs["logits"][0]
+            return outputs["logits"]
 
     return feed(Plain(), answer)
 
@@ -163,7 +164,9 @@ def test_what_cannot_be_captured_is_run_one_by_one(open_bundle):
 def test_all_memory_is_given_back(open_bundle):
     bundle, _, gpu = open_bundle()
     decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
-    logits = decoder.run(np.zeros((1, 1, 2), np.float32), np.zeros((1, 1), np.int64), 0, 0)
+    logits = decoder.run(
+        np.zeros((1, 1, 2), np.float32), np.zeros((1, 1), np.int64), 0, np.array([0])
+    )
     assert gpu.blocks
     del decoder, logits
     assert not gpu.blocks
@@ -192,7 +195,7 @@ def test_rows_outside_the_cache_are_refused(open_bundle):
 def test_a_ratio_that_was_not_built(open_bundle):
     bundle, _, _ = open_bundle(ratios=[0.75])
     decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
-    with pytest.raises(EngineError, match="profiles for 12, 1 rows, 16 are wanted; build it"):
+    with pytest.raises(EngineError, match="profiles for 8, 12, 1 rows, 16 are wanted; build it"):
         decoder.run(np.zeros((1, 16, 2), np.float32), np.zeros((1, 16), np.int64), 0, 0)
     with pytest.raises(EngineError, match=r"vision-8\.engine: there is no record"):
         backend.open_stage(bundle, bundle.manifest.stages[0], "")
@@ -203,8 +206,8 @@ def test_a_grounder_takes_the_backend_by_name_and_folder(open_bundle):
     for name in ("tensorrt", "tensorrt:rtx"):
         found = grounder.Grounder(bundle, name)
         assert found._open_decoder().run(
-            np.zeros((1, 1, 2), np.float32), np.zeros((1, 1), np.int64), 0, 0
-        ).shape == (12,)
+            np.zeros((1, 1, 2), np.float32), np.zeros((1, 1), np.int64), 0, np.array([0])
+        ).shape == (1, 12)
 
 
 def refuse(bundle, *texts, folder=""):

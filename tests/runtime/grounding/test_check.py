@@ -48,7 +48,15 @@ def make_values(**changes):
     token_ids = changes.pop("token_ids", [5, 6, 7])
     logits = changes.pop("logits", expected["logits"])
     del expected["logits"]
-    decoded = Decoded(token_ids=token_ids, prefill_logits=logits, prefill_ms=1.0, decode_ms=1.0)
+    decoded = Decoded(
+        token_ids=token_ids,
+        prefill_logits=logits,
+        prefill_ms=1.0,
+        decode_ms=1.0,
+        calls=len(token_ids),
+        drafted=0,
+        accepted=0,
+    )
     values = {**expected, "position_ids": np.arange(36)[None], **changes}
     values = {"prompt_ids": PROMPT, **values}
     return StageValues(**values, decoded=decoded, milliseconds={})

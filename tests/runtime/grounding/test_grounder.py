@@ -45,23 +45,23 @@ def test_graphs_are_loaded_when_they_are_needed_and_once(make_grounder, backend)
 def test_prompt_is_spliced_around_the_visual_tokens(make_grounder, backend):
     make_grounder().ground(SQUARE, "the mug")
     embeddings, positions, slot, row = backend.decoded[0]
-    # Table row k is (2k, 2k + 1); visual tokens count on from 0; one slot of padding.
+    # Table row k is (2k, 2k + 1); visual tokens count on from 0.
     text = [[2 * k, 2 * k + 1] for k in (4, 5, 6, 8, 9, 3)]
     visual = np.arange(16).reshape(8, 2).tolist()
-    assert embeddings.tolist() == [[[4, 5], *visual, *text, [0, 0]]]
-    assert positions.tolist() == [list(range(16))]
-    assert (slot, row) == (0, 1 + 8 + 6 - 1)
+    assert embeddings.tolist() == [[[4, 5], *visual, *text]]
+    assert positions.tolist() == [list(range(15))]
+    assert (slot, row) == (0, [1 + 8 + 6 - 1])
 
 
 def test_extra_token_takes_a_slot_behind_the_kept_ones(make_grounder, backend, with_extra):
     grounding = make_grounder(**with_extra).ground(SQUARE, "the mug")
     embeddings, positions, _, row = backend.decoded[0]
     visual = np.arange(18).reshape(9, 2).tolist()
-    assert embeddings.shape == (1, 17, 2)
+    assert embeddings.shape == (1, 16, 2)
     assert embeddings[0, 1:10].tolist() == visual
     assert embeddings[0, 10].tolist() == [8, 9]  # "Where"
-    assert positions.shape == (1, 17)
-    assert row == 1 + 9 + 6 - 1
+    assert positions.shape == (1, 16)
+    assert row == [1 + 9 + 6 - 1]
     # The answer goes on behind it, in slot and position.
     _, step_positions, slot, _ = backend.decoded[1]
     assert (slot, step_positions.tolist()) == (16, [[16]])
@@ -71,8 +71,8 @@ def test_extra_token_takes_a_slot_behind_the_kept_ones(make_grounder, backend, w
 def test_ratio_without_an_extra_token_has_no_slot_for_it(make_grounder, backend, with_extra):
     make_grounder(**with_extra).ground(SQUARE, "the mug", ratio=0.75)
     embeddings, _, _, row = backend.decoded[0]
-    assert embeddings.shape == (1, 12, 2)
-    assert row == 1 + 4 + 6 - 1
+    assert embeddings.shape == (1, 11, 2)
+    assert row == [1 + 4 + 6 - 1]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_picture_and_ratio_choose_the_vision_graph(
     grounding = make_grounder(**tiled).ground(picture, "the mug", ratio=ratio)
     assert backend.opened == [stage, "decoder"]
     assert (grounding.kept, grounding.patches) == (kept, patches)
-    assert backend.decoded[0][0].shape == (1, 1 + kept + 7, 2)
+    assert backend.decoded[0][0].shape == (1, 1 + kept + 6, 2)
     assert inputs_of(backend, stage)[0]["pixels"].shape == (1, 3, 3, 8, 8)
 
 
@@ -128,7 +128,7 @@ def test_prompt_is_encoded_apart_where_there_is_no_image_token(make_grounder, ba
     embeddings, _, _, row = backend.decoded[0]
     assert embeddings[0, 0].tolist() == [4, 5]
     assert embeddings[0, 9].tolist() == [8, 9]
-    assert row == 1 + 8 + 6 - 1
+    assert row == [1 + 8 + 6 - 1]
 
 
 def test_text_graph_tells_the_phrase_to_a_vision_graph_that_reads_it(
@@ -165,7 +165,7 @@ def test_tokenizers_of_prompt_and_phrase_do_not_share_their_truncation(
     # Six tokens are the text graph's, the prompt has eight.
     assert told_by_clip["phrase"].length == 6
     make_grounder(**told_by_clip).ground(SQUARE, "the red mug", ratio=0.75)
-    assert backend.decoded[0][3] == 1 + 4 + 7 - 1
+    assert backend.decoded[0][3] == [1 + 4 + 7 - 1]
 
 
 def test_phrase_by_embeddings_is_the_mean_of_unit_rows(make_grounder, backend, told_by_embeddings):

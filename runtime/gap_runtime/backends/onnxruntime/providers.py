@@ -147,17 +147,10 @@ def _profile(prefix: str, bundle: Bundle, stage: Stage) -> dict[str, str]:
     """
     layout = bundle.manifest.layout
     rows = max(layout.at(entry).prompt for entry in bundle.manifest.ratios)
-    widths = {
-        spec.name: [size if isinstance(size, int) else None for size in spec.shape]
-        for spec in stage.inputs
-        if any(isinstance(size, str) for size in spec.shape)
-    }
+    free = [spec for spec in stage.inputs if any(isinstance(size, str) for size in spec.shape)]
 
     def shapes(count: int) -> str:
-        return ",".join(
-            f"{name}:{'x'.join(str(count if size is None else size) for size in sizes)}"
-            for name, sizes in widths.items()
-        )
+        return ",".join(f"{spec.name}:{'x'.join(map(str, spec.shape_at(count)))}" for spec in free)
 
     return {
         f"{prefix}_profile_min_shapes": shapes(1),

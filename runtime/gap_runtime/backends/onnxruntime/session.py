@@ -30,6 +30,7 @@ from gap_runtime.backends.onnxruntime.providers import (
 )
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
+from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.errors import BackendMissingError, EngineError
 
 _ERRORS: Final = (
@@ -73,7 +74,7 @@ class OnnxStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
-    """Buffers for one row count, bound once and written in place at every run.
+    """Buffers for one number of rows and of logits, bound once and written in place at every run.
 
     `bindings` take turns: one where the cache is read and written in one place, else two. `moved`
     are inputs that lie on a device and `rebound` those that onnxruntime has to place itself, each
@@ -103,22 +104,33 @@ class OnnxDecoder:
         self._width = int(specs["embeddings"].shape[-1])
         self._vocabulary = int(specs["logits"].shape[-1])
         self._on_host = self._find_host_inputs()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[tuple[int, int], _Call] = {}
         self._turn = 0
 
+    def fit(self, rows: int) -> int:
+        """Any number of rows will do."""
+        return rows
+
     def run(
-        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+        self,
+        embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        write_slot: int,
+        logits_rows: np.ndarray,
     ) -> np.ndarray:
-        """Logits float32 [V] of one row; see gap_runtime.backends.DecoderSession."""
-        rows = embeddings.shape[1]
-        call = self._calls.get(rows)
+        """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
+        sizes = embeddings.shape[1], len(logits_rows)
+        call = self._calls.get(sizes)
         try:
             if call is None:
-                call = self._calls[rows] = self._bind(rows)
+                call = self._bind(*sizes)
+                # Prompts have many lengths: the buffers of the last one are kept, no more.
+                self._calls = {key: c for key, c in self._calls.items() if key[0] <= MOST_LOGITS}
+                self._calls[sizes] = call
             call.arrays["embeddings"][:] = embeddings
             call.arrays["position_ids"][:] = position_ids
             call.arrays["write_slot"][0] = write_slot
-            call.arrays["logits_row"][0] = logits_row
+            call.arrays["logits_rows"][:] = logits_rows
             binding = call.bindings[self._turn]
             for value, array in call.moved:
                 value.update_inplace(array)
@@ -128,18 +140,17 @@ class OnnxDecoder:
         except self._errors as error:
             raise EngineError(f"onnxruntime could not run the decoder: {error}") from error
         self._turn = (self._turn + 1) % len(self._caches)
-        logits: np.ndarray = call.logits[0]
-        return logits
+        return call.logits
 
-    def _bind(self, rows: int) -> _Call:
-        """Buffers for a row count, and a binding for each turn of the caches."""
+    def _bind(self, rows: int, wanted: int) -> _Call:
+        """Buffers for numbers of rows and logits, and a binding for each turn of the caches."""
         arrays: dict[str, np.ndarray] = {
             "embeddings": np.zeros((1, rows, self._width), np.float32),
             "position_ids": np.zeros((1, rows), np.int64),
             "write_slot": np.zeros(1, np.int64),
-            "logits_row": np.zeros(1, np.int64),
+            "logits_rows": np.zeros(wanted, np.int64),
         }
-        logits = np.zeros((1, self._vocabulary), np.float32)
+        logits = np.zeros((wanted, self._vocabulary), np.float32)
         hosted = {
             name: self._ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in arrays.items()

@@ -270,7 +270,7 @@ def _compile(
         profile = builder.create_optimization_profile()
         for spec in stage.inputs:
             if any(isinstance(size, str) for size in spec.shape):
-                shape = tuple(rows if isinstance(size, str) else size for size in spec.shape)
+                shape = spec.shape_at(rows)
                 profile.set_shape(spec.name, shape, shape, shape)
         config.add_optimization_profile(profile)
     save_timings = _load_timings(job, config)

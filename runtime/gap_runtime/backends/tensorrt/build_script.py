@@ -68,7 +68,4 @@ def _make_call(target: Target, stage: Stage, profiles: tuple[int, ...]) -> str:
 def _describe_shapes(stage: Stage, rows: int) -> str:
     """The inputs with a free dimension, at that many rows."""
     free = [spec for spec in stage.inputs if any(isinstance(size, str) for size in spec.shape)]
-    return ",".join(
-        f"{spec.name}:{'x'.join(str(rows if isinstance(s, str) else s) for s in spec.shape)}"
-        for spec in free
-    )
+    return ",".join(f"{spec.name}:{'x'.join(map(str, spec.shape_at(rows)))}" for spec in free)

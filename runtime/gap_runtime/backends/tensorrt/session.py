@@ -8,7 +8,7 @@ call copies its inputs in and its outputs out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -25,7 +25,6 @@ from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemo
 from gap_runtime.backends.tensorrt.library import import_package, last_error, make_log
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import (
-    STEP_ROWS,
     EngineRecord,
     engine_file,
     find_engine_folder,
@@ -34,13 +33,13 @@ from gap_runtime.bundle.engines import (
     rebuild_command,
 )
 from gap_runtime.bundle.manifest import Stage
-from gap_runtime.bundle.tensors import ITEM_BYTES, TensorSpec
+from gap_runtime.bundle.tensors import ITEM_BYTES, MOST_LOGITS, TensorSpec
 from gap_runtime.errors import EngineError
 
 build = build_engines
 """Make the engines of a bundle; see gap_runtime.backends.Builder."""
 
-_SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_row")
+_SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_rows")
 _RUNS_BEFORE_CAPTURE: Final = 2
 """Runs of the step before it is captured: the first ones allocate, which a graph may not."""
 
@@ -148,6 +147,7 @@ class _Call:
     rows: int
     context: Any
     inputs: dict[str, _Tensor]
+    logits: _Tensor
     runs: int = 0
     graphs: dict[int, CapturedGraph]
 
@@ -164,8 +164,7 @@ class TensorrtDecoder:
         self._engine = _Engine(bundle, stage, device)
         self._capacity = bundle.manifest.layout.capacity
         specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
-        self._specs = {name: specs[name] for name in _SMALL_INPUTS}
-        self._logits = _place(self._engine.device, specs["logits"])
+        self._specs = {name: specs[name] for name in (*_SMALL_INPUTS, "logits")}
         caches = [spec for spec in stage.inputs if spec.name.startswith("cache_")]
         self._require_aliases(caches)
         sides = 1 if self._engine.record.is_cache_in_place else 2
@@ -177,10 +176,18 @@ class TensorrtDecoder:
         self._calls: dict[int, _Call] = {}
         self._captures = True
 
+    def fit(self, rows: int) -> int | None:
+        """The smallest of the engine's row counts that has room for so many."""
+        return min((size for size in self._engine.record.profiles if size >= rows), default=None)
+
     def run(
-        self, embeddings: np.ndarray, position_ids: np.ndarray, write_slot: int, logits_row: int
+        self,
+        embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        write_slot: int,
+        logits_rows: np.ndarray,
     ) -> np.ndarray:
-        """Logits float32 [V] of one row; see gap_runtime.backends.DecoderSession."""
+        """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
         rows = embeddings.shape[1]
         if write_slot < 0 or write_slot + rows > self._capacity:
             # A kernel would write behind the cache and say nothing.
@@ -194,17 +201,18 @@ class TensorrtDecoder:
         call.inputs["embeddings"].write(embeddings)
         call.inputs["position_ids"].write(position_ids)
         call.inputs["write_slot"].host[0] = write_slot
-        call.inputs["logits_row"].host[0] = logits_row
+        call.inputs["logits_rows"].host[...] = logits_rows[-1]
+        call.inputs["logits_rows"].host[: len(logits_rows)] = logits_rows
         self._launch(call)
         self._engine.device.synchronize()
         call.runs += 1
         self._side = (self._side + 1) % len(self._caches)
-        logits: np.ndarray = self._logits.host[0]
+        logits: np.ndarray = call.logits.host[: len(logits_rows)]
         return logits
 
     def _launch(self, call: _Call) -> None:
         """Queue one run: as a graph where there is one, or where one can be made now."""
-        is_step = call.rows == STEP_ROWS
+        is_step = call.rows <= MOST_LOGITS
         is_due = self._captures and is_step and call.runs >= _RUNS_BEFORE_CAPTURE
         if is_due and self._side not in call.graphs:
             # Some kernels cannot be captured; running them one by one gives the same.
@@ -225,7 +233,7 @@ class TensorrtDecoder:
         if len(self._caches) > 1 or call.runs == 0:
             self._bind_caches(context)
         self._engine.enqueue(context)
-        device.to_host(self._logits.host, self._logits.memory)
+        device.to_host(call.logits.host, call.logits.memory)
 
     def _bind_caches(self, context: Any) -> None:
         before = self._caches[self._side]
@@ -244,16 +252,15 @@ class TensorrtDecoder:
                 f"it for all ratios: {self._engine.rebuild}"
             )
         context = self._engine.make_context(profiles.index(rows))
-        inputs = {}
+        tensors = {}
         for name, spec in self._specs.items():
-            shape = tuple(rows if isinstance(size, str) else size for size in spec.shape)
-            fixed = TensorSpec(name=name, dtype=spec.dtype, shape=shape, meaning=spec.meaning)
-            inputs[name] = _place(self._engine.device, fixed)
-            if shape != spec.shape:
+            shape = spec.shape_at(rows)
+            tensors[name] = _place(self._engine.device, replace(spec, shape=shape))
+            if shape != spec.shape and name in _SMALL_INPUTS:
                 self._engine.set_shape(context, name, shape)
-            self._engine.set_address(context, name, inputs[name].memory)
-        self._engine.set_address(context, "logits", self._logits.memory)
-        return _Call(rows=rows, context=context, inputs=inputs, graphs={})
+            self._engine.set_address(context, name, tensors[name].memory)
+        logits = tensors.pop("logits")
+        return _Call(rows=rows, context=context, inputs=tensors, logits=logits, graphs={})
 
     def _require_aliases(self, caches: list[TensorSpec]) -> None:
         """Compare what the record says of the cache with what the engine does."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gap_runtime.cli.options import add_backend, add_bundle, open_bundle, print_json
+from gap_runtime.cli.options import add_backend, add_bundle, add_draft, open_bundle, print_json
 from gap_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratio", type=float, help="one of the bundle's ratios (default: first)")
     parser.add_argument("--draw", metavar="OUT.png", type=Path, help="paint the result")
     add_backend(parser)
+    add_draft(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,9 +36,8 @@ def run(options: argparse.Namespace) -> int:
     bundle = open_bundle(options)
     if options.draw is not None and options.draw.suffix.lower() not in {".png", ".jpg", ".jpeg"}:
         raise InputError(f"{options.draw}: --draw writes .png or .jpg files")
-    grounding = Grounder(bundle, options.backend, ratio=options.ratio).ground(
-        picture, options.phrase
-    )
+    grounder = Grounder(bundle, options.backend, ratio=options.ratio, draft=options.draft)
+    grounding = grounder.ground(picture, options.phrase)
     if options.draw is not None:
         _draw(options.draw, picture, bundle, grounding)
     if options.json:
@@ -52,6 +52,9 @@ def run(options: argparse.Namespace) -> int:
                 "patches": grounding.patches,
                 "kept_index": list(grounding.kept_index),
                 "milliseconds": grounding.milliseconds,
+                "calls": grounding.calls,
+                "drafted": grounding.drafted,
+                "accepted": grounding.accepted,
             }
         )
         return 0
