@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from gap_export.pipeline.stages import trace_decoder
 from gap_runtime.bundle.hashes import hash_bytes
-from gap_runtime.bundle.manifest import read_manifest
+from gap_runtime.bundle.manifest import SCHEMA, read_manifest
 
 # The tiny checkpoint: 5x5 patches, so that 0.5 keeps 13 (rounded half up) and 0.75 keeps 6.
 PATCHES, WIDTH, VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM = 25, 64, 416, 2, 2, 16
@@ -113,7 +113,7 @@ def test_manifest_lists_every_other_file_with_size_and_hash(bundle):
 def test_manifest_facts(bundle, prefix_ids):
     data = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     prefix = len(prefix_ids)
-    assert data["schema"] == 4
+    assert data["schema"] == SCHEMA
     assert data["layout"] == {
         "prefix": prefix,
         "suffix": SUFFIX,
@@ -198,9 +198,8 @@ def test_the_decoder_has_exactly_onnxruntimes_operators(decoder):
         "Sigmoid": LAYERS,
         "Mul": 2 * LAYERS,
         "Add": 2 * LAYERS + 1,
-        # The wanted row, and the slots in use.
+        # The wanted rows, and the slots in use.
         "Gather": 2,
-        "Reshape": 1,
         "Shape": 1,
         "Cast": 1,
         "Sub": 1,
@@ -259,7 +258,7 @@ def test_queries_and_keys_are_turned_by_explicit_positions(decoder, native):
             assert {a.name: a.i for a in node.attribute}["do_rotary"] == 0
 
 
-def test_only_rows_is_free_and_only_in_the_decoder(graphs):
+def test_only_rows_are_free_and_only_in_the_decoder(graphs):
     for name, graph in graphs.items():
         free = set()
         for value in [*graph.input, *graph.output, *graph.value_info]:
@@ -267,7 +266,7 @@ def test_only_rows_is_free_and_only_in_the_decoder(graphs):
             for dim in value.type.tensor_type.shape.dim:
                 assert dim.HasField("dim_value") or dim.dim_param, value.name
                 free.add(dim.dim_param or None)
-        assert free - {None} == ({"rows"} if name == "decoder.onnx" else set())
+        assert free - {None} == ({"rows", "wanted_rows"} if name == "decoder.onnx" else set())
 
 
 def test_rotary_tables_cover_the_unpruned_sequence(decoder, prefix_ids):
@@ -373,7 +372,7 @@ def test_the_decoder_under_gap_ids_is_the_library_under_a_mask(bundle, model):
                 "embeddings": rows[:, some].numpy(),
                 "position_ids": np.array([some]),
                 "write_slot": np.array([first]),
-                "logits_row": np.array([row]),
+                "logits_rows": np.array([row]),
                 **cache,
             },
         )

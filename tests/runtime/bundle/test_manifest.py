@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.manifest import read_manifest
+from gap_runtime.bundle.manifest import SCHEMA, read_manifest
 from gap_runtime.errors import SchemaError
 
 
@@ -370,27 +370,28 @@ def test_a_phrases_tokenizer_is_among_the_files(make_bundle, edit_manifest, told
 
 def test_newer_schema_asks_for_an_upgrade(make_bundle, edit_manifest):
     folder = make_bundle()
-    edit_manifest(folder, schema=9)
-    with pytest.raises(SchemaError, match=r"schema 9, this version reads 4; upgrade gap-runtime"):
+    edit_manifest(folder, schema=SCHEMA + 1)
+    said = f"schema {SCHEMA + 1}, this version reads {SCHEMA}; upgrade gap-runtime"
+    with pytest.raises(SchemaError, match=said):
         Bundle.open(folder)
 
 
 def test_newer_schema_is_named_even_when_its_keys_are_unknown(make_bundle, edit_manifest):
     folder = make_bundle()
-    edit_manifest(folder, schema=9, novelty=True)
+    edit_manifest(folder, schema=SCHEMA + 1, novelty=True)
     with pytest.raises(SchemaError, match="upgrade gap-runtime"):
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("schema", [0, -1, 1, 3, None, "4", [4]])
+@pytest.mark.parametrize("schema", [0, -1, 1, SCHEMA - 1, None, str(SCHEMA), [SCHEMA]])
 def test_other_schema_asks_for_another_export(make_bundle, edit_manifest, schema):
     folder = make_bundle()
     edit_manifest(folder, schema=schema)
-    with pytest.raises(SchemaError, match="this version reads 4; export again"):
+    with pytest.raises(SchemaError, match=f"this version reads {SCHEMA}; export again"):
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("schema", [True, 4.0])
+@pytest.mark.parametrize("schema", [True, float(SCHEMA)])
 def test_schema_must_be_an_integer(make_bundle, edit_manifest, schema):
     folder = make_bundle()
     edit_manifest(folder, schema=schema)
