@@ -14,7 +14,6 @@ import re
 from dataclasses import replace
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import LlavaImageProcessorPil as LlavaProcessor
@@ -58,17 +57,9 @@ from gap_export.errors import CheckpointError
 from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.interfaces.features import Feature
-from gap_export.reference.clip import EagerClip
-from gap_export.reference.files import Value, load_tensors, rename_tensors
-from gap_export.reference.llama import EagerLlama
-from gap_export.reference.model import (
-    EagerGrounder,
-    load_clip_text,
-    load_library,
-    load_state,
-    loading,
-)
-from gap_export.reference.streamed import Stream, open_tensors
+from gap_export.reference.lazy import LazyTensor, rename_tensors
+from gap_export.reference.loader import Loader, open_loader
+from gap_export.reference.model import join_parts, load_processor
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width, S rows, V vocabulary.
@@ -236,29 +227,23 @@ def load_eager(
     checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
 ) -> EagerModel:
     """Hugging Face's LlavaForConditionalGeneration with the checkpoint's weights."""
-    clip = checkpoint.parts.get("clip")
-    original = spec.image_token_id is None
-    wanted = getattr(torch, dtype)
-    stream = None if memory is None else Stream(memory)
-    with loading(checkpoint):
-        model = _load_model(checkpoint, spec, wanted, stream)
-        processor = _load_processor(
-            clip if original and clip else checkpoint, spec.preprocess.side
+    kind, config = LlavaForConditionalGeneration, spec.library_config
+    original = _is_original(checkpoint.require_json("config.json"))
+    pictures = checkpoint.parts["clip"] if original else checkpoint
+    with open_loader(checkpoint, dtype, memory) as loader:
+        model = (
+            loader.build(kind, config, _original_tensors(loader))
+            if original
+            else loader.load(kind, config)
         )
-        config = spec.library_config
+        process = load_processor(
+            LlavaProcessor,
+            pictures.folder if processor_config(pictures) else None,
+            spec.preprocess.side,
+            always={"do_pad": True},
+        )
         layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
-        return EagerGrounder(
-            tower=EagerClip(model.model.vision_tower, layer),
-            project=model.model.multi_modal_projector,
-            language=EagerLlama(
-                model.model.language_model,
-                model.lm_head,
-                spec.tokenizer,
-                image_token_id=spec.image_token_id,
-            ),
-            process=lambda picture: processor(picture, return_tensors="pt")["pixel_values"],
-            clip=None if spec.text is None else load_clip_text(checkpoint, wanted, stream),
-        )
+        return join_parts(model, loader, spec, layer=layer, process=process)
 
 
 class _Projector(nn.Module):
@@ -314,45 +299,13 @@ def _canonical_name(key: str) -> str:
     return library_name(key)
 
 
-def _load_model(
-    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, stream: Stream | None
-) -> Any:
-    """The library's own model."""
-    kind, config = LlavaForConditionalGeneration, spec.library_config
-    if not _is_original(checkpoint.require_json("config.json")):
-        return load_library(kind, checkpoint, config, dtype, stream)
-    if stream is not None:
-        clip, own = open_tensors(checkpoint.parts["clip"], dtype), open_tensors(checkpoint, dtype)
-        return stream.build(kind, config, _rename_original(clip, own), dtype)
-    config._attn_implementation = "eager"  # noqa: SLF001 - the library's own switch
-    model = kind(config).to(dtype)
-    loaded = load_tensors(checkpoint.parts["clip"], dtype), load_tensors(checkpoint, dtype)
-    load_state(model, _rename_original(*loaded), strict=False)
-    return model
-
-
-def _rename_original(clip: dict[str, Value], own: dict[str, Value]) -> dict[str, Value]:
+def _original_tensors(loader: Loader) -> dict[str, LazyTensor]:
     """Tensors of both checkpoints by the library's names; a tower in the model's own wins."""
-    return rename_tensors(clip, {"vision_model.": "model.vision_tower."}) | rename_tensors(
-        own,
-        {
-            "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
-            "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
-            "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
-            "lm_head.": "lm_head.",
-            "model.": "model.language_model.",
-        },
-    )
-
-
-def _load_processor(checkpoint: Checkpoint, side: int) -> Any:
-    """The library's processor as the checkpoint configures it, in its pad-to-square mode."""
-    if processor_config(checkpoint):
-        return LlavaProcessor.from_pretrained(
-            checkpoint.folder, do_pad=True, local_files_only=True
-        )
-    return LlavaProcessor(
-        do_pad=True,
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-    )
+    own = {
+        "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
+        "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
+        "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
+        "model.": "model.language_model.",
+    }
+    clip = rename_tensors(loader.open("clip"), {"vision_model.": "model.vision_tower."})
+    return clip | rename_tensors(loader.open(), own)

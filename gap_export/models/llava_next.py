@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,8 @@ from gap_export.errors import CheckpointError
 from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.interfaces.features import Feature
-from gap_export.reference.clip import EagerClip
-from gap_export.reference.llama import EagerLlama
-from gap_export.reference.model import EagerGrounder, load_clip_text, load_library, loading
-from gap_export.reference.streamed import Stream
+from gap_export.reference.loader import open_loader
+from gap_export.reference.model import join_parts, load_processor
 from gap_runtime.errors import BundleError, ConfigError
 from gap_runtime.pictures.anyres import choose_canvas, mosaic_grid, mosaic_index, newline_index
 from gap_runtime.pictures.load import fitting_size
@@ -234,28 +232,24 @@ def load_eager(
     checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
 ) -> EagerModel:
     """Hugging Face's LlavaNextForConditionalGeneration with the checkpoint's weights."""
-    wanted = getattr(torch, dtype)
-    stream = None if memory is None else Stream(memory)
-    with loading(checkpoint):
-        model = load_library(
-            LlavaNextForConditionalGeneration, checkpoint, spec.library_config, wanted, stream
+    config, side = spec.library_config, spec.preprocess.side
+    with open_loader(checkpoint, dtype, memory) as loader:
+        model = loader.load(LlavaNextForConditionalGeneration, config)
+        canvases = [[height, width] for width, height in spec.preprocess.canvases]
+        process = load_processor(
+            NextProcessor,
+            checkpoint.folder if processor_config(checkpoint) else None,
+            side,
+            usual={"image_grid_pinpoints": canvases},
         )
-        processor = _load_processor(checkpoint, spec)
-        config = spec.library_config
         layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
-        return EagerGrounder(
-            tower=EagerClip(model.model.vision_tower, layer),
-            project=model.model.multi_modal_projector,
-            language=EagerLlama(
-                model.model.language_model,
-                model.lm_head,
-                spec.tokenizer,
-                image_token_id=spec.image_token_id,
-            ),
-            process=lambda picture: processor(picture, return_tensors="pt")["pixel_values"],
-            clip=None if spec.text is None else load_clip_text(checkpoint, wanted, stream),
-            arrange=lambda bucket: _pack_views(bucket, spec.preprocess.side),
-            fixed_token=model.model.image_newline,
+        return join_parts(
+            model,
+            loader,
+            spec,
+            layer=layer,
+            process=process,
+            arrange=lambda bucket: _pack_views(bucket, side),
         )
 
 
@@ -339,15 +333,3 @@ def _pack_views(bucket: Bucket, side: int) -> Callable[[Tensor], Tensor]:
         return torch.cat([values[0], mosaic.flatten(0, 1)])
 
     return pack
-
-
-def _load_processor(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
-    """The library's processor as the checkpoint configures it."""
-    if processor_config(checkpoint):
-        return NextProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
-    side = spec.preprocess.side
-    return NextProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_grid_pinpoints=[[height, width] for width, height in spec.preprocess.canvases],
-    )

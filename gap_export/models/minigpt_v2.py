@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -46,10 +45,10 @@ from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.interfaces.features import Feature
 from gap_export.reference.eva import EagerEva
-from gap_export.reference.files import load_tensors
+from gap_export.reference.lazy import LazyTensor, add_product
 from gap_export.reference.llama import EagerLlama
-from gap_export.reference.model import EagerGrounder, loading
-from gap_export.reference.streamed import LazyTensor, Stream, change_tensor, open_tensors
+from gap_export.reference.loader import open_loader
+from gap_export.reference.model import EagerGrounder, linear_layer
 from gap_runtime.errors import ConfigError
 from gap_runtime.pictures.boxes import BoxFormat
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
@@ -212,37 +211,21 @@ def load_eager(
     checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
 ) -> EagerModel:
     """Hugging Face's LlamaForCausalLM with LoRA added, and EVA written plainly."""
-    wanted = getattr(torch, dtype)
     tower: EvaShape = spec.library_config.tower
-    language = checkpoint.parts["language"]
-    stream = None if memory is None else Stream(memory)
-    with loading(checkpoint):
-        own = load_tensors(checkpoint, wanted)
-        if stream is None:
-            model = LlamaForCausalLM.from_pretrained(
-                language.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
-            )
-            _add_lora(model, own)
-            seen: Mapping[str, Tensor] = load_tensors(checkpoint.parts["vision"], wanted)
-        else:
-            config = LlamaConfig.from_pretrained(language.folder, local_files_only=True)
-            merged = _open_merged(language, own, wanted)
-            model = stream.build(LlamaForCausalLM, config, merged, wanted)
-            seen = stream.map(open_tensors(checkpoint.parts["vision"], wanted))
-        weight, bias = own["llama_proj.weight"], own["llama_proj.bias"]
-        norm = (
-            own.get("ln_vision.weight", torch.ones(tower.width, dtype=wanted)),
-            own.get("ln_vision.bias", torch.zeros(tower.width, dtype=wanted)),
-        )
+    with open_loader(checkpoint, dtype, memory) as loader:
+        own = loader.open()
+        tensors = _merged_tensors(loader.open("language"), own)
+        model = loader.build(LlamaForCausalLM, spec.library_config.llama, tensors)
+        projector = {key: each for key, each in own.items() if key.startswith("llama_proj.")}
         return EagerGrounder(
             tower=EagerEva(
-                seen,
-                norm,
+                loader.read(loader.open("vision")),
+                _read_norm(own, tower.width, loader.dtype),
                 layers=tower.layers,
                 heads=tower.heads,
                 strip=_STRIP,
             ),
-            project=lambda patches: patches @ weight.T + bias,
+            project=linear_layer(loader.read(projector), "llama_proj"),
             language=EagerLlama(model.model, model.lm_head, spec.tokenizer, image_token_id=None),
             process=_make_processor(tower.side),
         )
@@ -414,38 +397,29 @@ def _constant(value: float, shape: tuple[int, ...]) -> TensorSource:
     return TensorSource(shape=shape, inputs=(), make=lambda: torch.full(shape, value))
 
 
-def _find_lora(own: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every pair of LoRA matrices, by the name of its weight."""
-    pairs = {}
+def _merged_tensors(
+    language: dict[str, LazyTensor], own: dict[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """The language model's tensors by its keys, LoRA's pairs of matrices added."""
+    merged = dict(language)
     for key, down in own.items():
         if ".lora_A." in key:
-            up = own[key.replace(".lora_A.", ".lora_B.")]
             name = key.partition(".lora_A.")[0].removeprefix("llama_model.base_model.model.")
-            pairs[f"{name}.weight"] = up, down
-    return pairs
+            up, scale = own[key.replace(".lora_A.", ".lora_B.")], _LORA_ALPHA / down.length
+            name = f"{name}.weight"
+            merged[name] = add_product(merged[name], up, down, scale)
+    return merged
 
 
-def _add_pair(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    with torch.no_grad():
-        weight += up @ down * (_LORA_ALPHA / down.shape[0])
-    return weight
-
-
-def _add_lora(model: Any, own: dict[str, Tensor]) -> None:
-    """Add every pair of LoRA matrices to its weight."""
-    weights = dict(model.named_parameters())
-    for name, (up, down) in _find_lora(own).items():
-        _add_pair(weights[name], up, down)
-
-
-def _open_merged(
-    language: Checkpoint, own: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, LazyTensor]:
-    """The language model's tensors, read and LoRA added when they are asked for."""
-    tensors = open_tensors(language, dtype)
-    for name, (up, down) in _find_lora(own).items():
-        tensors[name] = change_tensor(tensors[name], partial(_add_pair, up=up, down=down))
-    return tensors
+def _read_norm(
+    own: dict[str, LazyTensor], width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The norm behind the tower; one that changes nothing where there is none."""
+    weight, bias = own.get("ln_vision.weight"), own.get("ln_vision.bias")
+    return (
+        torch.ones(width, dtype=dtype) if weight is None else weight.read(),
+        torch.zeros(width, dtype=dtype) if bias is None else bias.read(),
+    )
 
 
 def _make_processor(side: int) -> Callable[[Image.Image], Tensor]:

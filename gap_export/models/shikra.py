@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any, Final
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -56,10 +54,10 @@ from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
 from gap_export.interfaces.features import Feature
 from gap_export.reference.clip import EagerClip
-from gap_export.reference.files import load_tensors, rename_tensors
+from gap_export.reference.lazy import LazyTensor, sum_tensors
 from gap_export.reference.llama import EagerLlama
-from gap_export.reference.model import EagerGrounder, load_clip_text, load_state, loading
-from gap_export.reference.streamed import LazyTensor, Stream, open_tensors, sum_tensors
+from gap_export.reference.loader import open_loader
+from gap_export.reference.model import EagerGrounder, linear_layer, load_processor
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width.
@@ -79,6 +77,7 @@ _TEMPLATE: Final = (
 _PREFIX: Final = 38
 _PATCH_TOKEN: Final = "<im_patch>"
 _IMAGE_TEXT: Final = f"<im_start>{_PATCH_TOKEN}<im_end>"
+_PROJECTOR: Final = "model.mm_projector"
 _ADDED: Final = 3
 _WHITE: Final = (255, 255, 255)
 _STOP_ID: Final = 2
@@ -237,42 +236,24 @@ def load_eager(
     checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
 ) -> EagerModel:
     """Hugging Face's CLIPVisionModel and LlamaForCausalLM, the differences added plainly."""
-    wanted = getattr(torch, dtype)
-    clip = checkpoint.parts["clip"]
-    stream = None if memory is None else Stream(memory)
-    names = [f"model.mm_projector.{name}" for name in ("weight", "bias")]
-    with loading(checkpoint):
-        config = spec.library_config.llama
-        if stream is None:
-            tower = CLIPVisionModel.from_pretrained(
-                clip.folder, dtype=wanted, attn_implementation="eager", local_files_only=True
-            )
-            tensors = _load_merged(checkpoint, wanted)
-            config._attn_implementation = "eager"  # noqa: SLF001 - the library's own switch
-            model = LlamaForCausalLM(config).to(wanted)
-            own = {key: value for key, value in tensors.items() if "projector" not in key}
-            load_state(model, own, strict=False)
-            weight, bias = (tensors[name] for name in names)
-        else:
-            seen = rename_tensors(open_tensors(clip, wanted), {"vision_model.": ""})
-            tower = stream.build(CLIPVisionModel, spec.library_config.vision, seen, wanted)
-            merged = _open_merged(checkpoint, wanted)
-            model = stream.build(LlamaForCausalLM, config, merged, wanted)
-            weight, bias = (merged[name].read() for name in names)
-        processor = _load_processor(clip, spec.preprocess.side)
+    config, clip = spec.library_config, checkpoint.parts["clip"]
+    with open_loader(checkpoint, dtype, memory) as loader:
+        names = {"vision_model.": ""}
+        tower = loader.load(CLIPVisionModel, config.vision, part="clip", names=names)
+        base = loader.open("base") if "base" in checkpoint.parts else {}
+        tensors = _add_base(loader.open(), base)
+        model = loader.build(LlamaForCausalLM, config.llama, tensors)
+        projector = {key: each for key, each in tensors.items() if key.startswith(_PROJECTOR)}
+        folder = clip.folder if processor_config(clip) else None
+        process = load_processor(CLIPImageProcessorPil, folder, spec.preprocess.side)
         return EagerGrounder(
-            tower=EagerClip(tower, spec.library_config.layer),
-            project=lambda patches: patches @ weight.T + bias,
+            tower=EagerClip(tower, config.layer),
+            project=linear_layer(loader.read(projector), _PROJECTOR),
             language=EagerLlama(
-                model.model,
-                model.lm_head,
-                spec.tokenizer,
-                image_token_id=spec.image_token_id,
+                model.model, model.lm_head, spec.tokenizer, image_token_id=spec.image_token_id
             ),
-            process=lambda picture: processor(_expand(picture), return_tensors="pt")[
-                "pixel_values"
-            ],
-            clip=None if spec.text is None else load_clip_text(checkpoint, wanted, stream),
+            process=lambda picture: process(_expand(picture)),
+            clip=None if spec.text is None else loader.load_clip_text(),
         )
 
 
@@ -306,39 +287,16 @@ def _add_delta(base: Tensor, delta: Tensor) -> Tensor:
     return delta
 
 
-def _load_merged(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def _add_base(
+    differences: dict[str, LazyTensor], base: dict[str, LazyTensor]
+) -> dict[str, LazyTensor]:
     """The model's tensors by the checkpoint's own keys."""
-    tensors = load_tensors(checkpoint, dtype)
-    base = checkpoint.parts.get("base")
-    if base is not None:
-        for key, value in load_tensors(base, dtype).items():
-            if not key.endswith("inv_freq"):
-                tensors[key][: len(value)] += value
-    return tensors
-
-
-def _open_merged(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """The same, read and added when they are asked for."""
-    tensors = open_tensors(checkpoint, dtype)
-    base = checkpoint.parts.get("base")
-    if base is not None:
-        for key, value in open_tensors(base, dtype).items():
-            if not key.endswith("inv_freq"):
-                tensors[key] = sum_tensors(tensors[key], value)
-    return tensors
-
-
-def _load_processor(clip: Checkpoint, side: int) -> Callable[..., Any]:
-    """CLIP's own processor."""
-    if processor_config(clip):
-        processor: Callable[..., Any] = CLIPImageProcessorPil.from_pretrained(
-            clip.folder, local_files_only=True
-        )
-        return processor
-    made: Callable[..., Any] = CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    return made
+    added = {
+        key: sum_tensors(differences[key], tensor)
+        for key, tensor in base.items()
+        if not key.endswith("inv_freq")
+    }
+    return differences | added
 
 
 def _expand(picture: Image.Image) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,6 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 from gap_export.interfaces.features import EagerVision, Geometry
 
 # V views, T tokens of a view (CLS first), N visual tokens, C width, D decoder width, W text width.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TowerOutput:
-    """All hidden states and attention maps, and each block's queries and keys [V, T, C]."""
-
-    hidden_states: tuple[Tensor, ...]
-    attentions: tuple[Tensor, ...]
-    queries: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
 
 
 class EagerClip:

@@ -1,4 +1,4 @@
-"""All tensors of a checkpoint in memory, by the libraries' own readers.
+"""A checkpoint's tensors for the reference: by the libraries' readers, or read when asked for.
 
 Layers that are quantized (AWQ, GPTQ) are written out as the weights that they stand for, by the
 plainest code: nothing of the export's own unpacking is used.
@@ -6,45 +6,61 @@ plainest code: nothing of the export's own unpacking is used.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.index import Checkpoint, TensorLocation, cut_rows, read_tensor
+from gap_export.reference.lazy import LazyTensor
 
-Value = TypeVar("Value")
+# S rows that are asked for.
 
-PACKED: Final = ("qweight", "qzeros", "scales", "g_idx")
+_PACKED: Final = ("qweight", "qzeros", "scales", "g_idx")
 """What stands for the weight of a quantized layer."""
+_PIECE_VALUES: Final = 4 * 2**20
 
 
-def load_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint's own files by key, in one dtype; code is never unpickled."""
-    found: dict[str, Tensor] = {}
-    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        values = _load(file)
-        found |= {key: value for key, value in values.items() if key in checkpoint.tensors}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """A tensor in a file: `read` gives it in the file's dtype, `tensor` in the model's."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    tensor: LazyTensor
+
+
+def open_tensors(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, whole: bool
+) -> dict[str, LazyTensor]:
+    """Every tensor of the checkpoint's own files by its key.
+
+    Args:
+        checkpoint: Of which parts are left out.
+        dtype: Of the tensors.
+        whole: Whether the libraries' own readers map the files, which keeps the reference apart
+            from the export; else each tensor is read when it is asked for and takes no memory
+            before.
+    """
+    stored = _map_files(checkpoint, dtype) if whole else _locate(checkpoint, dtype)
     quantization = read_quantization(checkpoint)
     tensors = {}
-    for key in sorted(found):
+    for key in sorted(stored):
         layer, _, part = key.rpartition(".")
-        if f"{layer}.qweight" not in found or not quantization:
-            tensors[key] = found[key].detach().to(dtype)
+        if f"{layer}.qweight" not in stored or not quantization:
+            tensors[key] = stored[key].tensor
         elif part == "qweight":
-            packed = {each: found.get(f"{layer}.{each}") for each in PACKED}
-            tensors[f"{layer}.weight"] = dequantize(packed, quantization).to(dtype)
-        elif part not in PACKED and bool(found[key].any()):
+            packed = {each: stored.get(f"{layer}.{each}") for each in _PACKED}
+            tensors[f"{layer}.weight"] = _unpack(packed, quantization, dtype)
+        elif part not in _PACKED and bool(stored[key].read().any()):
             # Packers add biases of zeros, which no model has a place for.
-            tensors[key] = found[key].to(dtype)
+            tensors[key] = stored[key].tensor
     return tensors
-
-
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether layers of a checkpoint are quantized."""
-    return bool(read_quantization(checkpoint))
 
 
 def read_quantization(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -55,7 +71,88 @@ def read_quantization(checkpoint: Checkpoint) -> dict[str, Any]:
     return found or text.get("quantization_config") or {}
 
 
-def dequantize(packed: dict[str, Tensor | None], quantization: dict[str, Any]) -> Tensor:
+def _map_files(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, _Stored]:
+    """Tensors by the libraries' own readers; code is never unpickled."""
+    stored: dict[str, _Stored] = {}
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        values = _map_file(file)
+        stored |= {
+            key: _mapped(value, dtype)
+            for key, value in values.items()
+            if key in checkpoint.tensors
+        }
+    return stored
+
+
+def _map_file(file: Path) -> dict[str, Tensor]:
+    # A hub cache's files have no suffix behind their links, so the content decides.
+    with file.open("rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"
+    if not is_zip:
+        tensors: dict[str, Tensor] = load_file(file)
+        return tensors
+    data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    for name in ("model", "state_dict", "module"):
+        if isinstance(data.get(name), dict):
+            inner: dict[str, Tensor] = data[name]
+            return inner
+    outer: dict[str, Tensor] = data
+    return outer
+
+
+def _mapped(value: Tensor, dtype: torch.dtype) -> _Stored:
+    value = value.detach()
+    tensor = LazyTensor(
+        length=len(value) if value.ndim else 0,
+        read=lambda: value.to(dtype, copy=True),
+        rows=lambda index_S: value[index_S].to(dtype),
+    )
+    return _Stored(shape=tuple(value.shape), read=lambda: value, tensor=tensor)
+
+
+def _locate(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, _Stored]:
+    """Tensors by their places in the files."""
+    return {key: _located(location, dtype) for key, location in checkpoint.tensors.items()}
+
+
+def _located(location: TensorLocation, dtype: torch.dtype) -> _Stored:
+    """A tensor that is converted in pieces, so that it is not there twice."""
+
+    def read() -> Tensor:
+        if not location.shape:
+            return read_tensor(location).to(dtype)
+        made = torch.empty(location.shape, dtype=dtype)
+        step = max(1, _PIECE_VALUES // max(math.prod(location.shape[1:]), 1))
+        for start in range(0, location.shape[0], step):
+            piece = read_tensor(cut_rows(location, start, start + step))
+            made[start : start + step] = piece
+        return made
+
+    def rows(index_S: Tensor) -> Tensor:
+        found = [read_tensor(cut_rows(location, k, k + 1)) for k in index_S.tolist()]
+        empty = torch.empty(0, *location.shape[1:], dtype=dtype)
+        return torch.cat([empty, *(each.to(dtype) for each in found)])
+
+    length = location.shape[0] if location.shape else 0
+    tensor = LazyTensor(length=length, read=read, rows=rows)
+    return _Stored(shape=location.shape, read=lambda: read_tensor(location), tensor=tensor)
+
+
+def _unpack(
+    packed: Mapping[str, _Stored | None], quantization: dict[str, Any], dtype: torch.dtype
+) -> LazyTensor:
+    """The weight of a quantized layer."""
+
+    def read() -> Tensor:
+        values = {part: None if each is None else each.read() for part, each in packed.items()}
+        return _dequantize(values, quantization).to(dtype)
+
+    scales = packed["scales"]
+    assert scales is not None
+    return LazyTensor(length=scales.shape[1], read=read, rows=lambda index_S: read()[index_S])
+
+
+def _dequantize(packed: dict[str, Tensor | None], quantization: dict[str, Any]) -> Tensor:
     """A layer's weight [out, in], float32."""
     bits = int(quantization["bits"])
     qweight, qzeros, scales = packed["qweight"], packed["qzeros"], packed["scales"]
@@ -86,30 +183,3 @@ def _spread(words: Tensor, bits: int) -> Tensor:
     positive = words.long() % 2**32
     found = [(positive // 2**place) % 2**bits for place in range(0, 32, bits)]
     return torch.stack(found, dim=-1).flatten(1)
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    # A hub cache's files have no suffix behind their links, so the content decides.
-    with file.open("rb") as opened:
-        is_zip = opened.read(4) == b"PK\x03\x04"
-    if not is_zip:
-        tensors: dict[str, Tensor] = load_file(file)
-        return tensors
-    data = torch.load(file, map_location="cpu", weights_only=True)
-    for name in ("model", "state_dict", "module"):
-        if isinstance(data.get(name), dict):
-            inner: dict[str, Tensor] = data[name]
-            return inner
-    outer: dict[str, Tensor] = data
-    return outer
-
-
-def rename_tensors(tensors: dict[str, Value], prefixes: dict[str, str]) -> dict[str, Value]:
-    """Those tensors whose key starts with one of the prefixes, with another prefix instead."""
-    renamed = {}
-    for key, value in tensors.items():
-        for old, new in prefixes.items():
-            if key.startswith(old):
-                renamed[new + key.removeprefix(old)] = value
-                break
-    return renamed

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel
 
-from gap_export.checkpoint.index import Checkpoint
-from gap_export.errors import CheckpointError
+from gap_export.interfaces.family import ModelSpec, geometry_of
 from gap_export.interfaces.features import EagerVision, Geometry
-from gap_export.reference.clip import EagerClipText
-from gap_export.reference.files import is_quantized, load_tensors
+from gap_export.reference.clip import EagerClip, EagerClipText
 from gap_export.reference.llama import EagerLlama
-from gap_export.reference.streamed import LazyTensor, Stream, open_tensors
+from gap_export.reference.loader import Loader
 from gap_runtime.pictures.preprocess import Bucket
 
 # V views, P patches of a view, N visual tokens, F fixed ones, C patch width, D decoder width,
 # S rows, W text width.
 
 Arrange = Callable[[Tensor], Tensor]
-_LIBRARY_PREFIXES: Final = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.vision_model.", "model.vision_tower."),
-    ("model.vision_tower.vision_model.", "model.vision_tower."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("image_newline", "model.image_newline"),
-)
-"""Beginnings of keys that older versions of the library wrote, and today's."""
 
 
 class EagerTower(Protocol):
@@ -96,7 +83,7 @@ class EagerGrounder:
         return self._tower.look(
             pixels.flatten(0, -4),
             self.project,
-            geometry=Geometry(grids=bucket.grids, strip=bucket.strip),
+            geometry=geometry_of(bucket),
             arrange=self._arrange(bucket),
         )
 
@@ -121,84 +108,72 @@ class EagerGrounder:
         return self._fixed_token.detach().expand(len(bucket.fixed), -1)
 
 
-def rename_library(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors by the names of today's library, from the keys of all of its versions."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        for old, new in _LIBRARY_PREFIXES:
-            if key.startswith(old):
-                renamed[new + key.removeprefix(old)] = tensor
-                break
-        else:
-            renamed[key] = tensor
-    return renamed
-
-
-@contextmanager
-def loading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn the many errors of a library that loads a checkpoint into one line.
-
-    Raises:
-        CheckpointError: It cannot be loaded.
-    """
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{checkpoint.folder}: PyTorch cannot load it ({reason:.200}); mend it, or export the "
-            "graphs alone with --no-reference"
-        ) from error
-
-
-def load_library(
-    kind: Any,
-    checkpoint: Checkpoint,
-    config: Any,
-    dtype: torch.dtype,
-    stream: Stream | None = None,
-) -> Any:
-    """A library's model of that kind with the weights of its checkpoint.
-
-    The library runs quantized layers on a GPU only, so it gets those as plain ones.
+def join_parts(
+    model: Any,
+    loader: Loader,
+    spec: ModelSpec,
+    *,
+    layer: int,
+    process: Callable[[Image.Image], Tensor],
+    arrange: Callable[[Bucket], Arrange] = one_view,
+) -> EagerGrounder:
+    """A library's grounding model, taken apart by the names that the library uses.
 
     Args:
-        kind: The model's class.
-        checkpoint: In the library's own layout.
-        config: The library's, that of the model before it was quantized; None for the
-            checkpoint's own.
-        dtype: Of the parameters.
-        stream: Gives the model its parameters when they are needed; None loads them.
+        model: With a vision tower, a projector, a language model and a head.
+        loader: Which made it, for CLIP's text tower.
+        spec: Facts about the model.
+        layer: Index of the hidden state that patches are taken from.
+        process: A picture to pixels.
+        arrange: How patches of several views become one row, by bucket.
     """
-    if stream is not None:
-        if config is None:
-            config = kind.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
-        tensors = rename_library(open_tensors(checkpoint, dtype))
-        return stream.build(kind, config, tensors, dtype)
-    if not is_quantized(checkpoint):
-        return kind.from_pretrained(
-            checkpoint.folder, dtype=dtype, attn_implementation="eager", local_files_only=True
-        )
-    return kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=load_tensors(checkpoint, dtype),
-        dtype=dtype,
-        attn_implementation="eager",
+    parts = model.model
+    return EagerGrounder(
+        tower=EagerClip(parts.vision_tower, layer),
+        project=parts.multi_modal_projector,
+        language=EagerLlama(
+            parts.language_model,
+            model.lm_head,
+            spec.tokenizer,
+            image_token_id=spec.image_token_id,
+        ),
+        process=process,
+        clip=None if spec.text is None else loader.load_clip_text(),
+        arrange=arrange,
+        fixed_token=getattr(parts, "image_newline", None),
     )
 
 
-def load_clip_text(
-    checkpoint: Checkpoint, dtype: torch.dtype, stream: Stream | None
-) -> EagerClipText:
-    """CLIP's text tower, from the part of that name."""
-    clip = checkpoint.parts["clip"]
-    return EagerClipText(load_library(CLIPModel, clip, None, dtype, stream), clip.folder)
+def linear_layer(tensors: Mapping[str, Tensor], name: str) -> Arrange:
+    """A linear layer on the tensors of its name."""
+    return lambda rows: rows @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
 
 
-def load_state(module: Any, tensors: dict[str, Tensor], *, strict: bool = True) -> None:
-    """Put tensors into a library's module; what it does not get must be no parameter."""
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
-    lacking = sorted(set(missing) & {name for name, _ in module.named_parameters()})
-    if lacking or (strict and unexpected):
-        raise ValueError(f"tensor '{(lacking or sorted(unexpected))[0]}' has no place")
+def load_processor(
+    kind: Any,
+    folder: Path | None,
+    side: int,
+    *,
+    always: Mapping[str, Any] | None = None,
+    usual: Mapping[str, Any] | None = None,
+) -> Callable[[Image.Image], Tensor]:
+    """A library's image processor as pixels of a picture.
+
+    Args:
+        kind: The processor's class.
+        folder: Of the checkpoint that configures it; None where none does.
+        side: Of the square that the tower takes, in pixels.
+        always: Settings whatever a checkpoint says.
+        usual: Further settings where none does.
+    """
+    if folder is not None:
+        processor = kind.from_pretrained(folder, local_files_only=True, **(always or {}))
+    else:
+        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        processor = kind(**sizes, **(always or {}), **(usual or {}))
+
+    def process(picture: Image.Image) -> Tensor:
+        pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    return process

@@ -26,7 +26,7 @@ from gap_export.pipeline.plan import ExportRequest, plan_export
 from gap_export.pipeline.run import export
 from gap_export.quantization.scheme import ORDER, SCALES, VALUES, ZEROS, packed_scheme
 from gap_export.quantization.values import quantize_sources
-from gap_export.reference.files import load_tensors
+from gap_export.reference.files import open_tensors
 from gap_runtime import Bundle
 from gap_runtime.bundle.tensors import count_bytes
 from gap_runtime.display import Display
@@ -131,16 +131,18 @@ def test_a_packed_weight_is_what_its_definition_says(pack, name):
         np.testing.assert_allclose(made.numpy(), truth, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_reference_unpacks_by_itself(pack, name):
+def test_the_reference_unpacks_by_itself(pack, name, whole):
     folder, truths = pack(name)
-    tensors = load_tensors(open_checkpoint(str(folder)), torch.float32)
+    tensors = open_tensors(open_checkpoint(str(folder)), torch.float32, whole=whole)
     assert not any(key.endswith(("qweight", "qzeros", "scales", "g_idx")) for key in tensors)
     assert not any(
         key.endswith("proj.bias") and "layers" in key for key in tensors if "vision" not in key
     )
     for key, truth in truths.items():
-        np.testing.assert_allclose(tensors[key].numpy(), truth, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(tensors[key].read().numpy(), truth, rtol=1e-6, atol=1e-7)
+        assert tensors[key].length == len(truth)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -539,6 +541,6 @@ def test_first_format_adds_one_to_whole_words(copy):
     edit_tensors(folder, change(f"{STORED}.qzeros", lambda _: words))
     packed = plan(folder).sources[LAYER].packed
     assert packed.read_zeros()[0, :8].tolist() == [0, 5, 1, 1, 1, 1, 1, 1]
-    tensors = load_tensors(open_checkpoint(str(folder)), torch.float32)
+    tensors = open_tensors(open_checkpoint(str(folder)), torch.float32, whole=True)
     made = make_tensor(plan(folder).sources[LAYER])
-    assert torch.equal(tensors[f"{STORED}.weight"], made)
+    assert torch.equal(tensors[f"{STORED}.weight"].read(), made)
