@@ -19,7 +19,8 @@ from gap_export.checkpoint.index import list_files, locate_checkpoint, locate_pa
 from gap_export.config import NamedConfig
 from gap_export.reference.samples import SAMPLES_FILE, find_samples, read_samples
 from gap_runtime.bundle.hashes import hash_bytes
-from gap_runtime.bundle.manifest import FileEntry, read_manifest
+from gap_runtime.bundle.manifest import FileEntry
+from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import GapError
 from gap_runtime.machines.target import load_target
 from gap_runtime.records import dump_record, load_record

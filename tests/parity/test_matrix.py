@@ -13,7 +13,7 @@ from makers.families import ARCHITECTURES, FAMILIES, export, find_family
 from truths import pruners as truth
 
 from gap_export.config import EXTRA_RULES, POSITION_MODES
-from gap_runtime.bundle.manifest import read_manifest
+from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.registry import list_plugins, load_plugin
 
 PRUNERS = tuple(sorted(list_plugins("gap_export.pruners")))

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import gap_runtime
 
 MASKED = (
@@ -84,6 +86,18 @@ def test_public_names_are_those_of_their_modules():
 def test_importing_the_package_loads_no_library():
     code = "import sys, gap_runtime\nprint('numpy' in sys.modules, 'PIL' in sys.modules)"
     assert run_python(code).stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("gap_runtime.grounding.grounder", ("rich", "gap_runtime.bundle.engines")),
+        ("gap_runtime.backends.tensorrt", ("rich", "gap_runtime.backends.tensorrt.build")),
+    ],
+)
+def test_what_runs_graphs_loads_nothing_that_shows_or_builds(module, names):
+    code = f"import sys, {module}\nprint(*(name in sys.modules for name in {names!r}))"
+    assert run_python(code).stdout.split() == ["False"] * len(names)
 
 
 def test_the_package_is_typed():

@@ -1,15 +1,19 @@
-"""What a backend gives: loaded stages that can be run. Knows no library."""
+"""What a backend gives: loaded stages that can be run, and engines where it builds.
+
+Types are imported for the type checker alone: who runs a graph loads nothing that builds one.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.engines import BuildReport, BuildRequest
-from gap_runtime.bundle.manifest import Stage
-from gap_runtime.display import Display
+    from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.bundle.engines import BuildReport, BuildRequest
+    from gap_runtime.bundle.manifest import Stage
+    from gap_runtime.display import Display
 
 
 class StageSession(Protocol):

@@ -13,7 +13,8 @@ import numpy as np
 
 from gap_runtime.bundle.hashes import hash_file, read_blocks
 from gap_runtime.bundle.layout import is_ratio
-from gap_runtime.bundle.manifest import FileEntry, Manifest, RatioEntry, read_manifest
+from gap_runtime.bundle.manifest import FileEntry, Manifest, RatioEntry
+from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import BundleError, ConfigError, HashError
 
 _SMALL_BYTES: Final = 256 * 2**20

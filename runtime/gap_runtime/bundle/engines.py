@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,8 @@ from typing import Final
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.hashes import hash_bytes, hash_file
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
-from gap_runtime.bundle.onnx_file import OnnxFile, OnnxNode, read_onnx
 from gap_runtime.bundle.tensors import MOST_LOGITS
-from gap_runtime.display import format_bytes
-from gap_runtime.errors import BundleError, ConfigError, EngineError, RecordError
+from gap_runtime.errors import ConfigError, EngineError, RecordError
 from gap_runtime.machines.target import Target
 from gap_runtime.records import dump_record, load_record
 
@@ -33,27 +30,6 @@ STEP_ROWS: Final = 1
 
 _HASHED_BYTES: Final = 256 * 2**20
 """Engines up to this size are hashed when they are looked at, larger ones are only measured."""
-_SPARE_BYTES: Final = 512 * 2**20
-"""What a build takes whatever the model: the library, its kernels and its tables."""
-_PLAN_SHARE: Final = 1.1
-"""Size of an engine by that of its weights; the rest are kernels."""
-
-# The first opset that has an operator which older TensorRTs do not read.
-_SINCE: Final = {
-    "Gelu": 20,
-    "Attention": 23,
-    "RMSNormalization": 23,
-    "RotaryEmbedding": 23,
-    "Swish": 24,
-    "TensorScatter": 24,
-}
-_OPEN_OPERATORS: Final = frozenset(
-    {"Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique"}
-)
-"""Control flow, and operators whose output's size depends on values."""
-
-_IGNORED: Final = {("Attention", 6): "nonpad_kv_seqlen"}
-"""Inputs, by operator and place, that TensorRT's parser takes and leaves out without a word."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,129 +245,3 @@ def describe_engine(path: Path) -> tuple[int, str | None]:
     if size == 0:
         raise EngineError(f"{path}: the builder wrote an empty engine")
     return size, hash_file(path) if size <= _HASHED_BYTES else None
-
-
-def read_graph(bundle: Bundle, stage: Stage, target: Target) -> OnnxFile:
-    """The skeleton of a stage's graph, proved to be one that the target can build.
-
-    Raises:
-        EngineError: An input that nothing reads, an operator or an opset outside the target's.
-        BundleError: A weight file is missing or too short.
-    """
-    path = bundle.folder / stage.file
-    graph = read_onnx(path)
-    opset = graph.opsets.get("", 0)
-    if opset > target.opset:
-        raise EngineError(
-            f"{path}: opset {opset}, target '{target.name}' reads {target.opset} at most; export "
-            f"again with gap-export MODEL --target {target.name}"
-        )
-    if graph.unused:
-        raise EngineError(
-            f"{path}: nothing reads the input '{graph.unused[0]}', so an engine would ignore it; "
-            "export again"
-        )
-    for node in graph.nodes:
-        reason = _find_objection(node, target)
-        if reason:
-            raise EngineError(
-                f"{path}: node '{node.name}' is {node.operator}, {reason}; export again with "
-                f"gap-export MODEL --target {target.name}"
-            )
-    _require_weights(bundle, path, graph)
-    return graph
-
-
-def _find_objection(node: OnnxNode, target: Target) -> str:
-    """Why a target cannot build a node; empty where it may."""
-    if node.domain not in ("", "ai.onnx"):
-        return f"of the domain '{node.domain}', which TensorRT does not know"
-    if node.operator in _OPEN_OPERATORS:
-        return "whose output has no fixed size"
-    since = _SINCE.get(node.operator, 0)
-    if since > target.opset:
-        return f"of opset {since}, target '{target.name}' reads {target.opset}"
-    ignored = (_IGNORED.get((node.operator, k)) for k, name in enumerate(node.inputs) if name)
-    return next((f"with the input {name}, which TensorRT ignores" for name in ignored if name), "")
-
-
-def _require_weights(bundle: Bundle, path: Path, graph: OnnxFile) -> None:
-    sizes: dict[str, int] = {}
-    for weight in graph.weights:
-        if weight.file not in sizes:
-            file = bundle.folder / weight.file
-            if not file.is_file():
-                raise BundleError(
-                    f"{file}: missing, {path.name} has its weights there; copy the bundle again "
-                    "or export again"
-                )
-            sizes[weight.file] = file.stat().st_size
-        if weight.offset + weight.length > sizes[weight.file]:
-            raise BundleError(
-                f"{bundle.folder / weight.file}: {sizes[weight.file]} bytes, weight "
-                f"'{weight.name}' ends at {weight.offset + weight.length}; copy the bundle again"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildNeeds:
-    """Bytes that a build needs: host memory, memory of the GPU, and disk."""
-
-    memory: int
-    device: int
-    disk: int
-
-
-def estimate_build(graph: OnnxFile, target: Target) -> BuildNeeds:
-    """What building one stage takes.
-
-    The weights are held once as parsed and once in the finished engine; on the GPU once, beside
-    the scratch memory that the target allows.
-    """
-    weights = graph.weight_bytes
-    engine = round(weights * _PLAN_SHARE)
-    scratch = (target.workspace_mib or 0) * 2**20
-    return BuildNeeds(
-        memory=weights + engine + _SPARE_BYTES,
-        device=engine + min(scratch, _SPARE_BYTES),
-        disk=engine + 2**24,
-    )
-
-
-def require_room(
-    folder: Path, stage: str, needs: BuildNeeds, *, free_device: int | None = None
-) -> None:
-    """Refuse a build that would run out of disk or memory.
-
-    Raises:
-        EngineError: With what is needed and what is free.
-    """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free_disk = shutil.disk_usage(there).free
-    if free_disk < needs.disk:
-        raise EngineError(
-            f"{there}: {format_bytes(free_disk)} free, the engine of {stage} needs about "
-            f"{format_bytes(needs.disk)}; make room, or move the bundle to a larger disk"
-        )
-    free_memory = find_free_memory()
-    if free_memory is not None and free_memory < needs.memory:
-        raise EngineError(
-            f"{stage}: {format_bytes(free_memory)} of memory free, its build needs about "
-            f"{format_bytes(needs.memory)}; close other programs, add swap, or export with "
-            "--quantize int4"
-        )
-    if free_device is not None and free_device < needs.device:
-        raise EngineError(
-            f"{stage}: {format_bytes(free_device)} of GPU memory free, its build needs about "
-            f"{format_bytes(needs.device)}; close other programs, or export with --quantize int4"
-        )
-
-
-def find_free_memory() -> int | None:
-    """Bytes of memory and swap that are free; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        values = {name: int(rest.split()[0]) for name, rest in (x.split(":") for x in lines)}
-        return (values["MemAvailable"] + values["SwapFree"]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None

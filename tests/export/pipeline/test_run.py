@@ -14,7 +14,8 @@ from tools.commands import dry_run
 from gap_export.errors import ExportError, GraphError
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline import stages
-from gap_runtime.bundle.manifest import SCHEMA, read_manifest
+from gap_runtime.bundle.manifest import SCHEMA
+from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import CheckError, ConfigError, GapError
 
 

@@ -1,5 +1,22 @@
 """TensorRT compiles the graphs to engines and runs them."""
 
-from gap_runtime.backends.tensorrt.session import build, open_decoder, open_stage
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gap_runtime.backends.tensorrt.session import open_decoder, open_stage
+
+if TYPE_CHECKING:
+    from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.bundle.engines import BuildReport, BuildRequest
+    from gap_runtime.display import Display
 
 __all__ = ["build", "open_decoder", "open_stage"]
+
+
+def build(bundle: Bundle, request: BuildRequest, display: Display) -> BuildReport:
+    """Make the engines of a bundle; see gap_runtime.backends.Builder."""
+    # Whoever runs engines loads nothing that builds them.
+    from gap_runtime.backends.tensorrt.build import build_engines  # noqa: PLC0415
+
+    return build_engines(bundle, request, display)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,11 +17,16 @@ from gap_runtime.backends.tensorrt.cuda import Gpu, find_gpu
 from gap_runtime.backends.tensorrt.library import (
     RTX,
     choose_package,
+    describe_platform,
     dtype_name,
+    find_mismatch,
     last_error,
+    load_engine,
     make_log,
     package_name,
+    scratch_bytes,
 )
+from gap_runtime.backends.tensorrt.rules import estimate_build, read_graph, require_room
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import (
     BuildReport,
@@ -33,16 +36,13 @@ from gap_runtime.bundle.engines import (
     describe_engine,
     engine_file,
     engine_folder,
-    estimate_build,
     find_fault,
     identify_weights,
     list_profiles,
     list_stages,
     new_engine,
     read_engine_record,
-    read_graph,
     require_readable,
-    require_room,
 )
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
@@ -105,32 +105,6 @@ def build_engines(bundle: Bundle, request: BuildRequest, display: Display) -> Bu
         folder=str(job.folder),
         engines=engines,
     )
-
-
-def find_mismatch(record: EngineRecord, trt: ModuleType, capabilities: tuple[str, ...]) -> str:
-    """Why an engine does not run here; empty where it does.
-
-    Args:
-        record: Of the engine.
-        trt: The package that would run it.
-        capabilities: Compute capabilities that it has to run on.
-    """
-    built, found = (record.package, record.version), (package_name(trt), trt.__version__)
-    if built != found:
-        return f"it was built with {' '.join(built)}, found {' '.join(found)}"
-    if record.platform != describe_platform():
-        return f"it was built on {record.platform}, this is {describe_platform()}"
-    if not set(capabilities) <= set(record.compute_capabilities):
-        has = ", ".join(record.compute_capabilities)
-        return (
-            f"it was built for GPUs of compute capability {has}, found {', '.join(capabilities)}"
-        )
-    return ""
-
-
-def describe_platform() -> str:
-    """System and processor, for example `Linux-aarch64`."""
-    return f"{platform.system()}-{platform.machine()}"
 
 
 def _choose_gpu(trt: ModuleType, request: BuildRequest) -> tuple[tuple[str, ...], Gpu | None]:
@@ -432,25 +406,3 @@ def _measure(job: _Job, path: Path) -> int:
     log = make_log(job.trt)
     engine = load_engine(job.trt, log, path)
     return int(scratch_bytes(engine))
-
-
-def load_engine(trt: ModuleType, log: Any, path: Path) -> Any:
-    """An engine from its file, which is mapped and not read into memory first.
-
-    Raises:
-        EngineError: The library does not take it.
-    """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        engine = trt.Runtime(log).deserialize_cuda_engine(mapped)
-    if engine is None:
-        raise EngineError(
-            f"{path}: {package_name(trt)} {trt.__version__} cannot load it: {last_error(log)}"
-        )
-    return engine
-
-
-def scratch_bytes(engine: Any) -> int:
-    """Memory that any of an engine's profiles needs while it runs, beside weights and tensors."""
-    # The first name is there since 10.1, the second is what it was before.
-    size = getattr(engine, "device_memory_size_v2", None)
-    return int(engine.device_memory_size if size is None else size)

@@ -1,14 +1,18 @@
-"""TensorRT's two packages, which share one API: finding one, its types, its messages."""
+"""TensorRT's two packages, which share one API: finding one, its types, its messages, engines."""
 
 from __future__ import annotations
 
+import mmap
+import platform
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from gap_runtime.bundle.engines import EngineRecord
 from gap_runtime.errors import BackendMissingError, ConfigError, EngineError
 from gap_runtime.machines.target import Target
 
@@ -123,3 +127,51 @@ def last_error(log: Any) -> str:
     if not log.errors:
         return "it gave no reason"
     return " ".join(log.errors[-1].split())[:400]
+
+
+def find_mismatch(record: EngineRecord, trt: ModuleType, capabilities: tuple[str, ...]) -> str:
+    """Why an engine does not run here; empty where it does.
+
+    Args:
+        record: Of the engine.
+        trt: The package that would run it.
+        capabilities: Compute capabilities that it has to run on.
+    """
+    built, found = (record.package, record.version), (package_name(trt), trt.__version__)
+    if built != found:
+        return f"it was built with {' '.join(built)}, found {' '.join(found)}"
+    if record.platform != describe_platform():
+        return f"it was built on {record.platform}, this is {describe_platform()}"
+    if not set(capabilities) <= set(record.compute_capabilities):
+        has = ", ".join(record.compute_capabilities)
+        return (
+            f"it was built for GPUs of compute capability {has}, found {', '.join(capabilities)}"
+        )
+    return ""
+
+
+def describe_platform() -> str:
+    """System and processor, for example `Linux-aarch64`."""
+    return f"{platform.system()}-{platform.machine()}"
+
+
+def load_engine(trt: ModuleType, log: Any, path: Path) -> Any:
+    """An engine from its file, which is mapped and not read into memory first.
+
+    Raises:
+        EngineError: The library does not take it.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        engine = trt.Runtime(log).deserialize_cuda_engine(mapped)
+    if engine is None:
+        raise EngineError(
+            f"{path}: {package_name(trt)} {trt.__version__} cannot load it: {last_error(log)}"
+        )
+    return engine
+
+
+def scratch_bytes(engine: Any) -> int:
+    """Memory that any of an engine's profiles needs while it runs, beside weights and tensors."""
+    # The first name is there since 10.1, the second is what it was before.
+    size = getattr(engine, "device_memory_size_v2", None)
+    return int(engine.device_memory_size if size is None else size)

@@ -15,14 +15,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from gap_runtime.backends.tensorrt.build import (
-    build_engines,
+from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemory
+from gap_runtime.backends.tensorrt.library import (
     find_mismatch,
+    import_package,
+    last_error,
     load_engine,
+    make_log,
     scratch_bytes,
 )
-from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemory
-from gap_runtime.backends.tensorrt.library import import_package, last_error, make_log
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import (
     EngineRecord,
@@ -35,9 +36,6 @@ from gap_runtime.bundle.engines import (
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import ITEM_BYTES, MOST_LOGITS, TensorSpec
 from gap_runtime.errors import EngineError
-
-build = build_engines
-"""Make the engines of a bundle; see gap_runtime.backends.Builder."""
 
 _SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_rows")
 _RUNS_BEFORE_CAPTURE: Final = 2

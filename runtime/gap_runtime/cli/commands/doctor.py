@@ -11,7 +11,8 @@ from gap_runtime.cli.options import print_json
 from gap_runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    from gap_runtime.machines.survey import Fit, Gpu, Machine
+    from gap_runtime.machines.fit import Fit
+    from gap_runtime.machines.survey import Gpu, Machine
 
 SUMMARY: Final = "say what this machine has and which targets fit it"
 
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from gap_runtime.machines.survey import fit_targets, survey_machine  # noqa: PLC0415
+    from gap_runtime.machines.fit import fit_targets  # noqa: PLC0415
+    from gap_runtime.machines.survey import survey_machine  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     machine = survey_machine(Path.cwd())
