@@ -10,7 +10,6 @@ from typing import Final
 from gap_export.checkpoint.sources import TensorSource
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.interfaces.family import EagerModel
-from gap_export.pipeline.machine import free_memory
 from gap_export.pipeline.plan import HEAD, REFERENCE_DTYPE, ExportPlan
 from gap_export.pipeline.stages import scheme_of
 from gap_export.reference.samples import SAMPLES_FILE, find_samples
@@ -18,6 +17,7 @@ from gap_export.weights.plan import WeightPlan, plan_weights
 from gap_export.weights.write import require_linkable, require_space
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.display import Display, format_bytes
+from gap_runtime.machines.memory import free_memory
 
 _MIB: Final = 2**20
 _WORK_BYTES: Final = 192 * _MIB

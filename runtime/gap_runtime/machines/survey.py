@@ -18,6 +18,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Final
 
+from gap_runtime.machines.memory import Memory, read_memory
+
 _QUERY: Final = ("name", "compute_cap", "driver_version", "memory.total", "memory.free")
 _ENGINE_PACKAGES: Final = ("tensorrt", "tensorrt_rtx")
 _ONNXRUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu")
@@ -124,16 +126,6 @@ def read_debian_versions(text: str, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def read_memory(text: str) -> tuple[int | None, int | None]:
-    """Total and available memory in MiB, from /proc/meminfo."""
-    values = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, flags=re.MULTILINE))
-
-    def mib(name: str) -> int | None:
-        return int(values[name]) // 1024 if name in values else None
-
-    return mib("MemTotal"), mib("MemAvailable")
-
-
 def read_source_version(text: str) -> str | None:
     """The `__version__` that a module's source sets, without running it."""
     found = re.search(r"^__version__\s*=\s*[\"']([^\"']+)[\"']", text, flags=re.MULTILINE)
@@ -162,19 +154,20 @@ def read_jetson(model: str, release: str, debian: Mapping[str, str]) -> Jetson |
 
 
 def complete_gpus(
-    gpus: tuple[Gpu, ...], jetson: Jetson | None, memory: tuple[int | None, int | None]
+    gpus: tuple[Gpu, ...], jetson: Jetson | None, memory: Memory | None
 ) -> tuple[Gpu, ...]:
     """GPUs with what a Jetson's tools leave out: its chip tells the rest, its memory is shared."""
     if jetson is None:
         return gpus
     capability = next((c for chip, c in JETSON_CHIPS.items() if chip in jetson.model), None)
+    total, free = _count_mib(memory)
     unknown = Gpu(name=jetson.model, compute_capability=None, memory_mib=None, free_mib=None)
     return tuple(
         replace(
             gpu,
             compute_capability=gpu.compute_capability or capability,
-            memory_mib=gpu.memory_mib or memory[0],
-            free_mib=gpu.free_mib or memory[1],
+            memory_mib=gpu.memory_mib or total,
+            free_mib=gpu.free_mib or free,
         )
         for gpu in gpus or (unknown,)
     )
@@ -215,7 +208,8 @@ def ask_driver(library: Any) -> tuple[tuple[Gpu, ...], str | None]:
 def survey_machine(folder: Path) -> Machine:
     """What this machine has; `folder` is where bundles would lie."""
     debian = read_debian_versions(_read(Path("/var/lib/dpkg/status")), _DEBIAN)
-    memory = read_memory(_read(Path("/proc/meminfo")))
+    memory = read_memory()
+    total, free = _count_mib(memory)
     jetson = read_jetson(
         _read(Path("/proc/device-tree/model")), _read(Path("/etc/nv_tegra_release")), debian
     )
@@ -229,8 +223,8 @@ def survey_machine(folder: Path) -> Machine:
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        memory_mib=memory[0],
-        free_mib=memory[1],
+        memory_mib=total,
+        free_mib=free,
         disk_free_mib=shutil.disk_usage(folder).free // _MIB,
         driver=driver,
         cuda=cuda,
@@ -243,6 +237,11 @@ def survey_machine(folder: Path) -> Machine:
         providers=providers,
         problems=tuple(problems),
     )
+
+
+def _count_mib(memory: Memory | None) -> tuple[int | None, int | None]:
+    """Memory in all, and what is free of it."""
+    return (None, None) if memory is None else (memory.total // _MIB, memory.free // _MIB)
 
 
 def _find_gpus() -> tuple[tuple[Gpu, ...], str | None, str | None]:

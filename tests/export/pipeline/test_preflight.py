@@ -10,10 +10,11 @@ import pytest
 from makers import checkpoints
 
 from gap_export.errors import CheckpointError, ExportError
-from gap_export.pipeline import machine, preflight
+from gap_export.pipeline import preflight
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline.plan import HEAD
 from gap_runtime.display import Display
+from gap_runtime.machines import memory
 
 MIB = 2**20
 
@@ -177,43 +178,8 @@ def test_the_setting_wins(tiny_llava, tmp_path, make_plan, mib):
     assert preflight.settle_memory(plan) == mib * MIB
 
 
-def write(folder, **numbers):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in numbers.items():
-        (folder / name.replace("__", ".")).write_text(f"{value}\n", encoding="utf-8")
-
-
-def test_memory_of_a_container(tmp_path):
-    """The tightest limit on the way up counts; cached files are given back."""
-    root, mine = tmp_path / "cgroup", tmp_path / "membership"
-    write(root / "a" / "b", memory__max="max", memory__current=500)
-    write(
-        root / "a",
-        memory__max=1000,
-        memory__current=700,
-        memory__stat="anon 300\ninactive_file 150\nactive_file 50",
-    )
-    mine.write_text("0::/a/b\n", encoding="utf-8")
-    assert machine._free_in_groups(root, mine) == [500]
-    mine.write_text("0::/a\n", encoding="utf-8")
-    assert machine._free_in_groups(root, mine) == [500]
-
-
-def test_memory_of_an_older_container(tmp_path):
-    root, mine = tmp_path / "cgroup", tmp_path / "membership"
-    write(root / "memory" / "x", memory__limit_in_bytes=900, memory__usage_in_bytes=200)
-    mine.write_text("3:cpu,cpuacct:/x\n4:memory:/x\n", encoding="utf-8")
-    assert machine._free_in_groups(root, mine) == [700]
-    assert machine._free_in_groups(root, tmp_path / "nothing") == []
-
-
-def test_free_memory_is_the_least_of_all(monkeypatch):
-    memory = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=5000))
-    monkeypatch.setattr(machine, "_free_in_groups", lambda: [4000])
-    monkeypatch.setattr(
-        machine.resource, "getrlimit", lambda _: (machine.resource.RLIM_INFINITY,) * 2
-    )
-    assert machine.free_memory() == 4000
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1, 1))
-    assert machine.free_memory() == 0
+def test_memory_is_that_of_the_machine():
+    """Another reader of the same figures agrees."""
+    found = memory.read_memory()
+    assert found.total == psutil.virtual_memory().total
+    assert 0 < found.free <= psutil.virtual_memory().available + 2**28

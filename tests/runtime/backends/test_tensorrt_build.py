@@ -309,7 +309,7 @@ def test_too_little_disk(write_bundle, install, build, monkeypatch):
 def test_too_little_memory(write_bundle, install, build, monkeypatch):
     bundle = write_bundle()
     install(bundle)
-    monkeypatch.setattr("gap_runtime.backends.tensorrt.rules.find_free_memory", lambda: 10**8)
+    monkeypatch.setattr("gap_runtime.backends.tensorrt.rules.free_memory", lambda **_: 10**8)
     done = build(bundle)
     assert refused(done, "engine", "100.0 MB of memory free", "needs about 536.9 MB") == 5
     monkeypatch.undo()

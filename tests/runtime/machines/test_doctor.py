@@ -10,6 +10,7 @@ import pytest
 from gap_runtime.cli.main import main
 from gap_runtime.machines import survey as facts
 from gap_runtime.machines.fit import fit_target, fit_targets
+from gap_runtime.machines.memory import Memory
 from gap_runtime.machines.survey import Gpu, Jetson, Machine
 from gap_runtime.machines.target import list_targets, load_target
 
@@ -24,6 +25,7 @@ TWO_RTX = (
     "NVIDIA GeForce RTX 4090, 8.9, 570.86.10, 24564, 23900\n"
     "NVIDIA GeForce RTX 3060, 8.6, 570.86.10, 12288, 11000\n"
 )
+SHARED = Memory(total=7620 * 2**20, free=5120 * 2**20, free_with_swap=6000 * 2**20)
 ORIN = "Orin (nvgpu), [N/A], 540.4.0, [N/A], [N/A]\n"
 TEGRA_36 = (
     "# R36 (release), REVISION: 4.7, GCID: 42132812, BOARD: generic, EABI: aarch64, "
@@ -163,12 +165,6 @@ def test_debian_packages_that_are_installed():
     }
 
 
-def test_memory():
-    text = "MemTotal:        7802944 kB\nMemFree:  1 kB\nMemAvailable:    5242880 kB\n"
-    assert facts.read_memory(text) == (7620, 5120)
-    assert facts.read_memory("") == (None, None)
-
-
 def test_a_version_is_read_without_running_the_module():
     assert facts.read_source_version('import os\n__version__ = "10.3.0"\nboom()\n') == "10.3.0"
     assert facts.read_source_version("from .version import __version__\n") is None
@@ -203,9 +199,9 @@ def test_a_jetson_completes_what_its_tools_leave_out():
     assert gpus[0].compute_capability is None
     jetson = Jetson(model="NVIDIA Jetson Orin Nano", linux=None, jetpack=None)
     for found in (gpus, ()):
-        (gpu,) = facts.complete_gpus(found, jetson, (7620, 5120))
+        (gpu,) = facts.complete_gpus(found, jetson, SHARED)
         assert (gpu.compute_capability, gpu.memory_mib, gpu.free_mib) == ("8.7", 7620, 5120)
-    assert facts.complete_gpus((), None, (7620, 5120)) == ()
+    assert facts.complete_gpus((), None, SHARED) == ()
 
 
 def make_driver(start=0):
@@ -359,6 +355,7 @@ def alone(monkeypatch):
     """No tool answers and no file is there."""
     monkeypatch.setattr(facts, "_ask", lambda *_: "")
     monkeypatch.setattr(facts, "_read", lambda _: "")
+    monkeypatch.setattr(facts, "read_memory", lambda: None)
 
     def refuse(_):
         raise OSError

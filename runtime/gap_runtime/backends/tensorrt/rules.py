@@ -12,6 +12,7 @@ from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.onnx_file import OnnxFile, OnnxNode, read_onnx
 from gap_runtime.display import format_bytes
 from gap_runtime.errors import BundleError, EngineError
+from gap_runtime.machines.memory import free_memory
 from gap_runtime.machines.target import Target
 
 _SPARE_BYTES: Final = 512 * 2**20
@@ -139,10 +140,10 @@ def require_room(
             f"{there}: {format_bytes(free_disk)} free, the engine of {stage} needs about "
             f"{format_bytes(needs.disk)}; make room, or move the bundle to a larger disk"
         )
-    free_memory = find_free_memory()
-    if free_memory is not None and free_memory < needs.memory:
+    free = free_memory(swap=True)
+    if free < needs.memory:
         raise EngineError(
-            f"{stage}: {format_bytes(free_memory)} of memory free, its build needs about "
+            f"{stage}: {format_bytes(free)} of memory free, its build needs about "
             f"{format_bytes(needs.memory)}; close other programs, add swap, or export with "
             "--quantize int4"
         )
@@ -151,13 +152,3 @@ def require_room(
             f"{stage}: {format_bytes(free_device)} of GPU memory free, its build needs about "
             f"{format_bytes(needs.device)}; close other programs, or export with --quantize int4"
         )
-
-
-def find_free_memory() -> int | None:
-    """Bytes of memory and swap that are free; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        values = {name: int(rest.split()[0]) for name, rest in (x.split(":") for x in lines)}
-        return (values["MemAvailable"] + values["SwapFree"]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
