@@ -92,7 +92,7 @@ def test_importing_the_package_loads_no_library():
     ("module", "names"),
     [
         ("gap_runtime.grounding.grounder", ("rich", "gap_runtime.bundle.engines")),
-        ("gap_runtime.backends.tensorrt", ("rich", "gap_runtime.backends.tensorrt.build")),
+        ("gap_runtime.backends.tensorrt", ("rich", "gap_runtime.backends.tensorrt.builder")),
     ],
 )
 def test_what_runs_graphs_loads_nothing_that_shows_or_builds(module, names):

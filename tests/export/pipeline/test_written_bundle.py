@@ -15,7 +15,8 @@ from transformers import LlavaForConditionalGeneration
 
 from gap_export.pipeline.stages import trace_decoder
 from gap_runtime.bundle.hashes import hash_bytes
-from gap_runtime.bundle.manifest import SCHEMA, read_manifest
+from gap_runtime.bundle.manifest import SCHEMA
+from gap_runtime.bundle.validation import read_manifest
 
 # The tiny checkpoint: 5x5 patches, so that 0.5 keeps 13 (rounded half up) and 0.75 keeps 6.
 PATCHES, WIDTH, VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM = 25, 64, 416, 2, 2, 16

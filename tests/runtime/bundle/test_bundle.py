@@ -11,7 +11,6 @@ from gap_runtime.bundle import bundle as bundle_module
 from gap_runtime.bundle.bundle import Bundle, embedding_rows
 from gap_runtime.bundle.manifest import SCHEMA
 from gap_runtime.bundle.tensors import StoredTensor
-from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import BundleError, ConfigError, HashError, SchemaError
 
 

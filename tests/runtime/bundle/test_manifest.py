@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.manifest import SCHEMA, read_manifest
+from gap_runtime.bundle.manifest import SCHEMA
+from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import SchemaError
 
 

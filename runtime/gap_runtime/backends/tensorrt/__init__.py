@@ -17,6 +17,6 @@ __all__ = ["build", "open_decoder", "open_stage"]
 def build(bundle: Bundle, request: BuildRequest, display: Display) -> BuildReport:
     """Make the engines of a bundle; see gap_runtime.backends.Builder."""
     # Whoever runs engines loads nothing that builds them.
-    from gap_runtime.backends.tensorrt.build import build_engines  # noqa: PLC0415
+    from gap_runtime.backends.tensorrt.builder import build_engines  # noqa: PLC0415
 
     return build_engines(bundle, request, display)
