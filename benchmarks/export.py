@@ -64,7 +64,7 @@ def measure(name: str, home: Path, options: list[str]) -> dict[str, Any]:
     found = write_checkpoint(name, home / name)
     out = home / f"{name}-bundle"
     program = Path(sys.executable).parent / "gap-export"
-    command = [str(program), name, *found, "--no-reference", "--weights", "link", *options]
+    command = [str(program), name, *found, "--no-reference", "--bring", "link", *options]
     began = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

@@ -47,7 +47,7 @@ def export(checkpoint: Path, pruner: str, ratios: list[float], out: Path) -> Non
     for ratio in ratios:
         command += ["--ratio", str(ratio)]
     command += ["--pruner", pruner, "--no-reference", "--dtype", "float32"]
-    command += ["--weights", "link", "--set", "prune.phrase=embeddings", "--out", str(out)]
+    command += ["--bring", "link", "--set", "prune.phrase=embeddings", "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from gap_runtime.bundle.layout import count_kept, require_ratio
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
-from gap_runtime.grounding.prompt import IMAGE_FIELD, PHRASE_FIELD
 from gap_runtime.records import load_record
 from gap_runtime.registry import describe_unknown, list_plugins
 
@@ -23,6 +22,7 @@ PHRASE_SOURCES: Final = ("clip", "embeddings")
 QUANTIZED: Final = ("int8", "int4")
 QUANTIZE_METHODS: Final = ("awq", "nearest")
 DTYPES: Final = ("float32", "float16", "bfloat16")
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +218,17 @@ def package_data(name: str) -> Path:
     return inside if inside.is_dir() else home.parent / name
 
 
+def is_model(word: str) -> bool:
+    """Whether a word leads to a model: a name, a file, a folder, or the form of a hub id."""
+    return (
+        word.endswith(".toml")
+        or word.startswith((".", "/", "~"))
+        or word in list_configs()
+        or Path(word).is_dir()
+        or _HUB_ID.fullmatch(word) is not None
+    )
+
+
 def list_configs() -> list[str]:
     """Names in export_configs/."""
     return sorted(path.stem for path in package_data("export_configs").glob("*.toml"))
@@ -240,7 +251,7 @@ def _find(model: str) -> tuple[str, dict[str, Any], str]:
         return folder.resolve().name, data, str(folder)
     if model.startswith((".", "/", "~")):
         raise ConfigError(f"{model}: no such folder")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if _HUB_ID.fullmatch(model):
         return model.rpartition("/")[2], {"family": "", "checkpoint": model}, model
     hint = describe_unknown("model", model, list_configs())
     raise UnknownNameError(f"{hint}; or give a .toml file, a checkpoint folder or a hub id")
@@ -337,6 +348,11 @@ def _require_usable(config: ExportConfig, where: str) -> None:
 
 def _require_template(template: str, where: str) -> None:
     """Reject a template without the phrase or the image, or with text that varies before it."""
+    from gap_runtime.grounding.prompt import (  # noqa: PLC0415 - numpy, which --help does without
+        IMAGE_FIELD,
+        PHRASE_FIELD,
+    )
+
     for part in (IMAGE_FIELD, PHRASE_FIELD):
         if template.count(part) != 1:
             raise ConfigError(f"{where}: prompt.template must hold {part} once")

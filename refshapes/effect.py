@@ -11,15 +11,14 @@ without pruning, and pruned with GAP, compact and permuted position IDs. Scored 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from gap_export.analysis.evaluation import EagerAnswerer, describe_plan
-from gap_export.config import NamedConfig, load_config
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import ExportRequest, make_request
 from gap_export.pipeline.run import export
 from gap_runtime import Bundle
 from gap_runtime.display import Display, Pace
@@ -32,22 +31,6 @@ from gap_runtime.evaluation.score import compare_rows, score_rows
 
 MODES: Final = ("unpruned", "gap", "compact", "permuted")
 BACKEND: Final = "onnxruntime:cpu"
-
-
-def make_request(named: NamedConfig, mode: str, ratio: float, folder: Path) -> ExportRequest:
-    """The export of one mode's bundle; `unpruned` is ratio 0."""
-    prune = dataclasses.replace(
-        named.config.prune,
-        ratios=(0.0,) if mode == "unpruned" else (ratio,),
-        positions="gap" if mode == "unpruned" else mode,
-    )
-    return ExportRequest(
-        named=dataclasses.replace(named, config=dataclasses.replace(named.config, prune=prune)),
-        target="cpu",
-        out=folder / mode,
-        weights="clone",
-        reference=False,
-    )
 
 
 def ask(name: str, data: Data, subject: Subject, request: ExportRequest, who: Open) -> Answers:
@@ -76,26 +59,31 @@ def main() -> None:
     parser.add_argument("--pruner", default="cls_attention")
     parser.add_argument("--out", type=Path, default=Path("build/effect.json"))
     options = parser.parse_args()
-    # Pruners that read the phrase compare it with the model's own embeddings: it has no CLIP.
-    named = load_config(
-        "refshapes", {"prune.strategy": options.pruner, "prune.phrase": "embeddings"}
-    )
     folder = options.out.parent / "effect"
     data = open_data("refshapes:test", limit=options.expressions)
     protocol = load_protocol(DEFAULT_PROTOCOL)
     accuracy: dict[str, dict[str, float]] = {"pytorch": {}, "onnxruntime": {}}
     differing: dict[str, int] = {}
     for mode in MODES:
-        request = make_request(named, mode, options.ratio, folder)
+        # Pruners that read the phrase compare it with the model's own embeddings: it has no CLIP.
+        request = make_request(
+            "refshapes",
+            ratios=0.0 if mode == "unpruned" else options.ratio,
+            pruner=options.pruner,
+            positions="gap" if mode == "unpruned" else mode,
+            settings={"prune.phrase": "embeddings"},
+            out=folder / mode,
+            reference=False,
+        )
         plan = plan_export(request)
-        export(plan, Display(quiet=True))
+        export(plan)
         # One short sequence at a time gains nothing from more threads.
         eager = ask(
             f"PyTorch, {mode}",
             data,
             describe_plan(plan),
             request,
-            partial(EagerAnswerer, request, threads=1),
+            partial(EagerAnswerer, plan, threads=1),
         )
         exported = ask(
             f"onnxruntime, {mode}",

@@ -27,7 +27,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     program = Path(sys.executable).parent / "gap-export"
     command = [str(program), str(options.checkpoint), "--ratio", "0", "--ratio", "0.5"]
     dtype = "float16" if options.precision == "fp16" else "float32"
-    command += ["--no-reference", "--dtype", dtype, "--weights", "link"]
+    command += ["--no-reference", "--dtype", dtype, "--bring", "link"]
     command += ["--set", f"prompt.answer={_ANSWER}", "--out", str(options.out)]
     note = "weights that need no conversion are hard links"
     if options.precision == "int4":

@@ -1,4 +1,4 @@
-"""A fixed count in place of an adaptive rule: what `gap-export calibrate` proposes.
+"""A fixed count in place of an adaptive rule: what `gap-export count` proposes.
 
 Graphs are static, so a method that keeps another number of tokens of every picture needs one
 number. The published rule is run on the user's own pictures; its counts are what to choose from.
@@ -41,17 +41,17 @@ class BucketCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """Counts by bucket. `skipped` are pictures that could not be used, with the reason."""
+class Counts:
+    """What was counted, by bucket. `skipped` says which pictures could not be used, and why."""
 
     pruner: str
     buckets: tuple[BucketCounts, ...]
     skipped: tuple[str, ...]
 
 
-def calibrate(
+def count_tokens(
     plan: ExportPlan, folder: Path, phrase: str | None, display: Display | None = None
-) -> Calibration:
+) -> Counts:
     """Run a pruner's adaptive rule on the pictures of a folder.
 
     Args:
@@ -94,7 +94,7 @@ def calibrate(
     if not counts:
         raise InputError(f"{folder}: none of {len(samples)} pictures can be used; {skipped[0]}")
     buckets = {bucket.name: bucket.patches for bucket in plan.spec.buckets}
-    return Calibration(
+    return Counts(
         pruner=strategy,
         buckets=tuple(_summarize(name, buckets[name], found) for name, found in counts.items()),
         skipped=tuple(skipped),

@@ -11,8 +11,9 @@ from typing import Final
 import torch
 from PIL import Image
 
-from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan, ExportRequest, plan_export
+from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan, plan_export
 from gap_export.pipeline.preflight import load_reference
+from gap_export.pipeline.request import ExportRequest
 from gap_export.reference.answers import Asked, answer_eagerly, ask
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.display import Display
@@ -44,7 +45,7 @@ class EagerAnswerer:
 
     def __init__(
         self,
-        request: ExportRequest,
+        plan: ExportPlan,
         *,
         threads: int | None = None,
         display: Display | None = None,
@@ -52,7 +53,7 @@ class EagerAnswerer:
         """Load the checkpoint.
 
         Args:
-            request: Of an export, which is not made.
+            plan: Of an export, which is not made.
             threads: Of PyTorch in this process; as many as it likes by default.
             display: Says so where weights are read layer by layer.
 
@@ -61,14 +62,14 @@ class EagerAnswerer:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self._plan = plan_export(request)
-        if self._plan.tokenizer is None:
+        if plan.tokenizer is None:
             raise ConfigError(
-                f"{self._plan.spec.tokenizer}: no tokenizer in it, so it takes no phrase; add the "
+                f"{plan.spec.tokenizer}: no tokenizer in it, so it takes no phrase; add the "
                 "model's tokenizer"
             )
-        self._encoder = PromptEncoder(self._plan.tokenizer, self._plan.prompt)
-        self._model = load_reference(self._plan, display)
+        self._plan = plan
+        self._encoder = PromptEncoder(plan.tokenizer, plan.prompt)
+        self._model = load_reference(plan, display)
 
     def look(self, picture: Image.Image) -> EagerView:
         """Find the picture's bucket."""
@@ -116,6 +117,15 @@ class EagerAnswerer:
                 "total": before[1] + decode_ms,
             },
         )
+
+
+def open_answerer(request: ExportRequest, *, threads: int | None = None) -> EagerAnswerer:
+    """The answerer of a request, which is smaller than its plan to send to another machine.
+
+    Raises:
+        GapError: As for `plan_export` and `EagerAnswerer`.
+    """
+    return EagerAnswerer(plan_export(request), threads=threads)
 
 
 def _find_entry(plan: ExportPlan, bucket: Bucket, ratio: float) -> RatioEntry:

@@ -1,4 +1,4 @@
-"""The position mapping laid out for a person: what `gap-export positions` shows."""
+"""Position IDs laid out for a person: what `gap-export positions` shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gap_runtime.pictures.load import find_bucket, load_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModeMapping:
+class ModePositions:
     """One mode's slots and position IDs.
 
     `visual_slots` are visual tokens by slot, -1 for an extra token. The IDs are those of the
@@ -38,7 +38,7 @@ class ModeMapping:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mapping:
+class PositionTable:
     """All modes at one ratio. `example` says where the kept tokens are from."""
 
     ratio: float
@@ -47,12 +47,12 @@ class Mapping:
     kept: int
     extra: int
     example: str
-    modes: tuple[ModeMapping, ...]
+    modes: tuple[ModePositions, ...]
 
 
-def map_modes(
+def tabulate_positions(
     plan: ExportPlan, phrase: str, image: Path | None, display: Display | None = None
-) -> list[Mapping]:
+) -> list[PositionTable]:
     """Every mode at every ratio.
 
     Args:
@@ -69,11 +69,11 @@ def map_modes(
         suffix = plan.layout.suffix
     else:
         suffix = len(PromptEncoder(plan.tokenizer, plan.prompt).encode(phrase).suffix)
-    mappings = []
+    tables = []
     for entry, chosen, example in _choices(plan, phrase, image, display):
         modes = tuple(_map(plan, entry, chosen, suffix, mode) for mode in POSITION_MODES)
-        mappings.append(
-            Mapping(
+        tables.append(
+            PositionTable(
                 ratio=entry.ratio,
                 bucket=entry.bucket,
                 patches=entry.patches,
@@ -83,18 +83,18 @@ def map_modes(
                 modes=modes,
             )
         )
-    return mappings
+    return tables
 
 
 def _map(
     plan: ExportPlan, entry: RatioEntry, chosen: Chosen, suffix: int, mode: str
-) -> ModeMapping:
+) -> ModePositions:
     prefix = plan.layout.prefix
     slots, ids = place_tokens(
         prefix, entry.patches, suffix, chosen.order, mode, extra_index=chosen.extra_index
     )
     visual = prefix + len(slots)
-    return ModeMapping(
+    return ModePositions(
         mode=mode,
         visual_slots=tuple(slots),
         prefix_ids=tuple(ids[:prefix]),

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from gap_export.analysis.evaluation import EagerAnswerer, describe_plan
+from gap_export.analysis.evaluation import EagerAnswerer, describe_plan, open_answerer
 from gap_export.config import POSITION_MODES, NamedConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.features import Pruner
-from gap_export.pipeline.plan import ExportPlan, ExportRequest, plan_export
+from gap_export.pipeline.plan import ExportPlan, plan_export
+from gap_export.pipeline.request import ExportRequest
 from gap_export.pipeline.run import KnownGraphs, export
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import MANIFEST_FILE
@@ -164,7 +165,7 @@ def _plan_variant(
             named=replace(request.named, config=replace(config, prune=prune)),
             target=request.target,
             out=request.out / "bundles" / name,
-            weights="link",
+            bring="link",
             reference=False,
         )
     )
@@ -211,9 +212,9 @@ def run_sweep(plan: SweepPlan, display: Display, *, spread: Spread | None = None
                 variant,
                 request.out / "answers" / f"{variant.name}.pytorch.jsonl",
                 # Workers share a machine's cores, and say nothing.
-                partial(EagerAnswerer, variant.plan.request, threads=1)
+                partial(open_answerer, variant.plan.request, threads=1)
                 if spread
-                else partial(EagerAnswerer, variant.plan.request, display=display),
+                else partial(EagerAnswerer, variant.plan, display=display),
                 display=display,
                 spread=spread,
             )
@@ -256,12 +257,12 @@ def _bring_bundle(
     out = variant.plan.out
     if not (out / MANIFEST_FILE).is_file():
         with display.step(f"{where}, exporting"):
-            export(_choose_weights(variant.plan), Display(quiet=True), known=known)
+            export(_choose_bring(variant.plan), known=known)
             share_files(out, [other for other in others if other != out])
     return Bundle.open(out)
 
 
-def _choose_weights(plan: ExportPlan) -> ExportPlan:
+def _choose_bring(plan: ExportPlan) -> ExportPlan:
     """Hard links to the checkpoint's files where the system makes them, else copies."""
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     trial = plan.out.parent / f".link-{os.getpid()}"
@@ -271,7 +272,7 @@ def _choose_weights(plan: ExportPlan) -> ExportPlan:
             os.link(file, trial)
             trial.unlink()
     except OSError:
-        return replace(plan, request=replace(plan.request, weights="clone"))
+        return replace(plan, request=replace(plan.request, bring="copy"))
     return plan
 
 

@@ -12,8 +12,8 @@ from typing import Final
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from gap_export.cli.main import show_result
-from gap_export.cli.options import add_export_arguments, make_request, read_config
+from gap_export.cli.commands.export import make_bundle
+from gap_export.cli.options import add_export_arguments, read_request
 
 
 class GapExportCommand(BaseOptimumCLICommand):
@@ -30,7 +30,7 @@ class GapExportCommand(BaseOptimumCLICommand):
         parser.add_argument(
             "-m", "--model", required=True, help="name, .toml file, checkpoint folder or hub id"
         )
-        parser.add_argument("output", type=Path, help="bundle folder")
+        parser.add_argument("out", metavar="output", type=Path, help="bundle folder")
         add_export_arguments(parser)
 
     def run(self) -> None:
@@ -42,16 +42,9 @@ class GapExportCommand(BaseOptimumCLICommand):
             raise SystemExit(code)
 
     def _export(self) -> int:
-        from gap_export.pipeline.plan import plan_export  # noqa: PLC0415
-        from gap_export.pipeline.run import export  # noqa: PLC0415
         from gap_runtime.display import Display  # noqa: PLC0415
 
-        display = Display()
-        named = read_config(self.args.model, self.args)
-        plan = plan_export(make_request(named, self.args, self.args.output))
-        show_result(display, export(plan, display))
-        print(plan.out)
-        return 0
+        return make_bundle(read_request(self.args), Display())
 
 
 REGISTER_COMMANDS: Final = [(GapExportCommand, ExportCommand)]

@@ -6,12 +6,14 @@ import argparse
 import logging
 import os
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from gap_runtime.cli.options import add_old_name
 
 if TYPE_CHECKING:
     from gap_export.config import NamedConfig
-    from gap_export.pipeline.plan import ExportPlan, ExportRequest
+    from gap_export.pipeline.plan import ExportPlan
+    from gap_export.pipeline.request import ExportRequest
     from gap_runtime.display import Display
 
 
@@ -21,6 +23,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--ratio",
         type=float,
         action="append",
+        dest="ratios",
         metavar="R",
         help="share of visual tokens to REMOVE, in [0, 1); give it again for more graphs that "
         "share all weights (default: the model file's, 0.5)",
@@ -56,11 +59,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="any key of the model file, for example prompt.answer=32",
     )
     parser.add_argument(
-        "--weights",
-        choices=("clone", "link"),
-        default="clone",
+        "--bring",
+        choices=("copy", "link"),
+        default="copy",
         help="how weights get into the bundle: copied (default) or hard-linked",
     )
+    add_old_name(parser, "--weights", "--bring", {"clone": "copy", "link": "link"})
     parser.add_argument(
         "--no-reference",
         action="store_false",
@@ -69,34 +73,38 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_config(model: str, options: argparse.Namespace) -> NamedConfig:
-    """The model's configuration with the parsed options over it."""
+_SETTINGS: Final = {
+    "ratios": "prune.ratios",
+    "pruner": "prune.strategy",
+    "positions": "prune.positions",
+    "extra_token": "prune.extra_token",
+    "dtype": "dtype",
+    "quantize": "quantize.weights",
+}
+"""Key of a model file by the parsed option that stands for it."""
+
+
+def read_config(options: argparse.Namespace) -> NamedConfig:
+    """The model's configuration with the parsed options over it, those that the command has."""
     from gap_export.config import load_config, parse_override  # noqa: PLC0415
 
+    given = vars(options)
     overrides: dict[str, Any] = dict(parse_override(text) for text in options.overrides)
-    flags = {
-        "prune.ratios": options.ratio,
-        "prune.strategy": options.pruner,
-        "prune.positions": options.positions,
-        "prune.extra_token": options.extra_token,
-        "dtype": options.dtype,
-        "quantize.weights": options.quantize,
+    overrides |= {
+        key: given[name] for name, key in _SETTINGS.items() if given.get(name) is not None
     }
-    overrides |= {key: value for key, value in flags.items() if value is not None}
-    return load_config(model, overrides, checkpoint=getattr(options, "checkpoint", None))
+    return load_config(options.model, overrides, checkpoint=given.get("checkpoint"))
 
 
-def make_request(
-    named: NamedConfig, options: argparse.Namespace, out: Path | None
-) -> ExportRequest:
-    """The request that parsed options stand for."""
-    from gap_export.pipeline.plan import ExportRequest  # noqa: PLC0415 - loads torch
+def read_request(options: argparse.Namespace) -> ExportRequest:
+    """The request that the parsed options of an export stand for."""
+    from gap_export.pipeline.request import ExportRequest  # noqa: PLC0415
 
     return ExportRequest(
-        named=named,
+        named=read_config(options),
         target=options.target,
-        out=out,
-        weights=options.weights,
+        out=options.out,
+        bring=options.bring,
         reference=options.reference,
     )
 
@@ -125,15 +133,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def survey(options: argparse.Namespace, display: Display) -> ExportPlan:
     """The plan of an export that is not made."""
-    for name in ("ratio", "positions", "extra_token", "dtype", "quantize"):
-        if name not in options:
-            setattr(options, name, None)
-    named = read_config(options.model, options)
+    from gap_export.pipeline.request import ExportRequest  # noqa: PLC0415
+
+    request = ExportRequest(named=read_config(options), bring="link", reference=False)
     with display.step("loading libraries"):
-        from gap_export.pipeline.plan import ExportRequest, plan_export  # noqa: PLC0415 - loads torch
-    return plan_export(
-        ExportRequest(named=named, target="cpu", out=None, weights="link", reference=False)
-    )
+        from gap_export.pipeline.plan import plan_export  # noqa: PLC0415 - loads torch
+    return plan_export(request)
 
 
 def configure_logging(*, verbose: bool) -> None:

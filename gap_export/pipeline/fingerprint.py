@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from gap_export.checkpoint.index import list_files, locate_checkpoint, locate_part
 from gap_export.config import NamedConfig
+from gap_export.pipeline.request import ExportRequest
+from gap_export.pipeline.result import ExportResult
 from gap_export.reference.samples import SAMPLES_FILE, find_samples, read_samples
 from gap_runtime.bundle.hashes import hash_bytes
-from gap_runtime.bundle.manifest import FileEntry
+from gap_runtime.bundle.manifest import FileEntry, Manifest
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import GapError
+from gap_runtime.grounding.check import CheckReport
 from gap_runtime.machines.target import load_target
 from gap_runtime.records import dump_record, load_record
 
@@ -37,13 +40,14 @@ _CODE: Final = ("gap_export", "gap_runtime")
 class ExportRecord:
     """What a bundle remembers of its export.
 
-    `parts` are the places of the checkpoint's parts, by role, that no setting names. `result` is
-    what `--json` printed, without the bundle's place.
+    `parts` are the places of the checkpoint's parts, by role, that no setting names. `report` is
+    the comparison with PyTorch, `note` says why there was none.
     """
 
     identity: str
     parts: dict[str, str]
-    result: dict[str, Any]
+    report: CheckReport | None = None
+    note: str = ""
 
     def write(self, folder: Path) -> FileEntry:
         """Put it into a bundle that is being made."""
@@ -52,32 +56,28 @@ class ExportRecord:
         return FileEntry(size=len(data), blake3=hash_bytes(data))
 
 
-def identify(
-    named: NamedConfig, *, target: str, weights: str, reference: bool, parts: dict[str, str]
-) -> str | None:
+def identify(request: ExportRequest, parts: dict[str, str]) -> str | None:
     """The identity of an export; None where a file of it is not on this machine.
 
     A hash of the settings, the target, the versions and code of what exports, and place, size
     and time of every file of the checkpoint and its parts; not of their bytes.
 
     Args:
-        named: The settings.
-        target: Name of the target.
-        weights: How they get into the bundle.
-        reference: Whether PyTorch's answers are recorded.
+        request: What to export; its folder does not matter.
         parts: Places of parts, by role, that the settings do not name.
     """
+    named = request.named
     try:
         facts = {
             "name": named.name,
             "config": dump_record(named.config),
-            "target": dump_record(load_target(target)),
-            "weights": weights,
-            "reference": reference,
+            "target": dump_record(load_target(request.target)),
+            "bring": request.bring,
+            "reference": request.reference,
             "versions": {name: _find_version(name) for name in _PACKAGES},
             "files": [
                 (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-                for path in _list_inputs(named, parts, reference=reference)
+                for path in _list_inputs(named, parts, reference=request.reference)
             ],
         }
     except (GapError, OSError):
@@ -86,49 +86,35 @@ def identify(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedExport:
-    """A bundle that is there already, and what its export printed for programs."""
-
-    folder: Path
-    result: dict[str, Any]
-
-
-def find_finished(
-    named: NamedConfig, *, target: str, weights: str, reference: bool, out: Path | None
-) -> FinishedExport | None:
+def find_finished(request: ExportRequest) -> ExportResult | None:
     """The bundle that this export would only make again; None where there is none.
 
-    Its files must be there and as long as they were.
-
-    Args:
-        named: The settings.
-        target: Name of the target.
-        weights: How they get into the bundle.
-        reference: Whether PyTorch's answers are recorded.
-        out: The bundle's folder; by default those here that may have its name.
+    Its files must be there and as long as they were. Without a folder in the request, those here
+    that may have its name are looked at.
     """
+    name, out = request.named.name, request.out
     # The usual name has counts in it that only the family knows, but the same export has the same.
     folders = (
-        sorted(Path().glob(f"{glob.escape(named.name)}-*of*"))
-        if out is None
-        else [out.expanduser()]
+        sorted(Path().glob(f"{glob.escape(name)}-*of*")) if out is None else [out.expanduser()]
     )
     for folder in folders:
-        record = _read_whole(folder)
-        if record is None:
+        found = _read_whole(folder)
+        if found is None:
             continue
-        identity = identify(
-            named, target=target, weights=weights, reference=reference, parts=record.parts
-        )
-        if identity == record.identity:
-            place = folder.resolve() if folder.is_symlink() else folder
-            return FinishedExport(folder=place, result={"bundle": str(place), **record.result})
+        record, manifest = found
+        if identify(request, record.parts) == record.identity:
+            return ExportResult(
+                folder=folder.resolve() if folder.is_symlink() else folder,
+                manifest=manifest,
+                report=record.report,
+                note=record.note,
+                plan=None,
+            )
     return None
 
 
-def _read_whole(folder: Path) -> ExportRecord | None:
-    """What a bundle remembers, if it still has its name and its files their sizes."""
+def _read_whole(folder: Path) -> tuple[ExportRecord, Manifest] | None:
+    """What a bundle remembers and says, if it still has its name and its files their sizes."""
     path = folder / IDENTITY_FILE
     if not path.is_file():
         return None
@@ -139,7 +125,9 @@ def _read_whole(folder: Path) -> ExportRecord | None:
     except (GapError, OSError, ValueError):
         return None
     whole = all(entry.size == sizes[name] for name, entry in manifest.files.items())
-    return record if whole and manifest.name == folder.resolve().name else None
+    if not whole or manifest.name != folder.resolve().name:
+        return None
+    return record, manifest
 
 
 def _list_inputs(named: NamedConfig, parts: dict[str, str], *, reference: bool) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import Feature, Pruner
 from gap_export.pipeline.prompt import plan_phrase, plan_prompt
+from gap_export.pipeline.request import ExportRequest
 from gap_export.quantization.scheme import packed_scheme
 from gap_export.reference.samples import Sample, read_samples
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt, Quantization, RatioEntry
@@ -37,17 +38,6 @@ REFERENCE_DTYPE: Final = "float32"
 HEAD: Final = "lm_head.weight"
 """Canonical name of the decoder's last linear layer, in every family."""
 _INT4_OPSET: Final = 21
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRequest:
-    """What to export and how, besides the configuration."""
-
-    named: NamedConfig
-    target: str
-    out: Path | None
-    weights: str
-    reference: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,9 +67,9 @@ def require_room(plan: ExportPlan, folder: Path) -> WeightPlan:
         ExportError: They will not fit, or cannot be linked there.
     """
     weights, quantized = _expect_weights(plan)
-    if plan.request.weights == "link":
+    if plan.request.bring == "link":
         require_linkable(weights, folder)
-    require_space(weights, folder, plan.request.weights, more=quantized)
+    require_space(weights, folder, plan.request.bring, more=quantized)
     return weights
 
 

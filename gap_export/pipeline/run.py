@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,7 @@ from gap_export.pipeline.preflight import (
     settle_memory,
 )
 from gap_export.pipeline.prompt import TEXT_TOKENIZER_FILE
+from gap_export.pipeline.result import ExportResult
 from gap_export.pipeline.stages import (
     Graphs,
     quantize_graphs,
@@ -66,21 +67,10 @@ from gap_runtime.display import Display, format_bytes
 from gap_runtime.errors import BackendMissingError, CheckError, EngineError
 from gap_runtime.grounding.check import CheckReport, check_bundle
 from gap_runtime.pictures.load import load_picture
-from gap_runtime.records import dump_record
 
 _REFERENCE: Final = "reference.npz"
 _SAMPLES: Final = "samples"
 _COPIES: Final = ".copies"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportResult:
-    """A finished export. `report` is null where parity was not checked, `note` says why."""
-
-    plan: ExportPlan
-    manifest: Manifest
-    report: CheckReport | None
-    note: str
 
 
 class KnownGraphs:
@@ -99,18 +89,19 @@ class KnownGraphs:
 
 
 def export(
-    plan: ExportPlan, display: Display, *, known: KnownGraphs | None = None
+    plan: ExportPlan, display: Display | None = None, *, known: KnownGraphs | None = None
 ) -> ExportResult:
     """Make the bundle.
 
     Args:
         plan: What to make.
-        display: Shows the steps.
+        display: Shows the steps; nothing is shown without one.
         known: Graphs of earlier exports, which may differ in pruning alone.
 
     Raises:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
+    display = display or Display(quiet=True)
     require_replaceable(plan.out)
     require_readable(plan)
     memory = settle_memory(plan)
@@ -118,7 +109,7 @@ def export(
     record = _start_record(plan)
     ready = {name: s for name, s in plan.sources.items() if _stays(name, s, plan)}
     with folder_aside(plan.out) as folder, ExitStack() as stack:
-        copies = _plan_copies(require_room(plan, folder), folder, plan.request.weights)
+        copies = _plan_copies(require_room(plan, folder), folder, plan.request.bring)
         reader = stack.enter_context(SourceReader(ready, copies))
         graphs = _trace(plan, display, known or KnownGraphs())
         schemes: dict[str, Scheme] = {}
@@ -136,7 +127,7 @@ def export(
             weights = _plan_weights(plan, sources, graphs.all)
             stages = write_graphs(plan, weights, folder, graphs)
         with display.step(f"bringing {format_bytes(weights.size)} of weights"):
-            hashes = bring_weights(weights, folder, plan.request.weights, copy_of=reader.copy_of)
+            hashes = bring_weights(weights, folder, plan.request.bring, copy_of=reader.copy_of)
             shutil.rmtree(folder / _COPIES, ignore_errors=True)
             reader.require_finite(weights)
         _write_tokenizers(plan, folder)
@@ -146,37 +137,29 @@ def export(
             entries = _describe_files(folder, hashes)
         manifest = _make_manifest(plan, weights, stages, reference, entries)
         report, note = _check(Bundle(folder=folder, manifest=manifest), display)
-        result = ExportResult(plan=plan, manifest=manifest, report=report, note=note)
         if record is not None:
-            record = replace(record, result=_tell_result(result))
+            record = replace(record, report=report, note=note)
             files = manifest.files | {IDENTITY_FILE: record.write(folder)}
-            result = replace(result, manifest=replace(manifest, files=files))
+            manifest = replace(manifest, files=files)
         # Last, so that a folder that was left behind never looks like a bundle.
-        result.manifest.write(folder)
+        manifest.write(folder)
         move_into_place(folder, plan.out)
-    return result
+    return ExportResult(folder=plan.out, manifest=manifest, report=report, note=note, plan=plan)
 
 
 def _start_record(plan: ExportPlan) -> ExportRecord | None:
     """What is known before the export; None where the same export could not be recognised."""
-    named, request = plan.request.named, plan.request
+    request = plan.request
     found = plan.family.find_parts(plan.checkpoint, text=plan.reads_clip)
-    parts = {role: place for role, place in found.items() if role not in named.config.parts}
-    identity = identify(
-        named,
-        target=request.target,
-        weights=request.weights,
-        reference=request.reference,
-        parts=parts,
-    )
-    if identity is None:
-        return None
-    return ExportRecord(identity=identity, parts=parts, result={})
+    named = request.named.config.parts
+    parts = {role: place for role, place in found.items() if role not in named}
+    identity = identify(request, parts)
+    return None if identity is None else ExportRecord(identity=identity, parts=parts)
 
 
-def _plan_copies(expected: WeightPlan, folder: Path, mode: str) -> dict[Path, Path]:
-    """Where the files that will be cloned are copied to while graphs are traced."""
-    if mode == "link":
+def _plan_copies(expected: WeightPlan, folder: Path, bring: str) -> dict[Path, Path]:
+    """Where the files that will be copied are copied to while graphs are traced."""
+    if bring == "link":
         return {}
     (folder / _COPIES).mkdir()
     return {source: folder / _COPIES / name for name, source in expected.shards.items()}
@@ -416,22 +399,3 @@ def _make_manifest(
         reference=reference,
         files=files,
     )
-
-
-def summarize(result: ExportResult) -> dict[str, Any]:
-    """The export's result as plain data, for `--json`."""
-    return {"bundle": str(result.plan.out), **_tell_result(result)}
-
-
-def _tell_result(result: ExportResult) -> dict[str, Any]:
-    """The result without the bundle's place."""
-    report = result.report
-    return {
-        "ratios": dump_record(result.manifest.ratios),
-        "checked": report is not None and report.passed,
-        "not_checked_because": result.note or None,
-        "rows": 0 if report is None else len(report.rows),
-        "dtype": result.manifest.dtype,
-        "positions": result.manifest.pruning.positions,
-        "pruner": result.manifest.pruning.strategy,
-    }

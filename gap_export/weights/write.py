@@ -44,7 +44,7 @@ def bring_weights(
     Args:
         plan: From plan_weights.
         folder: The bundle being made.
-        mode: `clone` (shares blocks where the filesystem can, else copies) or `link`.
+        mode: `copy` (shares blocks where the filesystem can, else copies) or `link`.
         copy_of: A finished copy of a file on the same filesystem, to be moved there, if any.
 
     Returns:
@@ -187,7 +187,7 @@ def require_space(
     if needed > free:
         raise ExportError(
             f"{folder.parent}: {format_bytes(needed)} of weights, {format_bytes(free)} free; "
-            "use --weights link or another --out"
+            "use --bring link or another --out"
         )
 
 
@@ -210,5 +210,5 @@ def _link(source: Path, target: Path) -> None:
             raise
         raise ExportError(
             f"{source}: cannot be hard-linked to {target.parent} ({error.strerror}); "
-            "use --weights clone, or an --out on the same filesystem"
+            "use --bring copy, or an --out on the same filesystem"
         ) from error

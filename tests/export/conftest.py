@@ -2,10 +2,9 @@
 
 import pytest
 
-from gap_export.config import load_config
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from gap_export.pipeline.run import export
-from gap_runtime.display import Display
 
 SHORT_PROMPT = "USER: <image>\nWhere is {phrase}? ASSISTANT:"
 
@@ -19,24 +18,25 @@ def make_plan():
         out,
         *,
         ratios=(0.5,),
-        weights="clone",
+        bring="copy",
         reference=False,
         target="cpu",
         **overrides,
     ):
-        named = load_config(
-            str(folder),
-            {
-                "prompt.template": SHORT_PROMPT,
-                "prompt.suffix": 24,
-                "prompt.answer": 8,
-                "prune.ratios": list(ratios),
-            }
-            | {key.replace("__", "."): value for key, value in overrides.items()},
-        )
+        settings = {
+            "prompt.template": SHORT_PROMPT,
+            "prompt.suffix": 24,
+            "prompt.answer": 8,
+            "prune.ratios": list(ratios),
+        } | {key.replace("__", "."): value for key, value in overrides.items()}
         return plan_export(
-            ExportRequest(
-                named=named, target=target, out=out, weights=weights, reference=reference
+            make_request(
+                folder,
+                settings=settings,
+                target=target,
+                out=out,
+                bring=bring,
+                reference=reference,
             )
         )
 
@@ -46,7 +46,7 @@ def make_plan():
 @pytest.fixture(scope="session")
 def run_export():
     """A function that carries out a plan without showing anything."""
-    return lambda plan: export(plan, Display(quiet=True))
+    return export
 
 
 @pytest.fixture(scope="session")

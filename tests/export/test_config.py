@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from tools.places import ROOT
 
 from gap_export import config as config_module
-from gap_export.cli.main import add_export_arguments, read_config
+from gap_export.cli.options import add_export_arguments, read_config
 from gap_export.config import (
     DTYPES,
     PruneConfig,
@@ -53,7 +53,7 @@ def request_for(*arguments):
     parser.add_argument("--checkpoint")
     add_export_arguments(parser)
     options = parser.parse_args(list(arguments))
-    return read_config(options.model, options).config
+    return read_config(options).config
 
 
 def family_templates(family):

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_export.config import load_config
 from gap_export.pipeline import run as pipeline
-from gap_export.pipeline.plan import ExportRequest, plan_export
-from gap_runtime.display import Display
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from makers import originals
 from makers.checkpoints import make_llava_checkpoint
 
@@ -94,7 +93,7 @@ class FamilyCase:
         out,
         *,
         pruner="cls_attention",
-        weights="clone",
+        bring="copy",
         reference=False,
         target="cpu",
         **overrides,
@@ -108,13 +107,14 @@ class FamilyCase:
         }
         values |= self.text if pruner in READ_PHRASE else {}
         values |= {key.replace("__", "."): value for key, value in overrides.items()}
-        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
         return plan_export(
-            ExportRequest(
-                named=load_config(self.model, values, checkpoint=checkpoint),
+            make_request(
+                self.model,
+                settings=values,
+                checkpoint=self.checkpoint,
                 target=target,
-                out=Path(out),
-                weights=weights,
+                out=out,
+                bring=bring,
                 reference=reference,
             )
         )
@@ -122,7 +122,7 @@ class FamilyCase:
 
 def export(plan):
     """Carry out a plan without showing anything."""
-    return pipeline.export(plan, Display(quiet=True))
+    return pipeline.export(plan)
 
 
 _graphs: dict[tuple, Any] = {}

@@ -1,32 +1,26 @@
 """Bundles that several parity tests read; made once."""
 
-from pathlib import Path
-
 import pytest
 from makers.families import shared_graphs
 from tools.places import load_runtime_helper
 
+import gap_export
 from gap_export.cli import main as cli
-from gap_export.config import load_config
-from gap_export.pipeline.plan import ExportRequest, plan_export
-from gap_export.pipeline.run import export
-from gap_runtime.display import Display
 
 
 def export_bundle(
-    model, out, *, reference=True, checkpoint=None, weights="clone", target="cpu", **overrides
+    model, out, *, reference=True, checkpoint=None, bring="copy", target="cpu", **overrides
 ):
-    """Export through the pipeline; overrides are dotted keys with `__` for the dot."""
-    values = {key.replace("__", "."): value for key, value in overrides.items()}
-    request = ExportRequest(
-        named=load_config(str(model), values, checkpoint=checkpoint),
-        target=target,
-        out=Path(out),
-        weights=weights,
+    """Export as a script would; overrides are dotted keys with `__` for the dot."""
+    return gap_export.export(
+        model,
+        settings={key.replace("__", "."): value for key, value in overrides.items()},
+        out=out,
         reference=reference,
-    )
-    export(plan_export(request), Display(quiet=True))
-    return Path(out)
+        checkpoint=checkpoint,
+        bring=bring,
+        target=target,
+    ).folder
 
 
 @pytest.fixture(scope="session", autouse=True)

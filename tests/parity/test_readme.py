@@ -15,7 +15,7 @@ PAGES = [
     *("README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"),
     *("docs/models.md", "docs/targets.md", "docs/jetson.md", "docs/evaluation.md"),
 ]
-COMMANDS = {"gap-export": export_cli._main, "gap-runtime": runtime_cli._main}
+COMMANDS = {"gap-export": export_cli.PROGRAM.run, "gap-runtime": runtime_cli.PROGRAM.run}
 
 
 def commands():
@@ -46,7 +46,7 @@ def test_command_of_a_document_is_taken(command, monkeypatch):
 
 def test_the_documents_show_every_command_of_the_exporter():
     shown = " ".join(str(command.values[0]) for command in commands())
-    for command in ("positions", "calibrate", "evaluate", "sweep"):
+    for command in ("positions", "count", "evaluate", "sweep"):
         assert f"gap-export {command} " in shown
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from gap_export.config import load_config
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from gap_export.reference.answers import answer_eagerly, ask
 from gap_runtime import Bundle, Grounder
 from gap_runtime.cli.main import main
@@ -85,15 +85,7 @@ def grounder_prompt(grounder, phrase):
 def test_pytorch_and_onnx_give_the_same_text(refshapes_bundle, asked):
     bundle = Bundle.open(refshapes_bundle)
     grounder = Grounder(bundle, "onnxruntime:cpu")
-    plan = plan_export(
-        ExportRequest(
-            named=load_config("refshapes", {"prune.ratios": [0.0]}),
-            target="cpu",
-            out=None,
-            weights="clone",
-            reference=False,
-        )
-    )
+    plan = plan_export(make_request("refshapes", ratios=0.0, reference=False))
     (entry,), (bucket,) = plan.entries, plan.spec.buckets
     model = plan.family.load_eager(plan.checkpoint, plan.spec, "float32")
     for scene, question in asked[:25]:

@@ -179,7 +179,7 @@ def test_progress_is_told_for_every_token(tmp_path, tmp_path_factory, answers):
     "arguments",
     [
         ("positions", "refshapes", "--image", "PICTURE", "--phrase", "the red mug"),
-        ("calibrate", "refshapes", "--pruner", "prumerge", "--images", "FOLDER"),
+        ("count", "refshapes", "--pruner", "prumerge", "--images", "FOLDER"),
         ("evaluate", "refshapes", "--data", "refshapes:test", "--limit", "2"),
     ],
     ids=lambda arguments: arguments[0],

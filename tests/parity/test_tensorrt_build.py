@@ -10,6 +10,7 @@ from makers.families import ARCHITECTURES, FAMILIES, export, find_family
 from onnx import TensorProto, helper
 from tools.engines import build_bundle
 
+import gap_export
 from benchmarks import checkpoints
 from gap_runtime import Bundle
 from gap_runtime.bundle.bundle import describe_file
@@ -203,9 +204,6 @@ def test_float32_attention_says_what_to_do(tmp_path_factory, tmp_path):
 
 def test_llava_at_its_true_widths(tmp_path, monkeypatch):
     """Two layers of LLaVA-1.5-7B's decoder and tower, all other sizes the real ones."""
-    from gap_export.config import load_config
-    from gap_export.pipeline.plan import ExportRequest, plan_export
-
     true = checkpoints.vision_config
     monkeypatch.setattr(
         checkpoints, "vision_config", lambda side: true(side) | {"num_hidden_layers": 3}
@@ -214,11 +212,16 @@ def test_llava_at_its_true_widths(tmp_path, monkeypatch):
     home.mkdir()
     text = checkpoints.LLAMA_7B | {"num_hidden_layers": 2}
     checkpoints.write_library(home, "llava", text, sparse=True)
-    named = load_config("llava-1.5-7b", {"prune.ratios": [0.5]}, checkpoint=str(home))
     out = tmp_path / "b"
-    request = ExportRequest(named=named, target="rtx", out=out, weights="link", reference=False)
-    export(plan_export(request))
-    bundle = Bundle.open(out)
+    bundle = gap_export.export(
+        "llava-1.5-7b",
+        checkpoint=home,
+        ratios=0.5,
+        target="rtx",
+        out=out,
+        bring="link",
+        reference=False,
+    ).bundle
     records = build_bundle(bundle)
     require_layers(bundle, records)
     # Weights that are all zero and alike are stored once, so an engine is smaller than the model.

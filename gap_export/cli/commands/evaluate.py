@@ -37,7 +37,11 @@ def run(options: argparse.Namespace) -> int:
     with display.step("reading the data"):
         data, other = read_request(options)
     plan = survey(options, display)
-    from gap_export.analysis.evaluation import EagerAnswerer, describe_plan  # noqa: PLC0415
+    from gap_export.analysis.evaluation import (  # noqa: PLC0415
+        EagerAnswerer,
+        describe_plan,
+        open_answerer,
+    )
     from gap_runtime.evaluation.results import Header  # noqa: PLC0415
     from gap_runtime.evaluation.run import describe_data  # noqa: PLC0415
 
@@ -48,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
         header=Header(subject=describe_plan(plan), data=describe_data(data), box=plan.spec.box),
         ratios=plan.prune.ratios,
         # Workers share a machine's cores, and say nothing.
-        open_answerer=partial(EagerAnswerer, plan.request, threads=1)
+        open_answerer=partial(open_answerer, plan.request, threads=1)
         if options.ray
-        else partial(EagerAnswerer, plan.request, display=display),
+        else partial(EagerAnswerer, plan, display=display),
     )
     return finish(options, display, data, answers, other)

@@ -15,7 +15,9 @@ SUMMARY: Final = "show the position IDs of every mode side by side"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_survey_arguments(parser)
-    parser.add_argument("--ratio", type=float, action="append", metavar="R", help="as gap-export")
+    parser.add_argument(
+        "--ratio", type=float, action="append", dest="ratios", metavar="R", help="as gap-export"
+    )
     parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
     parser.add_argument("--image", type=Path, metavar="FILE", help="prune this picture in PyTorch")
     parser.add_argument("--phrase", default="the red mug", help="default: the red mug")
@@ -27,15 +29,15 @@ def run(options: argparse.Namespace) -> int:
 
     display = Display()
     plan = survey(options, display)
-    from gap_export.analysis.positions import map_modes, shorten  # noqa: PLC0415
+    from gap_export.analysis.positions import shorten, tabulate_positions  # noqa: PLC0415
     from gap_runtime.display import print_table  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
-    mappings = map_modes(plan, options.phrase, options.image, display)
+    tables = tabulate_positions(plan, options.phrase, options.image, display)
     if options.json:
-        print_json(dump_record(mappings))
+        print_json(dump_record(tables))
         return 0
-    for each in mappings:
+    for each in tables:
         bucket = f" ({each.bucket})" if each.bucket else ""
         extra = f" and {each.extra} made of the rest" if each.extra else ""
         print_table(

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions",
         nargs="+",
+        dest="modes",
         metavar="MODE",
         default=list(_MODES),
         help="gap, compact, permuted or permuted-compact (default: the first three)",
@@ -110,18 +111,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _make_request(options: argparse.Namespace, data: Data) -> SweepRequest:
     """The sweep that parsed options stand for."""
-    # Names that read_config takes from the options of an export.
-    options.ratio = options.ratios
-    options.pruner = options.quantize = None
-    positions, options.positions = tuple(options.positions), None
-    named = read_config(options.model, options)
+    named = read_config(options)
     from gap_export.analysis.sweep import SweepRequest  # noqa: PLC0415 - loads torch
 
     return SweepRequest(
         named=named,
         target=options.target,
         pruners=tuple(options.pruners or [named.config.prune.strategy]),
-        positions=positions,
+        positions=tuple(options.modes),
         ratios=tuple(options.ratios),
         data=data,
         backend=options.backend,

@@ -65,6 +65,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         action="extend",
         nargs="+",
+        dest="ratios",
         metavar="R",
         help="shares of visual tokens removed (default: all that there are)",
     )

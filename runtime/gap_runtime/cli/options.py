@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gap_runtime.errors import ConfigError, GapError
@@ -34,6 +34,48 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Turn a usage error into a ConfigError; `run_command` prints it."""
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def add_old_name(
+    parser: argparse.ArgumentParser, old: str, new: str, values: Mapping[str, str] | None = None
+) -> None:
+    """Take an option under its old name, and say the new one.
+
+    Args:
+        parser: Has the new one already.
+        old: With its dashes, as `new`.
+        new: What it is called now.
+        values: New values by the old ones, where they have other names too.
+    """
+    (action,) = (each for each in parser._actions if new in each.option_strings)  # noqa: SLF001
+
+    class OldName(argparse.Action):
+        """Says the new name, and does what it does."""
+
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            given: Any,
+            option_string: str | None = None,
+        ) -> None:
+            """As the option under its new name."""
+            given = given if values is None else values[given]
+            shown = new if values is None else f"{new} {given}"
+            print(f"note: {option_string} is now {shown}", file=sys.stderr)
+            action(parser, namespace, given, new)
+
+    parser.add_argument(
+        old,
+        action=OldName,
+        dest=action.dest,
+        default=argparse.SUPPRESS,
+        type=action.type or str,
+        nargs=action.nargs,
+        choices=None if values is None else list(values),
+        metavar=action.metavar,
+        help=argparse.SUPPRESS,
+    )
 
 
 def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:

@@ -1,4 +1,4 @@
-"""`gap-export positions` and `gap-export calibrate`, on refshapes and on other families."""
+"""`gap-export positions` and `gap-export count`, on refshapes and on other families."""
 
 import json
 import re
@@ -282,7 +282,7 @@ def test_positions_that_cannot_be_shown(refuse, code, kind, flags, part):
     assert part in refuse(code, kind, "positions", "refshapes", *flags)
 
 
-# calibrate
+# count
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def require_counts(found, counts, patches, fixed=0, bucket=""):
 def test_counts_are_those_of_the_published_rules(get, find, pictures, name, pruner):
     case = find(name)
     phrase = ["--phrase", PHRASE] if pruner == "trim" else []
-    found = get("calibrate", *arguments_of(case, pruner), "--images", pictures, *phrase)
+    found = get("count", *arguments_of(case, pruner), "--images", pictures, *phrase)
     files = sorted(path for path in pictures.iterdir() if path.suffix != ".txt")
     counts = [look(case, path).count_adaptively(pruner) for path in files]
     assert (found["pruner"], found["skipped"]) == (pruner, [])
@@ -350,7 +350,7 @@ def refshapes_counts():
 
 @pytest.mark.parametrize("pruner", ["prumerge", "prumerge_plus"])
 def test_counts_of_refshapes_samples(get, pruner):
-    found = get("calibrate", "refshapes", "--images", SAMPLES, "--pruner", pruner)
+    found = get("count", "refshapes", "--images", SAMPLES, "--pruner", pruner)
     (bucket,) = found["buckets"]
     require_counts(bucket, refshapes_counts()[pruner], 64)
 
@@ -363,7 +363,7 @@ def test_phrases_come_from_samples_json(get, find, tmp_path):
         make_picture(60 + k, 50, seed=k + 20).save(tmp_path / f"{k}.png")
     entries = [{"image": f"{k}.png", "phrase": phrase} for k, phrase in enumerate(phrases)]
     (tmp_path / "samples.json").write_text(json.dumps(entries), encoding="utf-8")
-    found = get("calibrate", *arguments_of(case, "trim"), "--images", tmp_path)
+    found = get("count", *arguments_of(case, "trim"), "--images", tmp_path)
     counts = [
         look(case, tmp_path / f"{k}.png", phrase).count_adaptively("trim")
         for k, phrase in enumerate(phrases)
@@ -376,7 +376,7 @@ def test_buckets_are_counted_apart_and_other_pictures_left_out(get, run, find, t
     sizes = {"a": (160, 50), "b": (150, 48), "c": (270, 30), "d": (40, 90)}
     for seed, (name, size) in enumerate(sizes.items()):
         make_picture(*size, seed=seed).save(tmp_path / f"{name}.png")
-    flags = ("calibrate", *arguments_of(case, "prumerge"), "--images", tmp_path)
+    flags = ("count", *arguments_of(case, "prumerge"), "--images", tmp_path)
     found = get(*flags)
     first, second = found["buckets"]
     counts = [look(case, tmp_path / f"{name}.png").count_adaptively("prumerge") for name in "abc"]
@@ -389,9 +389,9 @@ def test_buckets_are_counted_apart_and_other_pictures_left_out(get, run, find, t
     assert "126x42-3x9" in out
 
 
-def test_calibrate_for_people(run, find, pictures):
+def test_count_for_people(run, find, pictures):
     case = find("minigpt-v2")
-    code, out, _ = run("calibrate", *arguments_of(case, "prumerge"), "--images", pictures)
+    code, out, _ = run("count", *arguments_of(case, "prumerge"), "--images", pictures)
     assert code == 0
     plain = " ".join(re.sub(r"[^\x20-\x7e\n]", " ", out).split())
     assert "prumerge on" in plain
@@ -401,12 +401,12 @@ def test_calibrate_for_people(run, find, pictures):
 
 @pytest.mark.parametrize("pruner", [p for p in PRUNERS if p not in ADAPTIVE])
 def test_pruners_without_an_adaptive_rule(refuse, pictures, pruner):
-    message = refuse(2, "config", "calibrate", *refshapes_with(pruner), "--images", pictures)
+    message = refuse(2, "config", "count", *refshapes_with(pruner), "--images", pictures)
     assert message == f"pruner '{pruner}' has no adaptive rule; choose a --ratio yourself"
 
 
-def test_calibrating_what_cannot_be(refuse, find, pictures, tmp_path):
-    flags = ("calibrate", "refshapes", "--pruner", "prumerge", "--images")
+def test_counting_what_cannot_be(refuse, find, pictures, tmp_path):
+    flags = ("count", "refshapes", "--pruner", "prumerge", "--images")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert refuse(2, "input", *flags, empty) == f"{empty}: no pictures in it"
@@ -417,7 +417,7 @@ def test_calibrating_what_cannot_be(refuse, find, pictures, tmp_path):
     message = refuse(2, "input", *flags, empty)
     assert message.startswith(f"{empty}: none of 1 pictures can be used; {empty / 'broken.png'}")
     case = find("shikra")
-    flags = ("calibrate", *arguments_of(case, "trim"), "--images", pictures)
+    flags = ("count", *arguments_of(case, "trim"), "--images", pictures)
     message = refuse(2, "config", *flags)
     assert message == "pruner 'trim' reads the phrase; give one with --phrase"
 
@@ -426,7 +426,7 @@ def test_one_broken_picture_does_not_stop_the_others(get, pictures, tmp_path):
     for path in pictures.iterdir():
         shutil.copyfile(path, tmp_path / path.name)
     (tmp_path / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:200])
-    flags = ("calibrate", "refshapes", "--pruner", "prumerge", "--images")
+    flags = ("count", "refshapes", "--pruner", "prumerge", "--images")
     whole, found = get(*flags, pictures), get(*flags, tmp_path)
     assert found["buckets"] == whole["buckets"]
     (skipped,) = found["skipped"]

@@ -19,10 +19,10 @@ from transformers import LlavaForConditionalGeneration
 
 from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.sources import make_tensor
-from gap_export.config import load_config
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.pipeline.estimate import estimate
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from gap_export.pipeline.run import export
 from gap_export.quantization.scheme import ORDER, SCALES, VALUES, ZEROS, packed_scheme
 from gap_export.quantization.values import quantize_sources
@@ -99,13 +99,7 @@ def copy(pack, tmp_path):
 def plan(folder, out=None, *, target="cpu", reference=False, **overrides):
     values = PROMPT | {key.replace("__", "."): value for key, value in overrides.items()}
     return plan_export(
-        ExportRequest(
-            named=load_config(str(folder), values),
-            target=target,
-            out=out,
-            weights="clone",
-            reference=reference,
-        )
+        make_request(folder, settings=values, target=target, out=out, reference=reference)
     )
 
 

@@ -1,6 +1,5 @@
 """The command line: exit codes, one clear line per error, JSON, flags and quick help."""
 
-import argparse
 import json
 import re
 import shutil
@@ -14,6 +13,7 @@ from gap_export.cli import main as cli
 from gap_export.config import POSITION_MODES, package_data
 from gap_runtime.bundle.layout import count_kept
 from gap_runtime.cli import main as runtime_cli
+from gap_runtime.registry import list_plugins, load_plugin
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
 
@@ -52,7 +52,8 @@ ERRORS = [
     (["refshapes", "--positions", "gaps"], 2, "config", "prune.positions 'gaps'"),
     (["refshapes", "--dtype", "int8"], 2, "config", "dtype 'int8'"),
     (["refshapes", "--target", "gpu"], 2, "unknown-name", "unknown target 'gpu'"),
-    (["refshapes", "--weights", "move"], 2, "config", "--weights"),
+    (["refshapes", "--bring", "move"], 2, "config", "--bring"),
+    (["refshapes", "--weights", "copy"], 2, "config", "--weights"),
     (["refshapes", "--set", "prompt.answer"], 2, "config", "KEY=VALUE"),
     (["refshapes", "--set", "prompt.anser=3"], 2, "record", "unknown key 'anser'"),
     (["refshapes", "--set", "prompt.answer=long"], 2, "record", "expected int"),
@@ -83,15 +84,22 @@ ERRORS = [
     ([*SWEEP, "--workers", "2"], 2, "config", "goes with --ray"),
     ([*SWEEP, "--out", "file"], 2, "config", "exists and is no sweep"),
     ([*SWEEP, "--out", "."], 2, "config", "exists and is no sweep"),
-    (["calibrate", "refshapes"], 2, "config", "--images"),
-    (["calibrate", "refshapes", "--images", "."], 2, "config", "no adaptive rule"),
+    (["count", "refshapes"], 2, "config", "--images"),
+    (["count", "refshapes", "--images", "."], 2, "config", "no adaptive rule"),
     (
-        ["calibrate", "refshapes", "--images", "nowhere", "--pruner", "prumerge"],
+        ["count", "refshapes", "--images", "nowhere", "--pruner", "prumerge"],
         2,
         "input",
         "no such folder",
     ),
     ([], 2, "config", "MODEL"),
+    (["swep", "refshapes"], 2, "unknown-name", "unknown command 'swep'; did you mean sweep?"),
+    (["exprot", "refshapes"], 2, "unknown-name", "did you mean export"),
+    (["evaluat"], 2, "unknown-name", "did you mean evaluate?"),
+    (["lava-1.5-7b"], 2, "unknown-name", "unknown model 'lava-1.5-7b'; did you mean llava-1.5-7b"),
+    (["xyzzy"], 2, "unknown-name", "unknown model 'xyzzy'"),
+    (["export"], 2, "config", "MODEL"),
+    (["export", "swep"], 2, "unknown-name", "unknown model 'swep'"),
 ]
 
 
@@ -160,7 +168,7 @@ def test_stopping_by_keyboard_is_no_traceback(run, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_main", stop)
+    monkeypatch.setattr("gap_export.config.is_model", stop)
     assert run("refshapes") == (130, "", "stopped\n")
 
 
@@ -233,7 +241,7 @@ def test_dry_run_refuses_what_the_export_would(run, tiny_llava, tmp_path):
 
 def test_export_with_json(run, tiny_llava, tmp_path):
     code, out, err = run(
-        *(tiny_llava, "--json", "--no-reference", "--out", "bundle", "--weights", "link"),
+        *(tiny_llava, "--json", "--no-reference", "--out", "bundle", "--bring", "link"),
         *("--set", TEMPLATE, "--pruner", "spatial", "--ratio", "0.75"),
     )
     result = json.loads(out)
@@ -310,7 +318,7 @@ def refshapes_samples():
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_calibrate_proposes_ratios_that_keep_what_the_rule_kept(
+def test_count_proposes_ratios_that_keep_what_the_rule_kept(
     run, tmp_path, refshapes_samples, listed
 ):
     folder = tmp_path / "pictures"
@@ -321,7 +329,7 @@ def test_calibrate_proposes_ratios_that_keep_what_the_rule_kept(
     if not listed:
         (folder / "broken.png").write_bytes(b"no picture")
     code, out, err = run(
-        "calibrate", "refshapes", "--json", "--images", folder, "--pruner", "prumerge"
+        "count", "refshapes", "--json", "--images", folder, "--pruner", "prumerge"
     )
     found = json.loads(out)
     assert code == 0
@@ -355,9 +363,11 @@ HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "ric
     ("command", "arguments"),
     [
         ("gap_export", ["--help"]),
+        ("gap_export", ["refshapes", "--help"]),
+        ("gap_export", ["export", "--help"]),
         ("gap_export", ["--version"]),
         ("gap_export", ["positions", "--help"]),
-        ("gap_export", ["calibrate", "--help"]),
+        ("gap_export", ["count", "--help"]),
         ("gap_export", ["evaluate", "--help"]),
         ("gap_export", ["sweep", "--help"]),
         ("gap_runtime", ["--help"]),
@@ -384,24 +394,65 @@ def flags(parser):
 
 
 def positionals(parser):
-    return [
-        action.dest
-        for action in parser._actions
-        if not action.option_strings and not isinstance(action, argparse._SubParsersAction)
-    ]
+    return [action.dest for action in parser._actions if not action.option_strings]
 
 
-def subparsers(parser):
-    group = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return group.choices
+def find_parser(program, name):
+    """The parser of a command."""
+    return program.make_command_parser(name, load_plugin(program.package, name, "command"))
+
+
+def find_parsers(program):
+    return {name: find_parser(program, name) for name in list_plugins(program.package)}
 
 
 HELP = {"-h", "--help"}
 
 
+@pytest.mark.parametrize("program", [cli.PROGRAM, runtime_cli.PROGRAM], ids=["export", "runtime"])
+def test_help_shows_every_command_with_what_it_does(program):
+    text = " ".join(program.make_parser().format_help().split())
+    for name in list_plugins(program.package):
+        command = load_plugin(program.package, name, "command")
+        assert f" {name} {command.SUMMARY}" in text
+    assert flags(program.make_parser()) == HELP | {"--version"}
+
+
+def test_a_folder_that_is_called_like_a_misspelt_command_is_a_model(run, tmp_path):
+    (tmp_path / "swep").mkdir()
+    code, _, err = run("swep", "--dry-run")
+    assert code == 2
+    assert "swep: no config.json in it" in err
+
+
+def test_a_word_is_needed(run):
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: give MODEL or a command (count, evaluate, export, ")
+
+
+def test_the_short_form_is_the_long_one(run, tiny_llava):
+    arguments = (tiny_llava, "--dry-run", "--set", TEMPLATE, "--json")
+    long, short = run("export", *arguments), run(*arguments)
+    assert long[:2] == short[:2]
+    assert long[0] == 0
+    # Options may stand before the model, too.
+    assert run("--dry-run", "--json", "--set", TEMPLATE, tiny_llava)[:2] == short[:2]
+
+
+def test_old_names_are_taken_with_a_line_that_says_the_new_one(run, tiny_llava):
+    code, _, err = run("calibrate", "refshapes", "--images", "nowhere", "--pruner", "prumerge")
+    assert (code, err.splitlines()[0]) == (
+        2,
+        "note: `gap-export calibrate` is now `gap-export count`",
+    )
+    code, _, err = run(tiny_llava, "--dry-run", "--set", TEMPLATE, "--weights", "clone")
+    assert (code, err.splitlines()[0]) == (0, "note: --weights is now --bring copy")
+
+
 def test_the_flags_of_gap_export_are_these():
     """A new flag is a decision: it is made here as well."""
-    parser = cli._parser()
+    parser = find_parser(cli.PROGRAM, "export")
     assert positionals(parser) == ["model"]
     assert flags(parser) == HELP | {
         *(
@@ -415,7 +466,7 @@ def test_the_flags_of_gap_export_are_these():
             "--set",
         ),
         *(
-            "--weights",
+            *("--bring", "--weights"),
             "--no-reference",
             "--checkpoint",
             "--out",
@@ -423,29 +474,8 @@ def test_the_flags_of_gap_export_are_these():
             "--dry-run",
             "--json",
         ),
-        *("-v", "--verbose", "--version"),
+        *("-v", "--verbose"),
     }
-
-
-class Parsed(Exception):  # noqa: N818 - no error
-    """Ends a command as soon as it would read its arguments."""
-
-
-@pytest.fixture
-def survey_parser(monkeypatch):
-    """A function that gives the parser of a command that exports nothing."""
-
-    def find(command):
-        def stop(parser, _):
-            raise Parsed(parser)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(cli.ArgumentParser, "parse_args", stop)
-            with pytest.raises(Parsed) as caught:
-                cli._main([command])
-        return caught.value.args[0]
-
-    return find
 
 
 EVALUATE = {
@@ -459,30 +489,28 @@ SWEEP_FLAGS = {
     *("-v", "--verbose"),
 }
 PROBE = {"--json", "--ratio", "--image", "--phrase"}
-SURVEYS = ["positions", "calibrate", "evaluate"]
+SURVEYS = ["positions", "count", "evaluate"]
 
 
-def test_the_commands_that_export_nothing_have_these_flags(survey_parser):
+def test_the_commands_that_export_nothing_have_these_flags():
     shared = {"--pruner", "--checkpoint", "--set", "--json", "-v", "--verbose"}
     own = {
         "positions": {"--ratio", "--extra-token", "--image", "--phrase"},
-        "calibrate": {"--images", "--phrase"},
+        "count": {"--images", "--phrase"},
         "evaluate": {"--positions", "--extra-token"} | EVALUATE,
     }
     for command in SURVEYS:
-        parser = survey_parser(command)
+        parser = find_parser(cli.PROGRAM, command)
         assert positionals(parser) == ["model"]
         assert flags(parser) == HELP | shared | own[command]
-    sweep = survey_parser("sweep")
+    sweep = find_parser(cli.PROGRAM, "sweep")
     assert (positionals(sweep), flags(sweep)) == (["model"], HELP | SWEEP_FLAGS)
-    probe = survey_parser("probe")
+    probe = find_parser(cli.PROGRAM, "probe")
     assert (positionals(probe), flags(probe)) == (["bundle"], HELP | PROBE)
 
 
 def test_the_commands_and_flags_of_gap_runtime_are_these():
-    parser = runtime_cli._parser()
-    commands = subparsers(parser)
-    assert flags(parser) == HELP | {"--version"}
+    commands = find_parsers(runtime_cli.PROGRAM)
     assert {name: (positionals(p), flags(p) - HELP) for name, p in commands.items()} == {
         "ground": (
             ["bundle", "image", "phrase"],
@@ -513,7 +541,7 @@ def test_flags_are_not_abbreviated(run, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["positions", "--rat", "0.5"], ["calibrate", "--image", "x"], ["positions", "--js"]],
+    [["positions", "--rat", "0.5"], ["count", "--image", "x"], ["positions", "--js"]],
 )
 def test_flags_of_other_commands_are_not_abbreviated(run, arguments):
     code, _, err = run(arguments[0], "refshapes", *arguments[1:])
@@ -521,15 +549,15 @@ def test_flags_of_other_commands_are_not_abbreviated(run, arguments):
     assert "--" in err
 
 
-def test_every_flag_says_what_it_does(survey_parser):
-    surveys = [survey_parser(command) for command in (*SURVEYS, "probe", "sweep")]
-    for parser in (cli._parser(), *surveys, *subparsers(runtime_cli._parser()).values()):
-        for action in parser._actions:
-            assert action.help, action
+def test_every_flag_says_what_it_does():
+    for program in (cli.PROGRAM, runtime_cli.PROGRAM):
+        for parser in find_parsers(program).values():
+            for action in parser._actions:
+                assert action.help, action
 
 
-def test_weights_are_cloned_and_answers_recorded_by_default():
-    options = cli._parser().parse_args(["refshapes"])
-    assert (options.weights, options.reference, options.target) == ("clone", True, "cpu")
-    assert (options.ratio, options.pruner, options.positions, options.dtype) == (None,) * 4
+def test_weights_are_copied_and_answers_recorded_by_default():
+    options = find_parser(cli.PROGRAM, "export").parse_args(["refshapes"])
+    assert (options.bring, options.reference, options.target) == ("copy", True, "cpu")
+    assert (options.ratios, options.pruner, options.positions, options.dtype) == (None,) * 4
     assert options.extra_token is None

@@ -10,7 +10,8 @@ from truths import published
 
 from gap_export.checkpoint.sources import make_tensor
 from gap_export.config import load_config
-from gap_export.pipeline.plan import ExportRequest, plan_export, read_model
+from gap_export.pipeline.plan import plan_export, read_model
+from gap_export.pipeline.request import make_request
 from gap_runtime import Bundle, Grounder
 from gap_runtime.bundle.hashes import hash_file
 
@@ -112,17 +113,13 @@ def test_blocks_to_spare_are_not_read(find, tmp_path):
 
 
 def test_torch_files_are_used_in_place(tmp_path):
-    """With `--weights link` nothing of a checkpoint in .bin files is written again."""
+    """With `--bring link` nothing of a checkpoint in .bin files is written again."""
     clip = originals.make_clip(tmp_path / "clip-vit", files="bin", dtype="float16")
     folder = originals.make_llava_original(tmp_path / "model", clip, vocabulary=400)
     values = {"prune.ratios": [0, 0.5], "prompt.answer": 4}
     overrides = values | {"parts.clip": str(clip), "prune.strategy": "text_similarity"}
-    request = ExportRequest(
-        named=load_config(str(folder), overrides),
-        target="cpu",
-        out=tmp_path / "b",
-        weights="link",
-        reference=False,
+    request = make_request(
+        folder, settings=overrides, out=tmp_path / "b", bring="link", reference=False
     )
     plan = plan_export(request)
     assert plan.dtype == "float16"
@@ -152,7 +149,7 @@ def test_torch_files_are_used_in_place(tmp_path):
 
 def test_the_bundle_hashes_torch_files_too(tmp_path, find):
     case = find("shikra")
-    plan = case.plan(tmp_path / "b", weights="link", dtype="float16")
+    plan = case.plan(tmp_path / "b", bring="link", dtype="float16")
     export(plan)
     bundle = Bundle.open(tmp_path / "b")
     for name, entry in bundle.manifest.files.items():

@@ -226,7 +226,7 @@ def test_tensors_that_nobody_reads_may_hold_anything(find, tmp_path):
     case = find("llava").copy(tmp_path / "home")
     key = "model.vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight"
     change_one(case, "", key, lambda value: {key: value * float("nan")})
-    assert export(case.plan(tmp_path / "b")).plan.out.is_dir()
+    assert export(case.plan(tmp_path / "b")).folder.is_dir()
 
 
 def test_lora_that_a_layer_does_not_have(find, tmp_path):

@@ -9,7 +9,7 @@ from gap_export.pipeline.stages import Graphs
 @pytest.fixture(scope="module")
 def bundle(exported):
     """The finished bundle's folder."""
-    return exported.plan.out
+    return exported.folder
 
 
 @pytest.fixture

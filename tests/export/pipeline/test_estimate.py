@@ -12,9 +12,9 @@ from torch import nn
 
 from benchmarks import checkpoints, memory
 from gap_export.cli import main as cli
-from gap_export.config import load_config
 from gap_export.pipeline.estimate import _LiveBytes, estimate, stored_bytes
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from gap_export.pipeline.run import export
 from gap_export.quantization.scheme import choose_scheme
 from gap_runtime.display import Display
@@ -27,13 +27,13 @@ TEMPLATE = "USER: <image>\nWhere is {phrase}? ASSISTANT:"
 def make_plan(tiny_llava, tmp_path):
     def make(target="cpu", **overrides):
         values = {key.replace("__", "."): value for key, value in overrides.items()}
-        named = load_config(str(tiny_llava), {"prompt.template": TEMPLATE, **values})
         return plan_export(
-            ExportRequest(
-                named=named,
+            make_request(
+                tiny_llava,
+                settings={"prompt.template": TEMPLATE, **values},
                 target=target,
                 out=tmp_path / "bundle",
-                weights="link",
+                bring="link",
                 reference=False,
             )
         )
@@ -121,13 +121,13 @@ def test_families_of_several_files(family, pruner, tmp_path, tmp_path_factory):
 def test_the_readme_has_what_the_command_says(tmp_path):
     """One row; `python -m benchmarks.memory` makes all of them."""
     checkpoints.write_library(tmp_path, "llava", checkpoints.LLAMA_7B, sparse=True)
-    overrides = {"prune.ratios": [0.5], "quantize.weights": "int4"}
     plan = plan_export(
-        ExportRequest(
-            named=load_config("llava-1.5-7b", overrides, checkpoint=str(tmp_path)),
+        make_request(
+            "llava-1.5-7b",
+            checkpoint=tmp_path,
+            ratios=0.5,
+            quantize="int4",
             target="jetson-orin-jp7",
-            out=None,
-            weights="clone",
             reference=False,
         )
     )

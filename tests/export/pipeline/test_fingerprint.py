@@ -10,9 +10,9 @@ import pytest
 from makers import checkpoints
 
 from gap_export.cli import main as cli
-from gap_export.config import load_config
 from gap_export.pipeline import fingerprint as identity
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, find_finished, identify
+from gap_export.pipeline.request import make_request
 
 OPTIONS = ["--no-reference", "--set", "prompt.answer=8"]
 
@@ -42,24 +42,30 @@ def home(finished, monkeypatch):
     return finished
 
 
-def name_config(**overrides):
-    values = {"prompt.answer": 8}
-    return load_config(
-        "./small", values | {key.replace("__", "."): value for key, value in overrides.items()}
+def request(*, target="cpu", bring="copy", reference=False, out=None, **overrides):
+    """Of the finished export, or of another one; overrides have `__` for the dot."""
+    settings = {"prompt.answer": 8}
+    return make_request(
+        "./small",
+        settings=settings | {key.replace("__", "."): value for key, value in overrides.items()},
+        target=target,
+        bring=bring,
+        reference=reference,
+        out=out,
     )
 
 
-def find(named=None, **changes):
-    wanted = {"target": "cpu", "weights": "clone", "reference": False, "out": None}
-    return find_finished(named or name_config(), **(wanted | changes))
+def find(**changes):
+    return find_finished(request(**changes))
 
 
 @pytest.mark.usefixtures("home")
 def test_the_same_export_is_found_under_its_usual_name():
     found = find()
     assert found.folder == Path("small-13of25")
-    assert found.result["bundle"] == "small-13of25"
-    assert found.result["ratios"][0]["kept"] == 13
+    assert (found.plan, found.report, found.note) == (None, None, "no reference was recorded")
+    assert found.summarize()["bundle"] == "small-13of25"
+    assert found.summarize()["ratios"][0]["kept"] == 13
 
 
 @pytest.mark.usefixtures("home")
@@ -105,13 +111,13 @@ def test_a_process_that_finds_it_loads_no_large_library():
     ],
 )
 def test_other_settings_are_another_export(changes):
-    assert find(name_config(**changes)) is None
+    assert find(**changes) is None
 
 
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(
     "changes",
-    [{"target": "jetson-orin-jp7"}, {"weights": "link"}, {"reference": True}],
+    [{"target": "jetson-orin-jp7"}, {"bring": "link"}, {"reference": True}],
 )
 def test_other_options_are_another_export(changes):
     assert find(**changes) is None
@@ -128,9 +134,9 @@ def test_changed_code_is_another_export(home, monkeypatch):
     (home / "package" / "__init__.py").write_text("", encoding="utf-8")
     monkeypatch.syspath_prepend(home)
     monkeypatch.setattr(identity, "_CODE", ("package",))
-    first = identify(name_config(), target="cpu", weights="clone", reference=False, parts={})
+    first = identify(request(), {})
     (home / "package" / "__init__.py").write_text("1\n", encoding="utf-8")
-    second = identify(name_config(), target="cpu", weights="clone", reference=False, parts={})
+    second = identify(request(), {})
     assert None not in {first, second}
     assert first != second
 
@@ -203,17 +209,15 @@ def test_force_and_dry_run_look_at_the_checkpoint(monkeypatch, option):
 
 
 def test_a_part_is_looked_for_where_it_was_found(home):
-    named = name_config(parts__clip="clip")
-    wanted = {"target": "cpu", "weights": "clone", "reference": False, "parts": {}}
-    assert identify(named, **wanted) is None
+    asked = request(parts__clip="clip")
+    assert identify(asked, {}) is None
     (home / "clip").mkdir()
     (home / "clip" / "config.json").write_text("{}", encoding="utf-8")
-    first = identify(named, **wanted)
+    first = identify(asked, {})
     assert first is not None
     (home / "clip" / "config.json").write_text("{ }", encoding="utf-8")
-    assert identify(named, **wanted) not in {None, first}
-    plain = name_config()
-    assert identify(plain, **(wanted | {"parts": {"clip": "clip"}})) is not None
+    assert identify(asked, {}) not in {None, first}
+    assert identify(request(), {"clip": "clip"}) is not None
 
 
 @pytest.mark.parametrize("revision", [None, "main", "0" * 40])
@@ -221,16 +225,16 @@ def test_a_hub_id_needs_its_snapshot(tmp_path, monkeypatch, revision):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    named = load_config("someone/model", {} if revision is None else {"revision": revision})
-    wanted = {"target": "cpu", "weights": "clone", "reference": False, "parts": {}}
-    assert identify(named, **wanted) is None
+    settings = {} if revision is None else {"revision": revision}
+    asked = make_request("someone/model", settings=settings, reference=False)
+    assert identify(asked, {}) is None
     home = tmp_path / "models--someone--model"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text("0" * 40, encoding="utf-8")
-    assert identify(named, **wanted) is None
+    assert identify(asked, {}) is None
     (home / "snapshots" / ("0" * 40)).mkdir(parents=True)
     (home / "snapshots" / ("0" * 40) / "config.json").write_text("{}", encoding="utf-8")
-    assert identify(named, **wanted) is not None
+    assert identify(asked, {}) is not None
 
 
 def test_samples_belong_to_an_export_with_a_reference(home):
@@ -239,10 +243,10 @@ def test_samples_belong_to_an_export_with_a_reference(home):
     entries = [{"image": "picture.png", "phrase": "the cup"}]
     (folder / "samples.json").write_text(json.dumps(entries), encoding="utf-8")
     (folder / "picture.png").write_bytes(b"1")
-    named = name_config(check__samples=str(folder))
+    asked = request(check__samples=str(folder), reference=True)
     found = []
     for data in (b"1", b"22"):
         (folder / "picture.png").write_bytes(data)
-        found.append(identify(named, target="cpu", weights="clone", reference=True, parts={}))
+        found.append(identify(asked, {}))
     assert None not in found
     assert found[0] != found[1]

@@ -10,10 +10,10 @@ from makers import checkpoints
 from tokenizers import Tokenizer
 from tools.commands import dry_run
 
-from gap_export.config import load_config
 from gap_export.errors import CheckpointError
 from gap_export.pipeline import run as pipeline
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from gap_runtime.errors import ConfigError
 
 IMAGE_ID = 3
@@ -130,10 +130,7 @@ def test_mistral_is_llama_where_its_window_holds_every_position(copy, tmp_path, 
 
 def test_a_checkpoint_of_another_family_under_a_model_file(copy, tmp_path):
     edit_config(copy, lambda data: (data.clear(), data.update(model_type="gpt2", n_embd=64)))
-    named = load_config("refshapes", {}, checkpoint=str(copy))
-    request = ExportRequest(
-        named=named, target="cpu", out=tmp_path / "out", weights="clone", reference=False
-    )
+    request = make_request("refshapes", checkpoint=copy, out=tmp_path / "out", reference=False)
     with pytest.raises((CheckpointError, ConfigError), match="gpt2"):
         plan_export(request)
 
@@ -149,9 +146,8 @@ def test_room_after_the_image_fits_the_template_where_it_is_not_given(tiny_llava
     """64 tokens, or the template's own and 32 more where that is more."""
     tokenizer = Tokenizer.from_file(str(tiny_llava / "tokenizer.json"))
     for template in ("<image> {phrase}", "<image>" + "0123456789" * 6 + " {phrase}"):
-        named = load_config(str(tiny_llava), {"prompt.template": template})
-        request = ExportRequest(
-            named=named, target="cpu", out=tmp_path, weights="clone", reference=False
+        request = make_request(
+            tiny_llava, settings={"prompt.template": template}, out=tmp_path, reference=False
         )
         ids = tokenizer.encode(template.replace("{phrase}", "x")).ids
         after = len(ids) - ids.index(IMAGE_ID) - 1

@@ -61,7 +61,7 @@ def test_a_full_disk(tiny_llava, tmp_path, make_plan, monkeypatch):
     limit_disk(monkeypatch, size - 1)
     message = refused(make_plan(tiny_llava, tmp_path / "out"), ExportError)
     assert str(tmp_path) in message
-    assert "--weights link" in message
+    assert "--bring link" in message
     limit_disk(monkeypatch, size)
     with pytest.raises(AssertionError, match="work was begun"):
         export(make_plan(tiny_llava, tmp_path / "out"))
@@ -70,8 +70,8 @@ def test_a_full_disk(tiny_llava, tmp_path, make_plan, monkeypatch):
 def test_links_take_no_disk_but_converted_weights_do(tiny_llava, tmp_path, make_plan, monkeypatch):
     limit_disk(monkeypatch, 0)
     with pytest.raises(AssertionError, match="work was begun"):
-        export(make_plan(tiny_llava, tmp_path / "out", weights="link"))
-    plan = make_plan(tiny_llava, tmp_path / "out", weights="link", dtype="float16")
+        export(make_plan(tiny_llava, tmp_path / "out", bring="link"))
+    plan = make_plan(tiny_llava, tmp_path / "out", bring="link", dtype="float16")
     assert "free" in refused(plan, ExportError)
 
 
@@ -96,8 +96,8 @@ def test_files_that_cannot_be_linked(tiny_llava, tmp_path, make_plan, monkeypatc
         raise OSError(number, os.strerror(number), source, None, target)
 
     monkeypatch.setattr(os, "link", refuse)
-    plan = make_plan(tiny_llava, tmp_path / "out", weights="link")
-    assert "--weights clone" in refused(plan, ExportError)
+    plan = make_plan(tiny_llava, tmp_path / "out", bring="link")
+    assert "--bring copy" in refused(plan, ExportError)
     with pytest.raises(AssertionError, match="work was begun"):
         export(make_plan(tiny_llava, tmp_path / "out"))
 

@@ -8,13 +8,10 @@ import pytest
 TRACER = ("gap_export.tracing.trace", "onnx", "onnx_ir", "onnxscript")
 IMPORTED = "import gap_export.pipeline.plan"
 PLANNED = """
-from gap_export.config import load_config
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 
-named = load_config("refshapes", {})
-plan_export(
-    ExportRequest(named=named, target="cpu", out=None, weights="clone", reference=True)
-)
+plan_export(make_request("refshapes"))
 """
 
 

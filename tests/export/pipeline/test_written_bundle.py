@@ -393,7 +393,7 @@ def test_the_decoder_under_gap_ids_is_the_library_under_a_mask(bundle, model):
 def test_more_ratios_do_not_change_the_decoder(
     bundle, tiny_llava, tmp_path, make_plan, run_export
 ):
-    run_export(make_plan(tiny_llava, tmp_path / "one", ratios=(0.5,), weights="link"))
+    run_export(make_plan(tiny_llava, tmp_path / "one", ratios=(0.5,), bring="link"))
     assert (tmp_path / "one" / "decoder.onnx").read_bytes() == (
         bundle / "decoder.onnx"
     ).read_bytes()

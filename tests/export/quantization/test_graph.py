@@ -12,7 +12,8 @@ from onnx import numpy_helper
 from gap_export.checkpoint.sources import TensorSource, make_tensor
 from gap_export.config import load_config
 from gap_export.interfaces.family import InputStatistics, SmoothingGroup
-from gap_export.pipeline.plan import ExportRequest, plan_export
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from gap_export.quantization.awq import smooth_model
 from gap_export.quantization.scheme import SCALES, VALUES, Scheme, choose_scheme
 from gap_export.quantization.values import Smoothing, quantize_sources, round_weight
@@ -212,10 +213,8 @@ def test_a_reader_that_stays_as_it_is_keeps_its_group_unscaled(smoothed):
 
 
 def refusal(target="cpu", *, reference=False, **overrides):
-    named = load_config("refshapes", {k.replace("__", "."): v for k, v in overrides.items()})
-    request = ExportRequest(
-        named=named, target=target, out=None, weights="clone", reference=reference
-    )
+    settings = {key.replace("__", "."): value for key, value in overrides.items()}
+    request = make_request("refshapes", settings=settings, target=target, reference=reference)
     with pytest.raises(ConfigError) as caught:
         plan_export(request)
     return str(caught.value)
@@ -237,9 +236,6 @@ def test_what_cannot_be_quantized_is_refused():
     [("int8", True, "nearest"), ("int4", True, "awq"), ("int4", False, "nearest")],
 )
 def test_the_usual_method(weights, reference, method):
-    named = load_config("refshapes", {"quantize.weights": weights})
-    plan = plan_export(
-        ExportRequest(named=named, target="cpu", out=None, weights="clone", reference=reference)
-    )
+    plan = plan_export(make_request("refshapes", quantize=weights, reference=reference))
     assert plan.quantization.method == method
     assert plan.quantization.parts == ("decoder", "head")

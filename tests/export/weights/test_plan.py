@@ -74,7 +74,7 @@ def plan(folder, wanted=None, *, dtype="float32", more=None):
     )
 
 
-def bring(made, bundle, mode="clone"):
+def bring(made, bundle, mode="copy"):
     write_placeholders(made, bundle)
     sizes = {path.name: path.stat().st_size for path in bundle.iterdir()}
     bring_weights(made, bundle, mode)
@@ -92,7 +92,7 @@ def read_placed(made, bundle, name):
     return torch.frombuffer(data, dtype=getattr(torch, place.dtype)).reshape(place.shape)
 
 
-@pytest.mark.parametrize("mode", ["clone", "link"])
+@pytest.mark.parametrize("mode", ["copy", "link"])
 def test_files_come_as_they_are(folder, bundle, mode):
     made = plan(folder)
     bring(made, bundle, mode)
@@ -136,7 +136,7 @@ def test_links_of_a_hub_cache_come_as_files_with_their_names(folder, bundle, tmp
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("mode", ["clone", "link"])
+@pytest.mark.parametrize("mode", ["copy", "link"])
 def test_conversion_is_torchs_own_cast(folder, bundle, dtype, mode):
     made = plan(folder, dtype=dtype)
     bring(made, bundle, mode)
@@ -210,7 +210,7 @@ def twice_joined(folder):
     )
 
 
-@pytest.mark.parametrize("mode", ["clone", "link"])
+@pytest.mark.parametrize("mode", ["copy", "link"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_tensor_may_be_made_of_several(folder, bundle, dtype, mode):
     """In float32, and only then in the wanted dtype."""
@@ -251,7 +251,7 @@ def test_a_made_tensor_of_another_shape_is_our_own_mistake(folder, bundle):
     wrong = TensorSource(shape=(60, 4), inputs=find(folder)["weight"].inputs, make=torch.t)
     made = plan(folder, {"wrong": (60, 4)}, more={"wrong": wrong})
     with pytest.raises(AssertionError):
-        bring_weights(made, bundle, "clone")
+        bring_weights(made, bundle, "copy")
 
 
 def test_made_values_that_overflow_name_the_files_that_they_are_made_of(folder, bundle):
@@ -330,7 +330,7 @@ def test_too_little_space_is_said_before_anything_is_written(folder, bundle, mon
     made = plan(folder)
     space(monkeypatch, made.size - 1)
     with pytest.raises(ExportError) as caught:
-        bring_weights(made, bundle, "clone")
+        bring_weights(made, bundle, "copy")
     assert str(bundle.parent) in str(caught.value)
     assert "free" in str(caught.value)
     assert not list(bundle.iterdir())
@@ -358,7 +358,7 @@ def test_files_that_cannot_be_linked(folder, bundle, monkeypatch, number):
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(ExportError) as caught:
         bring_weights(plan(folder), bundle, "link")
-    for part in ("model-1.safetensors", "--weights clone", "same filesystem"):
+    for part in ("model-1.safetensors", "--bring copy", "same filesystem"):
         assert part in str(caught.value)
 
 

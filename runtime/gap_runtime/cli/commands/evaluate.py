@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     display = Display()
     bundle = open_bundle(options)
     open_backend(options.backend)
-    wanted = options.ratio or [entry.ratio for entry in bundle.manifest.ratios]
+    wanted = options.ratios or [entry.ratio for entry in bundle.manifest.ratios]
     ratios = list(dict.fromkeys(bundle.choose_ratio(ratio).ratio for ratio in wanted))
     with display.step("reading the data"):
         data, other = read_request(options)

@@ -1,4 +1,4 @@
-"""`gap-export calibrate`: propose a fixed count for a pruner's adaptive rule."""
+"""`gap-export count`: propose a fixed count for a pruner's adaptive rule."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def run(options: argparse.Namespace) -> int:
 
     display = Display()
     plan = survey(options, display)
-    from gap_export.analysis.counts import calibrate  # noqa: PLC0415
+    from gap_export.analysis.counts import count_tokens  # noqa: PLC0415
     from gap_runtime.display import print_table  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     with display.step("running the adaptive rule"):
-        found = calibrate(plan, options.images, options.phrase, display)
+        found = count_tokens(plan, options.images, options.phrase, display)
     for line in found.skipped:
         display.say(f"left out: {line}")
     if options.json:

@@ -1,0 +1,194 @@
+"""`gap-export export`, and `gap-export MODEL` for short: make a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gap_export.cli.options import add_export_arguments, read_request
+from gap_runtime.cli.options import print_json
+
+if TYPE_CHECKING:
+    from gap_export.pipeline.estimate import Estimate
+    from gap_export.pipeline.plan import ExportPlan
+    from gap_export.pipeline.request import ExportRequest
+    from gap_export.pipeline.result import ExportResult
+    from gap_runtime.display import Display
+
+SUMMARY: Final = "export a model to a bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name in export_configs/, .toml file, checkpoint folder or hub id",
+    )
+    add_export_arguments(parser)
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="folder or hub id to use instead of the model file's"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="bundle folder (default: MODEL-KEPTofPATCHES)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be made; write nothing"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="export again what is there already, unchanged"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.display import Display  # noqa: PLC0415 - rich only when a command runs
+
+    display = Display()
+    request = read_request(options)
+    if options.dry_run:
+        return _dry_run(display, request, as_json=options.json)
+    return make_bundle(request, display, force=options.force, as_json=options.json)
+
+
+def make_bundle(
+    request: ExportRequest, display: Display, *, force: bool = False, as_json: bool = False
+) -> int:
+    """Export and say what was made; the exit code."""
+    from gap_export.pipeline.api import export_request  # noqa: PLC0415
+
+    result = export_request(request, display, force=force)
+    if result.plan is None:
+        display.say(
+            f"{result.folder}: exported before, with these settings and from these files; "
+            "--force exports again"
+        )
+    elif not as_json:
+        _show_plan(display, result.plan)
+        _show_result(display, result)
+    if as_json:
+        print_json(result.summarize())
+    else:
+        print(result.folder)
+    return 0
+
+
+def _dry_run(display: Display, request: ExportRequest, *, as_json: bool) -> int:
+    """What would be made, and the memory and disk that it would take; the exit code."""
+    with display.step("loading libraries"):
+        from gap_export.pipeline.estimate import estimate  # noqa: PLC0415 - loads torch
+        from gap_export.pipeline.plan import plan_export  # noqa: PLC0415
+        from gap_export.pipeline.staging import require_replaceable  # noqa: PLC0415
+        from gap_runtime.records import dump_record  # noqa: PLC0415
+    plan = plan_export(request)
+    require_replaceable(plan.out)
+    _show_plan(display, plan)
+    with display.step("estimating memory"):
+        found = estimate(plan)
+    _show_estimate(display, plan, found)
+    if as_json:
+        print_json(_plan_facts(plan) | {"memory": dump_record(found)})
+    else:
+        print(plan.out)
+    return 0
+
+
+def _show_estimate(display: Display, plan: ExportPlan, found: Estimate) -> None:
+    """Memory by what it is for, and whether the target has it."""
+    gib = 2**30
+    rows = [
+        ("weights, vision graph", found.vision_weights_bytes),
+        ("weights, text graph", found.text_weights_bytes),
+        ("weights, decoder", found.decoder_weights_bytes),
+        ("KV cache", found.cache_bytes),
+        ("activations, vision graph", found.vision_activations_bytes),
+        ("activations, prefill", found.prefill_activations_bytes),
+        ("token embeddings, mapped on the host", found.embedding_bytes),
+        ("reserve: system, Python, CUDA, TensorRT", found.reserve_bytes),
+        ("total, with the larger of the activations", found.total_bytes),
+        ("bundle on disk", found.bundle_bytes),
+    ]
+    display.table(
+        f"Estimate for target {plan.target.name}",
+        ["what", "GiB"],
+        [[name, size / gib] for name, size in rows if size],
+    )
+    if found.memory_bytes is None:
+        return
+    verdict = "fits" if found.fits else "does not fit"
+    display.say(
+        f"{verdict}: needs {found.total_bytes / gib:.1f} GiB to run, the smallest machine of "
+        f"target {plan.target.name} has {found.memory_bytes / gib:.1f} GiB; building takes more"
+    )
+
+
+def _show_result(display: Display, result: ExportResult) -> None:
+    """The files, and how the check went."""
+    from gap_runtime.display import format_bytes  # noqa: PLC0415
+
+    rows = [[name, format_bytes(e.size)] for name, e in sorted(result.manifest.files.items())]
+    display.table("Files", ["file", "size"], rows)
+    said = f"graphs proved; {result.describe_check()}"
+    if result.report is not None:
+        errors = [row.relative_logit_error or 0.0 for row in result.report.rows]
+        said += f" on onnxruntime, largest relative logit error {max(errors):.1e}"
+    display.say(said)
+
+
+def _show_plan(display: Display, plan: ExportPlan) -> None:
+    """One row per ratio: tokens, sequence and cache before and after pruning."""
+    from gap_runtime.display import format_bytes  # noqa: PLC0415
+
+    layout = plan.layout
+    rows = []
+    for entry in plan.entries:
+        pruned = layout.at(entry)
+        full = layout.at(replace(entry, kept=entry.patches, extra=0))
+        extra = f" + {entry.extra}" if entry.extra else ""
+        rows.append(
+            [
+                f"{entry.ratio:g}" + (f" ({entry.bucket})" if entry.bucket else ""),
+                f"{entry.kept}{extra} of {entry.patches}",
+                f"{full.prompt} -> {pruned.prompt}",
+                " -> ".join(
+                    format_bytes(each.capacity * plan.cache_bytes_per_slot)
+                    for each in (full, pruned)
+                ),
+            ]
+        )
+    prune = plan.prune
+    display.table(
+        f"{plan.name}: {prune.strategy}, positions {prune.positions}, {plan.dtype}",
+        ["ratio removed", "visual tokens kept", "longest prompt", "KV cache"],
+        rows,
+    )
+    display.say(
+        f"prompt: {layout.prefix} text + visual + up to {layout.suffix} text; answer up to "
+        f"{layout.answer}; the graph's cache has {layout.capacity} slots"
+    )
+    most = max(layout.at(entry).positions for entry in plan.entries)
+    if most > plan.spec.max_positions:
+        display.say(
+            f"note: the longest prompt and answer reach position {most - 1}; the model was made "
+            f"for {plan.spec.max_positions} positions"
+        )
+
+
+def _plan_facts(plan: ExportPlan) -> dict[str, Any]:
+    """The plan as plain data, for `--dry-run --json`."""
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    return {
+        "bundle": str(plan.out),
+        "ratios": dump_record(plan.entries),
+        "layout": dump_record(plan.layout),
+        "dtype": plan.dtype,
+        "checkpoint": str(plan.checkpoint.folder),
+        "weights_bytes": plan.weights_bytes,
+        "cache_bytes": plan.layout.capacity * plan.cache_bytes_per_slot,
+        "config": dump_record(plan.config),
+    }

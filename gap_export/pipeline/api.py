@@ -1,0 +1,99 @@
+"""What `import gap_export` gives: from a model's name to a bundle in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gap_export.pipeline.fingerprint import find_finished
+from gap_export.pipeline.request import ExportRequest, make_request
+from gap_export.pipeline.result import ExportResult
+from gap_runtime.display import Display
+
+
+def export(
+    model: str | Path,
+    *,
+    ratios: float | Sequence[float] | None = None,
+    pruner: str | None = None,
+    positions: str | None = None,
+    extra_token: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    target: str = "cpu",
+    out: str | Path | None = None,
+    bring: str = "copy",
+    reference: bool = True,
+    force: bool = False,
+    quiet: bool = True,
+) -> ExportResult:
+    """Export a model, as the command `gap-export MODEL` does. What is not given is the model's.
+
+    Args:
+        model: Name in export_configs/, `.toml` file, checkpoint folder or hub id.
+        ratios: Shares of visual tokens to REMOVE, in [0, 1); one or several. Each becomes a
+            vision graph, all share one decoder and the weights.
+        pruner: What chooses the tokens that stay.
+        positions: `gap`, or for comparison `compact`, `permuted` or `permuted-compact`.
+        extra_token: Place of the token that some pruners make of what they remove:
+            `last-visual`, `append`, `centroid` or `drop`.
+        dtype: `float32`, `float16` or `bfloat16`.
+        quantize: `int8` or `int4`, for the decoder's weights.
+        settings: Any keys of the model file with dots, as `{"prompt.answer": 32}`.
+        checkpoint: Folder or hub id to use instead of the model file's.
+        target: Kind of machine.
+        out: The bundle's folder; `MODEL-KEPTofTOKENS` in the present one by default.
+        bring: How weights get into the bundle: `copy`, or hard links by `link`.
+        reference: Whether PyTorch's answers are recorded and compared with the graphs'.
+        force: Export again what was exported before, unchanged.
+        quiet: Say nothing; otherwise steps are shown on stderr.
+
+    Returns:
+        The finished export. `.folder` is its place, `.bundle` opens it, `.report` is the
+        comparison with PyTorch.
+
+    Raises:
+        GapError: The export cannot be made, or its graphs differ from PyTorch; nothing was left
+            behind and nothing was overwritten.
+    """
+    request = make_request(
+        model,
+        ratios=ratios,
+        pruner=pruner,
+        positions=positions,
+        extra_token=extra_token,
+        dtype=dtype,
+        quantize=quantize,
+        settings=settings,
+        checkpoint=checkpoint,
+        target=target,
+        out=out,
+        bring=bring,
+        reference=reference,
+    )
+    return export_request(request, Display(quiet=quiet), force=force)
+
+
+def export_request(
+    request: ExportRequest, display: Display, *, force: bool = False
+) -> ExportResult:
+    """Export, or find the same export made before.
+
+    Args:
+        request: What to export.
+        display: Shows the steps.
+        force: Export again what is there already, unchanged.
+
+    Raises:
+        GapError: As for `export`.
+    """
+    found = None if force else find_finished(request)
+    if found is not None:
+        return found
+    with display.step("loading libraries"):
+        from gap_export.pipeline import run  # noqa: PLC0415 - loads torch
+        from gap_export.pipeline.plan import plan_export  # noqa: PLC0415
+    return run.export(plan_export(request), display)
