@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,13 @@ from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
 from gap_runtime.records import load_record
 from gap_runtime.registry import describe_unknown, list_plugins
 
-POSITION_MODES: Final = ("gap", "compact", "permuted", "permuted-compact")
+POSITION_MODES: Final = {
+    "gap": "every kept token has the position ID and the order that it had before pruning",
+    "compact": "raster order, IDs counted anew without gaps; an ablation, boxes are lost",
+    "permuted": "the pruner's own order, each token with its ID; an ablation",
+    "permuted-compact": "the pruner's own order, IDs counted anew; an ablation",
+}
+"""How slots are ordered and numbered, by name, with a line for people."""
 EXTRA_RULES: Final = ("last-visual", "append", "centroid", "drop")
 BOX_FRAMES: Final = ("padded-square", "original")
 PHRASE_SOURCES: Final = ("clip", "embeddings")
@@ -119,12 +125,14 @@ class QuantizeConfig:
 class ExportConfig:
     """Everything that decides an export. `checkpoint` is a folder, a file or a hub id.
 
+    `description` is a line for people.
     `parts` are further checkpoints that the model is made of, by role: folders, files or hub
     ids; looked for in the checkpoint's folder and beside it too.
     """
 
     family: str
     checkpoint: str
+    description: str = ""
     revision: str | None = None
     dtype: str | None = None
     parts: dict[str, str] = field(default_factory=dict)
@@ -232,6 +240,12 @@ def is_model(word: str) -> bool:
 def list_configs() -> list[str]:
     """Names in export_configs/."""
     return sorted(path.stem for path in package_data("export_configs").glob("*.toml"))
+
+
+def read_config_file(name: str) -> ExportConfig:
+    """The configuration of a name in export_configs/, as the file has it."""
+    path = package_data("export_configs") / f"{name}.toml"
+    return load_record(ExportConfig, _read_model_file(path), path.name)
 
 
 def _find(model: str) -> tuple[str, dict[str, Any], str]:
@@ -362,6 +376,6 @@ def _require_template(template: str, where: str) -> None:
         )
 
 
-def _require_one(key: str, value: str, allowed: Sequence[str], where: str) -> None:
+def _require_one(key: str, value: str, allowed: Collection[str], where: str) -> None:
     if value not in allowed:
         raise ConfigError(f"{where}: {key} '{value}' is unknown; have {', '.join(allowed)}")

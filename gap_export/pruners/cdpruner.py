@@ -24,6 +24,7 @@ from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Ke
 
 # B batch (1), N visual tokens, D token width, W text width, S steps so far.
 
+PUBLISHED_AS: Final = "CDPruner"
 NEEDS: Final = frozenset({Feature.TOKENS, Feature.TEXT, Feature.TEXT_PATCHES})
 EXTRA: Final = 0
 _LEAST: Final = 1e-5

@@ -14,6 +14,7 @@ import torch
 from gap_export.config import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
+PUBLISHED_AS: Final = "FasterVLM"
 NEEDS: Final = frozenset({Feature.CLS_ATTENTION})
 EXTRA: Final = 0
 

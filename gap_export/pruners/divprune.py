@@ -19,6 +19,7 @@ from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Ke
 
 # B batch (1), N visual tokens, D token width.
 
+PUBLISHED_AS: Final = "DivPrune"
 NEEDS: Final = frozenset({Feature.TOKENS})
 EXTRA: Final = 0
 _LEAST: Final = 1e-6

@@ -22,6 +22,7 @@ from gap_export.config import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 from gap_export.reference.selection import attend_as_one, count_outliers, merge_nearest_eagerly
 
+PUBLISHED_AS: Final = "PruMerge+"
 NEEDS: Final = frozenset({Feature.MERGE_ATTENTION, Feature.MERGE_KEYS})
 EXTRA: Final = 1
 

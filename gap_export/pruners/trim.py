@@ -25,6 +25,7 @@ from gap_export.config import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 from gap_export.reference.selection import count_outliers
 
+PUBLISHED_AS: Final = "TRIM"
 NEEDS: Final = frozenset({Feature.TEXT, Feature.TEXT_PATCHES})
 EXTRA: Final = 1
 

@@ -23,6 +23,7 @@ from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Ke
 
 # B batch (1), N visual tokens, D dominant, R not dominant, X contextual, K = D + X, d key width.
 
+PUBLISHED_AS: Final = "VisionZip"
 NEEDS: Final = frozenset({Feature.CLS_ATTENTION, Feature.KEYS})
 EXTRA: Final = 0
 

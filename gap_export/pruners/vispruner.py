@@ -22,6 +22,7 @@ from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Ke
 
 # B batch (1), N visual tokens, C patch width, R not yet chosen, E at even places, O at odd ones.
 
+PUBLISHED_AS: Final = "VisPruner"
 NEEDS: Final = frozenset({Feature.CLS_ATTENTION})
 EXTRA: Final = 0
 _DROPS: Final = 8

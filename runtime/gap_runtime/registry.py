@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Any
 
 from gap_runtime.errors import UnknownNameError
 
@@ -18,6 +21,34 @@ def list_plugins(package: str) -> list[str]:
     assert spec is not None
     names = (found.name for found in iter_modules(spec.submodule_search_locations))
     return sorted(name for name in names if not name.startswith("_"))
+
+
+def read_summary(package: str, name: str) -> str:
+    """What a plug-in's file says of itself: the first line of its docstring, without the stop."""
+    docstring = ast.get_docstring(_read_plugin(package, name)) or ""
+    return docstring.partition("\n")[0].removesuffix(".")
+
+
+def read_constant(package: str, name: str, constant: str) -> Any:
+    """A plain value that a plug-in's file gives a name at its top level; None without one."""
+    for node in _read_plugin(package, name).body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if any(isinstance(target, ast.Name) and target.id == constant for target in targets):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def _read_plugin(package: str, name: str) -> ast.Module:
+    """The syntax of a plug-in's file, which is not imported."""
+    spec = find_spec(package)
+    assert spec is not None
+    for folder in spec.submodule_search_locations or ():
+        for path in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py")):
+            if path.is_file():
+                return ast.parse(path.read_text(encoding="utf-8"))
+    raise AssertionError((package, name))
 
 
 def load_plugin(package: str, name: str, noun: str) -> ModuleType:

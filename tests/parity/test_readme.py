@@ -46,7 +46,7 @@ def test_command_of_a_document_is_taken(command, monkeypatch):
 
 def test_the_documents_show_every_command_of_the_exporter():
     shown = " ".join(str(command.values[0]) for command in commands())
-    for command in ("positions", "count", "evaluate", "sweep"):
+    for command in ("list", "positions", "count", "evaluate", "sweep"):
         assert f"gap-export {command} " in shown
 
 
@@ -56,11 +56,11 @@ def test_every_command_of_the_runtime_is_in_its_readme():
         assert f"gap-runtime {command} " in text
 
 
-def test_python_example_of_the_readme_runs(refshapes_bundle, monkeypatch, capsys):
+def test_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL).group(1)
-    opened = Bundle.open(refshapes_bundle)
-    monkeypatch.setattr(Bundle, "open", lambda _: opened)
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "refshapes").symlink_to(ROOT / "refshapes")
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
+    assert [entry.ratio for entry in Bundle.open("bundle").manifest.ratios] == [0.25, 0.5, 0.75]
     assert "Box(" in capsys.readouterr().out

@@ -10,9 +10,10 @@ import pytest
 from truths import pruners as pruner_formulas
 
 from gap_export.cli import main as cli
-from gap_export.config import POSITION_MODES, package_data
+from gap_export.config import POSITION_MODES, list_configs, package_data
 from gap_runtime.bundle.layout import count_kept
 from gap_runtime.cli import main as runtime_cli
+from gap_runtime.machines.target import list_targets
 from gap_runtime.registry import list_plugins, load_plugin
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
@@ -356,6 +357,38 @@ def run_python(code, *arguments, cwd=None):
     )
 
 
+def test_list_says_what_there_is_with_a_line_from_its_own_file(run):
+    code, out, _ = run("list", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert list(found) == ["models", "pruners", "positions", "targets"]
+    assert [model["name"] for model in found["models"]] == list_configs()
+    assert [pruner["name"] for pruner in found["pruners"]] == list_plugins("gap_export.pruners")
+    assert [target["name"] for target in found["targets"]] == list_targets()
+    assert [mode["name"] for mode in found["positions"]] == list(POSITION_MODES)
+    for pruner in found["pruners"]:
+        module = load_plugin("gap_export.pruners", pruner["name"], "pruner")
+        assert f"{pruner['description']}." == module.__doc__.splitlines()[0]
+        assert pruner["published_as"] == getattr(module, "PUBLISHED_AS", None)
+    assert {"FasterVLM", "PruMerge+"} <= {p["published_as"] for p in found["pruners"]}
+    # For people, the same names and lines; none is cut however narrow the terminal is.
+    _, shown, _ = run("list")
+    for kind, entries in found.items():
+        assert f"{kind}:\n" in shown
+        for entry in entries:
+            assert entry["description"]
+            assert re.search(
+                rf"^  {entry['name']} +{re.escape(entry['description'])}", shown, re.MULTILINE
+            )
+
+
+def test_list_of_one_kind(run):
+    code, out, _ = run("list", "positions", "--json")
+    assert (code, list(json.loads(out))) == (0, ["positions"])
+    code, _, err = run("list", "pruner")
+    assert (code, "unknown kind 'pruner'; did you mean pruners?" in err) == (2, True)
+
+
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "rich", "PIL")
 
 
@@ -365,6 +398,7 @@ HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "numpy", "ric
         ("gap_export", ["--help"]),
         ("gap_export", ["refshapes", "--help"]),
         ("gap_export", ["export", "--help"]),
+        ("gap_export", ["list", "--help"]),
         ("gap_export", ["--version"]),
         ("gap_export", ["positions", "--help"]),
         ("gap_export", ["count", "--help"]),

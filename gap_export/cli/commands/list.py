@@ -1,0 +1,101 @@
+"""`gap-export list`: what there is to choose from, a line each from its own file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Final
+
+from gap_runtime.cli.options import print_json
+from gap_runtime.errors import UnknownNameError
+from gap_runtime.registry import describe_unknown, list_plugins, read_constant, read_summary
+
+SUMMARY: Final = "list models, pruners, targets and position modes"
+_PRUNERS: Final = "gap_export.pruners"
+_KINDS: Final = ("models", "pruners", "targets", "positions")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "kinds",
+        nargs="*",
+        metavar="KIND",
+        help=f"one or more of {', '.join(_KINDS)} (default: all)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    readers = {
+        "models": _list_models,
+        "pruners": _list_pruners,
+        "targets": _list_targets,
+        "positions": _list_positions,
+    }
+    for kind in options.kinds:
+        if kind not in readers:
+            raise UnknownNameError(describe_unknown("kind", kind, readers))
+    found = {kind: readers[kind]() for kind in options.kinds or readers}
+    if options.json:
+        print_json(found)
+        return 0
+    width = max(len(entry["name"]) for entries in found.values() for entry in entries)
+    for kind, entries in found.items():
+        print(f"{kind}:")
+        for entry in entries:
+            published = entry.get("published_as")
+            note = f" ({published})" if published else ""
+            print(f"  {entry['name']:<{width}}  {entry['description']}{note}")
+    return 0
+
+
+def _list_models() -> list[dict[str, Any]]:
+    """The model files that come along."""
+    from gap_export.config import list_configs, read_config_file  # noqa: PLC0415 - not for --help
+
+    configs = {name: read_config_file(name) for name in list_configs()}
+    return [
+        {
+            "name": name,
+            "description": config.description,
+            "family": config.family,
+            "checkpoint": config.checkpoint,
+        }
+        for name, config in configs.items()
+    ]
+
+
+def _list_pruners() -> list[dict[str, Any]]:
+    """The pruners, with the names of the methods that they are."""
+    return [
+        {
+            "name": name,
+            "description": read_summary(_PRUNERS, name),
+            "published_as": read_constant(_PRUNERS, name, "PUBLISHED_AS"),
+        }
+        for name in list_plugins(_PRUNERS)
+    ]
+
+
+def _list_targets() -> list[dict[str, Any]]:
+    """The kinds of machine, and what runs and writes their graphs."""
+    from gap_runtime.machines.target import list_targets, load_target  # noqa: PLC0415
+
+    return [
+        {
+            "name": target.name,
+            "description": target.description,
+            "backend": target.backend,
+            "dialect": target.dialect,
+            "opset": target.opset,
+        }
+        for target in map(load_target, list_targets())
+    ]
+
+
+def _list_positions() -> list[dict[str, Any]]:
+    """The position modes."""
+    from gap_export.config import POSITION_MODES  # noqa: PLC0415
+
+    return [{"name": name, "description": line} for name, line in POSITION_MODES.items()]
