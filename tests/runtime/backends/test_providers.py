@@ -17,7 +17,6 @@ from gap_runtime.backends.onnxruntime import providers
 from gap_runtime.backends.onnxruntime import session as backend
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER, VISION
-from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, ConfigError, EngineError
 from gap_runtime.machines.target import load_target
 
@@ -148,25 +147,12 @@ def ort(monkeypatch, decoder_bundle):
     return module
 
 
-def make_spec(name, dtype, *shape):
-    return TensorSpec(name=name, dtype=dtype, shape=shape, meaning=name)
-
-
 @pytest.fixture
-def decoder_bundle(make_bundle, manifest):
+def decoder_bundle(make_bundle, make_stages, manifest):
     """The minimal bundle with a decoder that has all its inputs."""
-    stages = list(manifest.stages)
-    decoder = stages[-1]
-    caches = [spec for spec in decoder.inputs if spec.name.startswith("cache_")]
-    inputs = (
-        make_spec("embeddings", "float32", 1, "rows", 2),
-        make_spec("position_ids", "int64", 1, "rows"),
-        make_spec("write_slot", "int64", 1),
-        make_spec("logits_rows", "int64", "wanted_rows"),
-        *caches,
-    )
-    stages[-1] = dataclasses.replace(decoder, inputs=inputs)
-    return Bundle.open(make_bundle(stages=tuple(stages)))
+    inputs = make_stages()[-1].inputs
+    decoder = dataclasses.replace(manifest.stages[-1], inputs=inputs)
+    return Bundle.open(make_bundle(stages=(*manifest.stages[:-1], decoder)))
 
 
 def with_target(bundle, name):

@@ -18,7 +18,6 @@ from gap_runtime.bundle.engines import (
     read_engine_record,
 )
 from gap_runtime.bundle.onnx_file import read_onnx
-from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.cli.main import main
 from gap_runtime.errors import BundleError
 from gap_runtime.machines.target import load_target
@@ -27,30 +26,9 @@ WEIGHTS = b"\x01\x02" * 500
 STAGES = ("vision-8", "vision-4", "decoder")
 
 
-def spec(name, dtype, *shape):
-    return TensorSpec(name=name, dtype=dtype, shape=shape, meaning="-")
-
-
 @pytest.fixture
-def stages(manifest):
-    """The conftest's stages, with a decoder that has all that a real one has."""
-    capacity = manifest.layout.capacity
-    caches = [spec(f"cache_{part}_00", "float32", 1, 1, capacity, 2) for part in ("key", "value")]
-    decoder = dataclasses.replace(
-        manifest.stages[-1],
-        inputs=(
-            spec("embeddings", "float32", 1, "rows", 2),
-            spec("position_ids", "int64", 1, "rows"),
-            spec("write_slot", "int64", 1),
-            spec("logits_rows", "int64", "wanted_rows"),
-            *caches,
-        ),
-        outputs=(
-            spec("logits", "float32", "wanted_rows", 12),
-            *(dataclasses.replace(cache, name=f"next_{cache.name}") for cache in caches),
-        ),
-    )
-    return (*manifest.stages[:-1], decoder)
+def stages(make_stages):
+    return make_stages()
 
 
 @pytest.fixture

@@ -9,17 +9,12 @@ import pytest
 
 from gap_runtime.backends import tensorrt as backend
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.cli.main import main
 from gap_runtime.errors import EngineError
 from gap_runtime.grounding import grounder
 from gap_runtime.machines.target import load_target
 
 CAPACITY = 21
-
-
-def spec(name, dtype, *shape):
-    return TensorSpec(name=name, dtype=dtype, shape=shape, meaning="-")
 
 
 def compute(path, inputs):
@@ -51,26 +46,11 @@ def compute(path, inputs):
 
 
 @pytest.fixture
-def open_bundle(make_bundle, manifest, fakes, monkeypatch):
+def open_bundle(make_bundle, make_stages, manifest, fakes, monkeypatch):
     """A function that makes a bundle with engines; the bundle, the library and the device."""
 
     def make(*, dtype="float16", is_in_place=True, can_capture=True, ratios=()):
-        caches = [spec(f"cache_{part}_00", dtype, 1, 1, CAPACITY, 2) for part in ("key", "value")]
-        decoder = dataclasses.replace(
-            manifest.stages[-1],
-            inputs=(
-                spec("embeddings", "float32", 1, "rows", 2),
-                spec("position_ids", "int64", 1, "rows"),
-                spec("write_slot", "int64", 1),
-                spec("logits_rows", "int64", "wanted_rows"),
-                *caches,
-            ),
-            outputs=(
-                spec("logits", "float32", "wanted_rows", 12),
-                *(dataclasses.replace(cache, name=f"next_{cache.name}") for cache in caches),
-            ),
-        )
-        stages = (*manifest.stages[:-1], decoder)
+        stages = make_stages(dtype)
         files = {
             stage.file: fakes.encode_onnx(
                 inputs=[each.name for each in stage.inputs],
