@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from gap_runtime import Box, Bundle, Grounder
 from gap_runtime.bundle.manifest import ReferenceSample
 from gap_runtime.display import Display
 from gap_runtime.pictures.boxes import iou
-from gap_runtime.pictures.drawing import draw_grounding, draw_panels
+from gap_runtime.pictures.drawing import draw_grounding
 from gap_runtime.pictures.load import load_picture
 
 
@@ -31,6 +32,26 @@ def recorded(bundle: Bundle, sample: str, ratio: float | None) -> ReferenceSampl
 def measure(boxes: tuple[Box, ...], truth: Box) -> float:
     """IoU of an answer's box with the true one; 0 without a box."""
     return iou(boxes[0], truth) if boxes else 0.0
+
+
+def draw_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Image:
+    """Titled pictures of one size side by side, row by row."""
+    font = ImageFont.load_default(size=22)
+    margin, header = 14, 38
+    width, height = panels[0][1].size
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new(
+        "RGB",
+        (columns * (width + margin) + margin, rows * (height + header + margin) + margin),
+        (250, 250, 252),
+    )
+    draw = ImageDraw.Draw(sheet)
+    for k, (title, panel) in enumerate(panels):
+        x = margin + (k % columns) * (width + margin)
+        y = margin + (k // columns) * (height + header + margin)
+        draw.text((x, y + 4), title, fill=(28, 30, 40), font=font)
+        sheet.paste(panel, (x, y + header))
+    return sheet
 
 
 def main() -> None:

@@ -50,7 +50,6 @@ from gap_export.weights.bind import wanted_shapes
 from gap_export.weights.plan import WeightPlan, lies_ready, plan_weights
 from gap_export.weights.read import SourceReader
 from gap_export.weights.write import bring_weights
-from gap_runtime.backends.tensorrt.build_script import write_build_script
 from gap_runtime.bundle.bundle import Bundle, describe_file
 from gap_runtime.bundle.manifest import (
     SCHEMA,
@@ -131,7 +130,6 @@ def export(
             shutil.rmtree(folder / _COPIES, ignore_errors=True)
             reader.require_finite(weights)
         _write_tokenizers(plan, folder)
-        write_build_script(folder, plan.target, stages, plan.layout, plan.entries)
         with display.step("hashing"):
             hashes |= {name: reader.hash(source) for name, source in weights.shards.items()}
             entries = _describe_files(folder, hashes)

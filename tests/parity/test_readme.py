@@ -10,6 +10,8 @@ from gap_export.cli import main as export_cli
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.cli import main as runtime_cli
 from gap_runtime.cli import options as runtime_command
+from gap_runtime.grounding.check import TOLERANCES
+from gap_runtime.registry import list_plugins
 
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"),
@@ -52,8 +54,22 @@ def test_the_documents_show_every_command_of_the_exporter():
 
 def test_every_command_of_the_runtime_is_in_its_readme():
     text = (ROOT / "runtime" / "README.md").read_text(encoding="utf-8")
-    for command in ("ground", "check", "info", "bench", "doctor", "evaluate"):
+    for command in list_plugins("gap_runtime.cli.commands"):
         assert f"gap-runtime {command} " in text
+
+
+def test_what_check_accepts_is_in_the_readme():
+    text = (ROOT / "runtime" / "README.md").read_text(encoding="utf-8")
+    table = text.partition("### What check accepts")[2].partition("Pixels:")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    rows = [row for row in rows if row and row[0] in TOLERANCES]
+    assert [row[0] for row in rows] == list(TOLERANCES)
+    for name, *numbers, iou, misses, jaccard in rows:
+        said = TOLERANCES[name]
+        assert [*map(float, numbers)] == [said.pixels, said.visual, said.logits, said.near_tie]
+        assert iou == ("never" if said.iou is None else f"{said.iou:g}")
+        assert misses == (f"{100 * said.misses:g} in 100" if said.misses else "none")
+        assert jaccard == ("never" if said.jaccard is None else f"{said.jaccard:g}")
 
 
 def test_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):

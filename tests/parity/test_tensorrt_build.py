@@ -1,7 +1,6 @@
 """Engines of every family, built by a real TensorRT (TensorRT-RTX builds without a GPU)."""
 
 import dataclasses
-import json
 import shutil
 
 import onnx
@@ -227,6 +226,3 @@ def test_llava_at_its_true_widths(tmp_path, monkeypatch):
     # Weights that are all zero and alike are stored once, so an engine is smaller than the model.
     assert records["decoder"].size > 500_000_000
     assert records["decoder"].profiles == (bundle.manifest.layout.capacity - 64, 1)
-    script = (out / "build_engine.sh").read_text(encoding="utf-8")
-    assert "--optShapes=embeddings:1x1x4096,position_ids:1x1" in script
-    assert json.loads((out / "manifest.json").read_text("utf-8"))["files"]["build_engine.sh"]

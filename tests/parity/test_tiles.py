@@ -13,7 +13,6 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from gap_runtime.pictures.anyres import (
     choose_canvas,
-    count_tokens,
     make_views,
     mosaic_grid,
     mosaic_index,
@@ -111,8 +110,8 @@ def huggingface_packed(size, pinpoints, tile_grid, side):
 def pack(size, canvases, tile_grid, side):
     canvas = choose_canvas(size, canvases)
     mosaic = mosaic_grid(size, canvas, tile_grid, side)
-    tokens = count_tokens(mosaic, tile_grid)
     newlines = list(newline_index(mosaic, tile_grid))
+    tokens = tile_grid**2 + mosaic[0] * mosaic[1] + len(newlines)
     patches = np.setdiff1d(np.arange(tokens), newlines)
     packed = np.full(tokens, NEWLINE)
     packed[patches] = np.concatenate(

@@ -75,20 +75,6 @@ def mosaic_grid(
     return rows, columns
 
 
-def count_tokens(mosaic: tuple[int, int], tile_grid: int) -> int:
-    """How many tokens are packed: patches of view 0, patches of the mosaic, newlines.
-
-    Args:
-        mosaic: (rows, columns), patches.
-        tile_grid: Patches along a tile's side.
-
-    Returns:
-        The count, at least tile_grid squared.
-    """
-    rows, columns = mosaic
-    return tile_grid * tile_grid + rows * (columns + 1)
-
-
 def mosaic_index(
     canvas: tuple[int, int], mosaic: tuple[int, int], tile_grid: int, side: int
 ) -> np.ndarray:

@@ -166,26 +166,6 @@ def _tint(
     return Image.alpha_composite(canvas, shade).convert("RGB")
 
 
-def draw_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Image:
-    """Titled pictures of one size side by side, row by row."""
-    font = ImageFont.load_default(size=22)
-    margin, header = 14, 38
-    width, height = panels[0][1].size
-    rows = math.ceil(len(panels) / columns)
-    sheet = Image.new(
-        "RGB",
-        (columns * (width + margin) + margin, rows * (height + header + margin) + margin),
-        (250, 250, 252),
-    )
-    draw = ImageDraw.Draw(sheet)
-    for k, (title, panel) in enumerate(panels):
-        x = margin + (k % columns) * (width + margin)
-        y = margin + (k // columns) * (height + header + margin)
-        draw.text((x, y + 4), title, fill=(28, 30, 40), font=font)
-        sheet.paste(panel, (x, y + header))
-    return sheet
-
-
 def _patch_box(
     patch: int, rows: int, columns: int, spec: Preprocess, picture: Image.Image
 ) -> Box | None:

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from gap_runtime.backends.tensorrt.build_script import make_build_script
 from gap_runtime.backends.tensorrt.rules import estimate_build
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import (
@@ -440,21 +439,6 @@ def test_timings_are_kept_by_device_and_version(write_bundle, install, build, tm
     said = build(bundle, "--force", "--timing-cache", str(own))[2]
     assert "own.cache: timings of another device or version; they are measured again" in said
     assert own.read_bytes() == b"timings:" * 3
-
-
-def test_the_script_has_the_same_stages_and_profiles(manifest, stages):
-    text = make_build_script(load_target("rtx"), list(stages), manifest.layout, manifest.ratios)
-    calls = text.split('\n"$trtexec" ')[1:]
-    assert [call.split()[0] for call in calls] == [f"--onnx={name}.onnx" for name in STAGES]
-    for call in calls:
-        assert "--stronglyTyped" in call
-        assert "--memPoolSize=workspace:2048" in call
-        assert '--timingCacheFile="$out"/timing.cache' in call
-    for k, rows in enumerate((8, 12, 16, 1)):
-        shapes = f"embeddings:1x{rows}x2,position_ids:1x{rows},logits_rows:{min(rows, 8)}"
-        sides = " ".join(f"--{side}Shapes={shapes}" for side in ("min", "opt", "max"))
-        assert f"--profile={k} {sides}" in calls[2]
-    assert "--profile" not in calls[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x3a\xff\x01", b"\xff" * 20])

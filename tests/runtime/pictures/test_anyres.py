@@ -9,7 +9,6 @@ from gap_runtime.pictures import anyres
 from gap_runtime.pictures import load as image
 from gap_runtime.pictures.anyres import (
     choose_canvas,
-    count_tokens,
     make_views,
     mosaic_grid,
     mosaic_index,
@@ -25,6 +24,12 @@ SIZES = (
     *((1008, 336), (1920, 1080), (1400, 100), (100, 1400), (24, 1000), (4000, 3001)),
     *((1000, 1), (1, 1000), (100_000, 1), (1, 100_000), (10_000, 10_000)),
 )
+
+
+def count_packed(mosaic, tile_grid):
+    """Patches of view 0, patches of the mosaic, and a newline for each of its rows."""
+    rows, columns = mosaic
+    return tile_grid**2 + rows * (columns + 1)
 
 
 def scaled_canvases(side):
@@ -70,7 +75,7 @@ def scaled_canvases(side):
 def test_counts_are_hugging_faces(size, canvas, mosaic, tokens):
     assert choose_canvas(size, CANVASES) == canvas
     assert mosaic_grid(size, canvas, 24, 336) == mosaic
-    assert count_tokens(mosaic, 24) == tokens
+    assert count_packed(mosaic, 24) == tokens
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (200, 300), (336, 336)])
@@ -142,7 +147,7 @@ def test_every_packed_token_is_a_patch_or_a_newline(size, tile_grid, side):
     assert all(tile_grid**2 <= i < tile_grid**2 + all_rows * all_columns for i in index)
 
     newlines = newline_index(mosaic, tile_grid)
-    tokens = count_tokens(mosaic, tile_grid)
+    tokens = count_packed(mosaic, tile_grid)
     assert tokens == tile_grid**2 + len(index) + len(newlines)
     assert sorted(set(newlines)) == list(newlines)
     assert all(tile_grid**2 <= i < tokens for i in newlines)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from gap_runtime.errors import InputError
 from gap_runtime.pictures.boxes import Box
-from gap_runtime.pictures.drawing import BOX_COLOUR, draw_grounding, draw_panels
+from gap_runtime.pictures.drawing import BOX_COLOUR, draw_grounding
 
 GREY = (200, 200, 200)
 # 170/255 of the shade (16, 18, 28) over grey 200.
@@ -219,35 +219,3 @@ def test_the_given_picture_is_not_painted_on(manifest):
         picture, manifest.preprocess, manifest.buckets, phrase="mug", boxes=(), kept_index=()
     )
     assert picture.getcolors() == [(480 * 480, GREY)]
-
-
-def make_panels(count):
-    return [
-        (f"panel {k}", Image.new("RGB", (60, 40), (10 * k, 0, 0))) for k in range(1, count + 1)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("count", "columns", "size"),
-    [
-        # Margin 14 around and between, a title of 38 above each.
-        (3, 3, (3 * 60 + 4 * 14, 38 + 40 + 2 * 14)),
-        (6, 3, (3 * 60 + 4 * 14, 2 * (38 + 40) + 3 * 14)),
-        (4, 3, (3 * 60 + 4 * 14, 2 * (38 + 40) + 3 * 14)),
-        (1, 1, (60 + 2 * 14, 38 + 40 + 2 * 14)),
-    ],
-)
-def test_size_of_the_panels(count, columns, size):
-    assert draw_panels(make_panels(count), columns).size == size
-
-
-def test_panels_are_laid_out_row_by_row():
-    sheet = np.asarray(draw_panels(make_panels(5), 3))
-    # Centres of panels: x = 14 + 30 + k * 74, y = 14 + 38 + 20 + row * 92.
-    found = [sheet[72 + row * 92, 44 + column * 74, 0] for row in (0, 1) for column in range(3)]
-    assert found == [10, 20, 30, 40, 50, 250]
-
-
-def test_panels_have_titles():
-    sheet = np.asarray(draw_panels(make_panels(1), 1))
-    assert sheet[14:52].min() < 100
