@@ -9,8 +9,7 @@ An engine is written aside and renamed, its record last. Without a record that f
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from gap_runtime.bundle.hashes import hash_bytes, hash_file
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
 from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.errors import ConfigError, EngineError, RecordError
+from gap_runtime.files import write_whole
 from gap_runtime.machines.target import Target
 from gap_runtime.records import dump_record, load_record
 
@@ -175,9 +175,13 @@ def engine_file(folder: Path, stage: str) -> Path:
     return folder / f"{stage}.engine"
 
 
+def _record_file(folder: Path, stage: str) -> Path:
+    return engine_file(folder, stage).with_suffix(".engine.json")
+
+
 def read_engine_record(folder: Path, stage: str) -> EngineRecord | None:
     """What is said of an engine; None where nothing is, or nothing that can be read."""
-    path = engine_file(folder, stage).with_suffix(".engine.json")
+    path = _record_file(folder, stage)
     try:
         return load_record(EngineRecord, json.loads(path.read_text("utf-8")), str(path))
     except (OSError, ValueError, RecordError):
@@ -209,30 +213,26 @@ def identify_weights(bundle: Bundle) -> str:
 
 
 @contextmanager
-def new_engine(folder: Path, stage: str) -> Iterator[tuple[Path, Callable[[EngineRecord], None]]]:
-    """A file to write an engine to, and what puts it in place with its record.
+def new_engine(folder: Path, stage: str) -> Iterator[Path]:
+    """A file to write an engine to, in place when the block ends; its record is to follow.
 
-    Whatever was not put in place is gone afterwards, whether or not there was an error.
+    After an error nothing of it is left, not even an empty folder.
     """
-    path = engine_file(folder, stage)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    record_aside = aside.with_name(f"{aside.name}.json")
-
-    def place(record: EngineRecord) -> None:
-        text = json.dumps(dump_record(record), indent=2, sort_keys=True) + "\n"
-        record_aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-        record_aside.replace(path.with_suffix(".engine.json"))
-
     try:
-        yield aside, place
+        with write_whole(engine_file(folder, stage)) as aside:
+            yield aside
     finally:
-        aside.unlink(missing_ok=True)
-        record_aside.unlink(missing_ok=True)
         for empty in (folder, folder.parent):
             if not any(empty.iterdir()):
                 empty.rmdir()
+
+
+def write_engine_record(folder: Path, record: EngineRecord) -> None:
+    """Say what the engine of a stage is; without that it is none."""
+    with write_whole(_record_file(folder, record.stage)) as aside:
+        text = json.dumps(dump_record(record), indent=2, sort_keys=True) + "\n"
+        aside.write_text(text, encoding="utf-8")
 
 
 def describe_engine(path: Path) -> tuple[int, str | None]:

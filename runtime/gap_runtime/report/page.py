@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Final
 from PIL import Image
 
 from gap_runtime.errors import InputError
+from gap_runtime.files import write_whole
 
 STYLE_FILE: Final = Path(__file__).with_name("report.css")
 _MOST_SIDE: Final = 640
@@ -73,12 +73,10 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         InputError: It cannot be written.
     """
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
+        with write_whole(path) as aside:
+            aside.write_text(page, encoding="utf-8")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 

@@ -28,6 +28,7 @@ GOOD = CheckRow(
     same_tokens=True,
     token_near_tie=False,
     first_divergence=None,
+    draft_divergence=None,
     answer="[0.10,0.20,0.30,0.40]",
     reference_answer="[0.10,0.20,0.30,0.40]",
     iou=1.0,

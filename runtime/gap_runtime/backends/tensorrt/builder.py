@@ -43,11 +43,13 @@ from gap_runtime.bundle.engines import (
     new_engine,
     read_engine_record,
     require_readable,
+    write_engine_record,
 )
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError, EngineError
+from gap_runtime.files import write_whole
 
 _OPTIONS: Final = ("package",)
 _ATTENTION_ADVICE: Final = (
@@ -182,7 +184,7 @@ def _build(job: _Job, stage: Stage, profiles: tuple[int, ...]) -> EngineRecord:
     began = time.perf_counter()
     stop = Event()
     with (
-        new_engine(job.folder, stage.name) as (aside, place),
+        new_engine(job.folder, stage.name) as aside,
         job.display.progress(f"building {stage.name}") as report,
     ):
 
@@ -216,7 +218,7 @@ def _build(job: _Job, stage: Stage, profiles: tuple[int, ...]) -> EngineRecord:
             blake3=found_hash,
             device_memory_bytes=_measure(job, aside) if job.gpu else None,
         )
-        place(record)
+    write_engine_record(job.folder, record)
     return record
 
 
@@ -378,13 +380,11 @@ def _load_timings(job: _Job, config: Any) -> Callable[[], None]:
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
     def save() -> None:
-        aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(config.get_timing_cache().serialize())
-            aside.replace(path)
+            with write_whole(path) as aside:
+                aside.write_bytes(config.get_timing_cache().serialize())
         except OSError as error:
-            aside.unlink(missing_ok=True)
             job.display.say(f"{path}: timings cannot be kept ({error.strerror})")
 
     return save
