@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import os
 import shutil
@@ -72,8 +71,12 @@ def share_blocks(source: Path, target: Path) -> bool:
     """Make a file of the same blocks, which are copied when one of both changes.
 
     Returns:
-        Whether the filesystem can do that; if not, there may be an empty file.
+        Whether system and filesystem can do that; if not, there may be an empty file.
     """
+    try:
+        import fcntl  # noqa: PLC0415 - not on every system
+    except ImportError:
+        return False
     with source.open("rb") as read, target.open("wb") as write:
         try:
             fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())

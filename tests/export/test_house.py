@@ -78,6 +78,18 @@ def test_no_function_takes_keyword_arguments_of_any_name(path):
 
 
 @every_file
+def test_what_windows_lacks_is_imported_where_it_can_be_missing(path):
+    """A target is for Windows, and an import at the top would end every command there."""
+    names = set()
+    for node in parse(path).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert not names & {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
+
+
+@every_file
 def test_only_the_command_lines_print(path):
     calls = [
         node.lineno

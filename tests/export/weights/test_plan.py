@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -123,6 +124,13 @@ def test_a_cloned_file_does_not_follow_its_source(folder, bundle):
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\0")
     assert (bundle / "model-1.safetensors").read_bytes() == before
+
+
+def test_a_system_that_cannot_share_blocks_copies_them(folder, bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    bring(plan(folder), bundle)
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        assert (bundle / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_links_of_a_hub_cache_come_as_files_with_their_names(folder, bundle, tmp_path):
