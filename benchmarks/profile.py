@@ -77,7 +77,7 @@ def record(
         for _ in range(_WARM + runs):
             began = time.perf_counter()
             embeddings = embedding_rows(table, token_ids)[None]
-            token = int(decoder.run(embeddings, positions, first, rows - 1).argmax())
+            token = int(decoder.run(embeddings, positions, first, np.array([rows - 1])).argmax())
             times.append((time.perf_counter() - began) * 1e6)
             token_ids = [*token_ids[1:], token]
         # The backend's session is its own; nothing else needs its profile.

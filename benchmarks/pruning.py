@@ -80,11 +80,13 @@ def measure(folder: Path, runs: int) -> list[dict[str, Any]]:
 
     def read(count: int) -> Callable[[], object]:
         positions = np.arange(count)[None]
-        return lambda: decoder.run(rows[:, :count], positions, 0, count - 1)
+        return lambda: decoder.run(rows[:, :count], positions, 0, np.array([count - 1]))
 
     def step(count: int) -> Callable[[], object]:
         position = np.array([[count]])
-        return lambda: [decoder.run(rows[:, :1], position, count, 0) for _ in range(_TOKENS)]
+        return lambda: [
+            decoder.run(rows[:, :1], position, count, np.array([0])) for _ in range(_TOKENS)
+        ]
 
     prefill = take_turns([read(count) for count in prompts], runs)
     decode = take_turns([step(count) for count in prompts], runs)

@@ -70,14 +70,14 @@ class Bundled:
 
         rows = embedding_rows(self._table, token_ids.tolist())[None]
         positions = np.arange(len(token_ids))[None]
-        return choose(self._decoder.run(rows, positions, 0, len(token_ids) - 1).copy())
+        return choose(self._decoder.run(rows, positions, 0, np.array([len(token_ids) - 1]))[0])
 
     def step(self, token: int, position: int) -> int:
         """See common.Session."""
         from gap_runtime.bundle.bundle import embedding_rows
 
         row = embedding_rows(self._table, [token])[None]
-        return choose(self._decoder.run(row, np.array([[position]]), position, 0))
+        return choose(self._decoder.run(row, np.array([[position]]), position, np.array([0]))[0])
 
     def see(self) -> Any:
         """The visual tokens of a picture."""

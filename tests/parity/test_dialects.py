@@ -131,8 +131,8 @@ def test_a_portable_decoder_builds_for_tensorrt(export, tmp_path):
     manifest = bundle.manifest
     entry, width = manifest.ratios[0], manifest.embedding.shape[1]
     profiles = [
-        {"embeddings": (1, rows, width), "position_ids": (1, rows)}
-        for rows in (manifest.layout.at(entry).prompt, 1)
+        {"embeddings": (1, rows, width), "position_ids": (1, rows), "logits_rows": (min(rows, 8),)}
+        for rows in (manifest.layout.at(entry).prompt, 8, 1)
     ]
     stage = manifest.stage("decoder")
     layers, inputs, size = build(bundle.folder / stage.file, profiles)

@@ -69,14 +69,16 @@ def answer(grounder, picture, entry):
     decoder = grounder._open_decoder()
 
     class Recorder:
-        def run(self, *arguments, **named):
-            recorded.append(decoder.run(*arguments, **named).copy())
+        fit = staticmethod(decoder.fit)
+
+        def run(self, *arguments):
+            recorded.append(decoder.run(*arguments).copy())
             return recorded[-1]
 
     grounder._decoder = Recorder()
-    values = grounder.run_stages(picture, PHRASE, entry, most=STEPS)
+    values = grounder.run_stages(picture, PHRASE, entry, most=STEPS, draft=False)
     grounder._decoder = decoder
-    return np.stack(recorded), values
+    return np.concatenate(recorded), values
 
 
 def ask_all(case, out, pruner, **overrides):

@@ -51,22 +51,39 @@ def picture(side=90):
     return Image.fromarray(noise)
 
 
-def exported_answer(bundle_folder, phrase):
+class Truth:
+    """Drafts two tokens at a time of an answer that is known."""
+
+    def __init__(self, answer):
+        self.answer, self.accepted = answer, 0
+
+    def propose(self, token_ids, most):
+        return self.answer[len(token_ids) :][: min(most, 2)]
+
+    def learn(self, token_ids, accepted):
+        assert self.answer[: len(token_ids)] == list(token_ids)
+        self.accepted += accepted
+
+
+def exported_answer(bundle_folder, phrase, drafter=None):
     """Logits [STEPS, V] of the graphs, the inputs that led to them, and the kept patches."""
     bundle = Bundle.open(bundle_folder)
     grounder = Grounder(bundle, "onnxruntime:cpu")
     entry = bundle.manifest.ratios[0]
     recorded = []
-    run = grounder._open_decoder().run
+    decoder = grounder._open_decoder()
 
     class Recorder:
-        def run(self, *arguments, **named):
-            recorded.append(run(*arguments, **named).copy())
+        fit = staticmethod(decoder.fit)
+
+        def run(self, *arguments):
+            recorded.append(decoder.run(*arguments).copy())
             return recorded[-1]
 
     grounder._decoder = Recorder()
+    grounder._drafter = drafter
     values = grounder.run_stages(picture(), phrase, entry, most=STEPS)
-    return np.stack(recorded), values, grounder.encoder.encode(phrase)
+    return np.concatenate(recorded), values, grounder.encoder.encode(phrase)
 
 
 def relative(found, expected):
@@ -87,6 +104,13 @@ def test_gap_equals_the_full_sequence_with_pruned_keys_masked(
     assert int(np.sqrt(len(kept))) ** 2 != len(kept)
     assert relative(found, expected) < 1e-4
     assert found.argmax(axis=1).tolist() == expected.argmax(axis=1).tolist()
+    # The same with rows of an answer that are drafted, in the prefill and behind it.
+    truth = Truth(values.decoded.token_ids)
+    found, drafted, _ = exported_answer(bundle, "the small café mug", truth)
+    assert relative(found, expected) < 1e-4
+    assert drafted.decoded.token_ids == values.decoded.token_ids
+    assert truth.accepted == drafted.decoded.accepted > 0
+    assert drafted.decoded.calls < values.decoded.calls
 
 
 @pytest.mark.parametrize("mode", ["compact", "permuted", "permuted-compact"])
@@ -113,13 +137,13 @@ def test_decoding_on_with_the_slot_as_position_does_not_either(
     kept = values.kept_index[0].tolist()
     expected = oracle.answer(values.pixels, prompt.prefix, prompt.suffix, kept, 2).numpy()
     table = bundle.map_embedding()
-    rows = splice_prompt(table, prompt.prefix, values.visual_tokens, prompt.suffix, layout.prompt)
+    rows = splice_prompt(table, prompt.prefix, values.visual_tokens, prompt.suffix)
     decoder = grounder._open_decoder()
 
     def step(position):
-        decoder.run(rows, values.position_ids, 0, length - 1)
+        decoder.run(rows, values.position_ids[:, :length], 0, np.array([length - 1]))
         token = np.asarray(table[int(expected[0].argmax())], dtype=np.float32)[None, None]
-        return decoder.run(token, np.array([[position]]), length, 0).copy()
+        return decoder.run(token, np.array([[position]]), length, np.array([0]))[0].copy()
 
     right = values.position_ids[0, length - 1] + 1
     assert right - length == layout.patches - layout.kept

@@ -158,9 +158,11 @@ def test_the_cache_is_written_in_place(refshapes_bundle):
     decoder = grounder._open_decoder()
     rng = np.random.default_rng(0)
     width = bundle.manifest.embedding.shape[1]
-    decoder.run(rng.standard_normal((1, 9, width)).astype(np.float32), np.arange(9)[None], 0, 8)
+    last, only = np.array([8]), np.array([0])
+    rows = rng.standard_normal((1, 9, width)).astype(np.float32)
+    decoder.run(rows, np.arange(9)[None], 0, last)
     before = decoder._caches[0]["cache_key_00"].numpy().copy()
-    decoder.run(rng.standard_normal((1, 1, width)).astype(np.float32), np.array([[40]]), 9, 0)
+    decoder.run(rng.standard_normal((1, 1, width)).astype(np.float32), np.array([[40]]), 9, only)
     after = decoder._caches[0]["cache_key_00"].numpy()
     assert len(decoder._caches) == 1
     assert np.array_equal(before[:, :, :9], after[:, :, :9])

@@ -43,7 +43,7 @@ def test_a_step_keeps_no_memory(refshapes_bundle):
 
     def step(slot):
         rows = embedding_rows(table, [1])[None]
-        return int(np.argmax(decoder.run(rows, np.array([[slot]]), slot, 0)))
+        return int(np.argmax(decoder.run(rows, np.array([[slot]]), slot, np.array([0]))[0]))
 
     for slot in range(4):
         step(slot)
