@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
-from gap_runtime.bundle.layout import count_kept, require_ratio
+from gap_runtime.bundle.layout import ExtraRule, PositionMode, count_kept, require_ratio
+from gap_runtime.bundle.manifest import PhraseSource, WeightDtype
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
+from gap_runtime.machines.target import ModelDtype
+from gap_runtime.pictures.boxes import Frame
 from gap_runtime.records import load_record
 from gap_runtime.registry import describe_unknown, list_plugins
 
-POSITION_MODES: Final = {
+Method = Literal["awq", "nearest"]
+POSITION_LINES: Final[dict[PositionMode, str]] = {
     "gap": "every kept token has the position ID and the order that it had before pruning",
     "compact": "raster order, IDs counted anew without gaps; an ablation, boxes are lost",
     "permuted": "the pruner's own order, each token with its ID; an ablation",
     "permuted-compact": "the pruner's own order, IDs counted anew; an ablation",
 }
-"""How slots are ordered and numbered, by name, with a line for people."""
-EXTRA_RULES: Final = ("last-visual", "append", "centroid", "drop")
-BOX_FRAMES: Final = ("padded-square", "original")
-PHRASE_SOURCES: Final = ("clip", "embeddings")
-QUANTIZED: Final = ("int8", "int4")
-QUANTIZE_METHODS: Final = ("awq", "nearest")
-DTYPES: Final = ("float32", "float16", "bfloat16")
+"""How slots are ordered and numbered: a line for people about each mode."""
+POSITION_MODES: Final[tuple[PositionMode, ...]] = get_args(PositionMode)
+EXTRA_RULES: Final[tuple[ExtraRule, ...]] = get_args(ExtraRule)
+DTYPES: Final[tuple[ModelDtype, ...]] = get_args(ModelDtype)
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -43,10 +43,10 @@ class PruneConfig:
 
     strategy: str = "cls_attention"
     ratios: tuple[float, ...] = (0.5,)
-    positions: str = "gap"
+    positions: PositionMode = "gap"
     seed: int = 0
-    extra_token: str = "last-visual"
-    phrase: str | None = None
+    extra_token: ExtraRule = "last-visual"
+    phrase: PhraseSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class VisionConfig:
 class BoxConfig:
     """The frame of the answers' boxes, `padded-square` or `original`; the family's own if null."""
 
-    frame: str | None = None
+    frame: Frame | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +114,8 @@ class QuantizeConfig:
     tower with the projector.
     """
 
-    weights: str | None = None
-    method: str | None = None
+    weights: WeightDtype | None = None
+    method: Method | None = None
     decoder: bool = True
     head: bool = True
     vision: bool = False
@@ -134,7 +134,7 @@ class ExportConfig:
     checkpoint: str
     description: str = ""
     revision: str | None = None
-    dtype: str | None = None
+    dtype: ModelDtype | None = None
     parts: dict[str, str] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -324,17 +324,6 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 
 def _require_usable(config: ExportConfig, where: str) -> None:
     """Reject values that no model could use."""
-    for key, value, allowed in (
-        ("prune.positions", config.prune.positions, POSITION_MODES),
-        ("prune.extra_token", config.prune.extra_token, EXTRA_RULES),
-        ("prune.phrase", config.prune.phrase, PHRASE_SOURCES),
-        ("box.frame", config.box.frame, BOX_FRAMES),
-        ("dtype", config.dtype, DTYPES),
-        ("quantize.weights", config.quantize.weights, QUANTIZED),
-        ("quantize.method", config.quantize.method, QUANTIZE_METHODS),
-    ):
-        if value is not None:
-            _require_one(key, value, allowed, where)
     strategies = list_plugins("gap_export.pruners")
     if config.prune.strategy not in strategies:
         raise UnknownNameError(describe_unknown("pruner", config.prune.strategy, strategies))
@@ -374,8 +363,3 @@ def _require_template(template: str, where: str) -> None:
         raise ConfigError(
             f"{where}: prompt.template must hold {IMAGE_FIELD} before {PHRASE_FIELD}"
         )
-
-
-def _require_one(key: str, value: str, allowed: Collection[str], where: str) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{where}: {key} '{value}' is unknown; have {', '.join(allowed)}")

@@ -25,6 +25,7 @@ from gap_export.pipeline.plan import ExportPlan, plan_export
 from gap_export.pipeline.request import ExportRequest
 from gap_export.pipeline.run import KnownGraphs, export
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.layout import PositionMode
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.display import Display, Pace
 from gap_runtime.errors import ConfigError, GapError, InputError
@@ -33,7 +34,7 @@ from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.results import Answers, Header, Subject
 from gap_runtime.evaluation.run import Spread, describe_data, evaluate
 from gap_runtime.records import dump_record
-from gap_runtime.registry import list_plugins, load_plugin
+from gap_runtime.registry import list_plugins, load_plugin, suggest
 from gap_runtime.report.page import write_page
 
 ALL: Final = "all"
@@ -113,9 +114,10 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
     Raises:
         GapError: A pruner, a mode or a ratio cannot be used.
     """
+    known = {str(mode): mode for mode in POSITION_MODES}
     for mode in request.positions:
-        if mode not in POSITION_MODES:
-            raise ConfigError(f"--positions '{mode}' is unknown; have {', '.join(POSITION_MODES)}")
+        if mode not in known:
+            raise ConfigError(f"--positions '{mode}' is unknown; {suggest(mode, known)}")
     ratios = tuple(dict.fromkeys(request.ratios))
     pruned = tuple(ratio for ratio in ratios if ratio)
     variants: list[Variant] = []
@@ -128,7 +130,7 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
     for pruner in _list_pruners(request.pruners) if pruned else ():
         try:
             variants += [
-                _plan_variant(request, f"{pruner}-{mode}", pruner, mode, ratios=pruned)
+                _plan_variant(request, f"{pruner}-{mode}", pruner, known[mode], ratios=pruned)
                 for mode in dict.fromkeys(request.positions)
             ]
         except (ConfigError, CheckpointError) as error:
@@ -156,7 +158,12 @@ def _find_plain_pruner() -> str:
 
 
 def _plan_variant(
-    request: SweepRequest, name: str, pruner: str, positions: str, *, ratios: tuple[float, ...]
+    request: SweepRequest,
+    name: str,
+    pruner: str,
+    positions: PositionMode,
+    *,
+    ratios: tuple[float, ...],
 ) -> Variant:
     config = request.named.config
     prune = replace(config.prune, strategy=pruner, positions=positions, ratios=ratios)

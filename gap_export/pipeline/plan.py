@@ -14,6 +14,7 @@ from gap_export.checkpoint.tokenizer import read_tokenizer
 from gap_export.config import (
     DTYPES,
     ExportConfig,
+    Method,
     NamedConfig,
     PruneConfig,
     count_ratios,
@@ -27,10 +28,17 @@ from gap_export.pipeline.prompt import plan_phrase, plan_prompt
 from gap_export.pipeline.request import ExportRequest
 from gap_export.quantization.scheme import packed_scheme
 from gap_export.reference.samples import Sample, read_samples
-from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt, Quantization, RatioEntry
+from gap_runtime.bundle.manifest import (
+    BundleLayout,
+    Part,
+    PhraseInput,
+    Prompt,
+    Quantization,
+    RatioEntry,
+)
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.errors import ConfigError, UnknownNameError
-from gap_runtime.machines.target import Target, load_target
+from gap_runtime.machines.target import ModelDtype, Target, load_target
 from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.registry import describe_unknown, load_plugin
 
@@ -56,7 +64,7 @@ class ExportPlan:
     pruner: Pruner
     spec: ModelSpec
     sources: dict[str, TensorSource]
-    dtype: str
+    dtype: ModelDtype
     layout: BundleLayout
     entries: tuple[RatioEntry, ...]
     phrase: PhraseInput | None
@@ -102,15 +110,21 @@ class ExportPlan:
         """What is quantized, and how; None for nothing."""
         if self.packed:
             bits = max(packed.bits for packed in self.packed.values())
-            found = {"head" if name == HEAD else "decoder" for name in self.packed}
+            found: set[Part] = {"head" if name == HEAD else "decoder" for name in self.packed}
             return Quantization(
-                weights=f"int{bits}", method="checkpoint", parts=tuple(sorted(found))
+                weights="int8" if bits == 8 else "int4",
+                method="checkpoint",
+                parts=tuple(sorted(found)),
             )
         wanted = self.config.quantize
         if wanted.weights is None:
             return None
-        usual = "awq" if wanted.weights == "int4" and self.request.reference else "nearest"
-        parts = {"decoder": wanted.decoder, "head": wanted.head, "vision": wanted.vision}
+        usual: Method = "awq" if wanted.weights == "int4" and self.request.reference else "nearest"
+        parts: dict[Part, bool] = {
+            "decoder": wanted.decoder,
+            "head": wanted.head,
+            "vision": wanted.vision,
+        }
         return Quantization(
             weights=wanted.weights,
             method=wanted.method or usual,
@@ -339,11 +353,11 @@ def _require_packable(
             )
 
 
-def _stored_dtype(sources: dict[str, TensorSource]) -> str:
+def _stored_dtype(sources: dict[str, TensorSource]) -> ModelDtype:
     """The dtype that most of the model's bytes have: no conversion is the default."""
     sizes: dict[str, int] = {}
     for source in sources.values():
         for tensor in source.inputs:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
-    floats = {name: size for name, size in sizes.items() if name in DTYPES}
-    return max(floats, key=lambda name: floats[name]) if floats else "float32"
+    floats = [dtype for dtype in DTYPES if dtype in sizes]
+    return max(floats, key=lambda dtype: sizes[dtype]) if floats else "float32"

@@ -25,7 +25,7 @@ from gap_export.tracing.trace import Traced, trace
 from gap_export.weights.bind import bind_weights, strip_stage
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.write import write_placeholders
-from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Stage
+from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Role, Stage
 from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS, TensorSpec
 from gap_runtime.pictures.preprocess import Bucket
 
@@ -324,7 +324,7 @@ def _describe_phrase(plan: ExportPlan) -> TensorSpec:
     )
 
 
-def _describe_stage(name: str, role: str, traced: Traced, entry: RatioEntry | None) -> Stage:
+def _describe_stage(name: str, role: Role, traced: Traced, entry: RatioEntry | None) -> Stage:
     return Stage(
         name=name,
         role=role,

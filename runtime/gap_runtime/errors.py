@@ -30,6 +30,15 @@ class RecordError(ConfigError):
     """A key of a configuration or manifest that is unknown, missing or of the wrong type."""
 
 
+class WordError(RecordError):
+    """A value of a key that is none of the words that there are."""
+
+    @property
+    def kind(self) -> str:
+        """As of any other value that cannot be used."""
+        return "config"
+
+
 class UnknownNameError(ConfigError):
     """A name that no file answers to."""
 

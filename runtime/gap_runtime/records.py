@@ -1,16 +1,18 @@
 """Strict records: plain data (from JSON or TOML) to frozen dataclasses and back.
 
-Every key must be known, every value of the declared type; an error carries the dotted path.
+Every key must be known, every value of the declared type and among the declared words; an error
+carries the dotted path.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gap_runtime.errors import RecordError
+from gap_runtime.errors import RecordError, WordError
+from gap_runtime.registry import suggest
 
 Record = TypeVar("Record")
 
@@ -19,27 +21,52 @@ def load_record(kind: type[Record], data: Any, where: str) -> Record:
     """A dataclass of that kind from a mapping.
 
     Args:
-        kind: A dataclass; fields may be str, bool, int, float, tuples, dicts with string keys,
-            other dataclasses, or any of these or None.
+        kind: A dataclass; fields may be str, bool, int, float, a Literal, tuples (named ones too),
+            dicts with string keys, other dataclasses, or any of these or None.
         data: What a JSON or TOML reader returned.
-        where: Start of the path in error messages, a file name as a rule.
+        where: Start of error messages, a file name as a rule; the path of the key follows.
 
     Raises:
         RecordError: A key is unknown or missing, or a value has the wrong type.
+        WordError: A value is none of the words that there are.
     """
+    return _load(kind, data, _Place(where))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a value stands: the start of messages, and its path of keys."""
+
+    start: str
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.start}: {self.path}" if self.path else self.start
+
+    def key(self, name: str) -> _Place:
+        """A key of the table that stands here."""
+        return _Place(self.start, f"{self.path}.{name}" if self.path else name)
+
+    def item(self, index: int) -> _Place:
+        """An item of the list that stands here."""
+        return _Place(self.start, f"{self.path}[{index}]")
+
+
+def _load(kind: type[Record], data: Any, place: _Place) -> Record:
     if not isinstance(data, Mapping):
-        raise RecordError(f"{where}: found {_name(data)}, expected a table")
+        raise RecordError(f"{place}: found {_name(data)}, expected a table")
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise RecordError(f"{where}: unknown key '{unknown[0]}'; have {', '.join(fields)}")
+        path = place.key(unknown[0]).path
+        raise RecordError(f"{place.start}: unknown key '{path}'; {suggest(unknown[0], fields)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _convert(hints[name], data[name], f"{where}: {name}")
+            values[name] = _convert(hints[name], data[name], place.key(name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise RecordError(f"{where}: key '{name}' is missing")
+            raise RecordError(f"{place.start}: key '{place.key(name).path}' is missing")
     return kind(**values)
 
 
@@ -57,26 +84,36 @@ def dump_record(record: Any) -> Any:
     return record
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, place: _Place) -> Any:
     origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _convert_union(args, value, where)
+    if origin in _COMPOSED:
+        return _COMPOSED[origin](args, value, place)
     if dataclasses.is_dataclass(hint):
-        return load_record(hint, value, where)  # type: ignore[arg-type]
-    if origin is tuple:
-        return _convert_tuple(args, value, where)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise RecordError(f"{where}: found {_name(value)}, expected a table")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return _load(hint, value, place)  # type: ignore[arg-type]
+    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        return hint(*_convert_tuple(tuple(get_type_hints(hint).values()), value, place))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (type(value) is hint):
         return value
-    raise RecordError(f"{where}: found {_name(value)}, expected {_hint_name(hint)}")
+    raise RecordError(f"{place}: found {_name(value)}, expected {_hint_name(hint)}")
 
 
-def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+def _convert_dict(args: tuple[Any, ...], value: Any, place: _Place) -> Any:
+    if not isinstance(value, Mapping):
+        raise RecordError(f"{place}: found {_name(value)}, expected a table")
+    return {key: _convert(args[1], item, place.key(key)) for key, item in value.items()}
+
+
+def _choose(words: tuple[Any, ...], value: Any, place: _Place) -> Any:
+    if not isinstance(value, str):
+        raise RecordError(f"{place}: found {_name(value)}, expected one of {', '.join(words)}")
+    if value not in words:
+        raise WordError(f"{place} '{value:.60}' is unknown; {suggest(value, words)}")
+    return value
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, place: _Place) -> Any:
     for choice in args:
         if choice is type(None) and value is None:
             return None
@@ -85,23 +122,32 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     for choice in args:
         if choice is not type(None):
             try:
-                return _convert(choice, value, where)
+                return _convert(choice, value, place)
             except RecordError:
                 if len([a for a in args if a is not type(None)]) == 1:
                     raise
     expected = " or ".join(_hint_name(choice) for choice in args)
-    raise RecordError(f"{where}: found {_name(value)}, expected {expected}")
+    raise RecordError(f"{place}: found {_name(value)}, expected {expected}")
 
 
-def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> Any:
+def _convert_tuple(args: tuple[Any, ...], value: Any, place: _Place) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise RecordError(f"{where}: found {_name(value)}, expected a list")
+        raise RecordError(f"{place}: found {_name(value)}, expected a list")
     if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value))
+        return tuple(_convert(args[0], item, place.item(k)) for k, item in enumerate(value))
     if len(value) != len(args):
-        raise RecordError(f"{where}: found {len(value)} values, expected {len(args)}")
+        raise RecordError(f"{place}: found {len(value)} values, expected {len(args)}")
     pairs = zip(args, value, strict=True)
-    return tuple(_convert(arg, item, f"{where}[{k}]") for k, (arg, item) in enumerate(pairs))
+    return tuple(_convert(arg, item, place.item(k)) for k, (arg, item) in enumerate(pairs))
+
+
+_COMPOSED: Final[dict[Any, Callable[[tuple[Any, ...], Any, _Place], Any]]] = {
+    Union: _convert_union,
+    types.UnionType: _convert_union,
+    Literal: _choose,
+    tuple: _convert_tuple,
+    dict: _convert_dict,
+}
 
 
 def _name(value: Any) -> str:

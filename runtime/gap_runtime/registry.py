@@ -70,7 +70,12 @@ def load_plugin(package: str, name: str, noun: str) -> ModuleType:
 
 def describe_unknown(noun: str, name: str, names: Iterable[str]) -> str:
     """One line that names what was asked for, the near matches and all there is."""
-    known = sorted(names)
+    return f"unknown {noun} '{name}'; {suggest(name, sorted(names))}"
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """The near matches of a name that there is not, and all that there are, in their order."""
+    known = list(names)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown {noun} '{name}'; {hint}have {', '.join(known) or 'none'}"
+    return f"{hint}have {', '.join(known) or 'none'}"

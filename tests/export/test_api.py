@@ -82,7 +82,7 @@ def test_a_new_export_gives_the_same_result(tiny_llava, tmp_path, capsys):
         ({"bring": "move"}, "bring 'move' is unknown; have copy, link"),
         ({"pruner": "spacial"}, "did you mean spatial"),
         ({"target": "gpu"}, "unknown target 'gpu'"),
-        ({"settings": {"prompt.anser": 3}}, "unknown key 'anser'"),
+        ({"settings": {"prompt.anser": 3}}, "unknown key 'prompt.anser'"),
         ({"settings": {"a b": 3}}, "unknown key 'a b'"),
     ],
 )

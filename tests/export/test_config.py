@@ -239,8 +239,9 @@ def test_a_target_is_a_name_not_a_path(name):
 def test_unknown_set_key():
     message = refusal("refshapes", prune__rato=0.5)
     assert message == (
-        "refshapes.toml: prune: unknown key 'rato'; have strategy, ratios, positions, seed, "
-        "extra_token, phrase"
+        "refshapes.toml: unknown key 'prune.rato'; "
+        "did you mean ratios or extra_token or strategy? have strategy, ratios, positions, "
+        "seed, extra_token, phrase"
     )
     assert "unknown key 'prun'" in refusal("refshapes", prun__ratios=[0.5])
 
@@ -248,16 +249,16 @@ def test_unknown_set_key():
 @pytest.mark.parametrize(
     ("key", "value", "parts"),
     [
-        ("prompt__answer", "many", ("prompt: answer", "'many' (str)", "expected int")),
-        ("prompt__answer", True, ("prompt: answer", "True (bool)", "expected int")),
-        ("prompt__answer", 2.5, ("prompt: answer", "2.5 (float)", "expected int")),
-        ("prune__ratios", 0.5, ("prune: ratios", "0.5 (float)", "expected a list")),
+        ("prompt__answer", "many", ("prompt.answer", "'many' (str)", "expected int")),
+        ("prompt__answer", True, ("prompt.answer", "True (bool)", "expected int")),
+        ("prompt__answer", 2.5, ("prompt.answer", "2.5 (float)", "expected int")),
+        ("prune__ratios", 0.5, ("prune.ratios", "0.5 (float)", "expected a list")),
         ("prune__ratios", ["0.5"], ("ratios[0]", "'0.5' (str)", "expected float")),
         ("prune", 3, ("prune", "3 (int)", "expected a table")),
         ("parts", "folder", ("parts", "'folder' (str)", "expected a table")),
         ("parts__clip", 3, ("parts", "3 (int)", "expected str")),
-        ("image__canvas", 672, ("image: canvas", "672 (int)", "expected str")),
-        ("vision__heads", "many", ("vision: heads", "'many' (str)", "expected int")),
+        ("image__canvas", 672, ("image.canvas", "672 (int)", "expected str")),
+        ("vision__heads", "many", ("vision.heads", "'many' (str)", "expected int")),
     ],
 )
 def test_a_set_value_of_the_wrong_type(key, value, parts):
@@ -437,7 +438,10 @@ def test_integers_are_taken_where_fractions_are_meant():
 
 
 def test_an_unknown_key_in_a_file_names_file_and_key(toml):
-    with pytest.raises(RecordError, match=r"mine\.toml: unknown key 'familly'; have family, "):
+    with pytest.raises(
+        RecordError,
+        match=r"unknown key 'familly'; did you mean family\? have",
+    ):
         load_config(str(toml('familly = "llava"\ncheckpoint = "a/b"')), {})
 
 

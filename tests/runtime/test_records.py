@@ -3,11 +3,17 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import pytest
 
 from gap_runtime.errors import ConfigError, RecordError
 from gap_runtime.records import dump_record, load_record
+
+
+class Point(NamedTuple):
+    x: float
+    y: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,9 @@ class Car:
     dims: tuple[int | str, ...]
     labels: dict[str, int]
     spare: Wheel | None = None
+    fuel: Literal["petrol", "diesel", "none"] = "petrol"
+    gear: Literal["manual", "automatic"] | None = None
+    ends: tuple[Point, ...] = ()
 
 
 def plain(**changes):
@@ -66,7 +75,7 @@ def test_every_field_is_converted():
 def test_unknown_key_is_refused_with_the_known_ones():
     assert refusal(plain(colour="red")) == (
         "car.json: unknown key 'colour'; have name, fast, weight, wheels, spot, owner, dims, "
-        "labels, spare"
+        "labels, spare, fuel, gear, ends"
     )
 
 
@@ -105,7 +114,7 @@ def test_a_record_must_be_a_table(data):
         ("dims", [True], "car.json: dims[0]: found True (bool), expected int or str"),
         ("labels", [1], "car.json: labels: found [1] (list), expected a table"),
         ("labels", {"door": "two"}, "car.json: labels.door: found 'two' (str), expected int"),
-        ("spare", {"size": True}, "car.json: spare: size: found True (bool), expected int"),
+        ("spare", {"size": True}, "car.json: spare.size: found True (bool), expected int"),
     ],
 )
 def test_wrong_type_is_refused_with_its_path(key, value, line):
@@ -115,15 +124,52 @@ def test_wrong_type_is_refused_with_its_path(key, value, line):
 @pytest.mark.parametrize(
     ("wheel", "line"),
     [
-        ({"size": "big"}, "car.json: wheels[1]: size: found 'big' (str), expected int"),
-        ({"size": True}, "car.json: wheels[1]: size: found True (bool), expected int"),
-        ({"size": 15.0}, "car.json: wheels[1]: size: found 15.0 (float), expected int"),
-        ({}, "car.json: wheels[1]: key 'size' is missing"),
-        ({"size": 1, "hub": 2}, "car.json: wheels[1]: unknown key 'hub'; have size, pressure"),
+        ({"size": "big"}, "car.json: wheels[1].size: found 'big' (str), expected int"),
+        ({"size": True}, "car.json: wheels[1].size: found True (bool), expected int"),
+        ({"size": 15.0}, "car.json: wheels[1].size: found 15.0 (float), expected int"),
+        ({}, "car.json: key 'wheels[1].size' is missing"),
+        ({"size": 1, "hub": 2}, "car.json: unknown key 'wheels[1].hub'; have size, pressure"),
     ],
 )
 def test_the_path_reaches_into_nested_records(wheel, line):
     assert refusal(plain(wheels=[{"size": 15}, wheel])) == line
+
+
+@pytest.mark.parametrize("fuel", ["petrol", "diesel", "none"])
+def test_a_word_among_those_that_there_are(fuel):
+    assert load_record(Car, plain(fuel=fuel), "car.json").fuel == fuel
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"fuel": "deisel"},
+            "car.json: fuel 'deisel' is unknown; did you mean diesel? have petrol, diesel, none",
+        ),
+        ({"fuel": "x"}, "car.json: fuel 'x' is unknown; have petrol, diesel, none"),
+        ({"fuel": None}, "car.json: fuel: found None (NoneType), expected one of petrol, diesel"),
+        ({"fuel": True}, "car.json: fuel: found True (bool), expected one of petrol, diesel"),
+        ({"gear": "manuel"}, "car.json: gear 'manuel' is unknown; did you mean manual? have"),
+        ({"gear": 3}, "car.json: gear: found 3 (int), expected one of manual, automatic"),
+    ],
+)
+def test_any_other_word_is_refused(changes, line):
+    assert refusal(plain(**changes)).startswith(line)
+
+
+def test_a_near_key_is_suggested():
+    assert "unknown key 'weigth'; did you mean weight? have name" in refusal(plain(weigth=1.0))
+
+
+def test_a_named_tuple_is_a_list():
+    data = plain(ends=[[0, 1.5], [2, 3]])
+    ends = load_record(Car, data, "car.json").ends
+    assert ends == (Point(0.0, 1.5), Point(2.0, 3.0))
+    assert all(type(value) is float for end in ends for value in end)
+    assert dump_record(ends) == data["ends"]
+    assert refusal(plain(ends=[[0, 1, 2]])) == "car.json: ends[0]: found 3 values, expected 2"
+    assert "ends[1][0]: found 'x'" in refusal(plain(ends=[[0, 1], ["x", 1]]))
 
 
 def test_an_integer_is_a_float():
@@ -146,6 +192,9 @@ def test_dump_gives_lists_and_plain_dicts():
         **plain(),
         "wheels": [{"size": 15, "pressure": 1.5}, {"size": 16, "pressure": 2.5}],
         "spare": None,
+        "fuel": "petrol",
+        "gear": None,
+        "ends": [],
     }
 
 

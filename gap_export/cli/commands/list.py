@@ -96,6 +96,6 @@ def _list_targets() -> list[dict[str, Any]]:
 
 def _list_positions() -> list[dict[str, Any]]:
     """The position modes."""
-    from gap_export.config import POSITION_MODES  # noqa: PLC0415
+    from gap_export.config import POSITION_LINES  # noqa: PLC0415
 
-    return [{"name": name, "description": line} for name, line in POSITION_MODES.items()]
+    return [{"name": name, "description": line} for name, line in POSITION_LINES.items()]

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Literal
 
 from gap_runtime.errors import ConfigError
+
+PositionMode = Literal["gap", "compact", "permuted", "permuted-compact"]
+"""In which order kept tokens lie, and which position IDs they have."""
+ExtraRule = Literal["last-visual", "append", "centroid", "drop"]
+"""Where the token goes that a pruner makes of removed ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from gap_runtime.bundle.layout import TokenLayout
+from gap_runtime.bundle.layout import ExtraRule, PositionMode, TokenLayout
 from gap_runtime.bundle.tensors import StoredTensor, TensorSpec
 from gap_runtime.errors import SchemaError
-from gap_runtime.machines.target import Target
+from gap_runtime.machines.target import ModelDtype, Target
 from gap_runtime.pictures.boxes import BoxFormat
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 from gap_runtime.records import dump_record
@@ -30,6 +30,13 @@ EMBEDDINGS: Final = "embeddings"
 TEXT_IDS: Final = "text_ids"
 TEXT_FEATURES: Final = "text_features"
 """The text graph's input and output; the output is an input of vision graphs."""
+
+Role = Literal["vision", "text", "decoder"]
+PhraseSource = Literal["clip", "embeddings"]
+WeightDtype = Literal["int8", "int4"]
+Method = Literal["awq", "nearest", "checkpoint"]
+Part = Literal["decoder", "head", "vision"]
+"""Words of a manifest: roles of stages, where phrases are read, and how weights are quantized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +95,9 @@ class Pruning:
     """
 
     strategy: str
-    positions: str
+    positions: PositionMode
     seed: int
-    extra_token: str | None
+    extra_token: ExtraRule | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +110,9 @@ class Quantization:
     `head` and `vision` that are so.
     """
 
-    weights: str
-    method: str
-    parts: tuple[str, ...]
+    weights: WeightDtype
+    method: Method
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +120,7 @@ class Stage:
     """One ONNX graph. `bucket`, `ratio` and `kept` are null for one that serves them all."""
 
     name: str
-    role: str
+    role: Role
     file: str
     bucket: str | None
     ratio: float | None
@@ -129,7 +136,7 @@ class CacheShape:
     layers: int
     heads: int
     head_dim: int
-    dtype: str
+    dtype: ModelDtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +161,7 @@ class PhraseInput:
     or `embeddings`, the mean direction of the phrase's rows in the token embedding table.
     """
 
-    source: str
+    source: PhraseSource
     tokenizer: str | None
     length: int
     end_id: int
@@ -207,7 +214,7 @@ class Manifest:
     schema: int
     name: str
     family: str
-    dtype: str
+    dtype: ModelDtype
     quantization: Quantization | None
     target: Target
     source: Source

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
+
+Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"]
+"""What inputs and outputs of graphs may be."""
 
 ITEM_BYTES: Final = {
     "float32": 4,
@@ -41,7 +44,7 @@ class TensorSpec:
     """An input or output of a stage. A dimension is an integer, or a name where it is free."""
 
     name: str
-    dtype: str
+    dtype: Dtype
     shape: tuple[int | str, ...]
     meaning: str
 

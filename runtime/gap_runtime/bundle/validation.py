@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 from gap_runtime.bundle.manifest import (
     ANYRES,
@@ -21,10 +22,11 @@ from gap_runtime.bundle.manifest import (
     RatioEntry,
     Stage,
 )
-from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.errors import BundleError, RecordError, SchemaError
+from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 from gap_runtime.records import load_record
+from gap_runtime.registry import suggest
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -74,10 +76,12 @@ def _require_whole(manifest: Manifest, path: Path) -> None:
     outside = [name for name in manifest.files if ".." in Path(name).parts or name.startswith("/")]
     if outside:
         raise SchemaError(f"{path}: '{outside[0]}' lies outside the bundle; export again")
-    for where, dtype in (("dtype", manifest.dtype), ("embedding", manifest.embedding.dtype)):
-        if dtype not in ITEM_BYTES:
-            raise SchemaError(f"{path}: {where} '{dtype}' is unknown; upgrade gap-runtime")
-    embedding = manifest.embedding
+    embedding, dtypes = manifest.embedding, get_args(ModelDtype)
+    if embedding.dtype not in dtypes:
+        raise SchemaError(
+            f"{path}: embedding.dtype '{embedding.dtype}' is unknown; "
+            f"{suggest(embedding.dtype, dtypes)}; export again with a matching gap-export"
+        )
     if embedding.offset + embedding.length > manifest.files[embedding.file].size:
         raise SchemaError(f"{path}: the embedding reaches past {embedding.file}; export again")
     if not manifest.ratios:

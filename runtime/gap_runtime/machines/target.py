@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from gap_runtime.errors import RecordError, UnknownNameError
 from gap_runtime.records import load_record
@@ -16,6 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+ModelDtype = Literal["float32", "float16", "bfloat16"]
+"""What a model's weights are stored in and its graphs compute in."""
 _FOLDER: Final = Path(__file__).resolve().parent / "targets"
 
 
@@ -35,7 +37,7 @@ class Target:
     backend: str
     dialect: str
     opset: int
-    dtype: str | None = None
+    dtype: ModelDtype | None = None
     compute_capabilities: tuple[str, ...] = ()
     workspace_mib: int | None = None
     memory_mib: int | None = None

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from gap_runtime.errors import BundleError
+
+Frame = Literal["padded-square", "original"]
+"""What the values of a box are fractions of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,7 @@ class BoxFormat:
     attempt: str
     pattern: str
     scale: float
-    frame: str
+    frame: Frame
     form: str | None = None
 
 

@@ -227,7 +227,7 @@ def test_what_cannot_be_quantized_is_refused():
     assert "--no-reference leaves out" in awq
     off = dict.fromkeys(("quantize__decoder", "quantize__head", "quantize__vision"), False)
     assert "are all off" in refusal(quantize__weights="int8", **off)
-    with pytest.raises(ConfigError, match=r"quantize.weights 'int3' is unknown; have int8, int4"):
+    with pytest.raises(ConfigError, match=r"weights 'int3' is unknown; did you mean int8"):
         load_config("refshapes", {"quantize.weights": "int3"})
 
 

@@ -105,7 +105,7 @@ def test_json_that_is_no_table_is_refused(tmp_path, content):
 def test_unknown_manifest_key_is_named(make_bundle, edit_manifest):
     folder = make_bundle()
     edit_manifest(folder, colour="red")
-    with pytest.raises(SchemaError, match=r"manifest\.json: unknown key 'colour'; have schema"):
+    with pytest.raises(SchemaError, match=r"manifest\.json: unknown key 'colour'; .*have schema"):
         Bundle.open(folder)
 
 
@@ -113,7 +113,7 @@ def test_wrong_type_in_the_manifest_is_located(make_bundle, edit_manifest):
     folder = make_bundle()
     entry = {"ratio": 0.5, "bucket": "", "kept": "8", "patches": 16, "extra": 0}
     edit_manifest(folder, ratios=[entry])
-    with pytest.raises(SchemaError, match=r"ratios\[0\]: kept: found '8' \(str\), expected int"):
+    with pytest.raises(SchemaError, match=r"ratios\[0\]\.kept: found '8' \(str\), expected int"):
         Bundle.open(folder)
 
 

@@ -322,7 +322,6 @@ def test_a_phrase_by_embeddings_opens(make_bundle, told_by_embeddings):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"source": "bert"},
         {"source": "embeddings"},
         {"source": "embeddings", "tokenizer": None},
         {"tokenizer": None},
@@ -332,6 +331,38 @@ def test_a_phrase_by_embeddings_opens(make_bundle, told_by_embeddings):
 def test_a_phrase_that_does_not_fit_the_text_graph_is_refused(make_bundle, told_by_clip, changes):
     phrase = dataclasses.replace(told_by_clip["phrase"], **changes)
     assert refused_key(make_bundle(**{**told_by_clip, "phrase": phrase})) == "phrase"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": "float61"}, "dtype 'float61' is unknown; did you mean float16"),
+        ({"embedding": "float8"}, "embedding.dtype 'float8' is unknown; did you mean"),
+        ({"embedding": "int64"}, "embedding.dtype 'int64' is unknown; have float32, float16"),
+        ({"positions": "gaps"}, "pruning.positions 'gaps' is unknown; did you mean gap? have"),
+        ({"role": "visoin"}, "stages[0].role 'visoin' is unknown; did you mean vision? have"),
+        ({"frame": "orignal"}, "box.frame 'orignal' is unknown; did you mean original? have"),
+    ],
+)
+def test_a_word_that_there_is_not_is_refused_with_its_path(
+    make_bundle, manifest, edit_manifest, changes, said
+):
+    folder = make_bundle()
+    ((name, word),) = changes.items()
+    data = manifest.dump()
+    if name == "embedding":
+        edit_manifest(folder, embedding={**data["embedding"], "dtype": word})
+    elif name == "positions":
+        edit_manifest(folder, pruning={**data["pruning"], "positions": word})
+    elif name == "role":
+        edit_manifest(folder, stages=[{**data["stages"][0], "role": word}, *data["stages"][1:]])
+    elif name == "frame":
+        edit_manifest(folder, box={**data["box"], "frame": word})
+    else:
+        edit_manifest(folder, dtype=word)
+    with pytest.raises(SchemaError) as caught:
+        read_manifest(folder)
+    assert said in str(caught.value)
 
 
 def test_a_phrase_without_a_text_graph_is_refused(make_bundle, told_by_clip):
