@@ -20,7 +20,6 @@ from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation.answer import Answer
 from gap_runtime.evaluation.results import Subject
-from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.pictures.load import find_bucket
 from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.records import dump_record
@@ -64,11 +63,11 @@ class EagerAnswerer:
             torch.set_num_threads(threads)
         if plan.tokenizer is None:
             raise ConfigError(
-                f"{plan.spec.tokenizer}: no tokenizer in it, so it takes no phrase; add the "
-                "model's tokenizer"
+                f"{plan.spec.tokenizer.folder}: no tokenizer in it, so it takes no phrase; add "
+                "the model's tokenizer"
             )
         self._plan = plan
-        self._encoder = PromptEncoder(plan.tokenizer, plan.prompt)
+        self._encoder = plan.encoder
         self._model = load_reference(plan, display)
 
     def look(self, picture: Image.Image) -> EagerView:

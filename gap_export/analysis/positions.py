@@ -16,7 +16,6 @@ from gap_export.pipeline.preflight import load_reference
 from gap_export.reference.answers import EXTRA, Chosen, ask, choose, place_tokens
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.display import Display
-from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.pictures.load import find_bucket, load_picture
 
 
@@ -68,7 +67,7 @@ def tabulate_positions(
     if plan.tokenizer is None:
         suffix = plan.layout.suffix
     else:
-        suffix = len(PromptEncoder(plan.tokenizer, plan.prompt).encode(phrase).suffix)
+        suffix = len(plan.encoder.encode(phrase).suffix)
     tables = []
     for entry, chosen, example in _choices(plan, phrase, image, display):
         modes = tuple(_map(plan, entry, chosen, suffix, mode) for mode in POSITION_MODES)

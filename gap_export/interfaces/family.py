@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource
+from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.config import ExportConfig
 from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.features import EagerVision, Feature, Geometry
@@ -40,8 +41,9 @@ class ModelSpec:
 
     `features` are the by-products that the tower gives, each with its sizes behind the patches.
     `image_text` is what stands for the picture in a prompt and `image_token_id` the one token of
-    it that the visual tokens replace; both are None where the texts before and after the picture
-    are encoded apart. `text` is CLIP's text tower where the checkpoint has one.
+    it that the visual tokens replace, None where the texts before and after the picture are
+    encoded apart; `image_text` is None where it is that token, or nothing.
+    `text` is CLIP's text tower where the checkpoint has one.
     `tower_layers` are the tower's blocks up to its patches, `layers` those of the decoder.
     `max_positions` is the number of position IDs that the decoder was trained with.
     `library_config` is the family's own business.
@@ -58,7 +60,7 @@ class ModelSpec:
     head_dim: int
     vocabulary: int
     max_positions: int
-    tokenizer: Path
+    tokenizer: TokenizerFiles
     image_text: str | None
     image_token_id: int | None
     stop_ids: tuple[int, ...]

@@ -57,6 +57,7 @@ from gap_export.blocks.llama import smoothing_groups as llama_groups
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
+from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.dialect import Dialect
@@ -139,7 +140,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         head_dim=shape.head_dim,
         vocabulary=shape.vocabulary,
         max_positions=text.max_position_embeddings,
-        tokenizer=checkpoint.folder,
+        tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=None,
         image_token_id=find_image_token(data, library.image_token_id),
         stop_ids=find_stop_ids(checkpoint, text.eos_token_id),

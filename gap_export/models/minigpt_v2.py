@@ -39,6 +39,7 @@ from gap_export.checkpoint.sources import (
     require_shape,
     stored,
 )
+from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.dialect import Dialect
@@ -121,7 +122,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         head_dim=shape.head_dim,
         vocabulary=shape.vocabulary,
         max_positions=llama.max_position_embeddings,
-        tokenizer=language.folder,
+        tokenizer=TokenizerFiles(folder=language.folder, rule="stripped"),
         image_text=None,
         image_token_id=None,
         stop_ids=find_stop_ids(language, llama.eos_token_id),

@@ -48,6 +48,7 @@ from gap_export.checkpoint.sources import (
     require_shape,
     stored,
 )
+from gap_export.checkpoint.tokenizer import TokenizerFiles, read_added_tokens
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.dialect import Dialect
@@ -76,9 +77,8 @@ _TEMPLATE: Final = (
 )
 _PREFIX: Final = 38
 _PATCH_TOKEN: Final = "<im_patch>"
-_IMAGE_TEXT: Final = f"<im_start>{_PATCH_TOKEN}<im_end>"
+_FRAME: Final = ("<im_start>", "<im_end>")
 _PROJECTOR: Final = "model.mm_projector"
-_ADDED: Final = 3
 _WHITE: Final = (255, 255, 255)
 _STOP_ID: Final = 2
 """The config on the hub names others, which are wrong."""
@@ -120,7 +120,8 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     text_spec = read_text_spec(clip, vision.hidden_size)
     side = vision.image_size // vision.patch_size
     mean, std = read_normalization(clip, vision.image_size)
-    added = checkpoint.read_json("added_tokens.json") or {}
+    frame = _FRAME if data.get("mm_use_im_start_end", True) else ()
+    files = TokenizerFiles(folder=checkpoint.folder, rule="stripped", added=(_PATCH_TOKEN, *frame))
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=((side, side),), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
@@ -133,9 +134,9 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         head_dim=shape.head_dim,
         vocabulary=shape.vocabulary,
         max_positions=llama.max_position_embeddings,
-        tokenizer=checkpoint.folder,
-        image_text=_IMAGE_TEXT,
-        image_token_id=int(added.get(_PATCH_TOKEN, shape.vocabulary - _ADDED)),
+        tokenizer=files,
+        image_text=_PATCH_TOKEN.join(frame or ("", "")),
+        image_token_id=_find_patch_token(files),
         stop_ids=(_STOP_ID,),
         preprocess=Preprocess(
             mode="pad",
@@ -272,6 +273,13 @@ class _Projector(nn.Module):
     def forward(self, patches_BNC: Tensor) -> Tensor:
         tokens_BND: Tensor = self.mm_projector(patches_BNC)
         return tokens_BND
+
+
+def _find_patch_token(files: TokenizerFiles) -> int | None:
+    """The token that visual tokens replace; None where there is no tokenizer."""
+    if not files.exists:
+        return None
+    return next(token.id for token in read_added_tokens(files) if token.content == _PATCH_TOKEN)
 
 
 def _own_name(key: str) -> str:

@@ -38,6 +38,7 @@ from gap_runtime.bundle.manifest import (
 )
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.errors import ConfigError, UnknownNameError
+from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.machines.target import ModelDtype, Target, load_target
 from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.registry import describe_unknown, load_plugin
@@ -139,6 +140,12 @@ class ExportPlan:
         return self.quantization is not None and part in self.quantization.parts
 
     @property
+    def encoder(self) -> PromptEncoder:
+        """What makes tokens of phrases, as the bundle will; there must be a tokenizer."""
+        assert self.tokenizer is not None
+        return PromptEncoder(self.tokenizer, self.prompt, rows=self.spec.vocabulary)
+
+    @property
     def reads_clip(self) -> bool:
         """Whether phrases go through CLIP's text tower."""
         return self.phrase is not None and self.phrase.source == "clip"
@@ -176,6 +183,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         for bucket in spec.buckets
         for ratio, kept in count_ratios(config.prune, bucket.patches, len(bucket.fixed))
     )
+    sources = model.family.find_weights(model.checkpoint, spec)
+    _require_packable(request, target, sources)
     tokenizer = read_tokenizer(spec.tokenizer)
     prompt, prefix, suffix = plan_prompt(
         request.named, tokenizer, spec, reference=request.reference
@@ -188,12 +197,10 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     )
     out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
     out = out.resolve() if out.is_symlink() else out
-    sources = model.family.find_weights(model.checkpoint, spec)
-    _require_packable(request, target, sources)
     samples: list[Sample] = []
     if request.reference:
         samples = read_samples(config.check.samples)
-    return ExportPlan(
+    plan = ExportPlan(
         request=request,
         target=target,
         dialect=dialect,
@@ -212,6 +219,9 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         samples=samples,
         out=out,
     )
+    for sample in samples:
+        plan.encoder.encode_within(sample.phrase, plan.layout)
+    return plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Final
 
 from tokenizers import Tokenizer
 
-from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer
+from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, find_added, read_tokenizer
 from gap_export.config import NamedConfig, PruneConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import ModelSpec, TextSpec
@@ -41,8 +42,8 @@ def plan_prompt(
     if tokenizer is None:
         if reference:
             raise CheckpointError(
-                f"{spec.tokenizer}: no {TOKENIZER_FILE} in it; add the model's tokenizer, or "
-                "export the graphs alone with --no-reference"
+                f"{spec.tokenizer.folder}: no {TOKENIZER_FILE} in it; add the model's tokenizer, "
+                "or export the graphs alone with --no-reference"
             )
         prompt = Prompt(
             template=template, image_token=None, tokenizer=None, stop_ids=spec.stop_ids
@@ -51,15 +52,17 @@ def plan_prompt(
         return prompt, prefix, config.suffix or _LEAST_SUFFIX
     image_token = None
     if spec.image_token_id is not None:
-        image_token = _image_token(tokenizer, spec.image_token_id, spec.tokenizer)
-        template = template.replace(IMAGE_FIELD, spec.image_text or image_token)
+        image_token = _image_token(tokenizer, spec.image_token_id, spec.tokenizer.folder)
+    if spec.image_text or image_token:
+        template = template.replace(IMAGE_FIELD, spec.image_text or image_token or IMAGE_FIELD)
     prompt = Prompt(
         template=template,
         image_token=image_token,
         tokenizer=TOKENIZER_FILE,
         stop_ids=spec.stop_ids,
     )
-    encoded = PromptEncoder(tokenizer, prompt).encode("x")
+    encoded = PromptEncoder(tokenizer, prompt, rows=sys.maxsize).encode("x")
+    _require_covered(tokenizer, encoded.prefix + encoded.suffix, spec)
     suffix = config.suffix or max(_LEAST_SUFFIX, len(encoded.suffix) + _PHRASE_ROOM)
     if len(encoded.suffix) > suffix:
         raise ConfigError(
@@ -70,14 +73,37 @@ def plan_prompt(
     return prompt, len(encoded.prefix), suffix
 
 
+def _require_covered(tokenizer: Tokenizer, ids: list[int], spec: ModelSpec) -> None:
+    """Refuse a tokenizer whose vocabulary, or a prompt whose tokens, the table has no rows for.
+
+    Tokens that were added after training and that no prompt needs are no harm: the runtime
+    refuses phrases that hold them.
+    """
+    where, rows = spec.tokenizer.folder, spec.vocabulary
+    pieces = tokenizer.get_vocab_size(with_added_tokens=False)
+    if pieces > rows:
+        raise CheckpointError(
+            f"{where}: its tokenizer has {pieces} tokens, the embedding table {rows} rows; give "
+            "the tokenizer that belongs to this checkpoint"
+        )
+    for token_id in ids:
+        if token_id >= rows:
+            raise CheckpointError(
+                f"{where}: the prompt holds '{find_added(tokenizer, token_id)}', token {token_id} "
+                f"of its tokenizer, but the embedding table has {rows} rows, so the model was not "
+                "trained with it; give the tokenizer that belongs to this checkpoint, or another "
+                "prompt: --set prompt.template=..."
+            )
+
+
 def _image_token(tokenizer: Tokenizer, token_id: int, folder: Path) -> str:
-    token = tokenizer.id_to_token(token_id)
+    token = find_added(tokenizer, token_id)
     if token is None:
         raise CheckpointError(
             f"{folder}: its tokenizer has no token {token_id}, which config.json names as the "
             "image token; give the tokenizer that belongs to this checkpoint"
         )
-    return str(token)
+    return token
 
 
 def plan_phrase(pruner: Pruner, text: TextSpec | None, config: PruneConfig) -> PhraseInput | None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from gap_export.checkpoint.sources import TensorSource
-from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer
+from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer, write_tokenizer
 from gap_export.interfaces.family import EagerModel, InputStatistics
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
 from gap_export.pipeline.nonfinite import find_bad_tensor
@@ -280,11 +280,7 @@ def ask_samples(
 def _write_tokenizers(plan: ExportPlan, folder: Path) -> None:
     """The language model's tokenizer, and CLIP's where phrases go through its text tower."""
     if plan.tokenizer is not None:
-        source = plan.spec.tokenizer / TOKENIZER_FILE
-        if source.is_file():
-            shutil.copyfile(source, folder / TOKENIZER_FILE)
-        else:
-            plan.tokenizer.save(str(folder / TOKENIZER_FILE))
+        write_tokenizer(plan.spec.tokenizer, plan.tokenizer, folder / TOKENIZER_FILE)
     if plan.reads_clip:
         assert plan.spec.text is not None
         tokenizer = read_tokenizer(plan.spec.text.tokenizer)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gap_export.checkpoint.tokenizer import load_library_tokenizer
+from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.interfaces.family import InputStatistics
+from gap_export.reference.tokenizer import EagerTokenizer
 from gap_runtime.grounding.prompt import IMAGE_FIELD
 
 # D decoder width, S rows, V vocabulary.
@@ -25,7 +25,7 @@ class EagerLlama:
         self,
         decoder: nn.Module,
         head: nn.Module,
-        tokenizer: Path,
+        tokenizer: TokenizerFiles,
         *,
         image_token_id: int | None,
     ) -> None:
@@ -34,12 +34,12 @@ class EagerLlama:
         Args:
             decoder: The library's model without its head.
             head: Hidden states to logits.
-            tokenizer: Folder of the tokenizer.
+            tokenizer: Its files.
             image_token_id: Token that stands for the picture; None where the tokenizer has none
                 and prompts hold `<image>`.
         """
         self._decoder, self._head = decoder.eval(), head
-        self._tokenizer = load_library_tokenizer(tokenizer)
+        self._tokenizer = EagerTokenizer(tokenizer)
         self._image_token_id = image_token_id
 
     @property
@@ -51,21 +51,21 @@ class EagerLlama:
         """Token IDs before and after the picture."""
         if self._image_token_id is None:
             before, _, after = prompt.partition(IMAGE_FIELD)
-            return self._ids(before, special=True), self._ids(after, special=False)
-        ids = self._ids(prompt, special=True)
+            return (
+                self._tokenizer.encode(before, special=True),
+                self._tokenizer.encode(after, special=False),
+            )
+        ids = self._tokenizer.encode(prompt, special=True)
         at = ids.index(self._image_token_id)
         return ids[:at], ids[at + 1 :]
 
     def encode_phrase(self, phrase: str) -> list[int]:
         """Token IDs of a phrase alone, without special tokens."""
-        return self._ids(phrase, special=False)
+        return self._tokenizer.encode(phrase, special=False)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text without special tokens."""
-        text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text.strip()
+        return self._tokenizer.decode(token_ids)
 
     @torch.no_grad()
     def embed(self, token_ids: list[int]) -> Tensor:
@@ -110,10 +110,6 @@ class EagerLlama:
         finally:
             for watch in watched.values():
                 watch.end()
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        return ids
 
 
 class _InputWatch:

@@ -129,7 +129,11 @@ class Grounder:
                 f"{bundle.folder}: no tokenizer in it (the checkpoint had none), so it takes no "
                 "phrase; add tokenizer.json to the checkpoint and export again"
             )
-        self.encoder = PromptEncoder(load_tokenizer(bundle.folder / prompt.tokenizer), prompt)
+        self.encoder = PromptEncoder(
+            load_tokenizer(bundle.folder / prompt.tokenizer),
+            prompt,
+            rows=bundle.manifest.embedding.shape[0],
+        )
         self._table = bundle.map_embedding()
         self._drafter = self.encoder.make_drafter(bundle.manifest.box.form) if draft else None
         self._stages: dict[str, StageSession] = {}

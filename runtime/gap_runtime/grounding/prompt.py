@@ -41,8 +41,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
 class PromptEncoder:
     """Fills a template with a phrase and splits its tokens at the image token."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Prompt) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, *, rows: int) -> None:
         """Prepare the tokenizer.
+
+        Args:
+            tokenizer: The model's own.
+            prompt: How it is asked.
+            rows: Of the embedding table, which may be fewer than the tokenizer's tokens.
 
         Raises:
             BundleError: It does not know the image token.
@@ -50,15 +55,17 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._prompt = prompt
+        self._prompt, self._rows = prompt, rows
         self._image_id: int | None = None
         if prompt.image_token is not None:
-            self._image_id = self._tokenizer.token_to_id(prompt.image_token)
+            self._image_id = _find_token(tokenizer, prompt.image_token)
             if self._image_id is None:
                 raise BundleError(
                     f"the tokenizer has no token '{prompt.image_token}', which stands for the "
                     "picture; export again"
                 )
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special_ids = {token_id for token_id, token in added if token.special}
         self._special = _special_tokens(tokenizer) - {prompt.image_token}
         if prompt.image_token is None:
             self._special |= {IMAGE_FIELD}
@@ -67,7 +74,8 @@ class PromptEncoder:
         """Token IDs of the prompt for a phrase.
 
         Raises:
-            InputError: The phrase is empty, not text, or holds the image token.
+            InputError: The phrase is empty, not text, or holds the image token or one without a
+                row in the embedding table.
         """
         phrase = _collapse(phrase)
         if not phrase:
@@ -80,7 +88,9 @@ class PromptEncoder:
         except UnicodeEncodeError as error:
             raise InputError("the phrase is not valid UTF-8 text") from error
         if self._image_id is None:
-            return self._encode_apart(phrase)
+            encoded = self._encode_apart(phrase)
+            self._require_rows(encoded.prefix + encoded.suffix)
+            return encoded
         text = self._prompt.template.replace(PHRASE_FIELD, phrase)
         ids: list[int] = self._tokenizer.encode(text).ids
         if ids.count(self._image_id) != 1:
@@ -89,6 +99,7 @@ class PromptEncoder:
                 "leave it out"
             )
         at = ids.index(self._image_id)
+        self._require_rows(ids[:at] + ids[at + 1 :])
         return EncodedPrompt(prefix=ids[:at], suffix=ids[at + 1 :])
 
     def _encode_apart(self, phrase: str) -> EncodedPrompt:
@@ -103,7 +114,18 @@ class PromptEncoder:
     def encode_phrase(self, phrase: str) -> list[int]:
         """Token IDs of the phrase alone."""
         ids: list[int] = self._tokenizer.encode(_collapse(phrase), add_special_tokens=False).ids
+        self._require_rows(ids)
         return ids
+
+    def _require_rows(self, ids: list[int]) -> None:
+        """Refuse tokens that came after the model was trained, of which it knows nothing."""
+        for token_id in ids:
+            if token_id >= self._rows:
+                shown = _show_token(self._tokenizer, token_id)
+                raise InputError(
+                    f"the prompt holds {shown}, token {token_id}, but the model has rows for "
+                    f"{self._rows} tokens alone; leave it out"
+                )
 
     def encode_within(self, phrase: str, layout: BundleLayout) -> EncodedPrompt:
         """Token IDs of a prompt that fits a bundle's layout.
@@ -135,7 +157,9 @@ class PromptEncoder:
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of an answer, without special tokens."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        # By number: the tokenizer itself misses special tokens that its normalizer changes.
+        plain = [token_id for token_id in token_ids if token_id not in self._special_ids]
+        text: str = self._tokenizer.decode(plain, skip_special_tokens=True)
         return text.strip()
 
 
@@ -167,6 +191,23 @@ class PhraseEncoder:
 def _collapse(phrase: str) -> str:
     """The phrase with single spaces, as every tokenizer here sees it."""
     return " ".join(phrase.split())
+
+
+def _find_token(tokenizer: Tokenizer, content: str) -> int | None:
+    """The ID of a token by what it looks like in a text.
+
+    The tokenizer itself may know it only as its normalizer would write it.
+    """
+    for token_id, token in tokenizer.get_added_tokens_decoder().items():
+        if token.content == content:
+            return int(token_id)
+    found: int | None = tokenizer.token_to_id(content)
+    return found
+
+
+def _show_token(tokenizer: Tokenizer, token_id: int) -> str:
+    added = tokenizer.get_added_tokens_decoder().get(token_id)
+    return repr(tokenizer.id_to_token(token_id) if added is None else added.content)
 
 
 def _special_tokens(tokenizer: Tokenizer) -> set[str]:

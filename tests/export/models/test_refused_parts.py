@@ -286,7 +286,7 @@ def test_a_tokenizer_that_is_broken(find, tmp_path, name):
     folder = case.place("language") if name == "minigpt-v2" else case.place()
     (folder / "tokenizer.model").write_bytes(b"no tokenizer")
     message = refuse(case, tmp_path / "b", CheckpointError)
-    assert message.startswith(f"{folder}: its tokenizer cannot be read")
+    assert message.startswith(f"{folder / 'tokenizer.model'}: its tokenizer cannot be read")
 
 
 def test_every_family_is_refused_by_every_other(find):

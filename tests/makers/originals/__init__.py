@@ -7,6 +7,7 @@ buffers, position numbers, heads nobody uses, a spare block, an optimizer, wrong
 | maker | as published in |
 |---|---|
 | `make_sentencepiece` | the tokenizer files of Vicuna and LLaMA |
+| `make_tokenizer_json` | the same as fast tokenizers of several times saved it |
 | `make_clip` | openai/clip-vit-large-patch14-336 |
 | `make_llava_original` | liuhaotian/llava-v1.5-7b |
 | `make_llava_next` | llava-hf/llava-v1.6-vicuna-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf |
@@ -20,7 +21,7 @@ from makers.originals.llava import make_llava_original
 from makers.originals.llava_next import make_llava_next
 from makers.originals.minigpt import MinigptFiles, make_minigpt
 from makers.originals.shikra import ShikraFiles, make_shikra
-from makers.originals.tokenizers import make_sentencepiece
+from makers.originals.tokenizers import make_sentencepiece, make_tokenizer_json
 
 __all__ = [
     "CLIP_MEAN",
@@ -33,5 +34,6 @@ __all__ = [
     "make_minigpt",
     "make_sentencepiece",
     "make_shikra",
+    "make_tokenizer_json",
     "read_folder",
 ]

@@ -3,6 +3,7 @@
 import functools
 import io
 import itertools
+import json
 from pathlib import Path
 
 import sentencepiece
@@ -10,6 +11,8 @@ import sentencepiece
 from makers.originals.files import (
     write_json,
 )
+
+SPACE = "\u2581"
 
 
 def make_sentencepiece(folder, *, vocabulary=400, added=(), legacy=True, max_length=2048):
@@ -128,3 +131,81 @@ def write_clip_tokenizer(folder, tokens, merges):
     }
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special | {"pad_token": "<|endoftext|>"})
+
+
+def make_tokenizer_json(folder, *, added=(), form="prepend", normalized=True, whole=False):
+    """Write a `tokenizer.json` beside a `tokenizer.model`, and return its path.
+
+    Args:
+        folder: With a `tokenizer.model`.
+        added: Tokens behind the vocabulary, all special.
+        form: How a text gets its first space: `prepend`, a normalizer (transformers before 4.40),
+            or `metaspace`, a pre-tokenizer (later ones, where `legacy` is false).
+        normalized: Whether added tokens are looked for after the normalizer. The authors' delta
+            script wrote such.
+        whole: Whether the first merged piece has its merges, which transformers before 4.31 left
+            out, since its score is zero.
+    """
+    folder = Path(folder)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    size = processor.get_piece_size()
+    vocabulary = {processor.id_to_piece(number): number for number in range(size)}
+    scores = {piece: processor.get_score(number) for piece, number in vocabulary.items()}
+    pairs = [
+        (scores[piece], [piece[:cut], piece[cut:]])
+        for piece, number in vocabulary.items()
+        if not (processor.is_byte(number) or processor.is_control(number))
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
+    merges = [f"{left} {right}" for score, (left, right) in pairs if score or whole]
+    tokens = [("<unk>", 0), ("<s>", 1), ("</s>", 2)]
+    tokens += [(content, size + place) for place, content in enumerate(added)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": True}
+    prepend = [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ]
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first"}
+    start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": k}} for k, name in enumerate("AB")]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    is_prepend = form == "prepend"
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": number, "content": content, "normalized": normalized} | flags
+            for content, number in tokens
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": prepend} if is_prepend else None,
+        "pre_tokenizer": None if is_prepend else metaspace | {"split": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, texts[0]],
+            "pair": [start, texts[0], start, texts[1]],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+    return path

@@ -19,6 +19,8 @@ from gap_runtime.bundle.manifest import PhraseInput
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
 
+ROWS = 10**6
+
 
 @pytest.fixture
 def tokenizer(tokenizer_file):
@@ -27,7 +29,7 @@ def tokenizer(tokenizer_file):
 
 @pytest.fixture
 def encoder(tokenizer, prompt):
-    return PromptEncoder(tokenizer, prompt)
+    return PromptEncoder(tokenizer, prompt, rows=ROWS)
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def make_apart(imageless, prompt):
 
     def make(template=prompt.template):
         spec = dataclasses.replace(prompt, template=template, image_token=None)
-        return PromptEncoder(imageless, spec)
+        return PromptEncoder(imageless, spec, rows=ROWS)
 
     return make
 
@@ -69,7 +71,7 @@ def test_prompt_is_split_at_the_image_token(encoder):
 
 def test_text_before_the_image_goes_into_the_prefix(tokenizer, prompt):
     template = "Where is {phrase} USER: <image> ASSISTANT:"
-    other = PromptEncoder(tokenizer, dataclasses.replace(prompt, template=template))
+    other = PromptEncoder(tokenizer, dataclasses.replace(prompt, template=template), rows=ROWS)
     encoded = other.encode("the mug")
     assert (encoded.prefix, encoded.suffix) == ([4, 5, 6, 8, 2], [3])
 
@@ -137,7 +139,7 @@ def test_missing_tokenizer_is_refused(tmp_path):
 def test_tokenizer_without_the_image_token_is_refused(tokenizer, prompt):
     other = dataclasses.replace(prompt, image_token="<picture>")
     with pytest.raises(BundleError, match=r"no token '<picture>', which .*; export again"):
-        PromptEncoder(tokenizer, other)
+        PromptEncoder(tokenizer, other, rows=ROWS)
 
 
 def test_answer_is_decoded_without_special_tokens(encoder):
@@ -147,14 +149,14 @@ def test_answer_is_decoded_without_special_tokens(encoder):
 def test_padding_of_the_tokenizer_file_is_switched_off(tokenizer, tokenizer_file, prompt):
     tokenizer.enable_padding(length=32, pad_id=0, pad_token="<unk>")
     tokenizer.save(str(tokenizer_file))
-    encoder = PromptEncoder(load_tokenizer(tokenizer_file), prompt)
+    encoder = PromptEncoder(load_tokenizer(tokenizer_file), prompt, rows=ROWS)
     assert len(encoder.encode("mug").suffix) == 5
 
 
 def test_truncation_of_the_tokenizer_file_is_switched_off(tokenizer, tokenizer_file, prompt):
     tokenizer.enable_truncation(max_length=4)
     tokenizer.save(str(tokenizer_file))
-    encoder = PromptEncoder(load_tokenizer(tokenizer_file), prompt)
+    encoder = PromptEncoder(load_tokenizer(tokenizer_file), prompt, rows=ROWS)
     assert len(encoder.encode("mug").suffix) == 5
 
 

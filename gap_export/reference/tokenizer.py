@@ -1,0 +1,124 @@
+"""A tokenizer as a model's authors ran it, independent of the one in the bundle.
+
+Text is cut at the added tokens here, and what lies between them is encoded alone: by SentencePiece
+itself where its model is there, else by the plainest loop over the vocabulary. A `tokenizer.json`
+that is taken as it is goes through the library's own object.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from gap_export.checkpoint.tokenizer import (
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILE,
+    TokenizerFiles,
+    find_controls,
+    load_library_tokenizer,
+    read_added_tokens,
+    read_proto,
+)
+
+Encode = Callable[[str], list[int]]
+
+
+class EagerTokenizer:
+    """Text to token IDs and back."""
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        """Read the folder's files."""
+        self._library = load_library_tokenizer(files.folder)
+        self._controls = find_controls(files)
+        self._added = {token.content: token for token in read_added_tokens(files)}
+        self._is_whole = files.takes_file
+        self._special = {token.id for token in self._added.values() if token.is_special}
+        self._begin: Encode | None = None
+        self._go_on: Encode | None = None
+        if not self._is_whole:
+            self._begin, self._go_on = _open(files)
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token IDs of a text, with those that begin and end every prompt where `special`."""
+        if self._controls is None:
+            whole: list[int] = self._library(text, add_special_tokens=special)["input_ids"]
+            return whole
+        start, end = self._controls if special else ([], [])
+        if self._is_whole:
+            return [*start, *self._library(text, add_special_tokens=False)["input_ids"], *end]
+        return [*start, *self._encode_pieces(text), *end]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text without special tokens."""
+        plain = [token_id for token_id in token_ids if token_id not in self._special]
+        text: str = self._library.decode(
+            plain, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.strip()
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        longest_first = sorted(self._added, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        pieces = re.split(f"({pattern})", text)
+        ids: list[int] = []
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                ids.append(self._added[piece].id)
+                continue
+            if place and self._added[pieces[place - 1]].strips_right:
+                piece = piece.lstrip()  # noqa: PLW2901 - what is left of it
+            if place + 1 < len(pieces) and self._added[pieces[place + 1]].strips_left:
+                piece = piece.rstrip()  # noqa: PLW2901 - what is left of it
+            if piece:
+                encode = self._go_on if ids else self._begin
+                assert encode is not None
+                ids += encode(piece)
+        return ids
+
+
+def _open(files: TokenizerFiles) -> tuple[Encode, Encode]:
+    """What encodes a text that begins a sentence, and one that goes on behind an added token."""
+    if not files.reads_sentencepiece:
+        path = files.folder / TOKENIZER_FILE
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        alone = {piece for piece in vocabulary if re.fullmatch(r"<0x..>", piece)}
+        alone |= {token.content for token in read_added_tokens(files)}
+        begin = lambda text: _merge("\u2581" + text, vocabulary, alone)  # noqa: E731
+        go_on = begin if files.is_legacy else lambda text: _merge(text, vocabulary, alone)
+        return begin, go_on
+    from sentencepiece import SentencePieceProcessor  # noqa: PLC0415 - not always needed
+
+    proto = read_proto(files.folder / SENTENCEPIECE_FILE)
+    sentence = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    if files.is_legacy:
+        return sentence.encode, sentence.encode
+    proto.normalizer_spec.add_dummy_prefix = False
+    rest = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    return sentence.encode, rest.encode
+
+
+def _merge(text: str, vocabulary: dict[str, int], alone: set[str]) -> list[int]:
+    """SentencePiece's BPE: the two neighbours whose piece has the lowest number, until none is."""
+    symbols = list(text.replace(" ", "\u2581"))
+    while True:
+        offers: list[tuple[int, int]] = [
+            (vocabulary[joined], place)
+            for place, joined in enumerate(map(str.__add__, symbols, symbols[1:]))
+            if joined in vocabulary and joined not in alone
+        ]
+        if not offers:
+            break
+        _, place = min(offers)
+        symbols[place : place + 2] = ["".join(symbols[place : place + 2])]
+    ids: list[int] = []
+    for symbol in symbols:
+        found: Any = vocabulary.get(symbol)
+        ids += [found] if found is not None else _spell(symbol, vocabulary)
+    return ids
+
+
+def _spell(symbol: str, vocabulary: dict[str, int]) -> list[int]:
+    """The bytes of a character that has no piece."""
+    return [vocabulary[f"<0x{byte:02X}>"] for byte in symbol.encode()]

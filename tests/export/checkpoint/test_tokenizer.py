@@ -1,0 +1,192 @@
+"""Prompts as token IDs, against sequences that the tokenizers of the models' own time gave.
+
+Written down from slow tokenizers: transformers 4.28.1 and 4.30.2 (`stripped`), 4.37.2 (`pieces`),
+on the files that the makers write. A text in a sequence stands for its pieces as a sentence of its
+own, by SentencePiece itself.
+"""
+
+import json
+
+import pytest
+import sentencepiece
+from makers import originals
+
+from gap_export.checkpoint.tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
+from gap_export.errors import CheckpointError
+from gap_export.reference.tokenizer import EagerTokenizer
+
+START, PATCH, END = "<im_start>", "<im_patch>", "<im_end>"
+ADDED = {PATCH: 400, START: 401, END: 402}
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+STRIPPED = {
+    f"A chat. USER: In {START}{PATCH}{END}, I need the red box.": (
+        *("A chat. USER: In", START, PATCH, END),
+        ", I need the red box.",
+    ),
+    f"USER: {START}": ("USER:", START),
+    f"{END}\nPlease": (END, "Please"),
+    f"a  {START}  b\n<s> c <s>d": ("a", START, "b\n", "<s>", " c ", "<s>", "d"),
+    "<s>[INST] <Img>": ("<s>", "[INST] <Img>"),
+    "</Img> [refer] give me the location of \u00e9\u6f22 [/INST]": (
+        "</Img> [refer] give me the location of \u00e9\u6f22 [/INST]",
+    ),
+    "USER: where is\nthe  purple hexagon? ": ("USER: where is\nthe  purple hexagon? ",),
+    "": (),
+}
+PIECES = {
+    f"A chat. USER: In {START}{PATCH}{END}, I need the red box.": (
+        *("A chat. USER: In ", START, PATCH, END),
+        ", I need the red box.",
+    ),
+    f"USER: {START}": ("USER: ", START),
+    f"{END}\nPlease": (END, "\nPlease"),
+    f"a  {START}  b\n<s> c <s>d": ("a  ", START, "  b\n", "<s>", " c ", "<s>", "d"),
+    "<s>[INST] <Img>": ("<s>", "[INST] <Img>"),
+    "": (),
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A folder with tokenizer files in one of the forms that they come in."""
+
+    def write(form, *, added=tuple(ADDED), legacy=None):
+        folder = originals.make_sentencepiece(tmp_path / form, added=added, legacy=legacy)
+        if form != "model":
+            kind, *flags = form.split("-")
+            originals.make_tokenizer_json(
+                folder,
+                added=added,
+                form="metaspace" if kind == "metaspace" else "prepend",
+                normalized="normalized" in flags,
+                whole="whole" in flags,
+            )
+            if kind != "both":
+                (folder / "tokenizer.model").rename(folder / "sentencepiece")
+        return folder
+
+    return write
+
+
+def expect(folder, sequence):
+    """The IDs of a sequence, after the token that begins every prompt."""
+    path = next(
+        folder / name for name in ("tokenizer.model", "sentencepiece") if (folder / name).is_file()
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokens = ADDED | SPECIAL
+    ids = [1]
+    for part in sequence:
+        ids += [tokens[part]] if part in tokens else processor.encode(part)
+    return ids
+
+
+def check(files, sequences):
+    """The bundle's tokenizer and the reference's, which share no code that encodes."""
+    tokenizer, eager = read_tokenizer(files), EagerTokenizer(files)
+    for text, sequence in sequences.items():
+        expected = expect(files.folder, sequence)
+        assert tokenizer.encode(text).ids == expected, text
+        assert eager.encode(text, special=True) == expected, text
+        assert eager.encode(text, special=False) == expected[1:], text
+        shown = tokenizer.decode(expected).strip()
+        assert eager.decode(expected) == shown
+
+
+FORMS = (
+    "model",
+    "both-normalized",
+    "prepend",
+    "prepend-normalized",
+    "prepend-normalized-whole",
+    "metaspace",
+    "metaspace-normalized-whole",
+)
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_texts_around_added_tokens_lose_their_spaces(make, form, legacy):
+    folder = make(form, legacy=legacy)
+    check(TokenizerFiles(folder=folder, rule="stripped", added=tuple(ADDED)), STRIPPED)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("legacy", [None, True])
+def test_texts_between_added_tokens_begin_sentences(make, form, legacy):
+    folder = make(form, legacy=legacy)
+    check(TokenizerFiles(folder=folder, rule="pieces", added=tuple(ADDED)), PIECES)
+
+
+def test_where_legacy_is_off_the_text_goes_on(make):
+    folder = make("model", legacy=False)
+    files = TokenizerFiles(folder=folder, rule="pieces", added=tuple(ADDED))
+    check(files, {f"USER: {START}": ("USER: ", START)})
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    spaced = processor.encode(" ,")[1:]
+    pieces = [processor.id_to_piece(number) for number in spaced]
+    assert pieces == ["\u2581", ","]
+    found = read_tokenizer(files).encode(f"x {END}, Please").ids
+    assert found == EagerTokenizer(files).encode(f"x {END}, Please", special=True)
+    assert found[: found.index(402)] == [1, *processor.encode("x ")]
+    assert processor.id_to_piece(found[found.index(402) + 1]) == ","
+
+
+def test_tokens_that_no_file_has_follow_those_that_there_are(make):
+    """Shikra's code adds them when it loads a base model's tokenizer."""
+    folder = make("model", added=())
+    check(TokenizerFiles(folder=folder, rule="stripped", added=tuple(ADDED)), STRIPPED)
+
+
+def test_a_token_that_the_map_names_by_a_string_strips(make):
+    """As transformers 4.28.1 takes it: only tokens with settings keep the spaces beside them."""
+    folder = make("model")
+    path = folder / "special_tokens_map.json"
+    path.write_text(json.dumps({"bos_token": "<s>"}), encoding="utf-8")
+    files = TokenizerFiles(folder=folder, rule="stripped", added=tuple(ADDED))
+    check(files, {"a <s> b </s> c": ("a", "<s>", "b ", "</s>", " c")})
+
+
+@pytest.mark.parametrize("form", ["prepend", "prepend-normalized", "metaspace"])
+def test_a_file_that_counts_is_copied(make, form, tmp_path):
+    folder = make(form)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+    files = TokenizerFiles(folder=folder)
+    write_tokenizer(files, read_tokenizer(files), tmp_path / "written.json")
+    own = (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "written.json").read_bytes() == own
+
+
+@pytest.mark.parametrize("switch", [True, False, None])
+def test_llamas_class_begins_prompts_by_its_config(make, switch):
+    """As LlamaTokenizerFast of transformers 4.37.2 did, whatever its tokenizer.json said."""
+    folder = make("prepend-whole")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"add_bos_token": switch} if switch is not None else {}
+    if switch is None:
+        del config["add_bos_token"]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if switch is not False:
+        data["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    files = TokenizerFiles(folder=folder)
+    expected = expect(folder, ("the red box",))[0 if switch is not False else 1 :]
+    assert read_tokenizer(files).encode("the red box").ids == expected
+    assert EagerTokenizer(files).encode("the red box", special=True) == expected
+
+
+def test_a_model_that_is_no_bpe_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the red box", "the blue box"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=16,
+        model_type="unigram",
+        minloglevel=2,
+    )
+    with pytest.raises(CheckpointError, match=rf"{path}: a SentencePiece model that is no BPE"):
+        read_tokenizer(TokenizerFiles(folder=tmp_path))
