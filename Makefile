@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml runtime/pyproject.toml
 
 demo: $(STAMP)
 	@mkdir -p $(DEMO)
-	$(BIN)/gap-export refshapes --ratio 0 --ratio 0.5 --out $(DEMO)/gap
+	$(BIN)/gap-export refshapes --ratio 0,0.5 --out $(DEMO)/gap
 	$(BIN)/gap-export refshapes --ratio 0.5 --positions compact --out $(DEMO)/compact
 	$(BIN)/gap-runtime check $(DEMO)/gap
 	$(BIN)/gap-runtime ground $(DEMO)/gap $(SAMPLE) "$(PHRASE)" --ratio 0.5 --draw $(DEMO)/ground.png
@@ -59,7 +59,7 @@ effect: $(STAMP)
 # One thread: single phrases gain nothing from more. Run again after a stop, it goes on.
 results: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/gap-export sweep refshapes --data refshapes:test --limit $(PHRASES) \
-		--ratios 0 0.25 0.5 0.75 0.9 --pruners all --positions gap compact permuted --pytorch \
+		--ratio 0,0.25,0.5,0.75,0.9 --pruners all --positions gap compact permuted --pytorch \
 		--set prune.phrase=embeddings --backend onnxruntime:cpu --out build/results --resume
 	$(BIN)/python refshapes/results.py build/results --write docs/results.md
 

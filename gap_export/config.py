@@ -9,13 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from gap_runtime.bundle.layout import ExtraRule, PositionMode, count_kept, require_ratio
+from gap_runtime.bundle.layout import (
+    ExtraRule,
+    PositionMode,
+    count_kept,
+    find_ratio,
+    require_ratio,
+)
 from gap_runtime.bundle.manifest import PhraseSource, WeightDtype
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
 from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.boxes import Frame
 from gap_runtime.records import load_record
-from gap_runtime.registry import describe_unknown, list_plugins
+from gap_runtime.registry import describe_unknown, list_plugins, read_constant
 
 Method = Literal["awq", "nearest"]
 POSITION_LINES: Final[dict[PositionMode, str]] = {
@@ -28,6 +34,18 @@ POSITION_LINES: Final[dict[PositionMode, str]] = {
 POSITION_MODES: Final[tuple[PositionMode, ...]] = get_args(PositionMode)
 EXTRA_RULES: Final[tuple[ExtraRule, ...]] = get_args(ExtraRule)
 DTYPES: Final[tuple[ModelDtype, ...]] = get_args(ModelDtype)
+_DTYPE_NAMES: Final = {
+    "fp32": "float32",
+    "float": "float32",
+    "single": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+}
+"""Names under which dtypes are known elsewhere."""
+PRUNERS: Final = "gap_export.pruners"
+_RATIOS: Final = "prune.ratios"
+_KEEP: Final = "prune.keep"
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,18 +53,25 @@ _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 class PruneConfig:
     """Which visual tokens stay, and with which position IDs.
 
-    `ratios` are shares to remove, in [0, 1). `seed` is for strategies that draw. `extra_token`
-    is where the token goes that a strategy makes of the removed ones. `phrase` is what those that
-    read the phrase compare with: CLIP's text tower (`clip`) or the language model's own token
-    `embeddings`; the family's own where it is null.
+    `ratios` are shares to remove, in [0, 1); or `keep` are counts that stay, of all visual tokens
+    of a picture, those that mark the ends of rows among them. `seed` is for strategies that draw.
+    `extra_token` is where the token goes that a strategy makes of the removed ones. `phrase` is
+    what those that read the phrase compare with: CLIP's text tower (`clip`) or the language
+    model's own token `embeddings`; the family's own where it is null.
     """
 
     strategy: str = "cls_attention"
     ratios: tuple[float, ...] = (0.5,)
+    keep: tuple[int, ...] = ()
     positions: PositionMode = "gap"
     seed: int = 0
     extra_token: ExtraRule = "last-visual"
     phrase: PhraseSource | None = None
+
+    @property
+    def name(self) -> str:
+        """The strategy for people: a file of the user's by its name alone."""
+        return Path(self.strategy).name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +194,72 @@ def load_config(
     name, data, where = _find(model)
     if checkpoint is not None:
         data["checkpoint"] = checkpoint
+    if _KEEP in overrides and _RATIOS in overrides:
+        raise ConfigError(f"{_KEEP} and {_RATIOS} are two ways to say one thing; give one")
     for key, value in overrides.items():
         _assign(data, key, value)
+    _settle_counts(data, overrides, where)
+    _settle_names(data)
     config = load_record(ExportConfig, data, where)
     _require_usable(config, where)
     return NamedConfig(name=name, config=config)
+
+
+def _settle_counts(data: dict[str, Any], overrides: dict[str, Any], where: str) -> None:
+    """One of shares and counts; what is asked for wins over the file's other one."""
+    prune = data.setdefault("prune", {})
+    if not isinstance(prune, dict):
+        return
+    for name in ("ratios", "keep"):
+        value = prune.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            prune[name] = [value]
+        elif isinstance(value, str) and re.fullmatch(r"(\d+(\.\d+)?,)+\d+(\.\d+)?", value):
+            prune[name] = [float(n) if "." in n else int(n) for n in value.split(",")]
+    if "keep" in prune and _RATIOS in overrides:
+        del prune["keep"]
+    elif "keep" in prune and "ratios" in prune and _KEEP not in overrides:
+        raise ConfigError(
+            f"{where}: {_KEEP} and {_RATIOS} are two ways to say one thing; give one"
+        )
+    if prune.get("keep"):
+        prune["ratios"] = []
+
+
+def _settle_names(data: dict[str, Any]) -> None:
+    """The project's own names for what was asked for under others."""
+    dtype, prune = data.get("dtype"), data["prune"]
+    if isinstance(dtype, str):
+        data["dtype"] = _DTYPE_NAMES.get(dtype.lower(), dtype)
+    if isinstance(prune, dict) and isinstance(prune.get("strategy"), str):
+        prune["strategy"] = resolve_pruner(prune["strategy"])
+
+
+def resolve_pruner(name: str) -> str:
+    """The strategy that a name stands for: its own, a published one, or a file's whole path.
+
+    A name that is not known comes back as it is.
+    """
+    if is_pruner_file(name):
+        return str(Path(name).expanduser().resolve())
+    names = list_plugins(PRUNERS)
+    if name in names:
+        return name
+    for each in names:
+        published = read_constant(PRUNERS, each, "PUBLISHED_AS") or each
+        if _plain(name) in {_plain(each), _plain(published)}:
+            return each
+    return name
+
+
+def is_pruner_file(strategy: str) -> bool:
+    """Whether a pruner is a file of the user's, not one of those that are shipped."""
+    return strategy.endswith(".py")
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in different ways."""
+    return re.sub(r"[-_ ]", "", name).casefold()
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -191,17 +277,26 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def count_ratios(config: PruneConfig, patches: int, fixed: int = 0) -> list[tuple[float, int]]:
+def count_ratios(
+    config: PruneConfig, patches: int, fixed: int = 0, *, named_by: int | None = None
+) -> list[tuple[float, int]]:
     """Each ratio with its kept count, in the order given.
 
     Args:
-        config: The ratios.
+        config: Ratios or counts.
         patches: Visual tokens before pruning.
         fixed: How many of them cannot be removed.
+        named_by: Visual tokens of the largest bucket, `patches` by default. A count is called by
+            the share of them, so that it has one name in a bundle.
 
     Raises:
-        ConfigError: A ratio cannot be used, or two come to the same count.
+        ConfigError: A ratio or count cannot be used, or two come to the same count.
     """
+    if config.keep:
+        return [
+            (find_ratio(named_by or patches, kept), kept)
+            for kept in _require_counts(config.keep, patches, fixed)
+        ]
     pairs: list[tuple[float, int]] = []
     for ratio in config.ratios:
         kept = count_kept(patches, ratio)
@@ -217,6 +312,23 @@ def count_ratios(config: PruneConfig, patches: int, fixed: int = 0) -> list[tupl
                 )
         pairs.append((ratio, kept))
     return pairs
+
+
+def _require_counts(keep: tuple[int, ...], patches: int, fixed: int) -> tuple[int, ...]:
+    """Counts that can be kept, each once."""
+    for kept in keep:
+        if kept > patches:
+            raise ConfigError(
+                f"keep {kept}: there are {patches} visual tokens; keep at most so many"
+            )
+        if kept <= fixed:
+            raise ConfigError(
+                f"keep {kept}: {fixed} of {patches} visual tokens mark the ends of rows and stay; "
+                f"keep at least {fixed + 1}"
+            )
+        if keep.count(kept) > 1:
+            raise ConfigError(f"keep {kept} is given twice; give it once")
+    return keep
 
 
 def package_data(name: str) -> Path:
@@ -278,6 +390,9 @@ def _read_model_file(path: Path) -> dict[str, Any]:
     check = data.get("check")
     if isinstance(check, dict) and isinstance(check.get("samples"), str):
         check["samples"] = str(path.resolve().parent / Path(check["samples"]).expanduser())
+    prune = data.get("prune")
+    if isinstance(prune, dict) and is_pruner_file(str(prune.get("strategy"))):
+        prune["strategy"] = str(path.resolve().parent / Path(prune["strategy"]).expanduser())
     if isinstance(checkpoint, str):
         beside = path.resolve().parent / checkpoint
         if checkpoint.startswith(".") or beside.is_dir():
@@ -324,16 +439,11 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 
 def _require_usable(config: ExportConfig, where: str) -> None:
     """Reject values that no model could use."""
-    strategies = list_plugins("gap_export.pruners")
-    if config.prune.strategy not in strategies:
-        raise UnknownNameError(describe_unknown("pruner", config.prune.strategy, strategies))
+    _require_strategy(config.prune.strategy)
     families = list_plugins("gap_export.models")
     if config.family and config.family not in families:
         raise UnknownNameError(f"{where}: {describe_unknown('family', config.family, families)}")
-    if not config.prune.ratios:
-        raise ConfigError(f"{where}: prune.ratios is empty; give at least one")
-    for ratio in config.prune.ratios:
-        require_ratio(ratio)
+    _require_counted(config.prune, where)
     for key, count, least in (
         ("prune.seed", config.prune.seed, 0),
         ("prompt.prefix", config.prompt.prefix, 0),
@@ -347,6 +457,28 @@ def _require_usable(config: ExportConfig, where: str) -> None:
             raise ConfigError(f"{where}: {key} is {count}, expected at least {least}")
     if config.prompt.template is not None:
         _require_template(config.prompt.template, where)
+
+
+def _require_strategy(strategy: str) -> None:
+    """Reject a pruner that is neither shipped nor a file."""
+    names = list_plugins(PRUNERS)
+    if is_pruner_file(strategy):
+        if not Path(strategy).is_file():
+            raise ConfigError(f"{strategy}: no such pruner file")
+    elif strategy not in names:
+        hint = describe_unknown("pruner", strategy, names)
+        raise UnknownNameError(f"{hint}; or give a file of your own: --pruner ./mine.py")
+
+
+def _require_counted(prune: PruneConfig, where: str) -> None:
+    """Reject shares and counts that no model could use."""
+    if not (prune.ratios or prune.keep):
+        raise ConfigError(f"{where}: prune.ratios is empty; give at least one")
+    for ratio in prune.ratios:
+        require_ratio(ratio)
+    for kept in prune.keep:
+        if kept < 1:
+            raise ConfigError(f"keep {kept}: at least 1 visual token is needed")
 
 
 def _require_template(template: str, where: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 
 from PIL import Image
@@ -19,7 +18,7 @@ from gap_export.pipeline.plan import ExportPlan
 from gap_export.pipeline.preflight import load_reference
 from gap_export.reference.answers import ask
 from gap_export.reference.samples import SAMPLES_FILE, Sample, read_samples
-from gap_runtime.bundle.layout import count_kept
+from gap_runtime.bundle.layout import find_ratio
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError, InputError
 from gap_runtime.pictures.load import find_bucket, load_picture
@@ -64,9 +63,11 @@ def count_tokens(
         ConfigError: The pruner has no adaptive rule, or needs a phrase.
         InputError: No picture of the folder can be used.
     """
-    strategy = plan.prune.strategy
+    strategy = plan.prune.name
     if not hasattr(plan.pruner, "count_adaptively"):
-        raise ConfigError(f"pruner '{strategy}' has no adaptive rule; choose a --ratio yourself")
+        raise ConfigError(
+            f"pruner '{strategy}' has no adaptive rule; choose a --ratio or --keep yourself"
+        )
     pruner: AdaptivePruner = plan.pruner  # type: ignore[assignment]
     samples = list(_read_folder(folder, phrase))
     if plan.phrase is not None and not all(sample.phrase for sample in samples):
@@ -129,23 +130,6 @@ def _summarize(name: str, patches: int, counts: list[int]) -> BucketCounts:
         mean=mean,
         ninth_decile=decile,
         most=max(counts),
-        ratio_of_mean=ratio_for(patches, round(mean)),
-        ratio_of_ninth_decile=ratio_for(patches, min(round(decile), patches)),
+        ratio_of_mean=find_ratio(patches, round(mean)),
+        ratio_of_ninth_decile=find_ratio(patches, min(round(decile), patches)),
     )
-
-
-def ratio_for(patches: int, kept: int) -> float:
-    """The shortest ratio that keeps exactly that many of the visual tokens."""
-    exact = 1 - Decimal(kept) / Decimal(patches)
-    for digits in range(1, 17):
-        ratio = float(round(exact, digits))
-        if _keeps(patches, ratio, kept):
-            return ratio
-    raise AssertionError((patches, kept))
-
-
-def _keeps(patches: int, ratio: float, kept: int) -> bool:
-    try:
-        return count_kept(patches, ratio) == kept
-    except ConfigError:
-        return False

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from PIL import Image
 
+from gap_export.pipeline.fingerprint import describe_pruner
 from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan, plan_export
 from gap_export.pipeline.preflight import load_reference
 from gap_export.pipeline.request import ExportRequest
@@ -139,7 +140,12 @@ def describe_plan(plan: ExportPlan) -> Subject:
         "index": plan.checkpoint.index_sha256,
         # Not their bytes, which take long to read: another training has another time.
         "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
-        "prune": {**dump_record(config.prune), "ratios": None},
+        "prune": {
+            **dump_record(config.prune),
+            "strategy": describe_pruner(config.prune),
+            "ratios": None,
+            "keep": None,
+        },
         "prompt": dump_record(plan.prompt),
         "box": dump_record(plan.spec.box),
         "answer": plan.layout.answer,
@@ -151,7 +157,7 @@ def describe_plan(plan: ExportPlan) -> Subject:
         name=plan.name,
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         engine=ENGINE,
-        strategy=config.prune.strategy,
+        strategy=config.prune.name,
         positions=config.prune.positions,
         dtype=REFERENCE_DTYPE,
     )

@@ -18,9 +18,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_export.analysis.evaluation import EagerAnswerer, describe_plan, open_answerer
-from gap_export.config import POSITION_MODES, NamedConfig
+from gap_export.config import (
+    POSITION_MODES,
+    PRUNERS,
+    NamedConfig,
+    is_pruner_file,
+    resolve_pruner,
+)
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.features import Pruner
+from gap_export.interfaces.pruner import load_pruner
+from gap_export.pipeline.fingerprint import describe_pruner
 from gap_export.pipeline.plan import ExportPlan, plan_export
 from gap_export.pipeline.request import ExportRequest
 from gap_export.pipeline.run import KnownGraphs, export
@@ -34,7 +41,7 @@ from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.results import Answers, Header, Subject
 from gap_runtime.evaluation.run import Spread, describe_data, evaluate
 from gap_runtime.records import dump_record
-from gap_runtime.registry import list_plugins, load_plugin, suggest
+from gap_runtime.registry import list_plugins, suggest
 from gap_runtime.report.page import write_page
 
 ALL: Final = "all"
@@ -42,7 +49,6 @@ ALL: Final = "all"
 UNPRUNED: Final = "unpruned"
 _SCHEMA: Final = 1
 _SETTINGS_FILE: Final = "sweep.json"
-_PRUNERS: Final = "gap_export.pruners"
 _DECISIVE: Final = ("box", "image", "prompt", "prune", "quantize", "vision")
 """Tables of a model's configuration that answers depend on."""
 
@@ -51,7 +57,8 @@ _DECISIVE: Final = ("box", "image", "prompt", "prune", "quantize", "vision")
 class SweepRequest:
     """What to sweep. `named` and `target` are those of every export, but for its pruning.
 
-    `pruners` may hold `all`. `eager`: ask PyTorch too.
+    `pruners` may hold `all`. `ratios` are shares removed, or `keep` counts that stay. `eager`: ask
+    PyTorch too.
     """
 
     named: NamedConfig
@@ -59,6 +66,7 @@ class SweepRequest:
     pruners: tuple[str, ...]
     positions: tuple[str, ...]
     ratios: tuple[float, ...]
+    keep: tuple[int, ...]
     data: Data
     backend: str
     eager: bool
@@ -78,7 +86,7 @@ class Variant:
     @property
     def ratios(self) -> tuple[float, ...]:
         """Of its bundle."""
-        return self.plan.prune.ratios
+        return self.plan.ratios
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,16 +129,16 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
     ratios = tuple(dict.fromkeys(request.ratios))
     pruned = tuple(ratio for ratio in ratios if ratio)
     variants: list[Variant] = []
-    if len(pruned) < len(ratios):
+    if len(pruned) < len(ratios) or request.keep:
         # In raster order nothing of the pruner is left where nothing is removed.
         variants.append(
-            _plan_variant(request, UNPRUNED, _find_plain_pruner(), "gap", ratios=(0.0,))
+            _plan_variant(request, UNPRUNED, _find_plain_pruner(), "gap", ratios=(0.0,), keep=())
         )
     left_out: dict[str, GapError] = {}
-    for pruner in _list_pruners(request.pruners) if pruned else ():
+    for pruner in _list_pruners(request.pruners) if pruned or request.keep else ():
         try:
             variants += [
-                _plan_variant(request, f"{pruner}-{mode}", pruner, known[mode], ratios=pruned)
+                _plan_variant(request, None, pruner, known[mode], ratios=pruned, keep=request.keep)
                 for mode in dict.fromkeys(request.positions)
             ]
         except (ConfigError, CheckpointError) as error:
@@ -145,13 +153,15 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
 
 
 def _list_pruners(wanted: Sequence[str]) -> list[str]:
-    return list_plugins(_PRUNERS) if ALL in wanted else list(dict.fromkeys(wanted))
+    if ALL in wanted:
+        return list_plugins(PRUNERS)
+    return list(dict.fromkeys(resolve_pruner(name) for name in wanted))
 
 
 def _find_plain_pruner() -> str:
     """A pruner that every model can serve: the first that looks at nothing."""
-    for name in list_plugins(_PRUNERS):
-        pruner: Pruner = load_plugin(_PRUNERS, name, "pruner")
+    for name in list_plugins(PRUNERS):
+        pruner = load_pruner(name)
         if not pruner.NEEDS and not pruner.EXTRA:
             return name
     raise AssertionError("a pruner without needs is part of the distribution")
@@ -159,14 +169,19 @@ def _find_plain_pruner() -> str:
 
 def _plan_variant(
     request: SweepRequest,
-    name: str,
+    name: str | None,
     pruner: str,
     positions: PositionMode,
     *,
     ratios: tuple[float, ...],
+    keep: tuple[int, ...],
 ) -> Variant:
     config = request.named.config
-    prune = replace(config.prune, strategy=pruner, positions=positions, ratios=ratios)
+    prune = replace(config.prune, strategy=pruner, positions=positions, ratios=ratios, keep=keep)
+    if name is None:
+        # A file of the user's that has changed is another variant.
+        own = f"{Path(pruner).stem}-{describe_pruner(prune).rpartition('-')[2][:8]}"
+        name = f"{own if is_pruner_file(pruner) else pruner}-{positions}"
     plan = plan_export(
         ExportRequest(
             named=replace(request.named, config=replace(config, prune=prune)),
@@ -176,7 +191,7 @@ def _plan_variant(
             reference=False,
         )
     )
-    shown = UNPRUNED if name == UNPRUNED else pruner
+    shown = UNPRUNED if name == UNPRUNED else prune.name
     return Variant(name=name, pruner=shown, positions=positions, plan=plan)
 
 
@@ -318,7 +333,7 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
     whole = dump_record(request.named.config)
     # Places of files are not compared, what lies in them is: by the index below.
     config = {key: whole[key] for key in _DECISIVE}
-    for key in ("strategy", "positions", "ratios"):
+    for key in ("strategy", "positions", "ratios", "keep"):
         del config["prune"][key]
     return {
         "gap_sweep": _SCHEMA,
@@ -328,6 +343,7 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
         "target": request.target,
         "dtype": one.dtype,
         "ratios": sorted(set(request.ratios)),
+        "keep": sorted(set(request.keep)),
         "data": dump_record(describe_data(request.data)),
         "backend": request.backend,
     }

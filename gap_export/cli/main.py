@@ -33,8 +33,8 @@ PROGRAM: Final = Program(
     package="gap_export.cli.commands",
     description="export a grounding vision-language model to ONNX, its visual tokens pruned and "
     "their positions kept; `gap-export MODEL` is short for `gap-export export MODEL`",
-    epilog="example: gap-export refshapes --ratio 0.25 --ratio 0.5. Exit codes: 0 done, 2 wrong "
-    "setting or input, 3 export failed, 4 bad bundle, 5 backend failed, 6 differs from PyTorch",
+    epilog="example: gap-export refshapes --ratio 0.25,0.5. Exit codes: 0 done, 2 wrong setting "
+    "or input, 3 export failed, 4 bad bundle, 5 backend failed, 6 differs from PyTorch",
     usual=UsualCommand(name="export", metavar="MODEL", takes=_takes, list_words=_list_models),
     renamed={"calibrate": "count"},
     prepare=_prepare,

@@ -8,7 +8,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any, Final
 
-from gap_runtime.cli.options import add_old_name
+from gap_runtime.cli.options import add_counts, add_old_name
 
 if TYPE_CHECKING:
     from gap_export.config import NamedConfig
@@ -19,14 +19,11 @@ if TYPE_CHECKING:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that decide an export, for this command and for optimum-cli's."""
-    parser.add_argument(
-        "--ratio",
-        type=float,
-        action="append",
-        dest="ratios",
-        metavar="R",
-        help="share of visual tokens to REMOVE, in [0, 1); give it again for more graphs that "
-        "share all weights (default: the model file's, 0.5)",
+    add_counts(
+        parser,
+        ratio="share of visual tokens to REMOVE, in [0, 1); several with commas (0.25,0.5) or "
+        "given again: graphs that share all weights (default: the model file's, 0.5)",
+        keep="visual tokens that stay, instead of a share to remove: exactly so many",
     )
     parser.add_argument("--pruner", metavar="NAME", help="what chooses the tokens that stay")
     parser.add_argument(
@@ -75,6 +72,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 _SETTINGS: Final = {
     "ratios": "prune.ratios",
+    "keep": "prune.keep",
     "pruner": "prune.strategy",
     "positions": "prune.positions",
     "extra_token": "prune.extra_token",

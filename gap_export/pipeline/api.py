@@ -16,6 +16,7 @@ def export(
     model: str | Path,
     *,
     ratios: float | Sequence[float] | None = None,
+    keep: int | Sequence[int] | None = None,
     pruner: str | None = None,
     positions: str | None = None,
     extra_token: str | None = None,
@@ -36,6 +37,8 @@ def export(
         model: Name in export_configs/, `.toml` file, checkpoint folder or hub id.
         ratios: Shares of visual tokens to REMOVE, in [0, 1); one or several. Each becomes a
             vision graph, all share one decoder and the weights.
+        keep: Counts of visual tokens that stay, instead of ratios; those of the whole picture,
+            the ends of rows among them where it is cut into tiles.
         pruner: What chooses the tokens that stay.
         positions: `gap`, or for comparison `compact`, `permuted` or `permuted-compact`.
         extra_token: Place of the token that some pruners make of what they remove:
@@ -62,6 +65,7 @@ def export(
     request = make_request(
         model,
         ratios=ratios,
+        keep=keep,
         pruner=pruner,
         positions=positions,
         extra_token=extra_token,

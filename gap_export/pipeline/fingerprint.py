@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from gap_export.checkpoint.index import list_files, locate_checkpoint, locate_part
-from gap_export.config import NamedConfig
+from gap_export.config import NamedConfig, PruneConfig, is_pruner_file
 from gap_export.pipeline.request import ExportRequest
 from gap_export.pipeline.result import ExportResult
 from gap_export.reference.samples import SAMPLES_FILE, find_samples, read_samples
@@ -71,6 +71,7 @@ def identify(request: ExportRequest, parts: dict[str, str]) -> str | None:
         facts = {
             "name": named.name,
             "config": dump_record(named.config),
+            "pruner": describe_pruner(named.config.prune),
             "target": dump_record(load_target(request.target)),
             "bring": request.bring,
             "reference": request.reference,
@@ -128,6 +129,13 @@ def _read_whole(folder: Path) -> tuple[ExportRecord, Manifest] | None:
     if not whole or manifest.name != folder.resolve().name:
         return None
     return record, manifest
+
+
+def describe_pruner(prune: PruneConfig) -> str:
+    """A pruner's name; of a file of the user's, with the hash of its bytes."""
+    if not is_pruner_file(prune.strategy):
+        return prune.strategy
+    return f"{prune.name}-{hash_bytes(Path(prune.strategy).read_bytes())}"
 
 
 def _list_inputs(named: NamedConfig, parts: dict[str, str], *, reference: bool) -> Iterator[Path]:

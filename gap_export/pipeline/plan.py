@@ -24,6 +24,7 @@ from gap_export.graph.positions import keeps_raster_order
 from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import Feature, Pruner
+from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.prompt import plan_phrase, plan_prompt
 from gap_export.pipeline.request import ExportRequest
 from gap_export.quantization.scheme import packed_scheme
@@ -94,6 +95,11 @@ class ExportPlan:
         """Bytes of the KV cache per slot, all layers."""
         spec = self.spec
         return 2 * spec.layers * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """What its entries are called by, each once."""
+        return tuple(dict.fromkeys(entry.ratio for entry in self.entries))
 
     @property
     def weights_bytes(self) -> int:
@@ -181,7 +187,12 @@ def plan_export(request: ExportRequest) -> ExportPlan:
             extra=_count_extra(model.pruner, config.prune, kept, bucket),
         )
         for bucket in spec.buckets
-        for ratio, kept in count_ratios(config.prune, bucket.patches, len(bucket.fixed))
+        for ratio, kept in count_ratios(
+            config.prune,
+            bucket.patches,
+            len(bucket.fixed),
+            named_by=max(each.patches for each in spec.buckets),
+        )
     )
     sources = model.family.find_weights(model.checkpoint, spec)
     _require_packable(request, target, sources)
@@ -252,8 +263,8 @@ def read_model(named: NamedConfig) -> Model:
     if not family_name:
         family_name = resolve_family(checkpoint.folder)
         family = load_plugin("gap_export.models", family_name, "family")
-    strategy = config.prune.strategy
-    pruner: Pruner = load_plugin("gap_export.pruners", strategy, "pruner")
+    strategy = config.prune.name
+    pruner = load_pruner(config.prune.strategy)
     source = config.prune.phrase or family.PHRASE
     reads_clip = Feature.TEXT in pruner.NEEDS and source == "clip"
     unknown = sorted(set(config.parts) - set(family.PARTS))

@@ -33,6 +33,7 @@ def make_request(
     model: str | Path,
     *,
     ratios: float | Sequence[float] | None = None,
+    keep: int | Sequence[int] | None = None,
     pruner: str | None = None,
     positions: str | None = None,
     extra_token: str | None = None,
@@ -50,6 +51,7 @@ def make_request(
     Args:
         model: Name in export_configs/, `.toml` file, checkpoint folder or hub id.
         ratios: Shares of visual tokens to remove, in [0, 1); a graph for each.
+        keep: Counts of visual tokens that stay, instead.
         pruner: What chooses the tokens that stay.
         positions: `gap`, `compact`, `permuted` or `permuted-compact`.
         extra_token: Place of the token that some pruners make of what they remove.
@@ -68,7 +70,8 @@ def make_request(
     if bring not in BRINGS:
         raise ConfigError(f"bring '{bring}' is unknown; have {', '.join(BRINGS)}")
     given = {
-        "prune.ratios": [ratios] if isinstance(ratios, (int, float)) else ratios,
+        "prune.ratios": ratios,
+        "prune.keep": keep,
         "prune.strategy": pruner,
         "prune.positions": positions,
         "prune.extra_token": extra_token,

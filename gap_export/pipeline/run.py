@@ -371,7 +371,7 @@ def _make_manifest(
         versions={name: metadata.version(name) for name in packages},
         layout=plan.layout,
         pruning=Pruning(
-            strategy=prune.strategy,
+            strategy=prune.name,
             positions=prune.positions,
             seed=prune.seed,
             extra_token=prune.extra_token if plan.pruner.EXTRA else None,

@@ -344,7 +344,7 @@ def record_reference(
                         kept=entry.kept if entry else bucket.patches,
                         answer=answer.text,
                         token_ids=tuple(answer.token_ids),
-                        boxes=boxes,
+                        boxes=tuple((b.x0, b.y0, b.x1, b.y1) for b in boxes),
                         prompt_ids=tuple(answer.prompt_ids),
                         token_margins=tuple(answer.token_margins),
                     )

@@ -240,7 +240,7 @@ def test_unknown_set_key():
     message = refusal("refshapes", prune__rato=0.5)
     assert message == (
         "refshapes.toml: unknown key 'prune.rato'; "
-        "did you mean ratios or extra_token or strategy? have strategy, ratios, positions, "
+        "did you mean ratios or extra_token or strategy? have strategy, ratios, keep, positions, "
         "seed, extra_token, phrase"
     )
     assert "unknown key 'prun'" in refusal("refshapes", prun__ratios=[0.5])
@@ -252,7 +252,9 @@ def test_unknown_set_key():
         ("prompt__answer", "many", ("prompt.answer", "'many' (str)", "expected int")),
         ("prompt__answer", True, ("prompt.answer", "True (bool)", "expected int")),
         ("prompt__answer", 2.5, ("prompt.answer", "2.5 (float)", "expected int")),
-        ("prune__ratios", 0.5, ("prune.ratios", "0.5 (float)", "expected a list")),
+        ("prune__ratios", "half", ("prune.ratios", "'half' (str)", "expected a list")),
+        ("prune__ratios", True, ("prune.ratios", "True (bool)", "expected a list")),
+        ("prune__keep", 0.5, ("prune.keep[0]", "0.5 (float)", "expected int")),
         ("prune__ratios", ["0.5"], ("ratios[0]", "'0.5' (str)", "expected float")),
         ("prune", 3, ("prune", "3 (int)", "expected a table")),
         ("parts", "folder", ("parts", "'folder' (str)", "expected a table")),

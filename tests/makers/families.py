@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gap_export.interfaces.features import Feature
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
+from gap_runtime.registry import list_plugins, load_plugin
 from makers import originals
 from makers.checkpoints import make_llava_checkpoint
 
@@ -36,7 +38,11 @@ ARCHITECTURES = tuple(
 CLIP_FAMILIES = tuple(family for family in FAMILIES if family != "minigpt-v2")
 """Those whose tower is CLIP's."""
 PHRASE = "the red ring left of the blue box"
-READ_PHRASE = frozenset({"trim", "text_similarity", "cdpruner"})
+READ_PHRASE = frozenset(
+    name
+    for name in list_plugins("gap_export.pruners")
+    if Feature.TEXT in load_plugin("gap_export.pruners", name, "pruner").NEEDS
+)
 """Pruners that look at the phrase."""
 ANSWER = 5
 

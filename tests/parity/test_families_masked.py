@@ -18,6 +18,7 @@ from gap_runtime import Bundle, Grounder
 from gap_runtime.registry import list_plugins, load_plugin
 
 MERGING = ("prumerge", "prumerge_plus", "trim", "visionzip")
+"""A pruner that merges and is not listed is taken for one that selects, and fails as such."""
 # TRIM without its extra token selects too.
 SELECTING = sorted({*list_plugins("gap_export.pruners")} - {*MERGING} | {"trim"})
 RATIO = 0.5
@@ -111,7 +112,6 @@ def relative(found, expected):
 
 def test_the_list_of_selecting_pruners_is_whole():
     assert {*SELECTING, *MERGING} == {*list_plugins("gap_export.pruners")}
-    assert (len(SELECTING), len(MERGING)) == (9, 4)
     extra = [p for p in SELECTING if load_plugin("gap_export.pruners", p, "pruner").EXTRA]
     assert extra == ["trim"]
 

@@ -151,7 +151,7 @@ def test_a_folder_of_another_sweep_is_refused(swept, sweep_arguments, capsys):
     )
     for more, what in (
         (["--limit", "5"], "another data"),
-        (["--ratios", "0", "0.5"], "another ratios"),
+        (["--ratio", "0.25"], "another ratios"),
         (["--set", "prune.seed=3"], "another config"),
         (["--backend", "onnxruntime"], "another backend"),
     ):

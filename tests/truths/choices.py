@@ -4,6 +4,7 @@ import functools
 import importlib
 
 import numpy as np
+import pytest
 import torch
 from makers.scenes import CONFIG
 
@@ -37,7 +38,14 @@ TRUTHS = {
     "vispruner": lambda s, kept, _: truth.vispruner(s.attention, s.patches, kept),
 }
 GREEDY = {"cdpruner", "divprune", "random", "spatial", "visionzip", "vispruner"}
-"""Those without scores by which a near tie could be judged."""
+"""Those without scores by which a near tie could be judged; a new one has scores or is listed."""
+
+
+def find_truth(name):
+    """The formula of a pruner; a new pruner needs one."""
+    if name not in TRUTHS:
+        pytest.fail(f"no truth for pruner '{name}': add its formula to tests/truths/choices.py")
+    return TRUTHS[name]
 
 
 def grid_scores(scene, kept):
@@ -53,7 +61,7 @@ def merge_truth(scene, kept, values):
 
 @functools.cache
 def expect(name, scene, kept):
-    return TRUTHS[name](scene, kept, CONFIG)
+    return find_truth(name)(scene, kept, CONFIG)
 
 
 def load(name):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import sentencepiece
 import torch
 from makers import originals
@@ -78,6 +79,8 @@ class Seen:
                 a + 2 * np.isin(range(total), truth.prumerge_plus_grid(total, kept)), kept
             ),
         }
+        if pruner not in rules:
+            pytest.fail(f"no truth for pruner '{pruner}': add it to tests/truths/families.py")
         return rules[pruner]()
 
     def _merge(self, scores, kept):

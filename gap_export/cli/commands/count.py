@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
                 each.mean,
                 each.ninth_decile,
                 each.most,
-                f"--ratio {each.ratio_of_mean} (mean) or {each.ratio_of_ninth_decile}",
+                f"--keep {round(each.mean)} (mean) or {round(each.ninth_decile)}",
             ]
             for each in found.buckets
         ],

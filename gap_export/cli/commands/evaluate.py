@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         display,
         data,
         header=Header(subject=describe_plan(plan), data=describe_data(data), box=plan.spec.box),
-        ratios=plan.prune.ratios,
+        ratios=plan.ratios,
         # Workers share a machine's cores, and say nothing.
         open_answerer=partial(open_answerer, plan.request, threads=1)
         if options.ray

@@ -162,7 +162,7 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
         )
     prune = plan.prune
     display.table(
-        f"{plan.name}: {prune.strategy}, positions {prune.positions}, {plan.dtype}",
+        f"{plan.name}: {prune.name}, positions {prune.positions}, {plan.dtype}",
         ["ratio removed", "visual tokens kept", "longest prompt", "KV cache"],
         rows,
     )

@@ -10,7 +10,6 @@ from gap_runtime.errors import UnknownNameError
 from gap_runtime.registry import describe_unknown, list_plugins, read_constant, read_summary
 
 SUMMARY: Final = "list models, pruners, targets and position modes"
-_PRUNERS: Final = "gap_export.pruners"
 _KINDS: Final = ("models", "pruners", "targets", "positions")
 
 
@@ -68,13 +67,15 @@ def _list_models() -> list[dict[str, Any]]:
 
 def _list_pruners() -> list[dict[str, Any]]:
     """The pruners, with the names of the methods that they are."""
+    from gap_export.config import PRUNERS  # noqa: PLC0415
+
     return [
         {
             "name": name,
-            "description": read_summary(_PRUNERS, name),
-            "published_as": read_constant(_PRUNERS, name, "PUBLISHED_AS"),
+            "description": read_summary(PRUNERS, name),
+            "published_as": read_constant(PRUNERS, name, "PUBLISHED_AS"),
         }
-        for name in list_plugins(_PRUNERS)
+        for name in list_plugins(PRUNERS)
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from gap_export.cli.options import add_survey_arguments, survey
-from gap_runtime.cli.options import print_json
+from gap_runtime.cli.options import add_counts, print_json
 
 SUMMARY: Final = "show the position IDs of every mode side by side"
 
@@ -15,9 +15,7 @@ SUMMARY: Final = "show the position IDs of every mode side by side"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_survey_arguments(parser)
-    parser.add_argument(
-        "--ratio", type=float, action="append", dest="ratios", metavar="R", help="as gap-export"
-    )
+    add_counts(parser, ratio="as for gap-export", keep="as for gap-export")
     parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
     parser.add_argument("--image", type=Path, metavar="FILE", help="prune this picture in PyTorch")
     parser.add_argument("--phrase", default="the red mug", help="default: the red mug")

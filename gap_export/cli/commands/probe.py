@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, Final
 
-from gap_runtime.cli.options import add_bundle, open_bundle, print_json
+from gap_runtime.cli.options import add_bundle, add_count, open_bundle, print_json
 from gap_runtime.errors import CheckError, ConfigError
 
 SUMMARY: Final = "find the first tensor of a bundle that is not finite (float16 overflows)"
@@ -15,7 +15,7 @@ SUMMARY: Final = "find the first tensor of a bundle that is not finite (float16 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_bundle(parser)
-    parser.add_argument("--ratio", type=float, help="one of the bundle's ratios (default: first)")
+    add_count(parser)
     parser.add_argument(
         "--image", metavar="FILE", help="picture to ask about (default: the recorded samples)"
     )
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         for image, phrase in _questions(options, bundle):
             picture = load_picture(image)
             bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
-            entry = bundle.choose_ratio(options.ratio, bucket.name)
+            entry = bundle.choose_ratio(options.ratio, bucket.name, keep=options.keep)
             found = find_bad_tensor(bundle, picture, phrase, entry)
             if found is not None:
                 break

@@ -13,7 +13,7 @@ from gap_runtime.cli.evaluation import (
     open_cluster,
     read_data,
 )
-from gap_runtime.cli.options import add_backend, print_json
+from gap_runtime.cli.options import add_backend, add_counts, print_json
 from gap_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,14 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="MODEL", help="as for gap-export")
     add_data_arguments(parser)
-    parser.add_argument(
-        "--ratios",
-        type=float,
+    add_counts(
+        parser,
+        ratio="shares of visual tokens removed; 0 is without pruning, done once "
+        "(default: 0,0.25,0.5,0.75,0.9)",
+        keep="or counts of visual tokens that stay; without pruning is done as well",
         nargs="+",
-        metavar="R",
-        default=list(_RATIOS),
-        help="shares of visual tokens removed; 0 is without pruning, done once "
-        "(default: 0 0.25 0.5 0.75 0.9)",
     )
     parser.add_argument(
         "--pruners",
@@ -119,7 +117,8 @@ def _make_request(options: argparse.Namespace, data: Data) -> SweepRequest:
         target=options.target,
         pruners=tuple(options.pruners or [named.config.prune.strategy]),
         positions=tuple(options.modes),
-        ratios=tuple(options.ratios),
+        ratios=() if options.keep else tuple(options.ratios or _RATIOS),
+        keep=tuple(options.keep or ()),
         data=data,
         backend=options.backend,
         eager=options.pytorch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from gap_runtime.bundle.hashes import hash_file, read_blocks
-from gap_runtime.bundle.layout import is_ratio
+from gap_runtime.bundle.layout import is_ratio, suggest_ratio
 from gap_runtime.bundle.manifest import FileEntry, Manifest, RatioEntry
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import BundleError, ConfigError, HashError
@@ -70,22 +71,62 @@ class Bundle:
                         f"{files[name].blake3[:12]}...; the file has changed, export again"
                     )
 
-    def choose_ratio(self, ratio: float | None, bucket: str | None = None) -> RatioEntry:
-        """The entry of a ratio, or the bundle's first one; of a bucket, or of any.
+    def choose_ratios(
+        self, ratios: Iterable[float] | None = None, keep: Iterable[int] | None = None
+    ) -> tuple[float, ...]:
+        """The bundle's ratios, or those that are asked for; each once.
+
+        Args:
+            ratios: Shares removed.
+            keep: Or counts of visual tokens that stay, in every bucket.
 
         Raises:
-            ConfigError: The bundle was not exported at that ratio.
+            ConfigError: The bundle was not exported at one of them.
+        """
+        if keep is None:
+            wanted = [each.ratio for each in self.manifest.ratios] if ratios is None else ratios
+            return tuple(dict.fromkeys(self.choose_ratio(ratio).ratio for ratio in wanted))
+        buckets = [bucket.name for bucket in self.manifest.buckets]
+        found = [[self.choose_ratio(None, name, keep=kept) for name in buckets] for kept in keep]
+        return tuple(dict.fromkeys(entries[0].ratio for entries in found))
+
+    def choose_ratio(
+        self, ratio: float | None, bucket: str | None = None, *, keep: int | None = None
+    ) -> RatioEntry:
+        """The entry of a ratio, or the bundle's first one; of a bucket, or of any.
+
+        Args:
+            ratio: Share removed.
+            bucket: Name of the bucket.
+            keep: Count of visual tokens that stay, instead of a ratio.
+
+        Raises:
+            ConfigError: The bundle was not exported at that ratio or count.
         """
         entries = [
             entry for entry in self.manifest.ratios if bucket is None or entry.bucket == bucket
         ]
+        if keep is not None:
+            if ratio is not None:
+                raise ConfigError("ratio and keep are two ways to say one thing; give one")
+            for entry in entries:
+                if entry.kept == keep:
+                    return entry
+            have = ", ".join(dict.fromkeys(f"{each.kept} of {each.patches}" for each in entries))
+            raise ConfigError(
+                f"{self.folder}: no ratio keeps {keep}; have {have}; export with --keep {keep}"
+            )
         for entry in entries:
             if ratio is None or abs(entry.ratio - ratio) < 1e-9:
                 return entry
         # Every bucket has a ratio.
         assert ratio is not None
         have = ", ".join(dict.fromkeys(f"{entry.ratio:g}" for entry in entries))
-        way = f"export with --ratio {ratio:g}" if is_ratio(ratio) else "ratios lie in [0, 1)"
+        way = (
+            f"export with --ratio {ratio:g}"
+            if is_ratio(ratio)
+            else f"ratios lie in [0, 1){suggest_ratio(ratio)}"
+        )
         raise ConfigError(f"{self.folder}: no ratio {ratio:g}; have {have}; {way}")
 
     def map_embedding(self) -> np.ndarray:

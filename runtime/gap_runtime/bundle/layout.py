@@ -64,7 +64,17 @@ def require_ratio(ratio: float) -> None:
     if not is_ratio(ratio):
         raise ConfigError(
             f"ratio {ratio:g} is outside [0, 1); it is the share of visual tokens to remove"
+            f"{suggest_ratio(ratio)}"
         )
+
+
+def suggest_ratio(ratio: float) -> str:
+    """The end of a message: what somebody may have meant who gave a percentage or a count."""
+    if not math.isfinite(ratio) or ratio < 2:
+        return ""
+    share = f"{ratio / 100:g}" if ratio < 100 else ""
+    keep = f"--keep {ratio:g}" if ratio == int(ratio) else ""
+    return f"; did you mean {' or '.join(filter(None, (share, keep)))}?"
 
 
 def count_kept(patches: int, ratio: float) -> int:
@@ -81,11 +91,30 @@ def count_kept(patches: int, ratio: float) -> int:
         ConfigError: The ratio lies outside [0, 1) or leaves no patch.
     """
     require_ratio(ratio)
-    exact = patches * (1 - Decimal(str(ratio)))
-    kept = int(exact.to_integral_value(ROUND_HALF_UP))
+    kept = _round(patches, ratio)
     if kept == 0:
         highest = (patches - 1) / patches
         raise ConfigError(
             f"ratio {ratio:g} leaves none of {patches} visual tokens; use at most {highest:.4g}"
         )
     return kept
+
+
+def find_ratio(patches: int, kept: int) -> float:
+    """The shortest ratio that keeps exactly so many patches: what `count_kept` does, undone.
+
+    Args:
+        patches: Visual tokens before pruning.
+        kept: Those that stay, 1 to `patches`.
+    """
+    exact = 1 - Decimal(kept) / Decimal(patches)
+    for digits in range(1, 18):
+        ratio = float(round(exact, digits))
+        if ratio < 1 and _round(patches, ratio) == kept:
+            return ratio
+    raise AssertionError((patches, kept))
+
+
+def _round(patches: int, ratio: float) -> int:
+    exact = patches * (1 - Decimal(str(ratio)))
+    return int(exact.to_integral_value(ROUND_HALF_UP))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gap_runtime.cli.options import print_json
+from gap_runtime.cli.options import add_counts, print_json
 from gap_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,14 +60,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of both commands."""
     add_data_arguments(parser)
-    parser.add_argument(
-        "--ratio",
-        type=float,
-        action="extend",
+    add_counts(
+        parser,
+        ratio="shares of visual tokens removed, as 0,0.5 (default: all that there are)",
+        keep="the same by counts of visual tokens that stay",
         nargs="+",
-        dest="ratios",
-        metavar="R",
-        help="shares of visual tokens removed (default: all that there are)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE.jsonl", help="append every answer to this file"

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -121,6 +122,115 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command on one bundle."""
     parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_counts(
+    parser: argparse.ArgumentParser, *, ratio: str, keep: str, nargs: str | None = None
+) -> None:
+    """`--ratio` and `--keep`, as lists with commas and given again; never both.
+
+    They become `ratios` and `keep` in the options, None where they are not given.
+
+    Args:
+        parser: Of a command.
+        ratio: What `--ratio` is for.
+        keep: What `--keep` is for.
+        nargs: `+` where several may follow one flag without a comma, too.
+    """
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        *("--ratio", "--ratios"),
+        type=_read_ratios,
+        action=_ExtendFlat,
+        nargs=nargs,
+        dest="ratios",
+        metavar="R",
+        help=ratio,
+    )
+    group.add_argument(
+        "--keep", type=_read_counts, action=_ExtendFlat, nargs=nargs, metavar="N", help=keep
+    )
+
+
+def add_chosen_counts(parser: argparse.ArgumentParser) -> None:
+    """`--ratio` and `--keep` where several of the bundle's may be wanted."""
+    add_counts(
+        parser,
+        ratio="the bundle's ratios, shares of visual tokens removed; several with commas or given "
+        "again (default: all)",
+        keep="the same by counts of visual tokens that stay",
+    )
+
+
+def add_count(parser: argparse.ArgumentParser) -> None:
+    """`--ratio` and `--keep` where one of the bundle's is wanted."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--ratio",
+        type=_read_ratio,
+        metavar="R",
+        help="one of the bundle's ratios, shares of visual tokens removed (default: first)",
+    )
+    group.add_argument(
+        "--keep",
+        type=_read_count,
+        metavar="N",
+        help="the same by the count of visual tokens that stay",
+    )
+
+
+class _ExtendFlat(argparse.Action):
+    """Puts what a flag reads, a list, or several, behind what was read before."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Extend the list."""
+        del parser, option_string
+        read = [values] if self.nargs is None else values
+        before = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*before, *(each for part in read for each in part)])
+
+
+def _read_ratios(text: str) -> list[float]:
+    """`0.5`, or several with commas: `0.25,0.5`."""
+    if re.fullmatch(r"0,\d+", text) and int(text[2:]):
+        raise argparse.ArgumentTypeError(
+            f"'{text}': a comma stands between two ratios; did you mean {text.replace(',', '.')}?"
+        )
+    return [_read_ratio(part) for part in text.split(",")]
+
+
+def _read_ratio(text: str) -> float:
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text.strip())
+    if share:
+        raise argparse.ArgumentTypeError(f"'{text}': did you mean {float(share[1]) / 100:g}?")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no share of visual tokens to remove, as 0.5"
+        ) from error
+
+
+def _read_counts(text: str) -> list[int]:
+    """`64`, or several with commas: `64,128`."""
+    return [_read_count(part) for part in text.split(",")]
+
+
+def _read_count(text: str) -> int:
+    if re.fullmatch(r"\d+", text.strip()):
+        return int(text)
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) ?(%?)", text.strip())
+    kept = float(share[1]) / (100 if share[2] else 1) if share else 1.0
+    hint = (
+        f"; did you mean --ratio {round(1 - kept, 9):g}, the share to remove?" if kept < 1 else ""
+    )
+    raise argparse.ArgumentTypeError(f"'{text}' is no count of visual tokens to keep, as 64{hint}")
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

@@ -66,8 +66,8 @@ class Program:
             return None, arguments[:1]
         commands = list_plugins(self.package)
         usual = self.usual
-        if first is None:
-            what = f"{usual.metavar} or a command" if usual else "a command"
+        if first is None or (usual is None and first.startswith("-")):
+            what = f"{usual.metavar} or a COMMAND" if usual else "a COMMAND"
             raise ConfigError(
                 f"give {what} ({', '.join(commands)}); see {self.name} --help for what they do"
             )

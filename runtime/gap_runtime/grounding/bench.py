@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,7 +50,12 @@ class BenchReport:
 
 
 def bench_bundle(
-    bundle: Bundle, backend: str = DEFAULT_BACKEND, *, runs: int = 7, warmup: int = 2
+    bundle: Bundle,
+    backend: str = DEFAULT_BACKEND,
+    *,
+    runs: int = 7,
+    warmup: int = 2,
+    ratios: Collection[float] | None = None,
 ) -> BenchReport:
     """Time every ratio of a bundle, the ratios taking turns so that drift hits all alike.
 
@@ -58,10 +64,11 @@ def bench_bundle(
         backend: As in Grounder.
         runs: Timed runs per ratio and bucket.
         warmup: Untimed runs before them.
+        ratios: Those of the bundle's that are timed; all by default.
     """
     grounder = Grounder(bundle, backend)
     pictures = {bucket.name: _noise(bundle, bucket) for bucket in bundle.manifest.buckets}
-    entries = bundle.manifest.ratios
+    entries = [each for each in bundle.manifest.ratios if ratios is None or each.ratio in ratios]
     times: list[list[dict[str, float]]] = [[] for _ in entries]
     most = min(_TOKENS, bundle.manifest.layout.answer)
     for run in range(warmup + runs):

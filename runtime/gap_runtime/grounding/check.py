@@ -6,7 +6,7 @@ compared fails. A patch choice may differ from PyTorch's only where two scores n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -123,6 +123,7 @@ def check_bundle(
     bundle: Bundle,
     backend: str = DEFAULT_BACKEND,
     *,
+    ratios: Collection[float] | None = None,
     on_row: Callable[[CheckRow], None] | None = None,
     on_compared: Callable[[Compared], None] | None = None,
 ) -> CheckReport:
@@ -131,6 +132,7 @@ def check_bundle(
     Args:
         bundle: With a reference.
         backend: By name.
+        ratios: Those of the bundle's that are compared; all by default.
         on_row: Called with every row as it is there.
         on_compared: Called with what it was made of.
 
@@ -147,6 +149,8 @@ def check_bundle(
     arrays = np.load(bundle.folder / manifest.reference.arrays, allow_pickle=False)
     rows: list[CheckRow] = []
     for entry in manifest.ratios:
+        if ratios is not None and entry.ratio not in ratios:
+            continue
         for sample in _samples_at(manifest.reference, entry, bundle):
             found = _check_sample(grounder, arrays, sample, entry)
             rows.append(found.row)
@@ -221,7 +225,7 @@ def _check_sample(
         kept_index=tuple(int(k) for k in values.kept_index[0]),
         reference_kept_index=tuple(int(k) for k in arrays[f"{sample.key}/kept_index"][0]),
         boxes=boxes,
-        reference_boxes=sample.boxes,
+        reference_boxes=tuple(_as_box(box) for box in sample.boxes),
     )
 
 
@@ -288,7 +292,7 @@ def compare_stages(
     logits, logits_expected = values.decoded.prefill_logits, expected["logits"]
     logit_error = _relative_error(logits, logits_expected) if kept_equal else None
     divergence = first_divergence(values.decoded.token_ids, list(sample.token_ids))
-    overlap = match_boxes(boxes, sample.boxes)
+    overlap = match_boxes(boxes, tuple(_as_box(box) for box in sample.boxes))
 
     reasons = []
     if not pixels_error <= tolerance.pixels:
@@ -383,6 +387,10 @@ def match_boxes(boxes: tuple[Box, ...], expected: tuple[Box, ...]) -> float | No
     if len(boxes) != len(expected):
         return 0.0
     return min(iou(box, other) for box, other in zip(boxes, expected, strict=True))
+
+
+def _as_box(values: tuple[float, float, float, float]) -> Box:
+    return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3])
 
 
 def _largest_error(values: np.ndarray, expected: np.ndarray) -> float:

@@ -102,6 +102,7 @@ class Grounder:
         backend: str | Backend = DEFAULT_BACKEND,
         *,
         ratio: float | None = None,
+        keep: int | None = None,
         draft: bool = True,
     ) -> None:
         """Load the tokenizer and map the embeddings.
@@ -111,6 +112,7 @@ class Grounder:
             backend: `onnxruntime`, `onnxruntime:cpu` or `onnxruntime:cuda`.
                 Or a backend itself.
             ratio: One of the bundle's ratios; the first one it was exported with by default.
+            keep: Or a count of visual tokens that stay.
             draft: Send what the form of an answer forces along with each token. It changes the
                 time that an answer takes; the answer only where two tokens tie.
 
@@ -119,7 +121,8 @@ class Grounder:
             BundleError: The bundle holds graphs alone and no tokenizer.
         """
         self.bundle = bundle
-        self.default_ratio = bundle.choose_ratio(ratio)
+        self.default_ratio = bundle.choose_ratio(ratio, keep=keep)
+        self._keep = keep
         self._backend, self._device = (
             open_backend(backend) if isinstance(backend, str) else (backend, "")
         )
@@ -144,7 +147,12 @@ class Grounder:
             self._phrases = PhraseEncoder(load_tokenizer(bundle.folder / spec.tokenizer), spec)
 
     def ground(
-        self, image: str | Path | Image.Image, phrase: str, *, ratio: float | None = None
+        self,
+        image: str | Path | Image.Image,
+        phrase: str,
+        *,
+        ratio: float | None = None,
+        keep: int | None = None,
     ) -> Grounding:
         """Ask where a phrase is.
 
@@ -152,6 +160,7 @@ class Grounder:
             image: A file or a Pillow picture of any mode.
             phrase: What to ground, for example `the red mug`.
             ratio: Another of the bundle's ratios than the one this was made with.
+            keep: Or a count of visual tokens that stay.
 
         Raises:
             InputError: The picture or the phrase cannot be used.
@@ -160,8 +169,10 @@ class Grounder:
         picture = load_picture(image) if isinstance(image, (str, Path)) else to_rgb(image)
         manifest = self.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
-        wanted = self.default_ratio.ratio if ratio is None else ratio
-        entry = self.bundle.choose_ratio(wanted, bucket.name)
+        if ratio is None and keep is None:
+            keep = self._keep
+            ratio = self.default_ratio.ratio if keep is None else None
+        entry = self.bundle.choose_ratio(ratio, bucket.name, keep=keep)
         values = self.run_stages(picture, phrase, entry)
         answer = self.encoder.decode(values.decoded.token_ids)
         parsed = parse_boxes(answer, manifest.box, *picture.size)

@@ -31,8 +31,9 @@ every_pruner = pytest.mark.parametrize("name", PRUNERS)
 every_case = pytest.mark.parametrize(("scene", "kept"), CASES)
 
 
-def test_every_pruner_has_a_formula():
-    assert set(PRUNERS) == set(TRUTHS)
+def test_every_formula_has_a_pruner():
+    """The other way round, each test of a pruner says which formula it misses."""
+    assert set(TRUTHS) | GREEDY <= set(PRUNERS)
 
 
 @every_pruner

@@ -142,6 +142,32 @@ def test_a_ratio_of_a_bucket(make_bundle, tiled, bucket):
     assert {bundle.choose_ratio(ratio, bucket).bucket for ratio in (0.5, 0.25)} == {bucket}
 
 
+def test_an_entry_by_its_count(make_bundle):
+    bundle = Bundle.open(make_bundle())
+    assert bundle.choose_ratio(None, keep=4).ratio == 0.75
+    with pytest.raises(ConfigError, match=r"no ratio keeps 5; have 8 of 16, 4 of 16; export with"):
+        bundle.choose_ratio(None, keep=5)
+    with pytest.raises(ConfigError, match="two ways to say one thing"):
+        bundle.choose_ratio(0.5, keep=8)
+
+
+def test_several_ratios_and_counts(make_bundle):
+    bundle = Bundle.open(make_bundle())
+    assert bundle.choose_ratios() == (0.5, 0.75)
+    assert bundle.choose_ratios([0.75, 0.75]) == (0.75,)
+    assert bundle.choose_ratios(keep=[4, 8]) == (0.75, 0.5)
+    with pytest.raises(ConfigError, match=r"no ratio 0\.9"):
+        bundle.choose_ratios([0.5, 0.9])
+
+
+def test_a_count_that_only_one_kind_of_picture_has(make_bundle, tiled):
+    """It is not what was asked for."""
+    tiles = Bundle.open(make_bundle(**tiled))
+    assert tiles.choose_ratio(None, "wide", keep=7).ratio == 0.5
+    with pytest.raises(ConfigError, match="no ratio keeps 7; have 8 of 16, 12 of 16"):
+        tiles.choose_ratios(keep=[7])
+
+
 def test_a_ratio_of_any_bucket_is_the_first(make_bundle, tiled):
     bundle = Bundle.open(make_bundle(**tiled))
     assert bundle.choose_ratio(None).bucket == "wide"

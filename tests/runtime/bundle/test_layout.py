@@ -2,7 +2,7 @@
 
 import pytest
 
-from gap_runtime.bundle.layout import TokenLayout, count_kept
+from gap_runtime.bundle.layout import TokenLayout, count_kept, find_ratio
 from gap_runtime.errors import ConfigError
 
 
@@ -53,6 +53,38 @@ def test_advised_highest_ratio_is_accepted(patches):
         count_kept(patches, 0.99999)
     advised = float(str(caught.value).rpartition(" ")[2])
     assert count_kept(patches, advised) >= 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "meant"),
+    [
+        (50, "did you mean 0.5 or --keep 50?"),
+        (12.5, "did you mean 0.125?"),
+        (144, "did you mean --keep 144?"),
+    ],
+)
+def test_a_percentage_or_a_count_is_told_what_it_may_mean(ratio, meant):
+    with pytest.raises(ConfigError) as caught:
+        count_kept(576, ratio)
+    assert str(caught.value).endswith(meant)
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, -50, float("inf"), float("nan")])
+def test_other_numbers_mean_nothing_else(ratio):
+    with pytest.raises(ConfigError) as caught:
+        count_kept(576, ratio)
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("patches", [1, 2, 3, 25, 64, 576, 2304])
+def test_a_count_has_a_ratio_that_keeps_as_many(patches):
+    for kept in range(1, patches + 1):
+        assert count_kept(patches, find_ratio(patches, kept)) == kept
+    assert find_ratio(patches, patches) == 0
+
+
+def test_the_ratio_of_a_count_is_as_short_as_can_be():
+    assert [find_ratio(576, kept) for kept in (288, 144, 64)] == [0.5, 0.75, 0.889]
 
 
 @pytest.fixture

@@ -72,6 +72,22 @@ def ratio_that_is_no_number(folder, tmp_path):
     return ["ground", folder, tmp_path / "photo.png", "the mug", "--ratio", "half"]
 
 
+def percentage(folder, tmp_path):
+    return ["ground", folder, tmp_path / "photo.png", "the mug", "--ratio", "50%"]
+
+
+def unknown_count(folder, tmp_path):
+    return ["ground", folder, tmp_path / "photo.png", "the mug", "--keep", "5"]
+
+
+def several_ratios(folder, tmp_path):
+    return ["ground", folder, tmp_path / "photo.png", "the mug", "--ratio", "0.5,0.75"]
+
+
+def ratio_and_count(folder, _tmp_path):
+    return ["bench", folder, "--ratio", "0.5", "--keep", "8"]
+
+
 def no_reference(folder, _tmp_path):
     return ["check", folder]
 
@@ -86,6 +102,10 @@ def unknown_flag(folder, _tmp_path):
 
 def unknown_command(folder, _tmp_path):
     return ["dance", folder]
+
+
+def misspelt_command(folder, _tmp_path):
+    return ["grond", folder]
 
 
 def missing_argument(_folder, _tmp_path):
@@ -104,10 +124,15 @@ ERRORS = [
     (drawing_of_another_kind, 2, "input", "--draw writes .png or .jpg"),
     (unknown_ratio, 2, "config", "no ratio 0.9; have 0.5, 0.75"),
     (unknown_backend, 2, "unknown-name", "did you mean onnxruntime?"),
-    (ratio_that_is_no_number, 2, "config", "--ratio"),
+    (ratio_that_is_no_number, 2, "config", "'half' is no share of visual tokens to remove"),
+    (percentage, 2, "config", "did you mean 0.5?"),
+    (unknown_count, 2, "config", "no ratio keeps 5; have 8 of 16, 4 of 16"),
+    (several_ratios, 2, "config", "'0.5,0.75' is no share"),
+    (ratio_and_count, 2, "config", "not allowed with"),
     (no_runs, 2, "config", "--runs 0: at least 1"),
     (unknown_flag, 2, "config", "--colour"),
-    (unknown_command, 2, "config", "dance"),
+    (unknown_command, 2, "unknown-name", "unknown command 'dance'; have bench, build"),
+    (misspelt_command, 2, "unknown-name", "unknown command 'grond'; did you mean ground?"),
     (missing_argument, 2, "config", "BUNDLE"),
     (nothing_at_all, 2, "config", "COMMAND"),
     (missing_bundle, 4, "bundle", "nowhere: no such bundle folder"),

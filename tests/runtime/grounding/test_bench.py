@@ -29,6 +29,23 @@ def test_every_ratio_has_a_row(make_bundle, backend):
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ([], [8, 4]),
+        (["--ratio", "0.75"], [4]),
+        (["--ratio", "0.5,0.75"], [8, 4]),
+        (["--keep", "8"], [8]),
+        (["--keep", "4", "--keep", "8"], [8, 4]),
+    ],
+)
+def test_what_is_asked_for_is_timed(make_bundle, capsys, arguments, kept):
+    assert main(["bench", str(make_bundle()), "--runs", "1", "--json", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["kept"] for row in report["rows"]] == kept
+
+
+@pytest.mark.usefixtures("backend")
 def test_a_system_that_counts_no_load(make_bundle, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 2.0, 3.0), raising=False)
     bundle = Bundle.open(make_bundle())

@@ -100,6 +100,19 @@ def test_grounders_own_ratio_holds_for_every_bucket(make_bundle, backend, tiled)
     assert backend.opened == ["vision-tall-12", "decoder", "vision-wide-11"]
 
 
+@pytest.mark.usefixtures("backend")
+def test_a_count_is_kept_of_every_picture_or_refused(make_bundle, tiled):
+    bundle = Bundle.open(make_bundle(**tiled))
+    grounder = Grounder(bundle, keep=8)
+    assert grounder.ground(TALL, "mug").kept == 8
+    with pytest.raises(ConfigError, match="no ratio keeps 8; have 7 of 14, 11 of 14"):
+        grounder.ground(WIDE, "mug")
+    assert grounder.ground(TALL, "mug", keep=12).kept == 12
+    assert grounder.ground(WIDE, "mug", ratio=0.5).kept == 7
+    with pytest.raises(ConfigError, match="no ratio keeps 9"):
+        Grounder(bundle, keep=9)
+
+
 def test_picture_of_no_bucket_loads_nothing(make_grounder, backend, tiled):
     grounder = make_grounder(**tiled)
     with pytest.raises(InputError, match=r"have wide, tall; export with --set image\.canvas="):

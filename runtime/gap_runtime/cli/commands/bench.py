@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from gap_runtime.cli.options import add_backend, add_bundle, open_bundle, print_json
+from gap_runtime.cli.options import (
+    add_backend,
+    add_bundle,
+    add_chosen_counts,
+    open_bundle,
+    print_json,
+)
 from gap_runtime.errors import ConfigError
 
 SUMMARY: Final = "time every stage at every ratio"
@@ -14,6 +20,7 @@ SUMMARY: Final = "time every stage at every ratio"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_bundle(parser)
+    add_chosen_counts(parser)
     parser.add_argument("--runs", type=int, default=7, help="timed runs per ratio (default 7)")
     add_backend(parser)
 
@@ -28,7 +35,13 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--runs {options.runs}: at least 1 is needed")
     display = Display()
     with display.step("timing"):
-        report = bench_bundle(open_bundle(options), options.backend, runs=options.runs)
+        bundle = open_bundle(options)
+        report = bench_bundle(
+            bundle,
+            options.backend,
+            runs=options.runs,
+            ratios=bundle.choose_ratios(options.ratios, options.keep),
+        )
     if options.json:
         print_json(dump_record(report))
         return 0

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gap_runtime.cli.options import add_bundle, open_bundle, print_json
+from gap_runtime.cli.options import add_bundle, add_chosen_counts, open_bundle, print_json
 from gap_runtime.errors import ConfigError
 from gap_runtime.machines.target import list_targets, load_target
 
@@ -27,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"kind of machine (default: the bundle's own): {', '.join(list_targets())}",
     )
-    parser.add_argument(
-        "--ratio",
-        type=float,
-        action="append",
-        metavar="R",
-        help="one of the bundle's ratios, may be given several times (default: all)",
-    )
+    add_chosen_counts(parser)
     parser.add_argument(
         "--compute-capability",
         action="append",
@@ -92,10 +86,8 @@ def _find_target(name: str | None, bundle: Bundle) -> Target:
 def _read_request(options: argparse.Namespace, bundle: Bundle, target: Target) -> BuildRequest:
     from gap_runtime.bundle.engines import BuildRequest  # noqa: PLC0415
 
-    entries = bundle.manifest.ratios
-    if options.ratio is not None:
-        wanted = {bundle.choose_ratio(ratio).ratio for ratio in options.ratio}
-        entries = tuple(entry for entry in entries if entry.ratio in wanted)
+    wanted = bundle.choose_ratios(options.ratios, options.keep)
+    entries = tuple(entry for entry in bundle.manifest.ratios if entry.ratio in wanted)
     for capability in options.compute_capability:
         if not re.fullmatch(r"\d+\.\d", capability):
             raise ConfigError(

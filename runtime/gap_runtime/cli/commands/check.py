@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gap_runtime.cli.options import add_backend, add_bundle, open_bundle, print_json
+from gap_runtime.cli.options import (
+    add_backend,
+    add_bundle,
+    add_chosen_counts,
+    open_bundle,
+    print_json,
+)
 from gap_runtime.errors import CheckError
 
 if TYPE_CHECKING:
@@ -19,6 +25,7 @@ SUMMARY: Final = "compare with PyTorch's recorded answers"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_bundle(parser)
+    add_chosen_counts(parser)
     add_backend(parser)
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write the report as one page with pictures"
@@ -40,7 +47,12 @@ def run(options: argparse.Namespace) -> int:
         bundle = open_bundle(options, verify_all=True)
     with display.step("comparing with PyTorch's answers"):
         compared: list[Compared] = []
-        report = check_bundle(bundle, options.backend, on_compared=compared.append)
+        report = check_bundle(
+            bundle,
+            options.backend,
+            ratios=bundle.choose_ratios(options.ratios, options.keep),
+            on_compared=compared.append,
+        )
     if options.html is not None:
         write_page(options.html, make_check_page(bundle, report, compared))
         display.say(f"report: {options.html}")

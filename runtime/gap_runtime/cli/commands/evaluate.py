@@ -35,8 +35,7 @@ def run(options: argparse.Namespace) -> int:
     display = Display()
     bundle = open_bundle(options)
     open_backend(options.backend)
-    wanted = options.ratios or [entry.ratio for entry in bundle.manifest.ratios]
-    ratios = list(dict.fromkeys(bundle.choose_ratio(ratio).ratio for ratio in wanted))
+    ratios = bundle.choose_ratios(options.ratios, options.keep)
     with display.step("reading the data"):
         data, other = read_request(options)
     header = Header(

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gap_runtime.cli.options import add_backend, add_bundle, add_draft, open_bundle, print_json
+from gap_runtime.cli.options import (
+    add_backend,
+    add_bundle,
+    add_count,
+    add_draft,
+    open_bundle,
+    print_json,
+)
 from gap_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     parser.add_argument("image", metavar="IMAGE", help="picture file")
     parser.add_argument("phrase", metavar="PHRASE", help="what to look for: 'the red mug'")
-    parser.add_argument("--ratio", type=float, help="one of the bundle's ratios (default: first)")
+    add_count(parser)
     parser.add_argument("--draw", metavar="OUT.png", type=Path, help="paint the result")
     add_backend(parser)
     add_draft(parser)
@@ -36,7 +43,9 @@ def run(options: argparse.Namespace) -> int:
     bundle = open_bundle(options)
     if options.draw is not None and options.draw.suffix.lower() not in {".png", ".jpg", ".jpeg"}:
         raise InputError(f"{options.draw}: --draw writes .png or .jpg files")
-    grounder = Grounder(bundle, options.backend, ratio=options.ratio, draft=options.draft)
+    grounder = Grounder(
+        bundle, options.backend, ratio=options.ratio, keep=options.keep, draft=options.draft
+    )
     grounding = grounder.ground(picture, options.phrase)
     if options.draw is not None:
         _draw(options.draw, picture, bundle, grounding)
@@ -44,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         print_json(
             {
                 "answer": grounding.answer,
-                "boxes": [list(box) for box in grounding.boxes],
+                "boxes": [box.as_list() for box in grounding.boxes],
                 "problems": list(grounding.problems),
                 "phrase": grounding.phrase,
                 "ratio": grounding.ratio,
@@ -59,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         )
         return 0
     for box in grounding.boxes:
-        print(" ".join(f"{value:.1f}" for value in box))
+        print(" ".join(f"{value:.1f}" for value in box.as_list()))
     display = Display()
     for problem in grounding.problems:
         display.say(f"no usable box: {problem} (answer: {grounding.answer!r})")

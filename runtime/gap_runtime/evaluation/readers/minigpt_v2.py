@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import InputError
-from gap_runtime.evaluation.expression import Expression, find_picture
+from gap_runtime.evaluation.expression import Box4, Expression, find_picture
 from gap_runtime.evaluation.fields import (
     describe,
     need,
@@ -25,7 +25,6 @@ from gap_runtime.evaluation.fields import (
 )
 from gap_runtime.evaluation.files import read_json
 from gap_runtime.evaluation.source import Source, existing
-from gap_runtime.pictures.boxes import Box
 
 SUFFIXES: Final = (".json",)
 USUAL: Final = None
@@ -50,7 +49,7 @@ def read(source: Source) -> Iterator[Expression]:
     data = read_json(path)
     if not isinstance(data, list):
         raise InputError(f"{path}: holds {describe(data)}, expected a list of records")
-    boxes: dict[str, Box] = {}
+    boxes: dict[str, Box4] = {}
     shared: set[str] = set()
     for k, record in enumerate(data):
         where = f"{path}: record {k}"

@@ -1,0 +1,81 @@
+"""Pruners by name or by file: loaded, and held against what a pruner must be."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Final, cast
+
+from gap_export.config import PRUNERS, is_pruner_file
+from gap_export.interfaces.features import Feature, Pruner
+from gap_runtime.errors import ConfigError
+from gap_runtime.registry import load_plugin
+
+_FUNCTIONS: Final = ("prune", "prune_eagerly")
+_HELP: Final = "see 'Add a pruner' in CONTRIBUTING.md"
+
+
+def load_pruner(strategy: str) -> Pruner:
+    """The pruner that a configuration names, shipped or in a file of the user's.
+
+    Raises:
+        UnknownNameError: No pruner of that name is shipped.
+        ConfigError: The file cannot be loaded, or is no pruner.
+    """
+    if not is_pruner_file(strategy):
+        return cast("Pruner", load_plugin(PRUNERS, strategy, "pruner"))
+    module = _load_file(Path(strategy))
+    _require_pruner(module, strategy)
+    return cast("Pruner", module)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file, loaded anew each time."""
+    name = f"gap_export_own_pruner_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    # Where classes that are pickled or printed look for their module.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such pruner file") from error
+    except Exception as error:  # a user's own file can fail in every way
+        del sys.modules[name]
+        raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from error
+    return module
+
+
+def _locate(error: Exception, path: Path) -> str:
+    """What went wrong while a file was loaded, and in which of its lines."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {error}"
+
+
+def _require_pruner(module: ModuleType, where: str) -> None:
+    """Refuse a module that does not fit `Pruner`."""
+    for name in ("NEEDS", "EXTRA", *_FUNCTIONS):
+        if not hasattr(module, name):
+            raise ConfigError(f"{where}: no {name} in it, which a pruner must define; {_HELP}")
+    needs = module.NEEDS
+    if not isinstance(needs, frozenset) or not all(isinstance(each, Feature) for each in needs):
+        raise ConfigError(f"{where}: NEEDS is {needs!r:.60}, expected a frozenset of Feature")
+    if module.EXTRA not in {0, 1}:
+        raise ConfigError(f"{where}: EXTRA is {module.EXTRA!r:.60}, expected 0 or 1")
+    for name in _FUNCTIONS:
+        wanted = list(inspect.signature(getattr(Pruner, name)).parameters)[1:]
+        function = getattr(module, name)
+        found = list(inspect.signature(function).parameters) if callable(function) else None
+        if found != wanted:
+            shown = "no function" if found is None else f"({', '.join(found)})"
+            raise ConfigError(f"{where}: {name} is {shown}, expected ({', '.join(wanted)})")
