@@ -23,6 +23,15 @@ def polite_kills_end_no_test():
 
 
 @pytest.fixture(scope="session")
+def graphs_traced_once():
+    """Exports of this process trace graphs that are the same once; see `shared_graphs`."""
+    from makers.families import shared_graphs
+
+    with shared_graphs():
+        yield
+
+
+@pytest.fixture(scope="session")
 def make_llava_checkpoint():
     """The maker of small random checkpoints; see tests/makers/checkpoints.py for its options."""
     return checkpoints.make_llava_checkpoint

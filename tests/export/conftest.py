@@ -2,11 +2,25 @@
 
 import pytest
 
+from gap_export.pipeline import run as pipeline
+from gap_export.pipeline import stages
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_export.pipeline.run import export
 
 SHORT_PROMPT = "USER: <image>\nWhere is {phrase}? ASSISTANT:"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_once(graphs_traced_once):
+    """Tests here look at exports; those that look at tracing ask for `traced_anew`."""
+
+
+@pytest.fixture
+def traced_anew(monkeypatch):
+    """Exports of this test trace every graph."""
+    for name in ("trace_tower", "trace_text", "trace_decoder", "trace_pruning"):
+        monkeypatch.setattr(pipeline, name, getattr(stages, name))
 
 
 @pytest.fixture(scope="session")

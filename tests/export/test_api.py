@@ -54,6 +54,7 @@ def test_the_same_export_again_is_found_with_its_report(example, monkeypatch, ca
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_new_export_gives_the_same_result(tiny_llava, tmp_path, capsys):
     def export(**more):
         return gap_export.export(

@@ -1,7 +1,6 @@
 """Bundles that several parity tests read; made once."""
 
 import pytest
-from makers.families import shared_graphs
 from tools.places import load_runtime_helper
 
 import gap_export
@@ -24,9 +23,8 @@ def export_bundle(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def graphs_traced_once():
-    with shared_graphs():
-        yield
+def trace_once(graphs_traced_once):
+    """Tests here look at what graphs answer, not at how they were traced."""
 
 
 @pytest.fixture(scope="session", name="export")
@@ -58,8 +56,7 @@ def sweep_arguments():
 def swept(tmp_path_factory):
     """The folder of that sweep. Read only."""
     out = tmp_path_factory.mktemp("sweeps") / "whole"
-    with shared_graphs():
-        assert cli.main([*SWEEP, "--out", str(out)]) == 0
+    assert cli.main([*SWEEP, "--out", str(out)]) == 0
     return out
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from makers import originals
 from makers.checkpoints import edit_tensors, make_llava_checkpoint
-from makers.families import shared_graphs
 from makers.packing import pack_checkpoint, set_quantization
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
@@ -54,12 +53,6 @@ PROMPT = {
     "prompt.suffix": 32,
     "prompt.answer": 4,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    with shared_graphs():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,10 @@
 
 import pytest
 import sentencepiece
-from makers.families import FAMILIES, export, find_family, shared_graphs
+from makers.families import FAMILIES, export, find_family
 from truths.families import find_truth
 
 from gap_runtime import Bundle
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    with shared_graphs():
-        yield
 
 
 @pytest.fixture(scope="module")

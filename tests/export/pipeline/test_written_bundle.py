@@ -390,6 +390,7 @@ def test_the_decoder_under_gap_ids_is_the_library_under_a_mask(bundle, model):
         assert np.abs(logits - truth[real[prompt + step]]).max() < 1e-4 * scale
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_more_ratios_do_not_change_the_decoder(
     bundle, tiny_llava, tmp_path, make_plan, run_export
 ):
