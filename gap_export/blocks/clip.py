@@ -46,7 +46,7 @@ class ClipTower(nn.Module):
         arrange: tuple[int, ...] | None = None,
         text_width: int | None = None,
     ) -> None:
-        """Declare the used blocks.
+        """Declare the used blocks, and no parameter that is not used.
 
         Args:
             config: Of the whole tower.
@@ -66,9 +66,13 @@ class ClipTower(nn.Module):
         self.vision_tower = CLIPVisionModel(used)
         self.depth, self.needs = depth, needs
         self.order = arrange
+        for block in self.vision_tower.encoder.layers[depth:]:
+            del block.layer_norm2, block.mlp, block.self_attn.v_proj, block.self_attn.out_proj
         if Feature.TEXT_PATCHES in needs:
             assert text_width is not None
             self.visual_projection = nn.Linear(config.hidden_size, text_width, bias=False)
+        else:
+            del self.vision_tower.post_layernorm
 
     def fill_constants(self) -> None:
         """Give a value to the position indices, which no checkpoint holds."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gap_export.checkpoint.sources import expected_shapes
+from gap_export.checkpoint.sources import build_without_memory, linear_weights, shapes_of
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.dialect import Dialect, Rows
 from gap_export.interfaces.family import SmoothingGroup
@@ -103,18 +103,23 @@ def llama_name(key: str) -> str:
 
 def decoder_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the decoder, its head and the token embedding table."""
-    none: Any = None  # shapes follow from no operator
-    tables = (torch.empty(0), torch.empty(0))
-    return expected_shapes(lambda: LlamaDecoder(shape, none, *tables)) | {
+    return shapes_of(_declare(shape)) | {
         "language_model.embed_tokens.weight": (shape.vocabulary, shape.width)
     }
 
 
-def linear_weights(shape: LlamaShape) -> list[str]:
-    """Names of the weights of all linear layers, the head among them."""
-    table = "language_model.embed_tokens.weight"
-    shapes = decoder_shapes(shape)
-    return [name for name, size in shapes.items() if len(size) == 2 and name != table]
+def packable_weights(shape: LlamaShape) -> list[str]:
+    """Names of the weights that may come quantized: of all linear layers, the head among them."""
+    return linear_weights(_declare(shape))
+
+
+def _declare(shape: LlamaShape) -> LlamaDecoder:
+    """The decoder's parameters, without memory and operators."""
+    none: Any = None
+    tables = (torch.empty(0), torch.empty(0))
+    decoder = build_without_memory(lambda: LlamaDecoder(shape, none, *tables))
+    assert isinstance(decoder, LlamaDecoder)
+    return decoder
 
 
 def smoothing_groups(shape: LlamaShape) -> list[SmoothingGroup]:

@@ -22,6 +22,7 @@ from gap_export.config import DTYPES
 from gap_export.errors import CheckpointError
 
 Make = Callable[..., Tensor]
+Shapes = dict[str, tuple[int, ...]]
 Encode = Callable[[], npt.NDArray[Any]]
 _PIECE_VALUES: Final = 4 * 2**20
 """Values that are made at a time: 16 MiB in float32."""
@@ -104,11 +105,27 @@ def cut_pieces(source: TensorSource) -> Iterator[TensorSource]:
         yield source.rows(start, min(start + rows, source.shape[0]))
 
 
-def expected_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a module's parameters, without any memory for them."""
+def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters have shapes and no values."""
     with torch.device("meta"):
-        module = build()
+        return build()
+
+
+def shapes_of(module: nn.Module) -> Shapes:
+    """Shape of each parameter of a module, by name."""
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def linear_weights(module: nn.Module) -> list[str]:
+    """Names of the weights of a module's linear layers."""
+    return [
+        f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)
+    ]
+
+
+def expected_shapes(build: Callable[[], nn.Module]) -> Shapes:
+    """Names and shapes of a module's parameters, without any memory for them."""
+    return shapes_of(build_without_memory(build))
 
 
 def match_tensors(

@@ -44,7 +44,7 @@ from gap_export.blocks.hf_config import (
 from gap_export.blocks.llama import (
     LlamaDecoder,
     decoder_shapes,
-    linear_weights,
+    packable_weights,
     read_llama_shape,
 )
 from gap_export.blocks.llama import rotary_tables as llama_tables
@@ -162,7 +162,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
         checkpoint,
         expected,
         packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
-        packable=linear_weights(shape),
+        packable=packable_weights(shape),
         rename=_canonical_name,
         ignored=IGNORED,
         optional=frozenset({_LM_HEAD} if tied else ()),

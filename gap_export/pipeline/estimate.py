@@ -18,7 +18,7 @@ because it joins operators, or more, for its workspace; building one needs more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -30,11 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gap_export.checkpoint.sources import Shapes
 from gap_export.graph.decoder import DecoderStage, cache_names
 from gap_export.pipeline.plan import ExportPlan
-from gap_export.pipeline.stages import scheme_of, tower_needs
 from gap_export.quantization.scheme import Scheme
-from gap_export.weights.plan import plan_weights
 from gap_runtime.bundle.tensors import count_bytes
 from gap_runtime.pictures.preprocess import Bucket
 
@@ -65,15 +64,6 @@ class Estimate:
     fits: bool | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """A tensor of a graph; `is_linear` if it is the weight of a linear layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    is_linear: bool
-
-
 def estimate(plan: ExportPlan) -> Estimate:
     """What the export of a plan takes; some seconds, as all layers are run without values."""
     family, spec = plan.family, plan.spec
@@ -88,27 +78,12 @@ def estimate(plan: ExportPlan) -> Estimate:
         plan, mode, lambda: DecoderStage(family.build_decoder(spec, plan.dialect, tables))
     )
     projector = _build(plan, mode, lambda: family.build_projector(spec))
-    visions = {
-        bucket.name: [
-            *_parameters(towers[bucket.name]),
-            *_parameters(projector),
-            *_fixed(plan, mode, bucket),
-        ]
-        for bucket in spec.buckets
-    }
-    text = (
-        list(_parameters(_build(plan, mode, lambda: family.build_text_tower(spec))))
-        if plan.reads_clip
-        else []
+    parameters = plan.parameters
+    vision_bytes, text_bytes, decoder_bytes = (
+        _count(plan, shapes) for shapes in (parameters.vision, parameters.text, parameters.decoder)
     )
-    # The stage's own attribute is no part of a name.
-    parts = [
-        Parameter(name=each.name.partition(".")[2], shape=each.shape, is_linear=each.is_linear)
-        for each in _parameters(decoder)
-    ]
-    vision_bytes = max(_count(plan, found, vision=True) for found in visions.values())
-    text_bytes = sum(count_bytes(each.shape, plan.dtype) for each in text)
-    decoder_bytes = _count(plan, parts, vision=False) + sum(table.nbytes for table in tables)
+    table_bytes = sum(table.nbytes for table in tables)
+    decoder_bytes += table_bytes
     embedding = count_bytes((spec.vocabulary, spec.width), plan.dtype)
     in_place = plan.target.opset >= _IN_PLACE_OPSET or not plan.target.packages
     cache = plan.layout.capacity * plan.cache_bytes_per_slot * (1 if in_place else 2)
@@ -116,7 +91,6 @@ def estimate(plan: ExportPlan) -> Estimate:
         _run_vision(plan, mode, towers[bucket.name], projector, bucket) for bucket in spec.buckets
     )
     prefill_peak = _run_prefill(plan, mode, decoder)
-    used = {each.name: each for found in visions.values() for each in found}
     reserve = RESERVE_MIB * _MIB
     total = (
         vision_bytes
@@ -129,8 +103,7 @@ def estimate(plan: ExportPlan) -> Estimate:
     )
     memory = None if plan.target.memory_mib is None else plan.target.memory_mib * _MIB
     return Estimate(
-        bundle_bytes=_count_files(plan, list(used.values()), text, parts)
-        + sum(table.nbytes for table in tables),
+        bundle_bytes=plan.weights.size + table_bytes,
         vision_weights_bytes=vision_bytes,
         text_weights_bytes=text_bytes,
         decoder_weights_bytes=decoder_bytes,
@@ -150,35 +123,16 @@ def stored_bytes(shape: tuple[int, ...], dtype: str, scheme: Scheme | None) -> i
     return count_bytes(shape, dtype) if scheme is None else scheme.count_bytes(shape, dtype)
 
 
-def _count(plan: ExportPlan, found: list[Parameter], *, vision: bool) -> int:
+def _count(plan: ExportPlan, parameters: Shapes) -> int:
     """Bytes of a graph's parameters."""
     return sum(
-        stored_bytes(
-            each.shape,
-            plan.dtype,
-            scheme_of(plan, each.name, each.shape, vision=vision) if each.is_linear else None,
-        )
-        for each in found
+        stored_bytes(shape, plan.dtype, plan.schemes.get(name))
+        for name, shape in parameters.items()
     )
 
 
-def _count_files(
-    plan: ExportPlan, vision: list[Parameter], text: list[Parameter], decoder: list[Parameter]
-) -> int:
-    """Bytes of the bundle's weight files: each tensor once, however many graphs use it."""
-    spec = plan.spec
-    table = (spec.vocabulary, spec.width)
-    if plan.quantization is not None:
-        other = sum(count_bytes(each.shape, plan.dtype) for each in text)
-        counted = _count(plan, vision, vision=True) + _count(plan, decoder, vision=False)
-        return counted + other + count_bytes(table, plan.dtype)
-    wanted = {each.name: each.shape for each in (*vision, *text, *decoder)}
-    wanted[plan.family.EMBEDDING] = table
-    return plan_weights(plan.checkpoint, plan.sources, wanted, dtype=plan.dtype).size
-
-
 def _build_tower(plan: ExportPlan, bucket: Bucket) -> nn.Module:
-    return plan.family.build_tower(plan.spec, bucket, tower_needs(plan))
+    return plan.family.build_tower(plan.spec, bucket, plan.tower_needs)
 
 
 def _build(plan: ExportPlan, mode: FakeTensorMode, build: Callable[[], nn.Module]) -> nn.Module:
@@ -190,23 +144,6 @@ def _build(plan: ExportPlan, mode: FakeTensorMode, build: Callable[[], nn.Module
             return build().eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def _fixed(plan: ExportPlan, mode: FakeTensorMode, bucket: Bucket) -> Iterator[Parameter]:
-    """Parameters of the tokens that are never removed, where a bucket has such."""
-    if bucket.fixed:
-        made = _build(
-            plan, mode, lambda: plan.family.build_fixed_tokens(plan.spec, bucket) or nn.Module()
-        )
-        yield from _parameters(made)
-
-
-def _parameters(module: nn.Module) -> Iterator[Parameter]:
-    linear = {
-        f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)
-    }
-    for name, parameter in module.named_parameters():
-        yield Parameter(name=name, shape=tuple(parameter.shape), is_linear=name in linear)
 
 
 def _run_vision(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -21,14 +22,22 @@ from gap_export.config import (
     resolve_family,
 )
 from gap_export.graph.positions import keeps_raster_order
-from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.dialect import FUSED, Dialect
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import Feature, Pruner
 from gap_export.interfaces.pruner import load_pruner
+from gap_export.pipeline.parameters import HEAD, Parameters, list_parameters
 from gap_export.pipeline.prompt import plan_phrase, plan_prompt
 from gap_export.pipeline.request import ExportRequest
-from gap_export.quantization.scheme import packed_scheme
+from gap_export.quantization.awq import find_scaled
+from gap_export.quantization.scheme import (
+    Scheme,
+    choose_schemes,
+    packed_scheme,
+)
+from gap_export.quantization.values import quantize_sources
 from gap_export.reference.samples import Sample, read_samples
+from gap_export.weights.plan import WeightPlan, plan_weights
 from gap_runtime.bundle.manifest import (
     BundleLayout,
     Part,
@@ -45,8 +54,6 @@ from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.registry import describe_unknown, load_plugin
 
 REFERENCE_DTYPE: Final = "float32"
-HEAD: Final = "lm_head.weight"
-"""Canonical name of the decoder's last linear layer, in every family."""
 _INT4_OPSET: Final = 21
 
 
@@ -54,7 +61,10 @@ _INT4_OPSET: Final = 21
 class ExportPlan:
     """Everything that follows from the request and the checkpoint's index, before any work.
 
-    `entries` are the ratios, for each bucket. `sources` are the model's tensors by name.
+    `entries` are the ratios, for each bucket. `sources` are the model's tensors by name,
+    `parameters` those that graphs use, `schemes` how those are stored that are quantized, and
+    `weights` the files that all will lie in; what is not known before graphs are traced is the
+    order of those that are written anew.
     """
 
     request: ExportRequest
@@ -67,6 +77,10 @@ class ExportPlan:
     spec: ModelSpec
     sources: dict[str, TensorSource]
     dtype: ModelDtype
+    quantization: Quantization | None
+    parameters: Parameters
+    schemes: dict[str, Scheme]
+    weights: WeightPlan
     layout: BundleLayout
     entries: tuple[RatioEntry, ...]
     phrase: PhraseInput | None
@@ -108,44 +122,6 @@ class ExportPlan:
         return sum(tensor.length for tensor in files)
 
     @property
-    def packed(self) -> dict[str, PackedValues]:
-        """The weights that came quantized, by name."""
-        return _packed_values(self.sources)
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """What is quantized, and how; None for nothing."""
-        if self.packed:
-            bits = max(packed.bits for packed in self.packed.values())
-            found: set[Part] = {"head" if name == HEAD else "decoder" for name in self.packed}
-            return Quantization(
-                weights="int8" if bits == 8 else "int4",
-                method="checkpoint",
-                parts=tuple(sorted(found)),
-            )
-        wanted = self.config.quantize
-        if wanted.weights is None:
-            return None
-        usual: Method = "awq" if wanted.weights == "int4" and self.request.reference else "nearest"
-        parts: dict[Part, bool] = {
-            "decoder": wanted.decoder,
-            "head": wanted.head,
-            "vision": wanted.vision,
-        }
-        return Quantization(
-            weights=wanted.weights,
-            method=wanted.method or usual,
-            parts=tuple(part for part, quantized in parts.items() if quantized),
-        )
-
-    def is_quantized(self, name: str, *, vision: bool) -> bool:
-        """Whether a linear layer's weight is to be quantized; `vision`: of a vision graph."""
-        if self.packed:
-            return name in self.packed
-        part = "vision" if vision else "head" if name == HEAD else "decoder"
-        return self.quantization is not None and part in self.quantization.parts
-
-    @property
     def encoder(self) -> PromptEncoder:
         """What makes tokens of phrases, as the bundle will; there must be a tokenizer."""
         assert self.tokenizer is not None
@@ -154,13 +130,16 @@ class ExportPlan:
     @property
     def reads_clip(self) -> bool:
         """Whether phrases go through CLIP's text tower."""
-        return self.phrase is not None and self.phrase.source == "clip"
+        return _reads_clip(self.phrase)
 
     def reads_phrase(self, entry: RatioEntry) -> bool:
         """Whether the vision graph of a ratio takes the phrase."""
-        unpruned = entry.kept == entry.patches
-        positions = self.prune.positions
-        return self.phrase is not None and not (unpruned and keeps_raster_order(positions))
+        return self.phrase is not None and _is_chosen(entry, self.prune)
+
+    @property
+    def tower_needs(self) -> frozenset[Feature]:
+        """Needs of the pruner that the tower serves; others come later or with the phrase."""
+        return _tower_needs(self.pruner, self.phrase)
 
     def bucket(self, entry: RatioEntry) -> Bucket:
         """The bucket of a ratio."""
@@ -208,6 +187,21 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     )
     out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
     out = out.resolve() if out.is_symlink() else out
+    dtype = config.dtype or target.dtype or _stored_dtype(sources)
+    phrase = plan_phrase(model.pruner, spec.text, config.prune)
+    needs = _tower_needs(model.pruner, phrase)
+    pruned = {entry.bucket for entry in entries if _is_chosen(entry, config.prune)}
+    parameters = list_parameters(
+        model.family,
+        spec,
+        dialect,
+        {each.name: needs if each.name in pruned else frozenset() for each in spec.buckets},
+        reads_clip=_reads_clip(phrase),
+    )
+    quantization = _settle_quantization(request, sources)
+    schemes = choose_schemes(
+        parameters.linear, sources, quantization, fuses=FUSED in dialect.OPERATORS
+    )
     samples: list[Sample] = []
     if request.reference:
         samples = read_samples(config.check.samples)
@@ -221,10 +215,14 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         pruner=model.pruner,
         spec=spec,
         sources=sources,
-        dtype=config.dtype or target.dtype or _stored_dtype(sources),
+        dtype=dtype,
+        quantization=quantization,
+        parameters=parameters,
+        schemes=schemes,
+        weights=_plan_weights(model, parameters, schemes, sources, quantization, dtype),
         layout=replace(layout, capacity=capacity),
         entries=entries,
-        phrase=plan_phrase(model.pruner, spec.text, config.prune),
+        phrase=phrase,
         prompt=prompt,
         tokenizer=tokenizer,
         samples=samples,
@@ -307,6 +305,78 @@ def _count_extra(pruner: Pruner, config: PruneConfig, kept: int, bucket: Bucket)
     """Extra tokens of a ratio: none where nothing is removed that they could be made of."""
     made = kept < bucket.patches and config.extra_token != "drop"
     return pruner.EXTRA if made else 0
+
+
+def _is_chosen(entry: RatioEntry, config: PruneConfig) -> bool:
+    """Whether a pruner chooses at a ratio: not where all tokens stay in their order."""
+    return entry.kept < entry.patches or not keeps_raster_order(config.positions)
+
+
+def _reads_clip(phrase: PhraseInput | None) -> bool:
+    return phrase is not None and phrase.source == "clip"
+
+
+def _tower_needs(pruner: Pruner, phrase: PhraseInput | None) -> frozenset[Feature]:
+    later = {Feature.TOKENS, Feature.TEXT}
+    if not _reads_clip(phrase):
+        later.add(Feature.TEXT_PATCHES)
+    return pruner.NEEDS - later
+
+
+def _settle_quantization(
+    request: ExportRequest, sources: dict[str, TensorSource]
+) -> Quantization | None:
+    """What is quantized, and how; None for nothing."""
+    packed = _packed_values(sources)
+    if packed:
+        bits = max(each.bits for each in packed.values())
+        found: set[Part] = {"head" if name == HEAD else "decoder" for name in packed}
+        return Quantization(
+            weights="int8" if bits == 8 else "int4",
+            method="checkpoint",
+            parts=tuple(sorted(found)),
+        )
+    wanted = request.named.config.quantize
+    if wanted.weights is None:
+        return None
+    usual: Method = "awq" if wanted.weights == "int4" and request.reference else "nearest"
+    switches: dict[Part, bool] = {
+        "decoder": wanted.decoder,
+        "head": wanted.head,
+        "vision": wanted.vision,
+    }
+    return Quantization(
+        weights=wanted.weights,
+        method=wanted.method or usual,
+        parts=tuple(part for part, quantized in switches.items() if quantized),
+    )
+
+
+def _plan_weights(
+    model: Model,
+    parameters: Parameters,
+    schemes: dict[str, Scheme],
+    sources: dict[str, TensorSource],
+    quantization: Quantization | None,
+    dtype: ModelDtype,
+) -> WeightPlan:
+    """The files of all that graphs use and of the embedding table."""
+    wanted = {
+        name: sources[name]
+        for name in (*parameters.all, model.family.EMBEDDING)
+        if name not in schemes
+    }
+    for name, shape in parameters.all.items():
+        assert sources[name].shape == shape, name
+    scaled: Collection[str] = ()
+    if quantization is not None and quantization.method == "awq":
+        scaled = find_scaled(model.family.smoothing_groups(model.spec), schemes)
+    return plan_weights(
+        model.checkpoint,
+        wanted | quantize_sources(sources, schemes, {}, dtype=dtype),
+        dtype=dtype,
+        changed=scaled,
+    )
 
 
 def _load_dialect(target: Target) -> Dialect:

@@ -10,10 +10,8 @@ from typing import Final
 from gap_export.checkpoint.sources import TensorSource
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.interfaces.family import EagerModel
-from gap_export.pipeline.plan import HEAD, REFERENCE_DTYPE, ExportPlan
-from gap_export.pipeline.stages import scheme_of
+from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan
 from gap_export.reference.samples import SAMPLES_FILE, find_samples
-from gap_export.weights.plan import WeightPlan, plan_weights
 from gap_export.weights.write import require_linkable, require_space
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.display import Display, format_bytes
@@ -53,39 +51,19 @@ def _input_files(plan: ExportPlan) -> Iterator[Path]:
         yield from (sample.path for sample in plan.samples)
 
 
-def require_room(plan: ExportPlan, folder: Path) -> WeightPlan:
+def require_room(plan: ExportPlan, folder: Path) -> None:
     """Compare the weight files that will be written with the free disk, and try the links.
 
     Args:
         plan: What will be made.
         folder: The bundle being made, empty.
 
-    Returns:
-        The weight files as expected, without those that are quantized.
-
     Raises:
         ExportError: They will not fit, or cannot be linked there.
     """
-    weights, quantized = _expect_weights(plan)
     if plan.request.bring == "link":
-        require_linkable(weights, folder)
-    require_space(weights, folder, plan.request.bring, more=quantized)
-    return weights
-
-
-def _expect_weights(plan: ExportPlan) -> tuple[WeightPlan, int]:
-    """The files of all weights that are not quantized, and the bytes of those that are."""
-    text = plan.family.EMBEDDING.partition(".")[0]
-    wanted, quantized = {}, 0
-    for name, source in plan.sources.items():
-        vision = name != HEAD and name.partition(".")[0] != text
-        linear = len(source.shape) == 2 and name != plan.family.EMBEDDING
-        scheme = scheme_of(plan, name, source.shape, vision=vision) if linear else None
-        if scheme is None:
-            wanted[name] = source.shape
-        else:
-            quantized += scheme.count_bytes(source.shape, plan.dtype)
-    return plan_weights(plan.checkpoint, plan.sources, wanted, dtype=plan.dtype), quantized
+        require_linkable(plan.weights, folder)
+    require_space(plan.weights, folder, plan.request.bring)
 
 
 def settle_memory(plan: ExportPlan) -> int | None:

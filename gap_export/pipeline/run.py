@@ -17,12 +17,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from gap_export.checkpoint.sources import TensorSource
 from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer, write_tokenizer
 from gap_export.interfaces.family import EagerModel, InputStatistics
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
 from gap_export.pipeline.nonfinite import find_bad_tensor
-from gap_export.pipeline.plan import HEAD, REFERENCE_DTYPE, ExportPlan
+from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan
 from gap_export.pipeline.preflight import (
     describe_streaming,
     require_readable,
@@ -42,12 +41,11 @@ from gap_export.pipeline.stages import (
 )
 from gap_export.pipeline.staging import folder_aside, move_into_place, require_replaceable
 from gap_export.quantization.awq import smooth_model
-from gap_export.quantization.scheme import Scheme
 from gap_export.quantization.values import quantize_sources
 from gap_export.reference.answers import record_reference
 from gap_export.tracing.trace import Traced, join
-from gap_export.weights.bind import wanted_shapes
-from gap_export.weights.plan import WeightPlan, lies_ready, plan_weights
+from gap_export.weights.bind import used_parameters
+from gap_export.weights.plan import WeightPlan
 from gap_export.weights.read import SourceReader
 from gap_export.weights.write import bring_weights
 from gap_runtime.bundle.bundle import Bundle, describe_file
@@ -106,24 +104,21 @@ def export(
     memory = settle_memory(plan)
     # Before anything is read, so that what changes meanwhile is noticed next time.
     record = _start_record(plan)
-    ready = {name: s for name, s in plan.sources.items() if _stays(name, s, plan)}
+    ready = {name: plan.sources[name] for name in sorted(plan.weights.ready)}
     with folder_aside(plan.out) as folder, ExitStack() as stack:
-        copies = _plan_copies(require_room(plan, folder), folder, plan.request.bring)
+        require_room(plan, folder)
+        copies = _plan_copies(plan.weights, folder, plan.request.bring)
         reader = stack.enter_context(SourceReader(ready, copies))
         graphs = _trace(plan, display, known or KnownGraphs())
-        schemes: dict[str, Scheme] = {}
-        if plan.quantization is not None:
-            graphs, schemes = quantize_graphs(plan, graphs)
-        reference, statistics = None, None
+        if plan.schemes:
+            graphs = quantize_graphs(plan, graphs)
+        reference, statistics = None, dict[str, InputStatistics]()
         if plan.request.reference:
             with _asking(plan, display, memory) as show:
                 reference, statistics = _record(plan, folder, memory, show)
-        sources = plan.sources
-        if schemes:
-            with display.step("planning quantized weights"):
-                sources = _quantize(plan, schemes, statistics or {})
+        with display.step("laying out the weights"):
+            weights = _lay_out(plan, graphs, statistics)
         with display.step("proving the graphs"):
-            weights = _plan_weights(plan, sources, graphs.all)
             stages = write_graphs(plan, weights, folder, graphs)
         with display.step(f"bringing {format_bytes(weights.size)} of weights"):
             hashes = bring_weights(weights, folder, plan.request.bring, copy_of=reader.copy_of)
@@ -155,12 +150,12 @@ def _start_record(plan: ExportPlan) -> ExportRecord | None:
     return None if identity is None else ExportRecord(identity=identity, parts=parts)
 
 
-def _plan_copies(expected: WeightPlan, folder: Path, bring: str) -> dict[Path, Path]:
+def _plan_copies(weights: WeightPlan, folder: Path, bring: str) -> dict[Path, Path]:
     """Where the files that will be copied are copied to while graphs are traced."""
     if bring == "link":
         return {}
     (folder / _COPIES).mkdir()
-    return {source: folder / _COPIES / name for name, source in expected.shards.items()}
+    return {source: folder / _COPIES / name for name, source in weights.shards.items()}
 
 
 def _trace(plan: ExportPlan, display: Display, known: KnownGraphs) -> Graphs:
@@ -188,43 +183,24 @@ def _trace(plan: ExportPlan, display: Display, known: KnownGraphs) -> Graphs:
     return Graphs(visions=tuple(visions), decoder=decoder, text=text)
 
 
-def _stays(name: str, source: TensorSource, plan: ExportPlan) -> bool:
-    """Whether a tensor can be expected to be used as it lies in its file.
-
-    Of towers all are, also where they are quantized: what is looked at twice is looked at.
-    """
-    embedding = plan.family.EMBEDDING
-    decoders = len(source.shape) == 2 and name.startswith(f"{embedding.partition('.')[0]}.")
-    quantized = name == HEAD or (decoders and name != embedding)
-    return lies_ready(source, plan.dtype) and not (
-        quantized and plan.is_quantized(name, vision=False)
-    )
-
-
-def _quantize(
-    plan: ExportPlan, schemes: dict[str, Scheme], statistics: dict[str, InputStatistics]
-) -> dict[str, TensorSource]:
-    """The sources with quantized weights among them."""
+def _lay_out(
+    plan: ExportPlan, graphs: Graphs, statistics: dict[str, InputStatistics]
+) -> WeightPlan:
+    """The planned files in the graphs' order, quantized values rounded by what PyTorch saw."""
     sources, smoothings = dict(plan.sources), {}
     if plan.quantization is not None and plan.quantization.method == "awq":
         smoothed = smooth_model(
             plan.sources,
-            schemes,
+            plan.schemes,
             plan.family.smoothing_groups(plan.spec),
             statistics,
             dtype=plan.dtype,
         )
         sources |= smoothed.sources
         smoothings = smoothed.smoothings
-    return sources | quantize_sources(sources, schemes, smoothings, dtype=plan.dtype)
-
-
-def _plan_weights(
-    plan: ExportPlan, sources: dict[str, TensorSource], graphs: list[Traced]
-) -> WeightPlan:
-    wanted = wanted_shapes(graphs)
-    wanted[plan.family.EMBEDDING] = (plan.spec.vocabulary, plan.spec.width)
-    return plan_weights(plan.checkpoint, sources, wanted, dtype=plan.dtype)
+    sources |= quantize_sources(sources, plan.schemes, smoothings, dtype=plan.dtype)
+    names = (*used_parameters(graphs.all), plan.family.EMBEDDING)
+    return plan.weights.lay_out({name: sources[name] for name in names})
 
 
 @contextmanager

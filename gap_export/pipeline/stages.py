@@ -17,12 +17,11 @@ from gap_export.interfaces.family import geometry_of
 from gap_export.interfaces.features import Feature
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.graph import quantize_graph
-from gap_export.quantization.scheme import Scheme, choose_scheme, packed_scheme
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
 from gap_export.tracing.repeat_layers import repeat_layer
 from gap_export.tracing.trace import Traced, trace
-from gap_export.weights.bind import bind_weights, strip_stage
+from gap_export.weights.bind import bind_weights
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.write import write_placeholders
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Role, Stage
@@ -39,7 +38,7 @@ _TILED: Final = 5
 
 def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     """The tower's graph, the same for all ratios; traced with few blocks, as the decoder."""
-    spec, needs = plan.spec, tower_needs(plan)
+    spec, needs = plan.spec, plan.tower_needs
     few = replace(spec, tower_layers=min(spec.tower_layers, _TRACED_TOWER_LAYERS))
     pixels = spec.preprocess.pixel_shape(bucket)
     traced = trace(
@@ -79,7 +78,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             layout=layout,
             geometry=geometry_of(bucket),
             fixed=bucket.fixed,
-            given=[*sort_features(tower_needs(plan)), *([Feature.TEXT] if phrase else [])],
+            given=[*sort_features(plan.tower_needs), *([Feature.TEXT] if phrase else [])],
             text_sign=-1 if plan.reads_clip else 1,
         ),
         dtype=plan.dtype,
@@ -226,41 +225,13 @@ class Graphs:
         return [*self.visions, self.decoder, *([self.text] if self.text else [])]
 
 
-def scheme_of(
-    plan: ExportPlan, name: str, shape: tuple[int, ...], *, vision: bool
-) -> Scheme | None:
-    """The scheme of a linear layer's weight; None where it stays. `vision`: of a vision graph."""
-    if plan.quantization is None or not plan.is_quantized(name, vision=vision):
-        return None
-    packed = plan.sources[name].packed
-    scheme = (
-        choose_scheme(plan.quantization.weights, shape)
-        if packed is None
-        else packed_scheme(packed, shape[1])
-    )
-    fuses = FUSED in plan.dialect.OPERATORS
-    if scheme is None or scheme.block is None or not fuses:
-        return scheme
-    return replace(scheme, is_fused=True)
-
-
-def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> tuple[Graphs, dict[str, Scheme]]:
-    """The graphs with quantized weights in their linear layers, and each scheme by weight."""
-    schemes: dict[str, Scheme] = {}
-
-    def quantize(traced: Traced, *, vision: bool) -> Traced:
-        def choose(parameter: str, shape: tuple[int, ...]) -> Scheme | None:
-            return scheme_of(plan, strip_stage(parameter), shape, vision=vision)
-
-        quantized, found = quantize_graph(traced, choose)
-        schemes.update({strip_stage(name): scheme for name, scheme in found.items()})
-        return quantized
-
-    decoder = quantize(graphs.decoder, vision=False)
-    if schemes and FUSED in plan.dialect.OPERATORS:
+def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> Graphs:
+    """The graphs with quantized weights in the linear layers that the plan says."""
+    decoder = quantize_graph(graphs.decoder, plan.schemes)
+    if decoder.parameters != graphs.decoder.parameters and FUSED in plan.dialect.OPERATORS:
         keep_batch(decoder.model)
-    visions = tuple(quantize(each, vision=True) for each in graphs.visions)
-    return replace(graphs, visions=visions, decoder=decoder), schemes
+    visions = tuple(quantize_graph(each, plan.schemes) for each in graphs.visions)
+    return replace(graphs, visions=visions, decoder=decoder)
 
 
 def write_graphs(
@@ -286,14 +257,6 @@ def write_graphs(
     return stages
 
 
-def tower_needs(plan: ExportPlan) -> frozenset[Feature]:
-    """Needs of the pruner that the tower serves; the others come later or with the phrase."""
-    later = {Feature.TOKENS, Feature.TEXT}
-    if not plan.reads_clip:
-        later.add(Feature.TEXT_PATCHES)
-    return plan.pruner.NEEDS - later
-
-
 def _between(plan: ExportPlan, bucket: Bucket) -> list[TensorSpec]:
     """What the tower hands to the pruning stage."""
     spec, tokens = plan.spec, geometry_of(bucket).tokens
@@ -310,7 +273,7 @@ def _between(plan: ExportPlan, bucket: Bucket) -> list[TensorSpec]:
             shape=(1, tokens * bucket.strip, *spec.features[feature]),
             meaning="by-product of the tower",
         )
-        for feature in sort_features(tower_needs(plan))
+        for feature in sort_features(plan.tower_needs)
     ]
     return [patches, *features]
 

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,6 +36,20 @@ class SmoothedModel:
 
     smoothings: dict[str, Smoothing]
     sources: dict[str, TensorSource]
+
+
+def find_scaled(groups: Iterable[SmoothingGroup], schemes: Collection[str]) -> set[str]:
+    """Names of the tensors that smoothing divides besides weights that are quantized.
+
+    Args:
+        groups: Weights that read the same input, with what makes it.
+        schemes: Names of the weights that are quantized, whose inputs all are seen.
+    """
+    return {
+        group.maker
+        for group in groups
+        if group.maker not in schemes and all(name in schemes for name in group.readers)
+    }
 
 
 def smooth_model(
@@ -120,10 +134,10 @@ def _some_rows(source: TensorSource) -> Tensor:
 
 
 def _divided(source: TensorSource, factors: Tensor) -> TensorSource:
-    """A norm's weight [I] divided by the factors."""
+    """A norm's weight [I], or a linear layer's [I, in] that stays as it is, divided by factors."""
 
     def make(*values: Tensor) -> Tensor:
         made = values[0] if source.make is None else source.make(*values)
-        return made / factors
+        return made / factors.reshape(-1, *[1] * (made.ndim - 1))
 
     return TensorSource(shape=source.shape, inputs=source.inputs, make=make)

@@ -8,52 +8,48 @@ it at once, so that loading rearranges nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Final
 
 import onnx_ir as ir
 
 from gap_export.interfaces.dialect import FUSED
 from gap_export.quantization.scheme import ORDER, SCALES, Scheme
-from gap_export.tracing.trace import Traced
+from gap_export.tracing.trace import Traced, strip_stage
 
 _ROUNDED_INPUTS: Final = 4
 """MatMulNBits' accuracy level at which inputs are rounded to 8 bits, each row in blocks."""
 
 
-def quantize_graph(
-    traced: Traced, choose: Callable[[str, tuple[int, ...]], Scheme | None]
-) -> tuple[Traced, dict[str, Scheme]]:
+def quantize_graph(traced: Traced, schemes: Mapping[str, Scheme]) -> Traced:
     """Put quantized weights in place of those of linear layers.
 
     Args:
         traced: A graph, which is changed; its linear layers are Gemm with weights [out, in].
-        choose: The scheme of a parameter, None to leave it.
+        schemes: Of weights, by canonical name; others stay.
 
     Returns:
-        The graph with its new parameters, and the scheme of each old one by name.
+        The graph with its new parameters.
     """
     graph = traced.model.graph
-    schemes: dict[str, Scheme] = {}
+    found: dict[str, Scheme] = {}
     for node in list(graph):
         weight = node.inputs[1] if node.op_type == "Gemm" else None
         if weight is None or weight.name not in traced.parameters:
             continue
-        name = weight.name
-        shape = _static_shape(weight)
-        scheme = choose(name, shape)
+        scheme = schemes.get(strip_stage(weight.name))
         if scheme is None:
             continue
         assert node.attributes.get_int("transB", 0) == 1
-        schemes[name] = scheme
+        found[weight.name] = scheme
         _replace_gemm(graph, node, weight, scheme)
     new = set()
-    for name, scheme in schemes.items():
+    for name, scheme in found.items():
         weight = graph.initializers.pop(name)
         new |= {name + suffix for suffix in scheme.tensors(_static_shape(weight), "")}
     graph.sort()
-    parameters = (traced.parameters - set(schemes)) | new
-    return dataclasses.replace(traced, parameters=frozenset(parameters)), schemes
+    parameters = (traced.parameters - set(found)) | new
+    return dataclasses.replace(traced, parameters=frozenset(parameters))
 
 
 def _static_shape(value: ir.Value) -> tuple[int, ...]:

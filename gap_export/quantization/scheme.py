@@ -8,10 +8,12 @@ product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
-from gap_export.checkpoint.sources import PackedValues
+from gap_export.checkpoint.sources import PackedValues, TensorSource
+from gap_runtime.bundle.manifest import Quantization
 from gap_runtime.bundle.tensors import count_bytes
 
 VALUES: Final = ".values"
@@ -88,6 +90,38 @@ class Scheme:
     def count_bytes(self, shape: Shape, dtype: str) -> int:
         """Size of all that stands for a weight; `dtype` is that of scales."""
         return sum(count_bytes(size, kind) for kind, size in self.tensors(shape, dtype).values())
+
+
+def choose_schemes(
+    linear: Mapping[str, str],
+    sources: Mapping[str, TensorSource],
+    quantization: Quantization | None,
+    *,
+    fuses: bool,
+) -> dict[str, Scheme]:
+    """The scheme of every weight that is quantized, by canonical name: the one table of them.
+
+    Args:
+        linear: Weights of linear layers, each with the part of the model that it is of.
+        sources: Where they come from.
+        quantization: What is wanted.
+        fuses: Whether the graphs are written with onnxruntime's own product.
+    """
+    if quantization is None:
+        return {}
+    schemes = {}
+    for name, part in linear.items():
+        source = sources[name]
+        if source.packed is not None:
+            scheme: Scheme | None = packed_scheme(source.packed, source.shape[1])
+        elif quantization.method == "checkpoint" or part not in quantization.parts:
+            scheme = None
+        else:
+            scheme = choose_scheme(quantization.weights, source.shape)
+        if scheme is not None:
+            fused = fuses and scheme.block is not None
+            schemes[name] = replace(scheme, is_fused=fused)
+    return schemes
 
 
 def choose_scheme(dtype: str, shape: tuple[int, ...]) -> Scheme | None:

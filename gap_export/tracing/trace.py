@@ -46,6 +46,11 @@ class Traced:
     parameters: frozenset[str]
 
 
+def strip_stage(name: str) -> str:
+    """Canonical name of a graph's parameter: its path without the stage's own attribute."""
+    return name.partition(".")[2]
+
+
 def trace(
     build: Callable[[], nn.Module],
     *,

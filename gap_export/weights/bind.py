@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gap_export.tracing.trace import Traced
+from gap_export.tracing.trace import Traced, strip_stage
 from gap_export.weights.plan import WeightPlan
 
 
@@ -19,6 +19,7 @@ def bind_weights(traced: Traced, plan: WeightPlan, folder: Path) -> None:
         if name not in traced.parameters:
             continue
         place = plan.placed[strip_stage(name)]
+        assert initializer.shape == place.shape, name
         initializer.const_value = ir.ExternalTensor(
             location=place.file,
             offset=place.offset,
@@ -30,18 +31,13 @@ def bind_weights(traced: Traced, plan: WeightPlan, folder: Path) -> None:
         )
 
 
-def wanted_shapes(traced: Iterable[Traced]) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter that the graphs use, by canonical name."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for graph in traced:
-        for initializer in graph.model.graph.initializers.values():
-            if initializer.name in graph.parameters:
-                assert initializer.shape is not None
-                shape = tuple(int(size) for size in initializer.shape)  # type: ignore[arg-type]
-                wanted[strip_stage(initializer.name)] = shape
-    return wanted
-
-
-def strip_stage(name: str) -> str:
-    """Canonical name of a parameter: its path without the stage's own attribute."""
-    return name.partition(".")[2]
+def used_parameters(graphs: Iterable[Traced]) -> list[str]:
+    """Canonical names of the parameters that graphs use, in the order in which they name them."""
+    return list(
+        dict.fromkeys(
+            strip_stage(name)
+            for traced in graphs
+            for name in traced.model.graph.initializers
+            if name in traced.parameters
+        )
+    )

@@ -8,8 +8,8 @@ are converted, or made of several, one by one into a new safetensors file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +37,16 @@ class WeightPlan:
     placed: dict[str, StoredTensor]
     shards: dict[str, Path]
     made: dict[str, TensorSource]
-    made_file: str
+
+    @property
+    def made_file(self) -> str:
+        """Name of the file of tensors that are written anew."""
+        return f"weights-{self.dtype}.safetensors"
+
+    @property
+    def ready(self) -> set[str]:
+        """Names of the tensors that are used as they lie in a file that is brought whole."""
+        return {name for name, place in self.placed.items() if place.file in self.shards}
 
     @property
     def size(self) -> int:
@@ -52,56 +61,63 @@ class WeightPlan:
             sizes[self.made_file] = last.offset + last.length
         return sizes
 
+    def lay_out(self, sources: Mapping[str, TensorSource]) -> WeightPlan:
+        """The same files with what is known once graphs are traced and PyTorch was asked.
+
+        Args:
+            sources: How each tensor is made, in the order in which graphs name them, which is
+                the one that they are written in. A tensor that is not among them is left out.
+        """
+        ready = {name: self.placed[name] for name in self.ready if name in sources}
+        # A tensor that stands in under several names is written once.
+        first: dict[int | TensorLocation, str] = {}
+        made: dict[str, TensorSource] = {}
+        places: dict[str, str] = {}
+        for name, source in sources.items():
+            if name not in ready:
+                lies = source.make is None and source.encode is None
+                identity = source.inputs[0] if lies else id(source)
+                places[name] = first.setdefault(identity, name)
+                made[places[name]] = source
+        new = _made_places(made, self.dtype, self.made_file)
+        placed = {name: ready[name] if name in ready else new[places[name]] for name in sources}
+        return replace(self, placed=placed, made=made)
+
 
 def plan_weights(
     checkpoint: Checkpoint,
-    sources: dict[str, TensorSource],
-    wanted: dict[str, tuple[int, ...]],
+    wanted: Mapping[str, TensorSource],
     *,
     dtype: str,
+    changed: Collection[str] = (),
 ) -> WeightPlan:
-    """Decide where every wanted tensor comes from and goes to.
+    """Decide where every tensor of the graphs comes from and goes to.
 
     Args:
         checkpoint: The index of tensors, with its parts.
-        sources: Where each tensor of the model comes from.
-        wanted: Shape of each tensor that is needed.
+        wanted: Where each tensor that is needed comes from, by name.
         dtype: That the graphs want.
+        changed: Names of tensors whose values will be others than those in their files.
     """
-    used = {name: sources[name] for name in wanted}
-    assert all(used[name].shape == shape for name, shape in wanted.items())
     names = _file_names(checkpoint)
-    whole = {file: names[file] for file in sorted(_worthwhile_files(used.values(), dtype))}
-    # A tensor that stands in under several names is written once.
-    first: dict[int | TensorLocation, str] = {}
-    made: dict[str, TensorSource] = {}
-    places: dict[str, str] = {}
-    for name, source in used.items():
-        if not (lies_ready(source, dtype) and source.inputs[0].file in whole):
-            lies = source.make is None and source.encode is None
-            identity = source.inputs[0] if lies else id(source)
-            places[name] = first.setdefault(identity, name)
-            made[places[name]] = source
-    made_file = f"weights-{dtype}.safetensors"
-    new = _made_places(made, dtype, made_file)
+    ready = {
+        name: source
+        for name, source in wanted.items()
+        if name not in changed and lies_ready(source, dtype)
+    }
+    whole = {file: names[file] for file in sorted(_worthwhile_files(ready.values()))}
     placed = {
-        name: new[places[name]]
-        if name in places
-        else StoredTensor(
+        name: StoredTensor(
             file=whole[source.inputs[0].file],
             offset=source.inputs[0].offset,
             dtype=dtype,
             shape=source.shape,
         )
-        for name, source in used.items()
+        for name, source in ready.items()
+        if source.inputs[0].file in whole
     }
-    return WeightPlan(
-        dtype=dtype,
-        placed=placed,
-        shards={name: file for file, name in whole.items()},
-        made=made,
-        made_file=made_file,
-    )
+    shards = {name: file for file, name in whole.items()}
+    return WeightPlan(dtype=dtype, placed=placed, shards=shards, made={}).lay_out(wanted)
 
 
 def lies_ready(source: TensorSource, dtype: str) -> bool:
@@ -128,9 +144,9 @@ def _file_names(checkpoint: Checkpoint) -> dict[Path, str]:
     return names
 
 
-def _worthwhile_files(sources: Iterable[TensorSource], dtype: str) -> set[Path]:
+def _worthwhile_files(ready: Iterable[TensorSource]) -> set[Path]:
     """Files of which at least half is used as it lies; out of others, tensors are copied."""
-    used = {source.inputs[0] for source in sources if lies_ready(source, dtype)}
+    used = {source.inputs[0] for source in ready}
     lengths: dict[Path, int] = {}
     for tensor in used:
         lengths[tensor.file] = lengths.get(tensor.file, 0) + tensor.length

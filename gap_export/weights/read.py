@@ -34,7 +34,7 @@ class SourceReader:
         """Begin.
 
         Args:
-            ready: Tensors that are used as they lie, by name.
+            ready: Tensors that are used as they lie, by name, in files that are brought whole.
             copies: Where files are to be copied to, by their own place.
         """
         self._stop = Event()

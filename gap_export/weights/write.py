@@ -166,7 +166,7 @@ def _find_broken(source: TensorSource) -> TensorLocation | None:
 
 
 def require_space(
-    plan: WeightPlan, folder: Path, mode: str, *, more: int = 0, there: Collection[str] = ()
+    plan: WeightPlan, folder: Path, mode: str, *, there: Collection[str] = ()
 ) -> None:
     """Compare the files that will be written with the free disk.
 
@@ -174,14 +174,13 @@ def require_space(
         plan: From plan_weights.
         folder: The bundle being made.
         mode: As for bring_weights.
-        more: Bytes that will be written besides.
         there: Names of files that were written already.
 
     Raises:
         ExportError: They do not fit.
     """
     sizes = plan.file_sizes()
-    needed = more + sum(
+    needed = sum(
         size
         for name, size in sizes.items()
         if name not in there and (mode != "link" or name not in plan.shards)

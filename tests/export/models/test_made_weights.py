@@ -5,7 +5,7 @@ import torch
 from makers import originals
 from makers.damage import edit
 from makers.families import PHRASE, export, make_picture
-from tools.numbers import furthest
+from tools.distances import furthest
 from truths import published
 
 from gap_export.checkpoint.sources import make_tensor

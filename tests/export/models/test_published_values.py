@@ -13,7 +13,7 @@ import torch
 from makers import originals
 from makers.families import CLIP_FAMILIES, PHRASE, export, make_picture
 from PIL import Image
-from tools.numbers import furthest
+from tools.distances import furthest
 from transformers import (
     CLIPImageProcessorPil,
     LlavaNextForConditionalGeneration,
@@ -23,7 +23,7 @@ from truths import published
 
 from gap_export.config import load_config
 from gap_export.pipeline.plan import read_model
-from gap_export.weights.bind import strip_stage
+from gap_export.tracing.trace import strip_stage
 from gap_runtime import Bundle, Grounder
 from gap_runtime.bundle.manifest import TEXT
 from gap_runtime.pictures.load import find_bucket, fitting_size, make_pixels

@@ -24,7 +24,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "_trace", lambda *_: Graphs(visions=(), decoder=None, text=None))
     monkeypatch.setattr(pipeline, "bring_weights", lambda *_, **__: {})
-    monkeypatch.setattr(pipeline, "_plan_weights", lambda *_: Nothing())
+    monkeypatch.setattr(pipeline, "_lay_out", lambda *_: Nothing())
     monkeypatch.setattr(pipeline, "_make_manifest", lambda *_: QuickManifest())
 
 

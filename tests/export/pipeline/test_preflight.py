@@ -12,7 +12,8 @@ from makers import checkpoints
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.pipeline import preflight
 from gap_export.pipeline import run as pipeline
-from gap_export.pipeline.plan import HEAD
+from gap_export.pipeline.parameters import HEAD
+from gap_export.quantization.scheme import VALUES
 from gap_runtime.display import Display
 from gap_runtime.machines import memory
 
@@ -76,18 +77,24 @@ def test_links_take_no_disk_but_converted_weights_do(tiny_llava, tmp_path, make_
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_the_disk_of_quantized_weights(tmp_path, tmp_path_factory, make_plan, weights):
-    """Within a tenth: tensors that no graph uses are counted too."""
+def test_the_disk_of_quantized_weights(
+    tmp_path, tmp_path_factory, make_plan, monkeypatch, weights
+):
+    """To the byte: a place is known for every tensor before any graph is traced."""
     folder = checkpoints.make_llava_checkpoint(
         tmp_path_factory.mktemp("wide") / "wide", image_size=70, width=64, heads=4, mlp=128
     )
     plan = make_plan(folder, tmp_path / "out", quantize__weights=weights, dtype="float16")
-    expected, quantized = preflight._expect_weights(plan)
     names = {name for name, source in plan.sources.items() if len(source.shape) == 2}
     text = {name for name in names if name.startswith("language_model.layers") or name == HEAD}
-    assert quantized > 0
-    assert text.isdisjoint(expected.placed)
-    assert set(plan.sources) == text | set(expected.placed)
+    assert set(plan.schemes) == text
+    assert text.isdisjoint(plan.weights.placed)
+    assert {name + VALUES for name in text} < set(plan.weights.placed)
+    limit_disk(monkeypatch, plan.weights.size - 1)
+    assert "free" in refused(plan, ExportError)
+    limit_disk(monkeypatch, plan.weights.size)
+    with pytest.raises(AssertionError, match="work was begun"):
+        export(plan)
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])

@@ -2,13 +2,20 @@
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from makers.checkpoints import edit_tensors
-from makers.families import export, find_family
+from makers.families import ARCHITECTURES, export, find_family
 
 from gap_export.errors import ExportError
+from gap_export.pipeline import run as pipeline
+from gap_export.pipeline import stages
+from gap_export.quantization.scheme import VALUES
+from gap_export.weights.bind import used_parameters
+from gap_runtime.display import Display
 
+DEFAULT = {("llava", "prumerge"), ("llava-next-mistral", "trim"), ("minigpt-v2", "divprune")}
 BROKEN = {
     # Of towers that are read from files of their own, which are brought whole.
     "minigpt-v2": ("vision", "blocks.1.attn.qkv.weight", "float16"),
@@ -63,3 +70,79 @@ def test_what_stays_as_it_lies_is_looked_through(family, vision, tmp_path, tmp_p
 def files(place: Path) -> list[Path]:
     """A file itself, or those of a folder."""
     return [place] if place.is_file() else list(place.iterdir())
+
+
+def linear_weights(traced):
+    """Canonical names of the weights of a graph's linear layers, and of what stands for them."""
+    places = {"Gemm": 1, "DequantizeLinear": 0, "MatMulNBits": 1}
+    inputs = {
+        node.inputs[places[node.op_type]].name
+        for node in traced.model.graph
+        if node.op_type in places
+    }
+    return {name.partition(".")[2].removesuffix(VALUES) for name in inputs & traced.parameters}
+
+
+@pytest.mark.parametrize(
+    ("family", "pruner"),
+    [
+        pytest.param(
+            family, pruner, marks=[] if (family, pruner) in DEFAULT else [pytest.mark.matrix]
+        )
+        for family in ARCHITECTURES
+        for pruner in ("divprune", "prumerge", "trim", "vispruner")
+    ],
+)
+def test_what_graphs_use_is_known_before_they_are_traced(
+    family, pruner, tmp_path, tmp_path_factory
+):
+    """The one table of weights against the graphs themselves, plain and quantized."""
+    case = find_family(family, tmp_path_factory, head_dim=16)
+
+    def make(**overrides):
+        plan = case.plan(tmp_path / "b", pruner=pruner, prune__ratios=[0.0, 0.5], **overrides)
+        return plan, pipeline._trace(plan, Display(quiet=True), pipeline.KnownGraphs())
+
+    plan, graphs = make()
+    text = [graphs.text] if graphs.text else []
+    for known, traced in (
+        (plan.parameters.vision, graphs.visions),
+        (plan.parameters.decoder, [graphs.decoder]),
+        (plan.parameters.text, text),
+    ):
+        assert sorted(known) == sorted(used_parameters(traced))
+    parts = {part: set() for part in ("vision", "decoder", "head")}
+    for name, part in plan.parameters.linear.items():
+        parts[part].add(name)
+    assert set.union(*map(linear_weights, graphs.visions)) == parts["vision"]
+    assert linear_weights(graphs.decoder) == parts["decoder"] | parts["head"]
+    assert parts["head"] == {"lm_head.weight"}
+
+    plan, graphs = make(quantize__weights="int4", quantize__vision=True, quantize__head=False)
+    quantized = stages.quantize_graphs(plan, graphs)
+    found = {
+        name.removesuffix(VALUES) for name in used_parameters(quantized.all) if VALUES in name
+    }
+    assert found == set(plan.schemes)
+    assert found <= parts["vision"] | parts["decoder"]
+    # Of widths in sixteens, as most of these are.
+    assert len(found & parts["vision"]) >= 4
+    assert len(found & parts["decoder"]) >= 3
+
+
+@pytest.mark.parametrize("pruner", ["prumerge", "trim"])
+def test_what_no_ratio_asks_for_is_not_used(pruner, tmp_path, tmp_path_factory):
+    """By-products of the tower, where nothing is removed."""
+    case = find_family("llava-next-mistral", tmp_path_factory)
+    plan = case.plan(tmp_path / "b", pruner=pruner, prune__ratios=[0.0])
+    assert "visual_projection.weight" not in plan.parameters.all
+    behind = f"{plan.family.TOWER_LAYERS}.{plan.spec.tower_layers}."
+    assert not any(name.startswith(behind) for name in plan.parameters.all)
+    export(plan)
+    used = {
+        tensor.name.partition(".")[2]
+        for path in plan.out.glob("*.onnx")
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        if tensor.external_data
+    }
+    assert used == set(plan.parameters.all)

@@ -119,7 +119,7 @@ def test_a_quantized_decoder_takes_its_batch_to_the_end(weights, tmp_path, tmp_p
     plan = family.plan(tmp_path / "out", target="cpu", quantize__weights=weights)
     decoder = stages.trace_decoder(plan)
     graphs = stages.Graphs(visions=(), decoder=decoder, text=None)
-    quantized, _ = stages.quantize_graphs(plan, graphs)
+    quantized = stages.quantize_graphs(plan, graphs)
     graph = quantized.decoder.model.graph
     counts = Counter(node.op_type for node in graph)
     # Of the number of rows, and of the logits.

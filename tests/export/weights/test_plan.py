@@ -67,10 +67,10 @@ def find(folder):
 
 
 def plan(folder, wanted=None, *, dtype="float32", more=None):
+    sources = find(folder) | (more or {})
     return plan_weights(
         open_checkpoint(str(folder)),
-        find(folder) | (more or {}),
-        WANTED if wanted is None else wanted,
+        {name: sources[name] for name in (WANTED if wanted is None else wanted)},
         dtype=dtype,
     )
 
@@ -314,10 +314,10 @@ def test_files_of_parts_have_their_role_before_their_name(folder, bundle, tmp_pa
     (folder / "model.safetensors.index.json").unlink()
     part = open_checkpoint(str(home))
     checkpoint = dataclasses.replace(open_checkpoint(str(folder)), parts={"clip": part})
+    sources = find(folder) | find(home)
     made = plan_weights(
         checkpoint,
-        find(folder) | find(home),
-        {"embed": (160, 4), "weight": (60, 4), "table": (60, 3)},
+        {name: sources[name] for name in ("embed", "weight", "table")},
         dtype="float32",
     )
     bring(made, bundle)
