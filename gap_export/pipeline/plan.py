@@ -21,6 +21,7 @@ from gap_export.config import (
     count_ratios,
     resolve_family,
 )
+from gap_export.errors import CheckpointError
 from gap_export.graph.positions import keeps_raster_order
 from gap_export.interfaces.dialect import FUSED, Dialect
 from gap_export.interfaces.family import Family, ModelSpec
@@ -268,12 +269,7 @@ def read_model(named: NamedConfig) -> Model:
     unknown = sorted(set(config.parts) - set(family.PARTS))
     if unknown:
         raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
-    locations = family.find_parts(checkpoint, text=reads_clip) | config.parts
-    parts = {
-        role: open_part(location, checkpoint.folder, role)
-        for role, location in locations.items()
-        if location
-    }
+    parts = _open_parts(checkpoint, family, config, reads_clip=reads_clip)
     checkpoint = replace(checkpoint, parts=parts)
     spec = family.read_spec(checkpoint, config)
     if config.box.frame is not None:
@@ -299,6 +295,27 @@ def read_model(named: NamedConfig) -> Model:
         pruner=pruner,
         spec=spec,
     )
+
+
+def _open_parts(
+    checkpoint: Checkpoint, family: Family, config: ExportConfig, *, reads_clip: bool
+) -> dict[str, Checkpoint]:
+    """The further checkpoints that a model is made of, by role."""
+    parts = {}
+    for role, location in (family.find_parts(checkpoint, text=reads_clip) | config.parts).items():
+        if not location:
+            continue
+        try:
+            parts[role] = open_part(location, checkpoint.folder, role)
+        except CheckpointError as error:
+            if role in config.parts or role in family.find_parts(checkpoint, text=False):
+                raise
+            # Only the phrase wants it, which can be read in another way.
+            raise CheckpointError(
+                f"{error}; or compare with the language model's own embeddings: "
+                "--set prune.phrase=embeddings"
+            ) from error
+    return parts
 
 
 def _count_extra(pruner: Pruner, config: PruneConfig, kept: int, bucket: Bucket) -> int:

@@ -35,3 +35,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module  # noqa: PLC0415 - keeps `import gap_runtime` free
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for tab completion."""
+    return sorted({*globals(), *__all__})

@@ -196,7 +196,9 @@ def test_all_pruners_are_those_that_the_model_can_serve(tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
     # One that is asked for by name is not passed over.
     assert cli.main([*command, "--pruners", "spatial", "trim"]) == 3
-    assert "openai/clip-vit" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "openai/clip-vit" in error
+    assert "--set prune.phrase=embeddings" in error
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])

@@ -81,6 +81,7 @@ def test_public_names_are_those_of_their_modules():
     assert gap_runtime.Bundle.__module__ == "gap_runtime.bundle.bundle"
     assert gap_runtime.Grounder.__module__ == "gap_runtime.grounding.grounder"
     assert not hasattr(gap_runtime, "Exporter")
+    assert {*gap_runtime.__all__} <= {*dir(gap_runtime)}
 
 
 def test_importing_the_package_loads_no_library():

@@ -5,7 +5,9 @@ Types are imported for the type checker alone: who runs a graph loads nothing th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+from gap_runtime.registry import list_plugins, read_constant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +16,21 @@ if TYPE_CHECKING:
     from gap_runtime.bundle.engines import BuildReport, BuildRequest
     from gap_runtime.bundle.manifest import Stage
     from gap_runtime.display import Display
+
+
+BACKENDS: Final = "gap_runtime.backends"
+
+
+def resolve_backend(name: str) -> str:
+    """The backend that a name stands for, `onnxruntime:cuda` for `cuda`; others as they are."""
+    backends = list_plugins(BACKENDS)
+    if name.partition(":")[0] in backends:
+        return name
+    for backend in backends:
+        short = read_constant(BACKENDS, backend, "SHORT_NAMES") or {}
+        if name in short:
+            return str(short[name])
+    return name
 
 
 class StageSession(Protocol):

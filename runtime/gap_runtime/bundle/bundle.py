@@ -22,7 +22,7 @@ _SMALL_BYTES: Final = 256 * 2**20
 """Files up to this size are hashed at every opening; larger ones when all are asked for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Bundle:
     """An opened bundle."""
 
@@ -47,6 +47,15 @@ class Bundle:
         bundle = cls(folder=folder, manifest=read_manifest(folder))
         bundle.verify(limit=None if verify_all else _SMALL_BYTES)
         return bundle
+
+    def __repr__(self) -> str:
+        """The folder and what it holds, on one line."""
+        manifest = self.manifest
+        ratios = ", ".join(f"{ratio:g}" for ratio in self.choose_ratios())
+        return (
+            f"Bundle({str(self.folder)!r}, {manifest.family}, {manifest.precision}, "
+            f"pruner {manifest.pruning.strategy}, ratios {ratios})"
+        )
 
     def verify(self, *, limit: int | None) -> None:
         """Compare sizes of all files and hashes of those up to `limit` bytes (None: all)."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from gap_runtime.backends import resolve_backend
 from gap_runtime.errors import ConfigError, GapError
 
 if TYPE_CHECKING:
@@ -237,10 +238,12 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     """The choice of what runs the graphs."""
     parser.add_argument(
         "--backend",
+        type=resolve_backend,
         default="onnxruntime",
         metavar="NAME",
         help="onnxruntime: CUDA where it is there, else the CPU (default); onnxruntime:cpu, "
-        "onnxruntime:cuda, onnxruntime:tensorrt, onnxruntime:nvtensorrtrtx: that or nothing; "
+        "onnxruntime:cuda (cpu and cuda for short), onnxruntime:tensorrt, "
+        "onnxruntime:nvtensorrtrtx: that or nothing; "
         "tensorrt: the engines of `gap-runtime build`",
     )
 

@@ -10,7 +10,13 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from gap_runtime.backends import Backend, DecoderSession, StageSession
+from gap_runtime.backends import (
+    BACKENDS,
+    Backend,
+    DecoderSession,
+    StageSession,
+    resolve_backend,
+)
 from gap_runtime.bundle.bundle import Bundle, embedding_rows
 from gap_runtime.bundle.manifest import (
     DECODER,
@@ -21,15 +27,14 @@ from gap_runtime.bundle.manifest import (
     RatioEntry,
     Stage,
 )
-from gap_runtime.errors import BundleError
+from gap_runtime.errors import BundleError, ConfigError, InputError
 from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
 from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
 from gap_runtime.pictures.boxes import Box, parse_boxes
-from gap_runtime.pictures.load import find_bucket, load_picture, make_pixels, to_rgb
+from gap_runtime.pictures.load import find_bucket, make_pixels, open_picture
 from gap_runtime.registry import load_plugin
 
 DEFAULT_BACKEND: Final = "onnxruntime"
-_BACKENDS: Final = "gap_runtime.backends"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +93,8 @@ def open_backend(name: str) -> tuple[Backend, str]:
     Raises:
         UnknownNameError: There is no such backend.
     """
-    module, _, device = name.partition(":")
-    backend: Backend = load_plugin(_BACKENDS, module, "backend")
+    module, _, device = resolve_backend(name).partition(":")
+    backend: Backend = load_plugin(BACKENDS, module, "backend")
     return backend, device
 
 
@@ -120,6 +125,11 @@ class Grounder:
             ConfigError: Unknown backend or ratio.
             BundleError: The bundle holds graphs alone and no tokenizer.
         """
+        if not isinstance(bundle, Bundle):
+            raise ConfigError(
+                f"a bundle of type {type(bundle).__name__}; open it first: "
+                "Grounder(Bundle.open(folder))"
+            )
         self.bundle = bundle
         self.default_ratio = bundle.choose_ratio(ratio, keep=keep)
         self._keep = keep
@@ -148,7 +158,7 @@ class Grounder:
 
     def ground(
         self,
-        image: str | Path | Image.Image,
+        image: str | Path | bytes | Image.Image | np.ndarray,
         phrase: str,
         *,
         ratio: float | None = None,
@@ -157,7 +167,8 @@ class Grounder:
         """Ask where a phrase is.
 
         Args:
-            image: A file or a Pillow picture of any mode.
+            image: A file, its bytes, a Pillow picture of any mode, or an array of uint8 in RGB
+                order [height, width, 3].
             phrase: What to ground, for example `the red mug`.
             ratio: Another of the bundle's ratios than the one this was made with.
             keep: Or a count of visual tokens that stay.
@@ -166,7 +177,9 @@ class Grounder:
             InputError: The picture or the phrase cannot be used.
             EngineError: The backend failed.
         """
-        picture = load_picture(image) if isinstance(image, (str, Path)) else to_rgb(image)
+        if not isinstance(phrase, str):
+            raise InputError(f"a phrase of type {type(phrase).__name__}; expected a str")
+        picture = open_picture(image)
         manifest = self.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
         if ratio is None and keep is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from pathlib import Path
@@ -42,6 +43,40 @@ def load_picture(path: str | Path, *, turned: bool = True) -> Image.Image:
         InputError: The file is missing, no picture, broken, or larger than MAX_PIXELS.
     """
     return read_picture(path, str(path), turned=turned)
+
+
+def open_picture(image: object) -> Image.Image:
+    """A picture in any form as upright 8-bit RGB.
+
+    Args:
+        image: A path, the bytes of a picture file, a Pillow picture, or an array of uint8 in RGB
+            order [height, width, 3], as cameras give (OpenCV's are BGR: `frame[..., ::-1]`).
+
+    Raises:
+        InputError: It is none of these, or cannot be used.
+    """
+    if isinstance(image, (str, Path)):
+        return load_picture(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return read_picture(io.BytesIO(image), "the bytes given as picture")
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"a picture of type {type(image).__name__}; expected a path, bytes of a file, a "
+            "Pillow picture or a uint8 array [height, width, 3]"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(
+            f"a picture as {image.dtype} array {list(image.shape)}; expected uint8 [height, "
+            "width, 3] in RGB order"
+        )
+    if image.shape[0] * image.shape[1] > MAX_PIXELS:
+        raise InputError(
+            f"a picture of {image.shape[1]}x{image.shape[0]} pixels, at most {MAX_PIXELS:,} in "
+            "all are read; scale it down"
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def read_picture(file: str | Path | BinaryIO, name: str, *, turned: bool = True) -> Image.Image:

@@ -142,6 +142,13 @@ def test_a_ratio_of_a_bucket(make_bundle, tiled, bucket):
     assert {bundle.choose_ratio(ratio, bucket).bucket for ratio in (0.5, 0.25)} == {bucket}
 
 
+def test_a_bundle_is_shown_on_one_line(make_bundle):
+    folder = make_bundle()
+    shown = repr(Bundle.open(folder))
+    assert shown.startswith(f"Bundle('{folder}', llava, float32, pruner ")
+    assert shown.endswith("ratios 0.5, 0.75)")
+
+
 def test_an_entry_by_its_count(make_bundle):
     bundle = Bundle.open(make_bundle())
     assert bundle.choose_ratio(None, keep=4).ratio == 0.75

@@ -1,11 +1,13 @@
 """What a Grounder asks of which graph, against a backend that writes it down."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from gap_runtime.backends import resolve_backend
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.errors import BundleError, ConfigError, InputError
 from gap_runtime.grounding.grounder import Grounder
@@ -98,6 +100,21 @@ def test_grounders_own_ratio_holds_for_every_bucket(make_bundle, backend, tiled)
     grounder = Grounder(Bundle.open(make_bundle(**tiled)), ratio=0.25)
     assert [grounder.ground(each, "mug").kept for each in (TALL, WIDE)] == [12, 11]
     assert backend.opened == ["vision-tall-12", "decoder", "vision-wide-11"]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("cuda", "onnxruntime:cuda"),
+        ("gpu", "onnxruntime:cuda"),
+        ("cpu", "onnxruntime:cpu"),
+        ("trt", "tensorrt"),
+        ("onnxruntime:cpu", "onnxruntime:cpu"),
+        ("onxruntime", "onxruntime"),
+    ],
+)
+def test_backends_have_short_names(given, name):
+    assert resolve_backend(given) == name
 
 
 @pytest.mark.usefixtures("backend")
@@ -234,3 +251,51 @@ def test_phrase_that_cannot_be_used_runs_no_graph(make_grounder, backend, told_b
     with pytest.raises(InputError):
         make_grounder(**told_by_clip).ground(SQUARE, phrase, ratio=0.75)
     assert backend.calls == []
+
+
+def save(picture, kind="PNG"):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def test_a_picture_may_come_in_any_form(make_grounder, backend, tmp_path):
+    values = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+    picture = Image.fromarray(values)
+    (tmp_path / "photo.png").write_bytes(save(picture))
+    mirrored = np.ascontiguousarray(values[..., ::-1])
+    path = tmp_path / "photo.png"
+    given = (picture, values, mirrored[..., ::-1], save(picture), path, str(path))
+    grounder = make_grounder()
+    for image in given:
+        grounder.ground(image, "the mug")
+    pixels = [inputs["pixels"] for inputs in inputs_of(backend, "vision-8")]
+    assert len(pixels) == len(given)
+    assert all(np.array_equal(each, pixels[0]) for each in pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 6), np.uint8), r"uint8 array \[8, 6\]; expected uint8 \[height, width, 3\]"),
+        (np.zeros((3, 8, 6), np.uint8), r"uint8 array \[3, 8, 6\]"),
+        (np.zeros((8, 6, 4), np.uint8), r"uint8 array \[8, 6, 4\]"),
+        (np.zeros((8, 6, 3), np.float32), r"float32 array \[8, 6, 3\]"),
+        (np.zeros((0, 6, 3), np.uint8), r"uint8 array \[0, 6, 3\]"),
+        (np.broadcast_to(np.uint8(0), (90000, 90000, 3)), "90000x90000 pixels"),
+        (b"no picture", "the bytes given as picture: not a picture"),
+        ([[0]], "a picture of type list; expected a path, bytes"),
+        (None, "a picture of type NoneType"),
+    ],
+)
+def test_a_picture_that_is_none(make_grounder, backend, image, message):
+    with pytest.raises(InputError, match=message):
+        make_grounder().ground(image, "the mug")
+    assert backend.opened == []
+
+
+def test_a_phrase_and_a_bundle_of_a_wrong_type(make_grounder, tmp_path):
+    with pytest.raises(InputError, match="a phrase of type list; expected a str"):
+        make_grounder().ground(SQUARE, ["the mug"])
+    with pytest.raises(ConfigError, match=r"open it first: Grounder\(Bundle.open"):
+        Grounder(str(tmp_path))

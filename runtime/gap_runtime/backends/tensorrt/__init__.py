@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gap_runtime.backends.tensorrt.session import open_decoder, open_stage
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from gap_runtime.display import Display
 
 __all__ = ["build", "open_decoder", "open_stage"]
+
+SHORT_NAMES: Final = {"trt": "tensorrt"}
+"""Other names that `--backend` takes for it."""
 
 
 def build(bundle: Bundle, request: BuildRequest, display: Display) -> BuildReport:

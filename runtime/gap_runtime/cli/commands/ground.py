@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_bundle(parser)
     parser.add_argument("image", metavar="IMAGE", help="picture file")
-    parser.add_argument("phrase", metavar="PHRASE", help="what to look for: 'the red mug'")
+    parser.add_argument(
+        "phrase", nargs="+", metavar="PHRASE", help="what to look for: 'the red mug'"
+    )
     add_count(parser)
     parser.add_argument("--draw", metavar="OUT.png", type=Path, help="paint the result")
     add_backend(parser)
@@ -39,14 +41,17 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.grounding.grounder import Grounder  # noqa: PLC0415
     from gap_runtime.pictures.load import load_picture  # noqa: PLC0415
 
+    phrase = " ".join(options.phrase)
+    if len(options.phrase) > 1:
+        raise InputError(f"the phrase came as several words; quote the phrase: '{phrase}'")
     picture = load_picture(options.image)
     bundle = open_bundle(options)
-    if options.draw is not None and options.draw.suffix.lower() not in {".png", ".jpg", ".jpeg"}:
-        raise InputError(f"{options.draw}: --draw writes .png or .jpg files")
+    if options.draw is not None:
+        _require_drawable(options.draw, Path(options.image))
     grounder = Grounder(
         bundle, options.backend, ratio=options.ratio, keep=options.keep, draft=options.draft
     )
-    grounding = grounder.ground(picture, options.phrase)
+    grounding = grounder.ground(picture, phrase)
     if options.draw is not None:
         _draw(options.draw, picture, bundle, grounding)
     if options.json:
@@ -75,6 +80,14 @@ def run(options: argparse.Namespace) -> int:
     times = ", ".join(f"{name} {value:.0f} ms" for name, value in grounding.milliseconds.items())
     display.say(f"{grounding.answer}  kept {grounding.kept} of {grounding.patches}; {times}")
     return 0
+
+
+def _require_drawable(path: Path, image: Path) -> None:
+    """Refuse a drawing of another kind, and one over the picture itself."""
+    if path.suffix.lower() not in {".png", ".jpg", ".jpeg"}:
+        raise InputError(f"{path}: --draw writes .png or .jpg files")
+    if path.exists() and path.samefile(image):
+        raise InputError(f"{path}: is the picture itself; give --draw another file")
 
 
 def _draw(path: Path, picture: Any, bundle: Bundle, grounding: Any) -> None:
