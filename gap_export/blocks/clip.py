@@ -20,7 +20,7 @@ from gap_export.blocks.scores import cls_attention, cls_similarity, mean_keys, m
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes, match_tensors, stored
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.family import TextSpec
+from gap_export.interfaces.family import ModelSpec, TextSpec
 from gap_export.interfaces.features import Feature
 
 # B batch (1), V views (1 but for tiles), N patches of all views, P patches of one, T P + CLS,
@@ -147,6 +147,12 @@ class ClipTextTower(nn.Module):
         pooled_BC = torch.index_select(states_BLC, 1, end_B)[:, 0]
         features_BW: Tensor = self.text.text_projection(pooled_BC).float()
         return features_BW
+
+
+def build_clip_text(spec: ModelSpec) -> nn.Module:
+    """The text tower of a family that has CLIP's; see gap_export.interfaces.family."""
+    assert spec.text is not None
+    return ClipTextTower(spec.text)
 
 
 def _project(block: Any, states_VTC: Tensor) -> tuple[Tensor, Tensor]:

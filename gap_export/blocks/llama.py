@@ -1,59 +1,59 @@
-"""The Llama decoder as a graph: RMS norms, rotary embedding, grouped heads, gated MLP.
+"""The Llama decoder and those that differ from it in little; fits gap_export.interfaces.decoder.
 
-Mistral's is the same but for its window, which a prompt must not outgrow.
+    type        biases                   norm of heads
+    llama       as configured            no
+    mistral     none                     no
+    qwen2       queries, keys, values    no
+    qwen3       as configured            yes
 
-Parameter names are those of a Hugging Face checkpoint below `language_model` and `lm_head`.
+None may have a window that a prompt outgrows, or rotary frequencies that change as it grows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gap_export.checkpoint.sources import build_without_memory, linear_weights, shapes_of
+from gap_export.blocks.llama_layers import LlamaDecoder, LlamaSizes
+from gap_export.checkpoint.sources import (
+    TensorSource,
+    build_without_memory,
+    linear_weights,
+    shapes_of,
+)
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.dialect import Dialect, Rows
-from gap_export.interfaces.family import SmoothingGroup
+from gap_export.interfaces.decoder import DecoderSpec, SmoothingGroup
+from gap_export.interfaces.dialect import Dialect
 
-# B batch (1), S rows, H query heads, G key/value heads, d head width, L cache slots, D width,
-# V vocabulary, P positions, E = H * d, F = G * d.
+# P positions, d head width.
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_TYPES = ("llama", "mistral")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LlamaShape:
-    """The sizes of a Llama decoder."""
-
-    layers: int
-    width: int
-    heads: int
-    cache_heads: int
-    head_dim: int
-    mlp: int
-    vocabulary: int
-    epsilon: float
-    attention_bias: bool
-    mlp_bias: bool
+EMBEDDING: Final = "language_model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+LAYERS: Final = "language_model.layers"
+_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
+_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+_LAYER: Final = "layer"
 
 
-def read_llama_shape(config: LlamaConfig, where: str) -> LlamaShape:
-    """The sizes in a text config.
+def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSpec:
+    """The facts in a text config.
+
+    Args:
+        config: The library's.
+        where: The file that it is from.
+        is_tied: Whether something else says that the head is the embedding table.
 
     Raises:
         CheckpointError: The config asks for something that this decoder does not have.
     """
-    if config.model_type not in _TYPES:
+    kind = config.model_type
+    if kind not in _TYPES:
         raise CheckpointError(
-            f"{where}: the language model is of type '{config.model_type}', expected "
-            f"{' or '.join(_TYPES)}"
+            f"{where}: the language model is of type '{kind}', expected "
+            f"{', '.join(_TYPES[:-1])} or {_TYPES[-1]}"
         )
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
@@ -70,30 +70,43 @@ def read_llama_shape(config: LlamaConfig, where: str) -> LlamaShape:
         )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{where}: rope_parameters.partial_rotary_factor, expected 1")
-    return LlamaShape(
-        layers=config.num_hidden_layers,
+    has_bias = getattr(config, "attention_bias", False)
+    return DecoderSpec(
         width=config.hidden_size,
-        heads=config.num_attention_heads,
+        layers=(_LAYER,) * config.num_hidden_layers,
         cache_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
-        mlp=config.intermediate_size,
         vocabulary=config.vocab_size,
-        epsilon=config.rms_norm_eps,
-        attention_bias=getattr(config, "attention_bias", False),
-        mlp_bias=getattr(config, "mlp_bias", False),
+        max_positions=config.max_position_embeddings,
+        sizes=LlamaSizes(
+            heads=config.num_attention_heads,
+            mlp=config.intermediate_size,
+            epsilon=config.rms_norm_eps,
+            query_bias=has_bias or kind == "qwen2",
+            output_bias=has_bias,
+            mlp_bias=getattr(config, "mlp_bias", False),
+            has_head_norms=kind == "qwen3",
+            is_tied=is_tied or bool(config.tie_word_embeddings),
+            library_config=config,
+        ),
     )
 
 
-def rotary_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables [P, head_dim / 2], float32, one row per position ID.
+def rotary_tables(spec: DecoderSpec, positions: int) -> tuple[Tensor, ...]:
+    """Cosine and sine tables [P, d / 2], float32, one row per position ID.
 
     The length must cover the unpruned sequence: position IDs outrun the cache's slots.
     """
-    rotary = LlamaRotaryEmbedding(config)
+    rotary = LlamaRotaryEmbedding(spec.sizes.library_config)
     cosine, sine = rotary(torch.zeros(1, 1), torch.arange(positions)[None])
     half = cosine.shape[-1] // 2
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+
+
+def build(spec: DecoderSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
+    """The decoder with its head."""
+    return LlamaDecoder(spec, dialect, *tables)
 
 
 def llama_name(key: str) -> str:
@@ -101,44 +114,51 @@ def llama_name(key: str) -> str:
     return f"language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key
 
 
-def decoder_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the decoder, its head and the token embedding table."""
-    return shapes_of(_declare(shape)) | {
-        "language_model.embed_tokens.weight": (shape.vocabulary, shape.width)
-    }
+    return shapes_of(_declare(spec)) | {EMBEDDING: (spec.vocabulary, spec.width)}
 
 
-def packable_weights(shape: LlamaShape) -> list[str]:
-    """Names of the weights that may come quantized: of all linear layers, the head among them."""
-    return linear_weights(_declare(shape))
+def optional_tensors(spec: DecoderSpec) -> frozenset[str]:
+    """Those that a checkpoint may leave out: a head that is the embedding table."""
+    return frozenset({HEAD} if spec.sizes.is_tied else ())
 
 
-def _declare(shape: LlamaShape) -> LlamaDecoder:
+def tie_head(sources: dict[str, TensorSource]) -> None:
+    """Take the embedding table for the head where the checkpoint has none of its own."""
+    sources.setdefault(HEAD, sources[EMBEDDING])
+
+
+def linear_layers(spec: DecoderSpec) -> list[str]:
+    """Names of the weights of all linear layers, the head among them."""
+    return linear_weights(_declare(spec))
+
+
+def _declare(spec: DecoderSpec) -> nn.Module:
     """The decoder's parameters, without memory and operators."""
     none: Any = None
     tables = (torch.empty(0), torch.empty(0))
-    decoder = build_without_memory(lambda: LlamaDecoder(shape, none, *tables))
-    assert isinstance(decoder, LlamaDecoder)
-    return decoder
+    return build_without_memory(lambda: LlamaDecoder(spec, none, *tables))
 
 
-def smoothing_groups(shape: LlamaShape) -> list[SmoothingGroup]:
+def smoothing_groups(spec: DecoderSpec) -> list[SmoothingGroup]:
     """Weights whose inputs can be scaled: after both norms, after values and after the gate.
 
     Grouped values feed several heads each, and biased layers would need their bias scaled; those
     are left.
     """
+    sizes: LlamaSizes = spec.sizes
     groups = []
-    for k in range(shape.layers):
-        layer = f"language_model.layers.{k}"
+    for k in range(len(spec.layers)):
+        layer = f"{LAYERS}.{k}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         makers = {
             f"{layer}.input_layernorm": [f"{attention}.{x}_proj" for x in "qkv"],
             f"{layer}.post_attention_layernorm": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
         }
-        if shape.heads == shape.cache_heads and not shape.attention_bias:
+        if sizes.heads == spec.cache_heads and not sizes.query_bias:
             makers[f"{attention}.v_proj"] = [f"{attention}.o_proj"]
-        if not shape.mlp_bias:
+        if not sizes.mlp_bias:
             makers[f"{mlp}.up_proj"] = [f"{mlp}.down_proj"]
         groups += [
             SmoothingGroup(
@@ -147,141 +167,3 @@ def smoothing_groups(shape: LlamaShape) -> list[SmoothingGroup]:
             for maker, readers in makers.items()
         ]
     return groups
-
-
-class LlamaDecoder(nn.Module):
-    """All layers and the head. Created without values; weights are bound after tracing."""
-
-    def __init__(
-        self, shape: LlamaShape, dialect: Dialect, cosine_Pd: Tensor, sine_Pd: Tensor
-    ) -> None:
-        """Declare the parameters; the rotary tables are constants of the graph."""
-        super().__init__()
-        self.dialect = dialect
-        self.language_model = _Stack(shape, dialect)
-        self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
-        self.register_buffer("cosine", cosine_Pd, persistent=False)
-        self.register_buffer("sine", sine_Pd, persistent=False)
-
-    cosine: Tensor
-    sine: Tensor
-
-    def forward(
-        self,
-        embeddings_BSD: Tensor,
-        position_ids_BS: Tensor,
-        write_slot_B: Tensor,
-        logits_rows_R: Tensor,
-        caches: list[Tensor],
-    ) -> tuple[Tensor, ...]:
-        """Logits [R, V] float32 of the wanted rows, then the caches, key and value by layer."""
-        # The batch is one, and linear layers of two dimensions need no reshaping.
-        hidden_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
-        rows = Rows(
-            position_ids_BS=position_ids_BS,
-            write_slot_B=write_slot_B,
-            cosine_Pd=self.cosine,
-            sine_Pd=self.sine,
-        )
-        planned = self.dialect.plan_rows(rows, caches[0])
-        written: list[Tensor] = []
-        for k, layer in enumerate(self.language_model.layers):
-            cache = (caches[2 * k], caches[2 * k + 1])
-            hidden_SD, key, value = layer(hidden_SD, cache, rows, planned)
-            written += [key, value]
-        # One Gather; index_select would be written with a Reshape that loses the free dimension.
-        wanted_RD = functional.embedding(logits_rows_R, hidden_SD)
-        logits_RV = self.lm_head(self.language_model.norm(wanted_RD))
-        return logits_RV.float(), *written
-
-
-class LlamaLayer(nn.Module):
-    """One decoder layer."""
-
-    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
-        """Declare the parameters."""
-        super().__init__()
-        self.input_layernorm = _Norm(shape, dialect)
-        self.self_attn = LlamaAttention(shape, dialect)
-        self.post_attention_layernorm = _Norm(shape, dialect)
-        self.mlp = LlamaMlp(shape)
-
-    def forward(
-        self,
-        hidden_SD: Tensor,
-        cache: tuple[Tensor, Tensor],
-        rows: Rows,
-        planned: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states and the layer's key and value cache."""
-        normed_SD = self.input_layernorm(hidden_SD)
-        attended_SD, key, value = self.self_attn(normed_SD, cache, rows, planned)
-        hidden_SD = hidden_SD + attended_SD
-        return hidden_SD + self.mlp(self.post_attention_layernorm(hidden_SD)), key, value
-
-
-class LlamaAttention(nn.Module):
-    """Grouped-query attention on a cache of fixed capacity."""
-
-    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
-        """Declare the parameters."""
-        super().__init__()
-        self.dialect = dialect
-        query, cached = shape.heads * shape.head_dim, shape.cache_heads * shape.head_dim
-        bias = shape.attention_bias
-        self.q_proj = nn.Linear(shape.width, query, bias=bias)
-        self.k_proj = nn.Linear(shape.width, cached, bias=bias)
-        self.v_proj = nn.Linear(shape.width, cached, bias=bias)
-        self.o_proj = nn.Linear(query, shape.width, bias=bias)
-
-    def forward(
-        self,
-        hidden_SD: Tensor,
-        cache: tuple[Tensor, Tensor],
-        rows: Rows,
-        planned: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention output and the caches with this call's rows written."""
-        mixed_SE, key, value = self.dialect.attend(
-            self.q_proj(hidden_SD),
-            self.k_proj(hidden_SD),
-            self.v_proj(hidden_SD),
-            cache,
-            rows,
-            planned,
-        )
-        return self.o_proj(mixed_SE), key, value
-
-
-class LlamaMlp(nn.Module):
-    """Gated MLP (SwiGLU)."""
-
-    def __init__(self, shape: LlamaShape) -> None:
-        """Declare the parameters."""
-        super().__init__()
-        self.gate_proj = nn.Linear(shape.width, shape.mlp, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(shape.width, shape.mlp, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(shape.mlp, shape.width, bias=shape.mlp_bias)
-
-    def forward(self, hidden_SD: Tensor) -> Tensor:
-        """down(silu(gate) * up)."""
-        gate = functional.silu(self.gate_proj(hidden_SD))
-        output: Tensor = self.down_proj(gate * self.up_proj(hidden_SD))
-        return output
-
-
-class _Stack(nn.Module):
-    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(LlamaLayer(shape, dialect) for _ in range(shape.layers))
-        self.norm = _Norm(shape, dialect)
-
-
-class _Norm(nn.Module):
-    def __init__(self, shape: LlamaShape, dialect: Dialect) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape.width))
-        self.epsilon, self.dialect = shape.epsilon, dialect
-
-    def forward(self, x_SD: Tensor) -> Tensor:
-        return self.dialect.rms_norm(x_SD, self.weight, self.epsilon)

@@ -1,4 +1,4 @@
-"""What a model family is: how a checkpoint becomes a tower, a projector and a decoder."""
+"""What a model family is: how a checkpoint becomes a tower and a projector before a decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource
 from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.config import ExportConfig
-from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.decoder import Decoder, DecoderSpec
 from gap_export.interfaces.features import EagerVision, Feature, Geometry
 from gap_runtime.pictures.boxes import BoxFormat
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
@@ -44,22 +44,16 @@ class ModelSpec:
     it that the visual tokens replace, None where the texts before and after the picture are
     encoded apart; `image_text` is None where it is that token, or nothing.
     `text` is CLIP's text tower where the checkpoint has one.
-    `tower_layers` are the tower's blocks up to its patches, `layers` those of the decoder.
-    `max_positions` is the number of position IDs that the decoder was trained with.
-    `library_config` is the family's own business.
+    `tower_layers` are the tower's blocks up to its patches, by kind; those of one kind are alike
+    but for their weights. `library_config` is the family's own business.
     """
 
     buckets: tuple[Bucket, ...]
     vision_width: int
-    tower_layers: int
+    tower_layers: tuple[str, ...]
     features: dict[Feature, tuple[int, ...]]
     text: TextSpec | None
-    width: int
-    layers: int
-    cache_heads: int
-    head_dim: int
-    vocabulary: int
-    max_positions: int
+    decoder: DecoderSpec
     tokenizer: TokenizerFiles
     image_text: str | None
     image_token_id: int | None
@@ -69,17 +63,6 @@ class ModelSpec:
     template: str
     prefix: int
     library_config: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SmoothingGroup:
-    """Weights that read the same input, and what makes it: a norm's weight, or a linear layer's.
-
-    Dividing the maker's outputs and multiplying the readers' columns leaves the model the same.
-    """
-
-    maker: str
-    readers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,22 +122,20 @@ class EagerModel(Protocol):
 
 
 class Family(Protocol):
-    """A module in gap_export.models."""
+    """A module in gap_export.models; what it may have besides is in `FamilyOptions`."""
 
-    EMBEDDING: str
-    """Canonical name of the token embedding table."""
-
-    LAYERS: str
-    """Canonical path of the decoder's layers, whose numbers follow."""
+    DECODER: Decoder
+    """The language model behind the projector."""
 
     TOWER_LAYERS: str
     """Canonical path of the tower's blocks."""
 
     PARTS: Mapping[str, str]
-    """Further checkpoints that the family can read, by role, each with where it usually is."""
+    """Further checkpoints that the family can read, by role, each with where it usually is.
 
-    PHRASE: str
-    """What pruners that read the phrase compare with: `clip` or `embeddings`."""
+    Where `clip` is among them, pruners that read the phrase compare it through CLIP's text tower
+    unless they are told otherwise; else by the language model's own embeddings.
+    """
 
     def find_parts(self, checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
         """Those of them that this checkpoint needs; `text` says whether a phrase is to be read."""
@@ -170,30 +151,14 @@ class Family(Protocol):
         """
 
     def build_tower(self, spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
-        """Pixels to patches [B, N, C] before the projector, and {Feature: by-product}."""
+        """Pixels to patches [B, N, C] before the projector, and {Feature: by-product}.
 
-    def fill_constants(self, module: nn.Module) -> None:
-        """Give values to the buffers of a tower that no checkpoint holds."""
+        Its blocks are `spec.tower_layers`, which may be fewer than the model has. Buffers that no
+        checkpoint holds get their values by a method `fill_constants()`, if it has one.
+        """
 
     def build_projector(self, spec: ModelSpec) -> nn.Module:
         """Patches [B, K, C] to visual tokens [B, K, D]."""
-
-    def build_fixed_tokens(self, spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
-        """Nothing to the tokens that are never removed [B, F, D]; None where there are none."""
-
-    def build_text_tower(self, spec: ModelSpec) -> nn.Module:
-        """Token IDs int64 [B, L] of a phrase to text features float32 [B, W]."""
-
-    def build_decoder(
-        self, spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]
-    ) -> nn.Module:
-        """The decoder; see gap_export.graph.decoder for its inputs and outputs."""
-
-    def rotary_tables(self, spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
-        """Constants of the decoder that depend on the number of positions."""
-
-    def smoothing_groups(self, spec: ModelSpec) -> list[SmoothingGroup]:
-        """The decoder's weights whose inputs can be scaled before they are quantized."""
 
     def load_eager(
         self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None
@@ -203,3 +168,37 @@ class Family(Protocol):
         With `memory`, weights are read from their files when they are needed, and no more than
         that many bytes of them stay in memory in between; the answers are the same.
         """
+
+
+class FamilyOptions(Protocol):
+    """What a family defines only where it has such a thing."""
+
+    def build_fixed_tokens(self, spec: ModelSpec, bucket: Bucket) -> nn.Module:
+        """Nothing to the tokens of a bucket that are never removed [B, F, D]."""
+
+    def build_text_tower(self, spec: ModelSpec) -> nn.Module:
+        """Token IDs int64 [B, L] of a phrase to text features float32 [B, W].
+
+        For a family whose `ModelSpec.text` is not None; constants as in `build_tower`.
+        """
+
+
+def build_fixed_tokens(family: Family, spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
+    """A family's tokens that are never removed; None where a bucket has none."""
+    if not bucket.fixed:
+        return None
+    options: FamilyOptions = family  # type: ignore[assignment]
+    return options.build_fixed_tokens(spec, bucket)
+
+
+def build_text_tower(family: Family, spec: ModelSpec) -> nn.Module:
+    """A family's text tower."""
+    options: FamilyOptions = family  # type: ignore[assignment]
+    return options.build_text_tower(spec)
+
+
+def fill_constants(module: nn.Module) -> None:
+    """Give values to the buffers of a tower that no checkpoint holds."""
+    fill: Callable[[], None] | None = getattr(module, "fill_constants", None)
+    if fill is not None:
+        fill()

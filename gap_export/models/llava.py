@@ -11,17 +11,17 @@ References:
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import LlavaImageProcessorPil as LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from gap_export.blocks import llama
 from gap_export.blocks.clip import (
-    ClipTextTower,
     ClipTower,
+    build_clip_text,
     clip_features,
     find_clip_weights,
     read_clip,
@@ -32,6 +32,7 @@ from gap_export.blocks.clip import (
 from gap_export.blocks.hf_config import (
     FRACTION_BOX,
     IGNORED,
+    choose_template,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -41,22 +42,14 @@ from gap_export.blocks.hf_config import (
     require_clip_tower,
     require_patches_alone,
 )
-from gap_export.blocks.llama import (
-    LlamaDecoder,
-    decoder_shapes,
-    packable_weights,
-    read_llama_shape,
-)
-from gap_export.blocks.llama import rotary_tables as llama_tables
-from gap_export.blocks.llama import smoothing_groups as llama_groups
+from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.dialect import Dialect
-from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
+from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature
 from gap_export.reference.lazy import LazyTensor, rename_tensors
 from gap_export.reference.loader import Loader, open_loader
@@ -65,16 +58,15 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width, S rows, V vocabulary.
 
-EMBEDDING: Final = "language_model.embed_tokens.weight"
-LAYERS: Final = "language_model.layers"
+DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
-PHRASE: Final = "clip"
-_LM_HEAD: Final = "lm_head.weight"
+build_text_tower = build_clip_text
 _TEMPLATE: Final = (
     "USER: <image>\nPlease provide the bounding box coordinate of the region this sentence "
     "describes: {phrase} ASSISTANT:"
 )
+_TEMPLATES: Final = dict.fromkeys(("llama", "mistral"), _TEMPLATE)
 _SHORT_PREFIX: Final = 5
 _ORIGINAL_NAMES: Final = (
     (re.compile(r"^model\.mm_projector\.0\."), "multi_modal_projector.linear_1."),
@@ -98,7 +90,6 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     Raises:
         CheckpointError: The config describes something that this family does not have.
     """
-    del config
     where = str(checkpoint.folder / "config.json")
     data = checkpoint.require_json("config.json")
     if data.get("model_type") != "llava":
@@ -110,7 +101,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
     require_patches_alone(library, where)
-    shape = read_llama_shape(text, where)
+    decoder = llama.read_decoder(text, where, is_tied=library.tie_word_embeddings)
     clip = checkpoint.parts.get("clip")
     text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
     grid = (vision.image_size // vision.patch_size,) * 2
@@ -119,15 +110,10 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=(grid,), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
-        tower_layers=resolve_layer(vision, library.vision_feature_layer, where),
+        tower_layers=("block",) * resolve_layer(vision, library.vision_feature_layer, where),
         features=clip_features(vision, text_spec),
         text=text_spec,
-        width=shape.width,
-        layers=shape.layers,
-        cache_heads=shape.cache_heads,
-        head_dim=shape.head_dim,
-        vocabulary=shape.vocabulary,
-        max_positions=text.max_position_embeddings,
+        decoder=decoder,
         tokenizer=TokenizerFiles(folder=checkpoint.folder, rule="pieces" if original else "file"),
         image_text=None,
         image_token_id=None if original else find_image_token(data, library.image_token_id),
@@ -142,7 +128,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             canvases=(),
         ),
         box=FRACTION_BOX,
-        template=_TEMPLATE,
+        template=choose_template(_TEMPLATES, text, config.prompt.template, where),
         prefix=_SHORT_PREFIX,
         library_config=library,
     )
@@ -151,23 +137,21 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """Every tensor, in either layout; a vision tower in the checkpoint wins over CLIP's."""
     config = spec.library_config
-    shape = read_llama_shape(config.text_config, "config.json")
-    expected = expected_shapes(lambda: _Projector(config)) | decoder_shapes(shape)
+    expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
     original = _is_original(checkpoint.require_json("config.json"))
     inside = not original or any("vision_tower." in key for key in checkpoint.tensors)
     if inside:
         expected |= tower_shapes(config.vision_config)
-    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
     sources = match_sources(
         checkpoint,
         expected,
         packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
-        packable=packable_weights(shape),
+        packable=llama.linear_layers(spec.decoder),
         rename=_canonical_name,
         ignored=IGNORED,
-        optional=frozenset({_LM_HEAD} if tied else ()),
+        optional=llama.optional_tensors(spec.decoder),
     )
-    sources.setdefault(_LM_HEAD, sources[EMBEDDING])
+    llama.tie_head(sources)
     clip = checkpoint.parts.get("clip")
     if clip is not None:
         sources |= find_clip_weights(clip, vision=not inside, text=spec.text is not None)
@@ -181,47 +165,13 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
     layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
     text_width = spec.text.width if spec.text else None
     return ClipTower(
-        config.vision_config, layer, needs, depth=spec.tower_layers, text_width=text_width
+        config.vision_config, layer, needs, depth=len(spec.tower_layers), text_width=text_width
     )
-
-
-def fill_constants(module: nn.Module) -> None:
-    """Give values to a tower's buffers that no checkpoint holds."""
-    assert isinstance(module, (ClipTower, ClipTextTower))
-    module.fill_constants()
 
 
 def build_projector(spec: ModelSpec) -> nn.Module:
     """Hugging Face's projector, under its name in the checkpoint."""
-    return _Projector(spec.library_config)
-
-
-def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
-    """None: every visual token shows a patch."""
-    del spec, bucket
-    return None
-
-
-def build_text_tower(spec: ModelSpec) -> nn.Module:
-    """CLIP's."""
-    assert spec.text is not None
-    return ClipTextTower(spec.text)
-
-
-def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
-    """The Llama decoder."""
-    shape = read_llama_shape(spec.library_config.text_config, "config.json")
-    return LlamaDecoder(replace(shape, layers=spec.layers), dialect, *tables)
-
-
-def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
-    """Cosine and sine by position ID."""
-    return llama_tables(spec.library_config.text_config, positions)
-
-
-def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
-    """Those of the Llama decoder."""
-    return llama_groups(read_llama_shape(spec.library_config.text_config, "config.json"))
+    return Projector("multi_modal_projector", LlavaMultiModalProjector(spec.library_config))
 
 
 def load_eager(
@@ -245,16 +195,6 @@ def load_eager(
         )
         layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
         return join_parts(model, loader, spec, layer=layer, process=process)
-
-
-class _Projector(nn.Module):
-    def __init__(self, config: LlavaConfig) -> None:
-        super().__init__()
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
-
-    def forward(self, patches_BNC: Tensor) -> Tensor:
-        tokens_BND: Tensor = self.multi_modal_projector(patches_BNC)
-        return tokens_BND
 
 
 def _is_original(data: dict[str, Any]) -> bool:

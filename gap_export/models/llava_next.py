@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 import torch
@@ -25,9 +24,10 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers import LlavaNextImageProcessorPil as NextProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
+from gap_export.blocks import llama
 from gap_export.blocks.clip import (
-    ClipTextTower,
     ClipTower,
+    build_clip_text,
     clip_features,
     find_clip_weights,
     read_text_spec,
@@ -37,6 +37,7 @@ from gap_export.blocks.clip import (
 from gap_export.blocks.hf_config import (
     FRACTION_BOX,
     IGNORED,
+    choose_template,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -46,22 +47,14 @@ from gap_export.blocks.hf_config import (
     require_clip_tower,
     require_patches_alone,
 )
-from gap_export.blocks.llama import (
-    LlamaDecoder,
-    decoder_shapes,
-    packable_weights,
-    read_llama_shape,
-)
-from gap_export.blocks.llama import rotary_tables as llama_tables
-from gap_export.blocks.llama import smoothing_groups as llama_groups
+from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.dialect import Dialect
-from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
+from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature
 from gap_export.reference.loader import open_loader
 from gap_export.reference.model import join_parts, load_processor
@@ -72,12 +65,10 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), V views, P patches of a view, N removable tokens, K kept, F newlines, D width.
 
-EMBEDDING: Final = "language_model.embed_tokens.weight"
-LAYERS: Final = "language_model.layers"
+DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
-PHRASE: Final = "clip"
-_LM_HEAD: Final = "lm_head.weight"
+build_text_tower = build_clip_text
 _NEWLINE: Final = "image_newline"
 _TEMPLATES: Final = {
     "llama": "USER: <image>\nPlease provide the bounding box coordinate of the region this "
@@ -114,7 +105,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
     require_patches_alone(library, where)
-    shape = read_llama_shape(text, where)
+    decoder = llama.read_decoder(text, where, is_tied=library.tie_word_embeddings)
     clip = checkpoint.parts.get("clip")
     text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
     mean, std = read_normalization(checkpoint, vision.image_size)
@@ -131,22 +122,17 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=_read_buckets(config.image.canvas, preprocess, vision.patch_size),
         vision_width=vision.hidden_size,
-        tower_layers=resolve_layer(vision, library.vision_feature_layer, where),
+        tower_layers=("block",) * resolve_layer(vision, library.vision_feature_layer, where),
         features=clip_features(vision, text_spec),
         text=text_spec,
-        width=shape.width,
-        layers=shape.layers,
-        cache_heads=shape.cache_heads,
-        head_dim=shape.head_dim,
-        vocabulary=shape.vocabulary,
-        max_positions=text.max_position_embeddings,
+        decoder=decoder,
         tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=None,
         image_token_id=find_image_token(data, library.image_token_id),
         stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
         preprocess=preprocess,
         box=FRACTION_BOX,
-        template=_TEMPLATES[text.model_type],
+        template=choose_template(_TEMPLATES, text, config.prompt.template, where),
         prefix=_PREFIX,
         library_config=library,
     )
@@ -155,20 +141,18 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """Every tensor, all in the checkpoint but CLIP's text tower."""
     config = spec.library_config
-    shape = read_llama_shape(config.text_config, "config.json")
-    expected = expected_shapes(lambda: _Projector(config)) | decoder_shapes(shape)
-    expected |= tower_shapes(config.vision_config) | {_NEWLINE: (spec.width,)}
-    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
+    expected |= tower_shapes(config.vision_config) | {_NEWLINE: (spec.decoder.width,)}
     sources = match_sources(
         checkpoint,
         expected,
         packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
-        packable=packable_weights(shape),
+        packable=llama.linear_layers(spec.decoder),
         rename=library_name,
         ignored=IGNORED,
-        optional=frozenset({_LM_HEAD} if tied else ()),
+        optional=llama.optional_tensors(spec.decoder),
     )
-    sources.setdefault(_LM_HEAD, sources[EMBEDDING])
+    llama.tie_head(sources)
     if spec.text is not None:
         sources |= find_clip_weights(checkpoint.parts["clip"], vision=False, text=True)
     return sources
@@ -185,48 +169,20 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
         config.vision_config,
         layer,
         needs,
-        depth=spec.tower_layers,
+        depth=len(spec.tower_layers),
         arrange=(*range(whole[0] * whole[1]), *(int(index) for index in tiles)),
         text_width=spec.text.width if spec.text else None,
     )
 
 
-def fill_constants(module: nn.Module) -> None:
-    """Give values to a tower's buffers that no checkpoint holds."""
-    assert isinstance(module, (ClipTower, ClipTextTower))
-    module.fill_constants()
-
-
 def build_projector(spec: ModelSpec) -> nn.Module:
     """Hugging Face's projector, under its name in the checkpoint."""
-    return _Projector(spec.library_config)
+    return Projector("multi_modal_projector", LlavaNextMultiModalProjector(spec.library_config))
 
 
-def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
+def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module:
     """The newline, once for each row of the mosaic."""
-    return _Newlines(spec.width, len(bucket.fixed))
-
-
-def build_text_tower(spec: ModelSpec) -> nn.Module:
-    """CLIP's."""
-    assert spec.text is not None
-    return ClipTextTower(spec.text)
-
-
-def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
-    """The Llama or Mistral decoder."""
-    shape = read_llama_shape(spec.library_config.text_config, "config.json")
-    return LlamaDecoder(replace(shape, layers=spec.layers), dialect, *tables)
-
-
-def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
-    """Cosine and sine by position ID."""
-    return llama_tables(spec.library_config.text_config, positions)
-
-
-def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
-    """Those of the Llama decoder."""
-    return llama_groups(read_llama_shape(spec.library_config.text_config, "config.json"))
+    return _Newlines(spec.decoder.width, len(bucket.fixed))
 
 
 def load_eager(
@@ -252,16 +208,6 @@ def load_eager(
             process=process,
             arrange=lambda bucket: _pack_views(bucket, side),
         )
-
-
-class _Projector(nn.Module):
-    def __init__(self, config: LlavaNextConfig) -> None:
-        super().__init__()
-        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
-
-    def forward(self, patches_BNC: Tensor) -> Tensor:
-        tokens_BND: Tensor = self.multi_modal_projector(patches_BNC)
-        return tokens_BND
 
 
 class _Newlines(nn.Module):

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gap_export.blocks import llama
 from gap_export.blocks.eva import EvaShape, EvaTower
 from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
-from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, read_llama_shape
-from gap_export.blocks.llama import rotary_tables as llama_tables
-from gap_export.blocks.llama import smoothing_groups as llama_groups
+from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.index import Checkpoint, TensorLocation
 from gap_export.checkpoint.sources import (
     TensorSource,
@@ -42,8 +41,7 @@ from gap_export.checkpoint.sources import (
 from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.dialect import Dialect
-from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
+from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature
 from gap_export.reference.eva import EagerEva
 from gap_export.reference.lazy import LazyTensor, add_product
@@ -56,11 +54,9 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N visual tokens, C patch width (of a whole strip), D decoder width.
 
-EMBEDDING: Final = "language_model.embed_tokens.weight"
-LAYERS: Final = "language_model.layers"
+DECODER: Final = llama
 TOWER_LAYERS: Final = "visual_encoder.blocks"
 PARTS: Final = {"vision": "eva_vit_g.pth", "language": "meta-llama/Llama-2-7b-chat-hf"}
-PHRASE: Final = "embeddings"
 _STRIP: Final = 4
 _SIDE: Final = 448
 _HEAD_WIDTH: Final = 88
@@ -99,15 +95,14 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     language = checkpoint.require_part("language")
     where = str(language.folder / "config.json")
     data = language.require_json("config.json")
-    llama = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
-    shape = read_llama_shape(llama, where)
+    text = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
     tower = _read_tower(checkpoint.require_part("vision"), config)
     return ModelSpec(
         buckets=(
             Bucket(name="", canvas=None, grids=(_token_grid(tower),), strip=_STRIP, fixed=()),
         ),
         vision_width=_STRIP * tower.width,
-        tower_layers=tower.layers,
+        tower_layers=("block",) * tower.layers,
         features={
             Feature.CLS_ATTENTION: (),
             Feature.CLS_SIMILARITY: (),
@@ -116,16 +111,11 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             Feature.MERGE_KEYS: (tower.width,),
         },
         text=None,
-        width=shape.width,
-        layers=shape.layers,
-        cache_heads=shape.cache_heads,
-        head_dim=shape.head_dim,
-        vocabulary=shape.vocabulary,
-        max_positions=llama.max_position_embeddings,
+        decoder=llama.read_decoder(text, where),
         tokenizer=TokenizerFiles(folder=language.folder, rule="stripped"),
         image_text=None,
         image_token_id=None,
-        stop_ids=find_stop_ids(language, llama.eos_token_id),
+        stop_ids=find_stop_ids(language, text.eos_token_id),
         preprocess=Preprocess(
             mode="stretch",
             side=tower.side,
@@ -137,23 +127,25 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         box=_BOX,
         template=_TEMPLATE,
         prefix=_PREFIX,
-        library_config=_Config(tower, llama),
+        library_config=_Config(tower, text),
     )
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """Tensors of all three checkpoints: LoRA merged, EVA's biases joined, its table stretched."""
-    tower, llama = spec.library_config.tower, spec.library_config.llama
-    shape = read_llama_shape(llama, "config.json")
+    tower: EvaShape = spec.library_config.tower
     has_norm = any(key.startswith("ln_vision.") for key in checkpoint.tensors)
     own = match_tensors(
         checkpoint,
-        expected_shapes(lambda: _Projector(spec)) | _own_shapes(checkpoint, tower),
+        expected_shapes(lambda: build_projector(spec)) | _own_shapes(checkpoint, tower),
         rename=_own_name,
         optional=frozenset() if has_norm else frozenset({"ln_vision.weight", "ln_vision.bias"}),
     )
     language = match_tensors(
-        checkpoint.parts["language"], decoder_shapes(shape), rename=llama_name, ignored=IGNORED
+        checkpoint.parts["language"],
+        llama.tensor_shapes(spec.decoder),
+        rename=llama.llama_name,
+        ignored=IGNORED,
     )
     sources = {name: stored(tensor) for name, tensor in language.items()}
     sources |= _merge_lora(language, own)
@@ -167,45 +159,13 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
 
 def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
     """EVA as a whole."""
-    tower = replace(spec.library_config.tower, layers=spec.tower_layers)
+    tower = replace(spec.library_config.tower, layers=len(spec.tower_layers))
     return EvaTower(tower, bucket.strip, needs)
-
-
-def fill_constants(module: nn.Module) -> None:
-    """Nothing: every tensor of the tower is in a file."""
-    del module
 
 
 def build_projector(spec: ModelSpec) -> nn.Module:
     """One linear layer from whole strips, under its name in the checkpoint."""
-    return _Projector(spec)
-
-
-def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
-    """None: every visual token shows patches."""
-    del spec, bucket
-    return None
-
-
-def build_text_tower(spec: ModelSpec) -> nn.Module:
-    """There is none; phrases are compared by the language model's embeddings."""
-    raise NotImplementedError
-
-
-def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
-    """The Llama decoder."""
-    shape = read_llama_shape(spec.library_config.llama, "config.json")
-    return LlamaDecoder(replace(shape, layers=spec.layers), dialect, *tables)
-
-
-def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
-    """Cosine and sine by position ID."""
-    return llama_tables(spec.library_config.llama, positions)
-
-
-def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
-    """Those of the Llama decoder."""
-    return llama_groups(read_llama_shape(spec.library_config.llama, "config.json"))
+    return Projector("llama_proj", nn.Linear(spec.vision_width, spec.decoder.width))
 
 
 def load_eager(
@@ -216,7 +176,7 @@ def load_eager(
     with open_loader(checkpoint, dtype, memory) as loader:
         own = loader.open()
         tensors = _merged_tensors(loader.open("language"), own)
-        model = loader.build(LlamaForCausalLM, spec.library_config.llama, tensors)
+        model = loader.build(LlamaForCausalLM, spec.library_config.text, tensors)
         projector = {key: each for key, each in own.items() if key.startswith("llama_proj.")}
         return EagerGrounder(
             tower=EagerEva(
@@ -233,20 +193,10 @@ def load_eager(
 
 
 class _Config:
-    """The sizes of both towers."""
+    """The sizes of the tower, and the language model's config."""
 
-    def __init__(self, tower: EvaShape, llama: LlamaConfig) -> None:
-        self.tower, self.llama = tower, llama
-
-
-class _Projector(nn.Module):
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.llama_proj = nn.Linear(spec.vision_width, spec.width)
-
-    def forward(self, patches_BNC: Tensor) -> Tensor:
-        tokens_BND: Tensor = self.llama_proj(patches_BNC)
-        return tokens_BND
+    def __init__(self, tower: EvaShape, text: LlamaConfig) -> None:
+        self.tower, self.text = tower, text
 
 
 def _read_tower(part: Checkpoint, config: ExportConfig) -> EvaShape:

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from gap_export.blocks import llama
 from gap_export.blocks.clip import (
-    ClipTextTower,
     ClipTower,
+    build_clip_text,
     clip_features,
     find_clip_weights,
     read_clip,
@@ -37,9 +38,7 @@ from gap_export.blocks.hf_config import (
     read_normalization,
     refuse_quantized,
 )
-from gap_export.blocks.llama import LlamaDecoder, decoder_shapes, llama_name, read_llama_shape
-from gap_export.blocks.llama import rotary_tables as llama_tables
-from gap_export.blocks.llama import smoothing_groups as llama_groups
+from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import (
     TensorSource,
@@ -51,8 +50,7 @@ from gap_export.checkpoint.sources import (
 from gap_export.checkpoint.tokenizer import TokenizerFiles, read_added_tokens
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.dialect import Dialect
-from gap_export.interfaces.family import EagerModel, ModelSpec, SmoothingGroup
+from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature
 from gap_export.reference.clip import EagerClip
 from gap_export.reference.lazy import LazyTensor, sum_tensors
@@ -63,11 +61,10 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, C vision width, D decoder width.
 
-EMBEDDING: Final = "language_model.embed_tokens.weight"
-LAYERS: Final = "language_model.layers"
+DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14", "base": "huggyllama/llama-7b"}
-PHRASE: Final = "clip"
+build_text_tower = build_clip_text
 _LAYER: Final = -2
 _FORM: Final = "[0.###,0.###,0.###,0.###]"
 _TEMPLATE: Final = (
@@ -115,8 +112,8 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             f"{vision.hidden_size} wide; give the right CLIP checkpoint: --set parts.clip=DIR"
         )
     facts = {key: value for key, value in data.items() if key not in {"model_type", "dtype"}}
-    llama = parse_config(lambda: LlamaConfig.from_dict(facts), where, "Llama")
-    shape = read_llama_shape(llama, where)
+    text = parse_config(lambda: LlamaConfig.from_dict(facts), where, "Llama")
+    decoder = llama.read_decoder(text, where)
     text_spec = read_text_spec(clip, vision.hidden_size)
     side = vision.image_size // vision.patch_size
     mean, std = read_normalization(clip, vision.image_size)
@@ -125,15 +122,10 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=((side, side),), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
-        tower_layers=layer,
+        tower_layers=("block",) * layer,
         features=clip_features(vision, text_spec),
         text=text_spec,
-        width=shape.width,
-        layers=shape.layers,
-        cache_heads=shape.cache_heads,
-        head_dim=shape.head_dim,
-        vocabulary=shape.vocabulary,
-        max_positions=llama.max_position_embeddings,
+        decoder=decoder,
         tokenizer=files,
         image_text=_PATCH_TOKEN.join(frame or ("", "")),
         image_token_id=_find_patch_token(files),
@@ -149,14 +141,13 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         box=dataclasses.replace(FRACTION_BOX, form=_FORM),
         template=_TEMPLATE,
         prefix=_PREFIX,
-        library_config=_Config(vision, llama, layer),
+        library_config=_Config(vision, text, layer),
     )
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """CLIP's tensors and the language model's, its differences added to the base."""
-    shape = read_llama_shape(spec.library_config.llama, "config.json")
-    expected = decoder_shapes(shape) | expected_shapes(lambda: _Projector(spec))
+    expected = llama.tensor_shapes(spec.decoder) | expected_shapes(lambda: build_projector(spec))
     own = match_tensors(
         checkpoint,
         expected,
@@ -168,8 +159,10 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     if base is not None:
         data, where = base.require_json("config.json"), str(base.folder / "config.json")
         config = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
-        base_shape = dataclasses.replace(shape, vocabulary=config.vocab_size)
-        found = match_tensors(base, decoder_shapes(base_shape), rename=llama_name, ignored=IGNORED)
+        plain = dataclasses.replace(spec.decoder, vocabulary=config.vocab_size)
+        found = match_tensors(
+            base, llama.tensor_shapes(plain), rename=llama.llama_name, ignored=IGNORED
+        )
         for name, tensor in found.items():
             delta = own[name]
             if delta.shape[0] < tensor.shape[0]:
@@ -190,47 +183,13 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
     config = spec.library_config
     text_width = spec.text.width if spec.text else None
     return ClipTower(
-        config.vision, config.layer, needs, depth=spec.tower_layers, text_width=text_width
+        config.vision, config.layer, needs, depth=len(spec.tower_layers), text_width=text_width
     )
-
-
-def fill_constants(module: nn.Module) -> None:
-    """Give values to a tower's buffers that no checkpoint holds."""
-    assert isinstance(module, (ClipTower, ClipTextTower))
-    module.fill_constants()
 
 
 def build_projector(spec: ModelSpec) -> nn.Module:
     """One linear layer, under its name in the checkpoint."""
-    return _Projector(spec)
-
-
-def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
-    """None: every visual token shows a patch."""
-    del spec, bucket
-    return None
-
-
-def build_text_tower(spec: ModelSpec) -> nn.Module:
-    """CLIP's."""
-    assert spec.text is not None
-    return ClipTextTower(spec.text)
-
-
-def build_decoder(spec: ModelSpec, dialect: Dialect, tables: tuple[Tensor, ...]) -> nn.Module:
-    """The Llama decoder."""
-    shape = read_llama_shape(spec.library_config.llama, "config.json")
-    return LlamaDecoder(dataclasses.replace(shape, layers=spec.layers), dialect, *tables)
-
-
-def rotary_tables(spec: ModelSpec, positions: int) -> tuple[Tensor, ...]:
-    """Cosine and sine by position ID."""
-    return llama_tables(spec.library_config.llama, positions)
-
-
-def smoothing_groups(spec: ModelSpec) -> list[SmoothingGroup]:
-    """Those of the Llama decoder."""
-    return llama_groups(read_llama_shape(spec.library_config.llama, "config.json"))
+    return Projector("mm_projector", nn.Linear(spec.vision_width, spec.decoder.width))
 
 
 def load_eager(
@@ -243,7 +202,7 @@ def load_eager(
         tower = loader.load(CLIPVisionModel, config.vision, part="clip", names=names)
         base = loader.open("base") if "base" in checkpoint.parts else {}
         tensors = _add_base(loader.open(), base)
-        model = loader.build(LlamaForCausalLM, config.llama, tensors)
+        model = loader.build(LlamaForCausalLM, config.text, tensors)
         projector = {key: each for key, each in tensors.items() if key.startswith(_PROJECTOR)}
         folder = clip.folder if processor_config(clip) else None
         process = load_processor(CLIPImageProcessorPil, folder, spec.preprocess.side)
@@ -261,18 +220,8 @@ def load_eager(
 class _Config:
     """Both towers' configs and the hidden state that patches are taken from."""
 
-    def __init__(self, vision: Any, llama: LlamaConfig, layer: int) -> None:
-        self.vision, self.llama, self.layer = vision, llama, layer
-
-
-class _Projector(nn.Module):
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.mm_projector = nn.Linear(spec.vision_width, spec.width)
-
-    def forward(self, patches_BNC: Tensor) -> Tensor:
-        tokens_BND: Tensor = self.mm_projector(patches_BNC)
-        return tokens_BND
+    def __init__(self, vision: Any, text: LlamaConfig, layer: int) -> None:
+        self.vision, self.text, self.layer = vision, text, layer
 
 
 def _find_patch_token(files: TokenizerFiles) -> int | None:
@@ -286,7 +235,7 @@ def _own_name(key: str) -> str:
     """Name of a tensor of the published checkpoint."""
     if key.startswith("model.mm_projector."):
         return key.removeprefix("model.")
-    return llama_name(key)
+    return llama.llama_name(key)
 
 
 def _add_delta(base: Tensor, delta: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from gap_export.checkpoint.sources import Shapes
 from gap_export.graph.decoder import DecoderStage, cache_names
+from gap_export.interfaces.family import fill_constants
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.scheme import Scheme
 from gap_runtime.bundle.tensors import count_bytes
@@ -68,14 +69,16 @@ def estimate(plan: ExportPlan) -> Estimate:
     """What the export of a plan takes; some seconds, as all layers are run without values."""
     family, spec = plan.family, plan.spec
     positions = max(plan.layout.at(entry).positions for entry in plan.entries)
-    tables = family.rotary_tables(spec, positions)
+    tables = family.DECODER.rotary_tables(spec.decoder, positions)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     towers = {
         bucket.name: _build(plan, mode, partial(_build_tower, plan, bucket))
         for bucket in spec.buckets
     }
     decoder = _build(
-        plan, mode, lambda: DecoderStage(family.build_decoder(spec, plan.dialect, tables))
+        plan,
+        mode,
+        lambda: DecoderStage(family.DECODER.build(spec.decoder, plan.dialect, tables)),
     )
     projector = _build(plan, mode, lambda: family.build_projector(spec))
     parameters = plan.parameters
@@ -84,7 +87,7 @@ def estimate(plan: ExportPlan) -> Estimate:
     )
     table_bytes = sum(table.nbytes for table in tables)
     decoder_bytes += table_bytes
-    embedding = count_bytes((spec.vocabulary, spec.width), plan.dtype)
+    embedding = count_bytes((spec.decoder.vocabulary, spec.decoder.width), plan.dtype)
     in_place = plan.target.opset >= _IN_PLACE_OPSET or not plan.target.packages
     cache = plan.layout.capacity * plan.cache_bytes_per_slot * (1 if in_place else 2)
     vision_peak = max(
@@ -152,7 +155,7 @@ def _run_vision(
     """Most bytes alive at once in a bucket's vision graph, the pruner's own left out."""
     shape = plan.spec.preprocess.pixel_shape(bucket)
     kept = max(entry.kept for entry in plan.entries if entry.bucket == bucket.name)
-    plan.family.fill_constants(tower)
+    fill_constants(tower)
     live = _LiveBytes(tower, projector)
     with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), live:
         pixels = torch.empty(shape, dtype=getattr(torch, plan.dtype))
@@ -163,12 +166,13 @@ def _run_vision(
 
 def _run_prefill(plan: ExportPlan, mode: FakeTensorMode, decoder: nn.Module) -> int:
     """Most bytes alive at once in a prefill of the longest prompt, caches left out."""
-    spec = plan.spec
+    spec = plan.spec.decoder
     rows = max(plan.layout.at(entry).prompt for entry in plan.entries)
     shape = (1, spec.cache_heads, plan.layout.capacity, spec.head_dim)
     with mode:
         caches = [
-            torch.empty(shape, dtype=getattr(torch, plan.dtype)) for _ in cache_names(spec.layers)
+            torch.empty(shape, dtype=getattr(torch, plan.dtype))
+            for _ in cache_names(len(spec.layers))
         ]
         inputs = (
             torch.empty(1, rows, spec.width),

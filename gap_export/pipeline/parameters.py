@@ -15,7 +15,7 @@ from torch import nn
 
 from gap_export.checkpoint.sources import Shapes, build_without_memory, linear_weights, shapes_of
 from gap_export.interfaces.dialect import Dialect
-from gap_export.interfaces.family import Family, ModelSpec
+from gap_export.interfaces.family import Family, ModelSpec, build_fixed_tokens, build_text_tower
 from gap_export.interfaces.features import Feature
 from gap_runtime.pictures.preprocess import Bucket
 
@@ -66,11 +66,11 @@ def list_parameters(
             partial(_build_fixed_tokens, family, spec, bucket),
         ]
     seeing = [build_without_memory(build) for build in builders]
-    tables = family.rotary_tables(spec, 1)
-    decoder = build_without_memory(lambda: family.build_decoder(spec, dialect, tables))
+    tables = family.DECODER.rotary_tables(spec.decoder, 1)
+    decoder = build_without_memory(lambda: family.DECODER.build(spec.decoder, dialect, tables))
     text: Shapes = {}
     if reads_clip:
-        text = shapes_of(build_without_memory(lambda: family.build_text_tower(spec)))
+        text = shapes_of(build_without_memory(lambda: build_text_tower(family, spec)))
     linear = {name: "vision" for module in seeing for name in linear_weights(module)}
     linear |= {name: "head" if name == HEAD else "decoder" for name in linear_weights(decoder)}
     return Parameters(
@@ -82,4 +82,4 @@ def list_parameters(
 
 
 def _build_fixed_tokens(family: Family, spec: ModelSpec, bucket: Bucket) -> nn.Module:
-    return family.build_fixed_tokens(spec, bucket) or nn.Module()
+    return build_fixed_tokens(family, spec, bucket) or nn.Module()

@@ -108,8 +108,8 @@ class ExportPlan:
     @property
     def cache_bytes_per_slot(self) -> int:
         """Bytes of the KV cache per slot, all layers."""
-        spec = self.spec
-        return 2 * spec.layers * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
+        spec = self.spec.decoder
+        return 2 * len(spec.layers) * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -126,7 +126,7 @@ class ExportPlan:
     def encoder(self) -> PromptEncoder:
         """What makes tokens of phrases, as the bundle will; there must be a tokenizer."""
         assert self.tokenizer is not None
-        return PromptEncoder(self.tokenizer, self.prompt, rows=self.spec.vocabulary)
+        return PromptEncoder(self.tokenizer, self.prompt, rows=self.spec.decoder.vocabulary)
 
     @property
     def reads_clip(self) -> bool:
@@ -264,7 +264,7 @@ def read_model(named: NamedConfig) -> Model:
         family = load_plugin("gap_export.models", family_name, "family")
     strategy = config.prune.name
     pruner = load_pruner(config.prune.strategy)
-    source = config.prune.phrase or family.PHRASE
+    source = config.prune.phrase or ("clip" if "clip" in family.PARTS else "embeddings")
     reads_clip = Feature.TEXT in pruner.NEEDS and source == "clip"
     unknown = sorted(set(config.parts) - set(family.PARTS))
     if unknown:
@@ -380,14 +380,14 @@ def _plan_weights(
     """The files of all that graphs use and of the embedding table."""
     wanted = {
         name: sources[name]
-        for name in (*parameters.all, model.family.EMBEDDING)
+        for name in (*parameters.all, model.family.DECODER.EMBEDDING)
         if name not in schemes
     }
     for name, shape in parameters.all.items():
         assert sources[name].shape == shape, name
     scaled: Collection[str] = ()
     if quantization is not None and quantization.method == "awq":
-        scaled = find_scaled(model.family.smoothing_groups(model.spec), schemes)
+        scaled = find_scaled(model.family.DECODER.smoothing_groups(model.spec.decoder), schemes)
     return plan_weights(
         model.checkpoint,
         wanted | quantize_sources(sources, schemes, {}, dtype=dtype),

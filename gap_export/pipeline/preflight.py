@@ -151,12 +151,12 @@ def _streamed_bytes(plan: ExportPlan) -> int:
     largest = max(
         _float_bytes(source)
         for name, source in plan.sources.items()
-        if name != plan.family.EMBEDDING
+        if name != plan.family.DECODER.EMBEDDING
     )
     longest = max(plan.layout.prefix + entry.patches for entry in plan.entries)
     slots = longest + plan.layout.suffix + plan.layout.answer
-    spec = plan.spec
-    rows = 2 * spec.layers * spec.cache_heads * spec.head_dim
+    spec = plan.spec.decoder
+    rows = 2 * len(spec.layers) * spec.cache_heads * spec.head_dim
     return _WORK_BYTES + largest + slots * rows * ITEM_BYTES[REFERENCE_DTYPE]
 
 

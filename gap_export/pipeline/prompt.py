@@ -79,7 +79,7 @@ def _require_covered(tokenizer: Tokenizer, ids: list[int], spec: ModelSpec) -> N
     Tokens that were added after training and that no prompt needs are no harm: the runtime
     refuses phrases that hold them.
     """
-    where, rows = spec.tokenizer.folder, spec.vocabulary
+    where, rows = spec.tokenizer.folder, spec.decoder.vocabulary
     pieces = tokenizer.get_vocab_size(with_added_tokens=False)
     if pieces > rows:
         raise CheckpointError(

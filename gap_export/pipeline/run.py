@@ -192,14 +192,14 @@ def _lay_out(
         smoothed = smooth_model(
             plan.sources,
             plan.schemes,
-            plan.family.smoothing_groups(plan.spec),
+            plan.family.DECODER.smoothing_groups(plan.spec.decoder),
             statistics,
             dtype=plan.dtype,
         )
         sources |= smoothed.sources
         smoothings = smoothed.smoothings
     sources |= quantize_sources(sources, plan.schemes, smoothings, dtype=plan.dtype)
-    names = (*used_parameters(graphs.all), plan.family.EMBEDDING)
+    names = (*used_parameters(graphs.all), plan.family.DECODER.EMBEDDING)
     return plan.weights.lay_out({name: sources[name] for name in names})
 
 
@@ -356,12 +356,12 @@ def _make_manifest(
         ratios=plan.entries,
         stages=tuple(stages),
         cache=CacheShape(
-            layers=spec.layers,
-            heads=spec.cache_heads,
-            head_dim=spec.head_dim,
+            layers=len(spec.decoder.layers),
+            heads=spec.decoder.cache_heads,
+            head_dim=spec.decoder.head_dim,
             dtype=plan.dtype,
         ),
-        embedding=weights.placed[plan.family.EMBEDDING],
+        embedding=weights.placed[plan.family.DECODER.EMBEDDING],
         preprocess=spec.preprocess,
         prompt=plan.prompt,
         phrase=plan.phrase,

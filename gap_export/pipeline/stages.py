@@ -13,7 +13,12 @@ from gap_export.graph.decoder import DecoderStage, cache_names
 from gap_export.graph.text import TextStage
 from gap_export.graph.vision import PruneStage, TowerStage, sort_features
 from gap_export.interfaces.dialect import FUSED
-from gap_export.interfaces.family import geometry_of
+from gap_export.interfaces.family import (
+    build_fixed_tokens,
+    build_text_tower,
+    fill_constants,
+    geometry_of,
+)
 from gap_export.interfaces.features import Feature
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.graph import quantize_graph
@@ -39,7 +44,7 @@ _TILED: Final = 5
 def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     """The tower's graph, the same for all ratios; traced with few blocks, as the decoder."""
     spec, needs = plan.spec, plan.tower_needs
-    few = replace(spec, tower_layers=min(spec.tower_layers, _TRACED_TOWER_LAYERS))
+    few = replace(spec, tower_layers=spec.tower_layers[:_TRACED_TOWER_LAYERS])
     pixels = spec.preprocess.pixel_shape(bucket)
     traced = trace(
         lambda: TowerStage(plan.family.build_tower(few, bucket, needs), needs),
@@ -57,9 +62,9 @@ def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
             )
         ],
         outputs=_between(plan, bucket),
-        finish=lambda stage: plan.family.fill_constants(stage.tower),  # type: ignore[arg-type]
+        finish=lambda stage: fill_constants(stage.tower),  # type: ignore[arg-type]
     )
-    more = spec.tower_layers - few.tower_layers
+    more = len(spec.tower_layers) - len(few.tower_layers)
     return repeat_layer(traced, f"tower.{plan.family.TOWER_LAYERS}", more)
 
 
@@ -73,7 +78,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
         lambda: PruneStage(
             plan.pruner,
             plan.family.build_projector(spec),
-            plan.family.build_fixed_tokens(spec, bucket),
+            build_fixed_tokens(plan.family, spec, bucket),
             config=plan.prune,
             layout=layout,
             geometry=geometry_of(bucket),
@@ -89,7 +94,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             TensorSpec(
                 name="visual_tokens",
                 dtype="float32",
-                shape=(1, layout.visual, spec.width),
+                shape=(1, layout.visual, spec.decoder.width),
                 meaning="tokens of the kept patches, in slot order",
             ),
             TensorSpec(
@@ -116,7 +121,7 @@ def trace_text(plan: ExportPlan) -> Traced | None:
         return None
     assert text is not None
     return trace(
-        lambda: TextStage(plan.family.build_text_tower(plan.spec)),
+        lambda: TextStage(build_text_tower(plan.family, plan.spec)),
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
@@ -129,7 +134,7 @@ def trace_text(plan: ExportPlan) -> Traced | None:
             )
         ],
         outputs=[_describe_phrase(plan)],
-        finish=lambda stage: plan.family.fill_constants(stage.tower),  # type: ignore[arg-type]
+        finish=lambda stage: fill_constants(stage.tower),  # type: ignore[arg-type]
     )
 
 
@@ -138,10 +143,10 @@ def trace_decoder(plan: ExportPlan) -> Traced:
 
     Traced with few layers; the others are like the last of these.
     """
-    spec = plan.spec
-    few = replace(spec, layers=min(spec.layers, _TRACED_LAYERS))
+    decoder, spec = plan.family.DECODER, plan.spec.decoder
+    few = replace(spec, layers=spec.layers[:_TRACED_LAYERS])
     cache_shape = (1, spec.cache_heads, plan.layout.capacity, spec.head_dim)
-    names = cache_names(spec.layers)
+    names = cache_names(len(spec.layers))
     caches = [
         TensorSpec(
             name=name,
@@ -152,7 +157,7 @@ def trace_decoder(plan: ExportPlan) -> Traced:
         for name in names
     ]
     positions = max(plan.layout.at(entry).positions for entry in plan.entries)
-    tables = plan.family.rotary_tables(spec, positions)
+    tables = decoder.rotary_tables(spec, positions)
     inputs = [
         TensorSpec(
             name="embeddings",
@@ -192,20 +197,20 @@ def trace_decoder(plan: ExportPlan) -> Traced:
             for cache in caches
         ),
     ]
-    left_out = 2 * (spec.layers - few.layers)
+    more = len(spec.layers) - len(few.layers)
     traced = trace(
-        lambda: DecoderStage(plan.family.build_decoder(few, plan.dialect, tables)),
+        lambda: DecoderStage(decoder.build(few, plan.dialect, tables)),
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
-        inputs=inputs[: len(inputs) - left_out],
-        outputs=outputs[: len(outputs) - left_out],
-        nested=2 * few.layers,
+        inputs=inputs[: len(inputs) - 2 * more],
+        outputs=outputs[: len(outputs) - 2 * more],
+        nested=2 * len(few.layers),
     )
     return repeat_layer(
         traced,
-        f"decoder.{plan.family.LAYERS}",
-        spec.layers - few.layers,
+        f"decoder.{decoder.LAYERS}",
+        more,
         inputs=inputs[len(traced.inputs) :],
         outputs=outputs[len(traced.outputs) :],
     )
@@ -281,7 +286,7 @@ def _between(plan: ExportPlan, bucket: Bucket) -> list[TensorSpec]:
 def _describe_phrase(plan: ExportPlan) -> TensorSpec:
     """The vision graph's input besides the picture, where the pruner reads the phrase."""
     text = plan.spec.text
-    width = text.width if plan.reads_clip and text else plan.spec.width
+    width = text.width if plan.reads_clip and text else plan.spec.decoder.width
     return TensorSpec(
         name=Feature.TEXT.value, dtype="float32", shape=(1, width), meaning="the phrase"
     )

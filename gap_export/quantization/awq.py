@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gap_export.checkpoint.sources import TensorSource, cut_pieces, make_tensor
-from gap_export.interfaces.family import InputStatistics, SmoothingGroup
+from gap_export.interfaces.decoder import SmoothingGroup
+from gap_export.interfaces.family import InputStatistics
 from gap_export.quantization.scheme import Scheme
 from gap_export.quantization.values import Smoothing, round_weight
 

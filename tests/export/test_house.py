@@ -6,13 +6,13 @@ import importlib
 import inspect
 import re
 import tomllib
-from typing import get_args
 
 import pytest
 from tools.places import ROOT
 
+from gap_export.interfaces.decoder import Decoder
 from gap_export.interfaces.dialect import Dialect
-from gap_export.interfaces.family import Family
+from gap_export.interfaces.family import Family, FamilyOptions
 from gap_export.interfaces.features import AdaptivePruner, Feature, Pruner
 from gap_runtime.backends import Backend
 from gap_runtime.bundle import manifest
@@ -192,10 +192,13 @@ def test_protocols_ask_for_something():
     assert members(Pruner) == {"NEEDS", "EXTRA", "prune", "prune_eagerly"}
     assert members(AdaptivePruner) == {"count_adaptively"}
     assert members(Family) == {
-        *("EMBEDDING", "LAYERS", "TOWER_LAYERS", "PARTS", "PHRASE"),
-        *("find_parts", "read_spec", "find_weights"),
-        *("build_tower", "fill_constants", "build_projector", "build_fixed_tokens"),
-        *("build_text_tower", "build_decoder", "rotary_tables", "smoothing_groups", "load_eager"),
+        *("DECODER", "TOWER_LAYERS", "PARTS", "find_parts", "read_spec", "find_weights"),
+        *("build_tower", "build_projector", "load_eager"),
+    }
+    assert members(FamilyOptions) == {"build_fixed_tokens", "build_text_tower"}
+    assert members(Decoder) == {
+        *("EMBEDDING", "LAYERS", "read_decoder", "tensor_shapes", "linear_layers"),
+        *("smoothing_groups", "rotary_tables", "build"),
     }
     assert members(Backend) == {"open_stage", "open_decoder"}
     assert members(Reader) == {"SUFFIXES", "USUAL", "recognise", "locate", "read"}
@@ -204,30 +207,39 @@ def test_protocols_ask_for_something():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_plugin_fits_its_protocol(name):
-    module = importlib.import_module(name)
-    protocol = PROTOCOLS[name.rpartition(".")[0]]
-    for member in members(protocol):
+    require_fit(importlib.import_module(name), PROTOCOLS[name.rpartition(".")[0]])
+
+
+def require_fit(module, protocol, wanted=None):
+    """Members of a protocol, all by default, are there and take what it says."""
+    for member in members(protocol) if wanted is None else wanted:
         assert hasattr(module, member), member
         promised = getattr(protocol, member, None)
         if inspect.isfunction(promised):
-            wanted = list(inspect.signature(promised).parameters)[1:]
-            assert list(inspect.signature(getattr(module, member)).parameters) == wanted, member
+            arguments = list(inspect.signature(promised).parameters)[1:]
+            assert list(inspect.signature(getattr(module, member)).parameters) == arguments, member
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if ".pruners." in name])
-def test_an_adaptive_rule_fits_its_protocol(name):
+@pytest.mark.parametrize("name", [name for name in MODULES if ".models." in name])
+def test_the_decoder_of_a_family_fits_its_protocol(name):
+    require_fit(importlib.import_module(name).DECODER, Decoder)
+
+
+OPTIONS = {"gap_export.pruners": AdaptivePruner, "gap_export.models": FamilyOptions}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.rpartition(".")[0] in OPTIONS])
+def test_what_a_plugin_may_have_fits_its_protocol(name):
     """It is optional, so that a wrong spelling would go unnoticed."""
-    module = importlib.import_module(name)
+    module, package = importlib.import_module(name), name.rpartition(".")[0]
     own = {
         member
         for member, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == name and member[0] != "_"
+        if member[0] != "_" and inspect.isfunction(value) and value.__module__ == name
     }
-    counts = own - members(Pruner)
-    assert counts <= members(AdaptivePruner)
-    for member in counts:
-        wanted = list(inspect.signature(getattr(AdaptivePruner, member)).parameters)[1:]
-        assert list(inspect.signature(getattr(module, member)).parameters) == wanted
+    more = own - members(PROTOCOLS[package])
+    assert more <= members(OPTIONS[package])
+    require_fit(module, OPTIONS[package], members(OPTIONS[package]) & set(vars(module)))
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if ".pruners." in name])
@@ -274,7 +286,6 @@ def test_a_pruners_two_forms_share_no_brick(path):
 def test_a_family_says_what_it_reads(name):
     module = importlib.import_module(name)
     assert all(role.isidentifier() and place for role, place in module.PARTS.items())
-    assert module.PHRASE in get_args(manifest.PhraseSource)
 
 
 def test_the_format_page_names_every_key_of_the_manifest():

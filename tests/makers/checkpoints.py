@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tools.places import ROOT
 from transformers import (
+    AutoConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -48,6 +48,7 @@ def make_llava_checkpoint(
     vision_layers=3,
     vision_heads=4,
     vision_feature_layer=-2,
+    text="llama",
     width=64,
     layers=2,
     heads=4,
@@ -75,8 +76,9 @@ def make_llava_checkpoint(
         vision_layers: Of the CLIP tower; the last one is not used with the feature layer -2.
         vision_heads: Of the CLIP tower.
         vision_feature_layer: Hidden state that the projector reads.
-        width: Of the Llama decoder.
-        layers: Of the Llama decoder.
+        text: Type of the decoder.
+        width: Of the decoder.
+        layers: Of the decoder.
         heads: Query heads.
         kv_heads: Key and value heads; as many as `heads` where None.
         head_dim: `width / heads` where None.
@@ -108,7 +110,8 @@ def make_llava_checkpoint(
         patch_size=patch_size,
         projection_dim=vision_width,
     )
-    text = LlamaConfig(
+    text_config = AutoConfig.for_model(
+        text,
         vocab_size=vocabulary or fitting,
         hidden_size=width,
         intermediate_size=mlp,
@@ -125,7 +128,7 @@ def make_llava_checkpoint(
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=text_config,
         image_token_index=ids["<image>"],
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy="default",

@@ -79,7 +79,7 @@ def load(plan, memory):
 
 
 def run_once(model, plan, rows=3):
-    embeddings = torch.zeros(rows, plan.spec.width)
+    embeddings = torch.zeros(rows, plan.spec.decoder.width)
     return model.run_decoder(embeddings, torch.arange(rows), model.start_cache())
 
 
@@ -92,13 +92,13 @@ def test_every_pass_reads_every_matrix_once(case, tmp_path, read_sizes):
         run_once(model, plan)
         keys.append([key for key, _ in read_sizes])
     assert keys[0] == keys[1]
-    matrices = 7 * plan.spec.layers + 1
+    matrices = 7 * len(plan.spec.decoder.layers) + 1
     if case.name == "shikra":
         # Deltas and what they are added to have the same keys.
         matrices *= 2
     if case.name == "minigpt-v2":
         # Two of each layer have two matrices of LoRA.
-        matrices += 4 * plan.spec.layers
+        matrices += 4 * len(plan.spec.decoder.layers)
     assert len(keys[0]) == matrices
 
 
@@ -121,18 +121,20 @@ def test_a_part_of_the_weights_stays(tmp_path, tmp_path_factory, read_sizes):
         run_once(model, plan)
         read_sizes.clear()
         run_once(model, plan)
-        assert sum("q_proj" in key for key, _ in read_sizes) == plan.spec.layers - less
+        assert (
+            sum("q_proj" in key for key, _ in read_sizes) == len(plan.spec.decoder.layers) - less
+        )
 
 
 def test_the_table_is_read_row_by_row(case, tmp_path, read_sizes):
     plan = case.plan(tmp_path / "out")
     model = load(plan, ALL)
     read_sizes.clear()
-    ids = [3, plan.spec.vocabulary - 1, 3]
+    ids = [3, plan.spec.decoder.vocabulary - 1, 3]
     rows = model.embed(ids)
     assert {shape[0] for _, shape in read_sizes} == {1}
     assert torch.equal(rows, load(plan, None).embed(ids))
-    assert model.embed([]).shape == (0, plan.spec.width)
+    assert model.embed([]).shape == (0, plan.spec.decoder.width)
 
 
 def test_nothing_stays_after_a_pass(tmp_path, tmp_path_factory):

@@ -171,10 +171,10 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
         f"{layout.answer}; the graph's cache has {layout.capacity} slots"
     )
     most = max(layout.at(entry).positions for entry in plan.entries)
-    if most > plan.spec.max_positions:
+    if most > plan.spec.decoder.max_positions:
         display.say(
             f"note: the longest prompt and answer reach position {most - 1}; the model was made "
-            f"for {plan.spec.max_positions} positions"
+            f"for {plan.spec.decoder.max_positions} positions"
         )
 
 

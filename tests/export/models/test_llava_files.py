@@ -293,7 +293,10 @@ def test_a_tied_head_is_the_table_unless_it_is_stored(tmp_path, stored):
         checkpoints.edit_tensors(folder, add)
     model = read(folder)
     found = model.family.find_weights(model.checkpoint, model.spec)
-    table, head = make_tensor(found[model.family.EMBEDDING]), make_tensor(found["lm_head.weight"])
+    table, head = (
+        make_tensor(found[model.family.DECODER.EMBEDDING]),
+        make_tensor(found["lm_head.weight"]),
+    )
     assert torch.equal(head, table + 1 if stored else table)
 
 

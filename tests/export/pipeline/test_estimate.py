@@ -65,7 +65,7 @@ def test_what_cannot_be_quantized_stays():
 def count_tables(plan):
     """Bytes of the rotary tables, which lie in the graph: positions decide their size."""
     positions = max(plan.layout.at(entry).positions for entry in plan.entries)
-    return 2 * positions * plan.spec.head_dim // 2 * 4
+    return 2 * positions * plan.spec.decoder.head_dim // 2 * 4
 
 
 @pytest.mark.parametrize("ratios", [[0.5], [0.5, 0.75]])

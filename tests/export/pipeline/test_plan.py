@@ -125,7 +125,7 @@ def test_mistral_is_llama_where_its_window_holds_every_position(copy, tmp_path, 
         copy,
         lambda data: data["text_config"].update(model_type="mistral", sliding_window=window),
     )
-    assert make_plan(copy, tmp_path / "out").spec.max_positions == 512
+    assert make_plan(copy, tmp_path / "out").spec.decoder.max_positions == 512
 
 
 def test_a_checkpoint_of_another_family_under_a_model_file(copy, tmp_path):

@@ -11,7 +11,8 @@ from onnx import numpy_helper
 
 from gap_export.checkpoint.sources import TensorSource, make_tensor
 from gap_export.config import load_config
-from gap_export.interfaces.family import InputStatistics, SmoothingGroup
+from gap_export.interfaces.decoder import SmoothingGroup
+from gap_export.interfaces.family import InputStatistics
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_export.quantization.awq import smooth_model
@@ -210,6 +211,27 @@ def test_a_reader_that_stays_as_it_is_keeps_its_group_unscaled(smoothed):
     found = smooth_model(sources, schemes, [group], statistics, dtype="float32")
     assert found.sources == {}
     assert found.smoothings["first"].columns is None
+
+
+def test_a_layer_that_makes_an_input_and_stays_as_it_is_is_divided_by_rows():
+    """A square one, so that nothing but the answer tells rows from columns."""
+    generator = torch.Generator().manual_seed(5)
+    maker, reader = random_weight(64, 64, 6), random_weight(32, 64, 7)
+    inputs = torch.randn(200, 64, generator=generator)
+    between = inputs @ maker.T * torch.logspace(-1, 1.5, 64)
+    seen = InputStatistics(
+        mean_size=between.abs().mean(0).double(), mean_square=between.square().mean(0).double()
+    )
+    found = smooth_model(
+        {"maker": held(maker), "reader": held(reader)},
+        {"reader": choose_scheme("int4", reader.shape)},
+        [SmoothingGroup(maker="maker", readers=("reader",))],
+        {"reader": seen},
+        dtype="float32",
+    )
+    scaled = reader * found.smoothings["reader"].columns
+    answer = inputs @ make_tensor(found.sources["maker"]).T @ scaled.T
+    torch.testing.assert_close(answer, inputs @ maker.T @ reader.T)
 
 
 def refusal(target="cpu", *, reference=False, **overrides):

@@ -22,7 +22,7 @@ def test_copied_layers_are_what_tracing_gives(
     family, target, tmp_path, tmp_path_factory, monkeypatch
 ):
     plan = find_family(family, tmp_path_factory).plan(tmp_path / "out", target=target)
-    plan = replace(plan, spec=replace(plan.spec, layers=LAYERS))
+    plan = with_layers(plan, LAYERS)
     continued = stages.trace_decoder(plan)
     monkeypatch.setattr(stages, "_TRACED_LAYERS", LAYERS)
     whole = stages.trace_decoder(plan)
@@ -45,7 +45,7 @@ def test_copied_blocks_of_a_tower(family, target, pruner, tmp_path, tmp_path_fac
     plan = find_family(family, tmp_path_factory).plan(
         tmp_path / "out", target=target, pruner=pruner
     )
-    plan = replace(plan, spec=replace(plan.spec, tower_layers=6))
+    plan = replace(plan, spec=replace(plan.spec, tower_layers=("block",) * 6))
     bucket = plan.spec.buckets[0]
     continued = stages.trace_tower(plan, bucket)
     monkeypatch.setattr(stages, "_TRACED_TOWER_LAYERS", 6)
@@ -64,9 +64,14 @@ def test_depth_is_not_traced(tmp_path, tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(stages, "trace", count_layers)
     plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out")
-    traced = stages.trace_decoder(replace(plan, spec=replace(plan.spec, layers=40)))
+    traced = stages.trace_decoder(with_layers(plan, 40))
     assert depths == [2]
     assert len(traced.inputs) == 4 + 2 * 40
+
+
+def with_layers(plan, count):
+    decoder = replace(plan.spec.decoder, layers=("layer",) * count)
+    return replace(plan, spec=replace(plan.spec, decoder=decoder))
 
 
 def describe(traced):
