@@ -79,6 +79,7 @@ def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSp
         or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
         max_positions=config.max_position_embeddings,
+        axes=1,
         sizes=LlamaSizes(
             heads=config.num_attention_heads,
             mlp=config.intermediate_size,
@@ -87,6 +88,7 @@ def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSp
             output_bias=has_bias,
             mlp_bias=getattr(config, "mlp_bias", False),
             has_head_norms=kind == "qwen3",
+            frequency_axes=(),
             is_tied=is_tied or bool(config.tie_word_embeddings),
             library_config=config,
         ),

@@ -16,8 +16,8 @@ from torch.nn import functional
 from gap_export.interfaces.decoder import DecoderSpec
 from gap_export.interfaces.dialect import Dialect, Rows
 
-# B batch (1), S rows, R wanted rows, H query heads, G key/value heads, d head width, L cache
-# slots, D width, V vocabulary, P positions, E = H * d, F = G * d.
+# A axes of positions, B batch (1), S rows, R wanted rows, H query heads, G key/value heads, d head
+# width, L cache slots, D width, V vocabulary, P positions, E = H * d, F = G * d.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +25,9 @@ class LlamaSizes:
     """What tells decoders of this kind apart besides the sizes of `DecoderSpec`.
 
     `query_bias` is that of queries, keys and values, `output_bias` that of the product behind
-    them. `has_head_norms`: queries and keys are normed head by head. `is_tied`: the head is the
-    embedding table. `library_config` is the library's.
+    them. `has_head_norms`: queries and keys are normed head by head. `frequency_axes` says for
+    each rotary frequency on which axis a token's position turns it; empty where there is one.
+    `is_tied`: the head is the embedding table. `library_config` is the library's.
     """
 
     heads: int
@@ -36,6 +37,7 @@ class LlamaSizes:
     output_bias: bool
     mlp_bias: bool
     has_head_norms: bool
+    frequency_axes: tuple[int, ...]
     is_tied: bool
     library_config: Any
 
@@ -50,6 +52,7 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.dialect = dialect
         self.language_model = _Stack(spec, dialect)
+        self.frequency_axes: tuple[int, ...] = spec.sizes.frequency_axes
         self.lm_head = nn.Linear(spec.width, spec.vocabulary, bias=False)
         self.register_buffer("cosine", cosine_Pd, persistent=False)
         self.register_buffer("sine", sine_Pd, persistent=False)
@@ -60,7 +63,7 @@ class LlamaDecoder(nn.Module):
     def forward(
         self,
         embeddings_BSD: Tensor,
-        position_ids_BS: Tensor,
+        position_ids_AS: Tensor,
         write_slot_B: Tensor,
         logits_rows_R: Tensor,
         caches: list[Tensor],
@@ -69,10 +72,9 @@ class LlamaDecoder(nn.Module):
         # The batch is one, and linear layers of two dimensions need no reshaping.
         hidden_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
         rows = Rows(
-            position_ids_BS=position_ids_BS,
+            cosine_BSd=self._choose(self.cosine, position_ids_AS),
+            sine_BSd=self._choose(self.sine, position_ids_AS),
             write_slot_B=write_slot_B,
-            cosine_Pd=self.cosine,
-            sine_Pd=self.sine,
         )
         planned = self.dialect.plan_rows(rows, caches[0])
         written: list[Tensor] = []
@@ -84,6 +86,16 @@ class LlamaDecoder(nn.Module):
         wanted_RD = functional.embedding(logits_rows_R, hidden_SD)
         logits_RV = self.lm_head(self.language_model.norm(wanted_RD))
         return logits_RV.float(), *written
+
+    def _choose(self, table_Pd: Tensor, position_ids_AS: Tensor) -> Tensor:
+        """The table's rows [B, S, d / 2] by position, each column by that on its own axis."""
+        # As an embedding, whose shape stays known.
+        rows_ASd = functional.embedding(position_ids_AS, table_Pd)
+        if not self.frequency_axes:
+            return rows_ASd
+        width = len(self.frequency_axes)
+        column_d = torch.tensor([a * width + k for k, a in enumerate(self.frequency_axes)])
+        return torch.index_select(rows_ASd.transpose(0, 1).flatten(1), 1, column_d)[None]
 
 
 class LlamaLayer(nn.Module):

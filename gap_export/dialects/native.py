@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gap_export.interfaces.dialect import Rows, merge_heads, slot_causal_mask, split_heads
 
-# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width,
-# d head width, E = H * d, F = G * d.
+# B batch (1), S rows, H query heads, G key/value heads, L cache slots, D width, d head width,
+# E = H * d, F = G * d.
 
 OPSETS: Final = frozenset({24})
 OPERATORS: Final = frozenset(
@@ -141,11 +141,10 @@ translate_attention: Final = None
 
 
 def _rotate(x_BHSd: Tensor, rows: Rows) -> Tensor:
-    """Rotary embedding by position ID, halves layout."""
-    tables = (rows.cosine_Pd.to(x_BHSd.dtype), rows.sine_Pd.to(x_BHSd.dtype))
+    """Rotary embedding, halves layout."""
     return _operator(
         "RotaryEmbedding",
-        [x_BHSd, *tables, rows.position_ids_BS],
+        [x_BHSd, rows.cosine_BSd.to(x_BHSd.dtype), rows.sine_BSd.to(x_BHSd.dtype)],
         {"interleaved": 0},
         like=x_BHSd,
         version=23,

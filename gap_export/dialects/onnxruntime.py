@@ -2,7 +2,7 @@
 
 `GroupQueryAttention` reads the slots in use alone, and takes heads as linear layers give them, so
 that nothing is transposed. Its own rotary embedding would count positions by slot, which GAP's
-are not: queries and keys are turned before it, by explicit position IDs. Weights in blocks are
+are not: queries and keys are turned before it. Weights in blocks are
 those of `MatMulNBits` (gap_export.quantization.graph).
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from gap_export.dialects import native
 from gap_export.interfaces.dialect import FUSED, Rows
 
-# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, d head width,
-# E = H * d, F = G * d.
+# B batch (1), S rows, H query heads, G key/value heads, L cache slots, d head width, E = H * d,
+# F = G * d.
 
 OPSETS: Final = native.OPSETS
 OPERATORS: Final = native.OPERATORS | {
@@ -36,7 +36,7 @@ def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """Slots in use after the run, less one [B] and as a scalar, both int32."""
     if cache_BGLd.shape[-1] % _HEAD_MULTIPLE:
         return native.plan_rows(rows, cache_BGLd)
-    used_B = (rows.write_slot_B + rows.position_ids_BS.shape[1]).to(torch.int32)
+    used_B = (rows.write_slot_B + rows.cosine_BSd.shape[1]).to(torch.int32)
     return used_B - 1, used_B[0]
 
 
@@ -72,11 +72,10 @@ def attend(
 
 
 def _rotate(x_BSE: Tensor, rows: Rows, heads: int) -> Tensor:
-    """Rotary embedding by position ID, halves layout, of heads that lie side by side."""
-    tables = (rows.cosine_Pd.to(x_BSE.dtype), rows.sine_Pd.to(x_BSE.dtype))
+    """Rotary embedding, halves layout, of heads that lie side by side."""
     turned_BSE: Tensor = torch.onnx.ops.symbolic(
         "RotaryEmbedding",
-        [x_BSE, *tables, rows.position_ids_BS],
+        [x_BSE, rows.cosine_BSd.to(x_BSE.dtype), rows.sine_BSd.to(x_BSE.dtype)],
         {"interleaved": 0, "num_heads": heads},
         dtype=x_BSE.dtype,
         shape=x_BSE.shape,

@@ -10,12 +10,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gap_export.interfaces.dialect import Rows, merge_heads, slot_causal_mask, split_heads
 
 # B batch (1), S rows, H query heads, G key/value heads, R query heads of a key head, L cache
-# slots, P positions, D width, d head width, E = H * d, F = G * d.
+# slots, D width, d head width, E = H * d, F = G * d.
 
 OPSETS: Final = frozenset({18, 19, 20})
 OPERATORS: Final = frozenset(
@@ -118,10 +117,8 @@ def attend(
 
 
 def rotate(x_BHSd: Tensor, rows: Rows) -> Tensor:
-    """Rotary embedding by position ID, halves layout, in float32."""
-    # B1Sd: one axis of heads. Gathered as embeddings, whose shape stays known.
-    cosine = functional.embedding(rows.position_ids_BS, rows.cosine_Pd)[:, None]
-    sine = functional.embedding(rows.position_ids_BS, rows.sine_Pd)[:, None]
+    """Rotary embedding, halves layout, in float32."""
+    cosine, sine = rows.cosine_BSd[:, None], rows.sine_BSd[:, None]  # B1Sd: one axis of heads
     half = x_BHSd.shape[-1] // 2
     first, second = x_BHSd[..., :half].float(), x_BHSd[..., half:].float()
     turned = (first * cosine - second * sine, second * cosine + first * sine)

@@ -3,7 +3,7 @@
     name                 dtype    shape                   meaning
     in
     embeddings           float32  [1, S, D]               prompt rows, or a token and a draft
-    position_ids         int64    [1, S]                  rotary position of each row
+    position_ids         int64    [axes, S]               rotary position of each row on each axis
     write_slot           int64    [1]                     cache slot of row 0
     logits_rows          int64    [R]                     rows whose logits are wanted
     cache_key_00 ...     model's  [1, G, capacity, d]     keys so far, one tensor a layer
@@ -14,8 +14,8 @@
     next_cache_value_00  model's  [1, G, capacity, d]
 
 S and R are the only free dimensions. A runtime binds each cache tensor's memory as input and as
-output.
-Position and slot are independent: position_ids may run ahead of the slots.
+output. Position and slot are independent: position_ids may run ahead of the slots. There is one
+axis of positions but for decoders that turn each rotary frequency by a picture's row or column.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ class DecoderSpec:
     """The facts about one decoder that the rest of the export works with.
 
     `layers` are its layers by kind, first to last; those of one kind are alike but for their
-    weights. `max_positions` is the number of position IDs that it was trained with. `sizes` are
-    the decoder's own business.
+    weights. `max_positions` is the number of position IDs that it was trained with,
+    `axes` how many of them a token has: 1, or one for each axis of a picture. `sizes` are the
+    decoder's own business.
     """
 
     width: int
@@ -27,6 +28,7 @@ class DecoderSpec:
     head_dim: int
     vocabulary: int
     max_positions: int
+    axes: int
     sizes: Any
 
 

@@ -9,8 +9,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-# B batch (1), S rows, H query heads, G key/value heads, L cache slots, P positions, D width,
-# d head width, E = H * d, F = G * d.
+# B batch (1), S rows, H query heads, G key/value heads, L cache slots, D width, d head width,
+# E = H * d, F = G * d.
 
 FUSED: Final = "com.microsoft.MatMulNBits"
 """onnxruntime's product with weights in blocks, by its full name."""
@@ -18,15 +18,14 @@ FUSED: Final = "com.microsoft.MatMulNBits"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Where the rows of one run belong: by position when they are turned, else by slot.
+    """What turns the rows of one run, and the cache slot that the first of them goes to.
 
-    The tables of cosines and sines hold d / 2 columns.
+    Cosines and sines, d / 2 columns of float32, were chosen by position already.
     """
 
-    position_ids_BS: Tensor
+    cosine_BSd: Tensor
+    sine_BSd: Tensor
     write_slot_B: Tensor
-    cosine_Pd: Tensor
-    sine_Pd: Tensor
 
 
 class Dialect(Protocol):
@@ -60,7 +59,7 @@ class Dialect(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Causal grouped attention on a cache of fixed capacity.
 
-        Queries and keys are turned by position ID, keys and values written from the write slot
+        Queries and keys are turned, keys and values written from the write slot
         on, and every row sees its own slot and those before it.
 
         Args:
@@ -98,5 +97,5 @@ def slot_causal_mask(rows: Rows, slots: int) -> Tensor:
 
     Slots, not positions: padded prompt rows lie behind the real ones and stay unseen.
     """
-    row_slot_BS = rows.write_slot_B[:, None] + torch.arange(rows.position_ids_BS.shape[1])
+    row_slot_BS = rows.write_slot_B[:, None] + torch.arange(rows.cosine_BSd.shape[1])
     return torch.arange(slots) <= row_slot_BS[:, None, :, None]

@@ -176,7 +176,7 @@ def _run_prefill(plan: ExportPlan, mode: FakeTensorMode, decoder: nn.Module) -> 
         ]
         inputs = (
             torch.empty(1, rows, spec.width),
-            torch.zeros(1, rows, dtype=torch.int64),
+            torch.zeros(spec.axes, rows, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int64),
         )

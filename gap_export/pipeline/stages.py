@@ -106,7 +106,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             TensorSpec(
                 name="position_ids",
                 dtype="int64",
-                shape=(1, layout.prompt),
+                shape=(spec.decoder.axes, layout.prompt),
                 meaning="position of every slot of the longest prompt",
             ),
         ],
@@ -168,7 +168,7 @@ def trace_decoder(plan: ExportPlan) -> Traced:
         TensorSpec(
             name="position_ids",
             dtype="int64",
-            shape=(1, FREE_ROWS),
+            shape=(spec.axes, FREE_ROWS),
             meaning="rotary position of each row",
         ),
         TensorSpec(name="write_slot", dtype="int64", shape=(1,), meaning="cache slot of row 0"),

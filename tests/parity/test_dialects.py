@@ -98,17 +98,16 @@ def test_the_functions_are_those_of_the_published_model(groups):
             )
             assert torch.allclose(mixed[0, head, row].double(), wanted, atol=1e-5)
 
-    angles = draw(20, width // 2)
-    rows = Rows(
-        position_ids_BS=torch.tensor([[5, 7, 19]]),
+    angles = draw(rows, width // 2)
+    turns = Rows(
+        cosine_BSd=angles.cos()[None],
+        sine_BSd=angles.sin()[None],
         write_slot_B=torch.tensor([start]),
-        cosine_Pd=angles.cos(),
-        sine_Pd=angles.sin(),
     )
-    turned = portable.rotate(query, rows)
-    for row, position in enumerate((5, 7, 19)):
+    turned = portable.rotate(query, turns)
+    for row in range(rows):
         pairs = torch.complex(query[0, :, row, : width // 2], query[0, :, row, width // 2 :])
-        spun = pairs * torch.polar(torch.ones(width // 2), angles[position])
+        spun = pairs * torch.polar(torch.ones(width // 2), angles[row])
         wanted = torch.cat([spun.real, spun.imag], dim=-1)
         assert torch.allclose(turned[0, :, row], wanted, atol=1e-5)
 

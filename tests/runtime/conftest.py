@@ -114,6 +114,7 @@ def make_decoder(layout):
         kept=None,
         inputs=(
             make_tensor("embeddings", 1, "S", 2),
+            make_tensor("position_ids", 1, "S", dtype="int64"),
             make_tensor("write_slot", 1, dtype="int64"),
             *caches,
         ),

@@ -59,7 +59,7 @@ class DecoderSession(Protocol):
 
         Args:
             embeddings: float32 [1, S, D].
-            position_ids: int64 [1, S].
+            position_ids: int64 [axes, S].
             write_slot: Slot of the cache that row 0 is written to; the others follow.
             logits_rows: Rows whose logits are wanted, int64 [R], at most MOST_LOGITS.
         """

@@ -176,11 +176,12 @@ def _is_phrase_told(manifest: Manifest) -> bool:
 def _fits_its_graph(entry: RatioEntry, manifest: Manifest) -> bool:
     """Whether the vision graph of a ratio takes and gives what the counts say."""
     layout = manifest.layout.at(entry)
+    axes = _shapes(manifest.stage(DECODER)).get("position_ids", (None,))[0]
     expected = {
         "pixels": manifest.preprocess.pixel_shape(manifest.bucket(entry.bucket)),
         "visual_tokens": (1, layout.visual, manifest.embedding.shape[-1]),
         "kept_index": (1, entry.kept),
-        "position_ids": (1, layout.prompt),
+        "position_ids": (axes, layout.prompt),
     }
     return expected.items() <= _shapes(manifest.stage(VISION, entry)).items()
 

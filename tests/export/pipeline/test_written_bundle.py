@@ -199,8 +199,8 @@ def test_the_decoder_has_exactly_onnxruntimes_operators(decoder):
         "Sigmoid": LAYERS,
         "Mul": 2 * LAYERS,
         "Add": 2 * LAYERS + 1,
-        # The wanted rows, and the slots in use.
-        "Gather": 2,
+        # Cosines and sines by position, the wanted rows, and the slots in use.
+        "Gather": 4,
         "Shape": 1,
         "Cast": 1,
         "Sub": 1,
@@ -250,10 +250,19 @@ def test_attention_has_an_explicit_mask_and_the_cache_is_written_in_slots(native
     ]
 
 
+def chooser(graph, name):
+    """The Gather that makes a value."""
+    (node,) = [each for each in graph.node if name in each.output]
+    assert node.op_type == "Gather"
+    return node
+
+
 def test_queries_and_keys_are_turned_by_explicit_positions(decoder, native):
     for graph in (decoder, native):
         rotations = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
-        assert {node.input[3] for node in rotations} == {"position_ids"}
+        # The same rows of cosines and sines for all layers.
+        ((_, *rows),) = {("", *node.input[1:]) for node in rotations}
+        assert [chooser(graph, name).input[1] for name in rows] == ["position_ids"] * 2
     for node in decoder.node:
         if node.op_type == "GroupQueryAttention":
             assert {a.name: a.i for a in node.attribute}["do_rotary"] == 0
@@ -274,7 +283,8 @@ def test_rotary_tables_cover_the_unpruned_sequence(decoder, prefix_ids):
     shapes = {tensor.name: list(tensor.dims) for tensor in decoder.initializer}
     rotation = next(node for node in decoder.node if node.op_type == "RotaryEmbedding")
     positions = len(prefix_ids) + PATCHES + SUFFIX + ANSWER
-    assert [shapes[name] for name in rotation.input[1:3]] == [[positions, HEAD_DIM // 2]] * 2
+    tables = [chooser(decoder, name).input[0] for name in rotation.input[1:]]
+    assert [shapes[name] for name in tables] == [[positions, HEAD_DIM // 2]] * 2
 
 
 def test_every_weight_is_external_inside_and_the_checkpoints_own_bytes(graphs, bundle, tiny_llava):

@@ -231,7 +231,7 @@ def test_a_layer_that_makes_an_input_and_stays_as_it_is_is_divided_by_rows():
     )
     scaled = reader * found.smoothings["reader"].columns
     answer = inputs @ make_tensor(found.sources["maker"]).T @ scaled.T
-    torch.testing.assert_close(answer, inputs @ maker.T @ reader.T)
+    torch.testing.assert_close(answer, inputs @ maker.T @ reader.T, atol=1e-3, rtol=1e-3)
 
 
 def refusal(target="cpu", *, reference=False, **overrides):

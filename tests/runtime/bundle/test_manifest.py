@@ -198,6 +198,25 @@ def test_a_vision_graph_of_another_shape_is_refused(make_bundle, manifest, name,
     assert refused_key(make_bundle(stages=stages)) == "layout"
 
 
+@pytest.mark.parametrize(("given", "taken"), [(3, 3), (1, 3), (3, 1)])
+def test_both_graphs_have_as_many_axes_of_positions(make_bundle, manifest, given, taken):
+    *visions, decoder = manifest.stages
+    stages = (
+        *(change_tensor(each, "position_ids", (given, shape_of(each)[1])) for each in visions),
+        change_tensor(decoder, "position_ids", (taken, "S")),
+    )
+    if given == taken:
+        assert read_manifest(make_bundle(stages=stages)).stages == stages
+    else:
+        assert refused_key(make_bundle(stages=stages)) == "layout"
+
+
+def shape_of(stage):
+    """Of a vision graph's position IDs."""
+    (spec,) = [each for each in stage.outputs if each.name == "position_ids"]
+    return spec.shape
+
+
 def test_several_grids_and_fixed_tokens_add_up(make_bundle, manifest):
     bucket = dataclasses.replace(
         manifest.buckets[0], grids=((1, 5), (2, 4)), strip=2, fixed=(0, 8, 15)

@@ -274,6 +274,24 @@ def test_padding_of_the_position_ids_is_not_compared():
     assert compare(make_values(position_ids=positions[None])).passed
 
 
+def test_every_axis_of_positions_is_compared():
+    """A text token has the same ID on all axes, one of the picture its own on each."""
+    wanted = np.stack([np.arange(36), np.arange(36) + 2, np.arange(36) * 3])
+    expected = make_expected() | {"position_ids": wanted[:, :30]}
+    arguments = {"ratio": 0.5, "answer": "a", "boxes": (BOX,), "tolerance": TOLERANCE}
+
+    def compare_with(found):
+        values = make_values(position_ids=found)
+        return compare_stages(values, expected, make_sample(), **arguments)
+
+    assert compare_with(wanted).positions_equal
+    for axis in range(3):
+        other = wanted.copy()
+        other[axis, 17] += 1
+        assert compare_with(other).reasons == ("position IDs differ",)
+    assert compare_with(wanted[:1]).reasons == ("position IDs differ",)
+
+
 def test_every_difference_is_listed():
     row = compare(
         make_values(

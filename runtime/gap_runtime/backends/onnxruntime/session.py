@@ -102,6 +102,7 @@ class OnnxDecoder:
         self._caches = [self._make_cache(stage) for _ in range(1 if in_place else 2)]
         specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
         self._width = int(specs["embeddings"].shape[-1])
+        self._axes = int(specs["position_ids"].shape[0])
         self._vocabulary = int(specs["logits"].shape[-1])
         self._on_host = self._find_host_inputs()
         self._calls: dict[tuple[int, int], _Call] = {}
@@ -146,7 +147,7 @@ class OnnxDecoder:
         """Buffers for numbers of rows and logits, and a binding for each turn of the caches."""
         arrays: dict[str, np.ndarray] = {
             "embeddings": np.zeros((1, rows, self._width), np.float32),
-            "position_ids": np.zeros((1, rows), np.int64),
+            "position_ids": np.zeros((self._axes, rows), np.int64),
             "write_slot": np.zeros(1, np.int64),
             "logits_rows": np.zeros(wanted, np.int64),
         }
