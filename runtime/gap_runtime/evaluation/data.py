@@ -138,9 +138,10 @@ def _choose(source: Source, wanted: str, spec: str) -> tuple[str, Reader, Source
     names = [wanted.replace("-", "_")] if wanted else list_plugins(_READERS)
     readers = {name: load_reader(name) for name in names}
     if not source.paths:
-        if source.name not in readers or readers[source.name].SUFFIXES:
+        name = source.name.replace("-", "_")
+        if name not in readers or readers[name].SUFFIXES:
             raise ConfigError(f"--data {spec}: '{source.name}' needs a place; {_EXPECTED}")
-        return source.name, readers[source.name], source
+        return name, readers[name], source
     if source.path.is_dir():
         return _locate(source, readers, spec)
     return _recognise(source, readers)

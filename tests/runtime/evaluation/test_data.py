@@ -14,6 +14,7 @@ from PIL import Image
 
 from gap_runtime.errors import ConfigError, GapError, InputError, UnknownNameError
 from gap_runtime.evaluation import data as data_module
+from gap_runtime.evaluation import refshapes256
 from gap_runtime.evaluation.data import open_data
 from gap_runtime.evaluation.refshapes import draw_scene
 from gap_runtime.evaluation.splits import compare_counts
@@ -320,6 +321,17 @@ def test_the_generator():
     assert open_data("refshapes:test", limit=7).sha256 == data.sha256
     assert open_data("refshapes:val", limit=7).sha256 != data.sha256
     assert len(open_data("refshapes:test").expressions) == 1000
+
+
+def test_the_generator_of_larger_pictures():
+    data = open_data("refshapes-256:test", limit=5)
+    scene = refshapes256.draw_scene("test", 0)
+    assert (data.name, data.format) == ("refshapes-256:test", "refshapes_256")
+    first = data.expressions[0]
+    assert (first.phrase, first.box) == (scene.questions[0].phrase, scene.questions[0].box)
+    assert np.array_equal(first.picture.load(), scene.image)
+    with pytest.raises(UnknownNameError, match="did you mean test"):
+        open_data("refshapes-256:best")
 
 
 def test_counts_that_were_published():
