@@ -99,7 +99,9 @@ def export(
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
     display = display or Display(quiet=True)
-    require_replaceable(plan.out)
+    replaced = require_replaceable(plan.out)
+    if replaced is not None:
+        display.say(f"note: {plan.out} holds a bundle, which is replaced: {replaced}")
     require_readable(plan)
     memory = settle_memory(plan)
     # Before anything is read, so that what changes meanwhile is noticed next time.

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 _LINE_SECONDS: Final = 60
+_WIDEST: Final = 10_000
+_SHORT: Final = 20
 
 
 class Display:
@@ -65,7 +68,7 @@ class Display:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; numbers are right-aligned."""
-        self._console.print(_make_table(title, header, rows))
+        _print_whole(self._console, _make_table(title, header, rows))
 
 
 class _Lines:
@@ -123,17 +126,35 @@ def format_seconds(seconds: float) -> str:
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout, for commands whose result it is."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(_make_table(title, header, rows))
+    _print_whole(console, _make_table(title, header, rows))
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """A table of which nothing is cut: where a window is too narrow, it wraps the lines itself."""
+    least = Measurement.get(console, console.options.update(width=_WIDEST), table).minimum
+    before = console.width
+    console.width = max(before, least)
+    console.print(table, soft_wrap=False, crop=False)
+    console.width = before
 
 
 def _make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
+    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     for k, name in enumerate(header):
         numeric = all(isinstance(row[k], (int, float)) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
+        widths = [_least_width(text) for text in (*name.split(), *(row[k] for row in cells))]
+        table.add_column(
+            name, justify="right" if numeric else "left", min_width=max(widths, default=0)
+        )
+    for row in cells:
+        table.add_row(*row)
     return table
+
+
+def _least_width(text: str) -> int:
+    """Columns in which a text can be read: short ones whole, long ones by words."""
+    return len(text) if len(text) <= _SHORT else max(map(len, text.split()), default=0)
 
 
 def format_bytes(size: int) -> str:

@@ -85,7 +85,9 @@ def _dry_run(display: Display, request: ExportRequest, *, as_json: bool) -> int:
         from gap_export.pipeline.staging import require_replaceable  # noqa: PLC0415
         from gap_runtime.records import dump_record  # noqa: PLC0415
     plan = plan_export(request)
-    require_replaceable(plan.out)
+    replaced = require_replaceable(plan.out)
+    if replaced is not None:
+        display.say(f"note: {plan.out} holds a bundle, which would be replaced: {replaced}")
     _show_plan(display, plan)
     with display.step("estimating memory"):
         found = estimate(plan)

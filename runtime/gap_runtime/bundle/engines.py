@@ -21,7 +21,7 @@ from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, Rat
 from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.errors import ConfigError, EngineError, RecordError
 from gap_runtime.files import write_whole
-from gap_runtime.machines.target import Target
+from gap_runtime.machines.target import Target, list_targets, load_target
 from gap_runtime.records import dump_record, load_record
 
 ENGINES: Final = "engines"
@@ -153,8 +153,29 @@ def find_engine_folder(bundle: Bundle, name: str) -> Path:
     wanted = name or own
     choices = f"; have {', '.join(found)}, to be chosen by --backend NAME:FOLDER" if found else ""
     target = wanted.partition("-sm")[0]
-    raise EngineError(
-        f"{home / wanted}: no engines there{choices}; build them: {build_command(bundle, target)}"
+    raise EngineError(f"{home / wanted}: no engines there{choices}; {_advise(bundle, target)}")
+
+
+def _advise(bundle: Bundle, wanted: str) -> str:
+    """How to come to engines: build them, for a target that does, or export anew."""
+    own = bundle.manifest.target
+    builders = [target for target in map(load_target, list_targets()) if target.packages]
+    if wanted in {target.name for target in builders} or (own.name == wanted and own.packages):
+        return f"build them: {build_command(bundle, wanted)}"
+    fitting = [
+        target.name
+        for target in builders
+        if target.dialect == own.dialect and target.opset >= own.opset
+    ]
+    if fitting:
+        return (
+            f"target '{own.name}' builds none; build them for a machine that does: "
+            f"{build_command(bundle, fitting[0])} (or {', '.join(fitting[1:])})"
+        )
+    return (
+        f"the graphs of target '{own.name}' are for {own.backend} alone; use --backend "
+        f"{own.backend}, or export for a target that builds: gap-export MODEL --target "
+        f"{builders[0].name} (or {', '.join(target.name for target in builders[1:])})"
     )
 
 

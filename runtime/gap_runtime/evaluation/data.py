@@ -75,6 +75,7 @@ def open_data(spec: str, *, images: Path | None = None, limit: int | None = None
     if len(expressions) > MOST:
         raise InputError(f"{where}: more than {MOST:,} phrases; take some with --limit")
     _require_distinct(expressions, where)
+    _require_pixels(expressions, where)
     notes = list(source.notes)
     if limit is None:
         targets = [each.target for each in expressions]
@@ -213,6 +214,16 @@ def _describe(head: Any) -> str:
     if isinstance(head, (dict, list)):
         return f"the fields {', '.join(str(key)[:30] for key in list(head)[:12])}"
     return "nothing" if head is None else f"a {type(head).__name__}"
+
+
+def _require_pixels(expressions: tuple[Expression, ...], where: str) -> None:
+    """Refuse boxes that all lie within one pixel: fractions of the picture, as a rule."""
+    values = [value for each in expressions for value in each.box]
+    if all(0 <= value <= 1 for value in values) and any(0 < value < 1 for value in values):
+        raise InputError(
+            f"{where}: all boxes lie within one pixel; are they fractions of the picture? give "
+            "pixels"
+        )
 
 
 def _require_distinct(expressions: tuple[Expression, ...], where: str) -> None:

@@ -14,8 +14,11 @@ from tools.commands import dry_run
 from gap_export.errors import ExportError, GraphError
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline import stages
+from gap_export.pipeline.run import export
+from gap_export.pipeline.staging import folder_aside
 from gap_runtime.bundle.manifest import SCHEMA
 from gap_runtime.bundle.validation import read_manifest
+from gap_runtime.display import Display
 from gap_runtime.errors import CheckError, ConfigError, GapError
 
 
@@ -85,6 +88,31 @@ def test_a_finished_export_replaces_an_older_bundle_whole(
     assert sorted(path.name for path in old.iterdir()) == ["manifest.json", "tokenizer.json"]
     assert (old / "manifest.json").read_text(encoding="utf-8") == "new"
     assert list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_replaced_is_said(old, tiny_llava, make_plan, capsys):
+    export(make_plan(tiny_llava, old), Display())
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"note: {old} holds a bundle, which is replaced: tiny-llava, cls_attention, gap, " in said
+    )
+    assert "ratios 0.5, 0.75, float32 for target cpu" in said
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_two_exports_to_one_folder_the_second_is_refused(
+    tiny_llava, tmp_path, make_plan, run_export
+):
+    plan = make_plan(tiny_llava, tmp_path / "new")
+    with folder_aside(tmp_path / "new") as folder:
+        with pytest.raises(ConfigError, match=r"another export is writing it \(process \d+\)"):
+            run_export(plan)
+        assert folder.is_dir()
+        # Another folder beside it is free.
+        run_export(make_plan(tiny_llava, tmp_path / "newer"))
+    run_export(plan)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "newer"]
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -205,6 +206,25 @@ def test_no_engines(open_bundle):
     for path in (bundle.folder / "engines/rtx").iterdir():
         path.unlink()
     refuse(bundle, "engines/rtx: no engines there; build them")
+
+
+@pytest.mark.parametrize(
+    ("own", "advice"),
+    [
+        ("cpu", "export for a target that builds: gap-export MODEL --target "),
+        ("standard", "target 'standard' builds none; build them for a machine that does: "),
+    ],
+)
+def test_a_bundle_whose_target_builds_no_engines(open_bundle, own, advice):
+    """Nobody is sent to `build --target cpu`, which has nothing to build."""
+    bundle, _, _ = open_bundle()
+    shutil.rmtree(bundle.folder / "engines")
+    manifest = dataclasses.replace(bundle.manifest, target=load_target(own))
+    other = dataclasses.replace(bundle, manifest=manifest)
+    with pytest.raises(EngineError) as caught:
+        backend.open_decoder(other, manifest.stage("decoder"), "")
+    assert advice in str(caught.value)
+    assert f"--target {own}" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("content", "size"), [(b"", 0), (b"half", 4)])

@@ -585,3 +585,12 @@ def test_every_error_is_one_of_ours(tmp_path, images):
                 path.write_text(json.dumps(whole if path.suffix == ".json" else record) + "\n")
                 with contextlib.suppress(GapError):
                     open_data(f"{path},format={form}", images=images)
+
+
+def test_boxes_that_are_fractions_of_the_picture_are_asked_about(tmp_path):
+    lines = [{"image": "a", "phrase": f"{k}", "box": [0.1, 0.2, 0.5, k]} for k in (0.75, 1)]
+    write_lines(tmp_path / "mine.jsonl", *lines)
+    with pytest.raises(InputError, match=r"within one pixel; are they fractions of the picture\?"):
+        open_data(str(tmp_path / "mine.jsonl"))
+    write_lines(tmp_path / "mine.jsonl", *lines, {**lines[0], "phrase": "c", "box": [0, 0, 9, 9]})
+    assert len(open_data(str(tmp_path / "mine.jsonl")).expressions) == 3
