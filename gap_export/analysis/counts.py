@@ -14,14 +14,13 @@ from pathlib import Path
 from PIL import Image
 
 from gap_export.interfaces.features import AdaptivePruner
+from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import ExportPlan
-from gap_export.pipeline.preflight import load_reference
-from gap_export.reference.answers import ask
 from gap_export.reference.samples import SAMPLES_FILE, Sample, read_samples
 from gap_runtime.bundle.layout import find_ratio
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError, InputError
-from gap_runtime.pictures.load import find_bucket, load_picture
+from gap_runtime.pictures.load import load_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,25 +71,18 @@ def count_tokens(
     samples = list(_read_folder(folder, phrase))
     if plan.phrase is not None and not all(sample.phrase for sample in samples):
         raise ConfigError(f"pruner '{strategy}' reads the phrase; give one with --phrase")
-    model = load_reference(plan, display)
+    reference = open_reference(plan, display)
     counts: dict[str, list[int]] = {}
     skipped = []
     for sample in samples:
         try:
             picture = load_picture(sample.path)
-            bucket = find_bucket(picture.size, plan.spec.preprocess, plan.spec.buckets)
+            bucket = reference.find_bucket(picture)
         except InputError as error:
             skipped.append(str(error))
             continue
-        asked = ask(
-            model,
-            picture,
-            sample.phrase or "x",
-            bucket=bucket,
-            template=plan.prompt.template,
-            reads=plan.phrase,
-        )
-        found = max(1, pruner.count_adaptively(asked.vision)) + len(bucket.fixed)
+        vision = reference.ask(picture, sample.phrase or "x", bucket).vision
+        found = max(1, pruner.count_adaptively(vision)) + len(bucket.fixed)
         counts.setdefault(bucket.name, []).append(found)
     if not counts:
         raise InputError(f"{folder}: none of {len(samples)} pictures can be used; {skipped[0]}")

@@ -11,17 +11,17 @@ from typing import Final
 import torch
 from PIL import Image
 
+from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.fingerprint import describe_pruner
-from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan, plan_export
-from gap_export.pipeline.preflight import load_reference
+from gap_export.pipeline.plan import ExportPlan, plan_export
 from gap_export.pipeline.request import ExportRequest
-from gap_export.reference.answers import Asked, answer_eagerly, ask
+from gap_export.reference.answers import Question
+from gap_export.reference.memory import REFERENCE_DTYPE
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation.answer import Answer
 from gap_runtime.evaluation.results import Subject
-from gap_runtime.pictures.load import find_bucket
 from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.records import dump_record
 
@@ -37,7 +37,7 @@ class EagerView:
 
     picture: Image.Image
     bucket: Bucket
-    asked: list[tuple[Asked, float]] = field(default_factory=list)
+    asked: list[tuple[Question, float]] = field(default_factory=list)
 
 
 class EagerAnswerer:
@@ -69,14 +69,11 @@ class EagerAnswerer:
             )
         self._plan = plan
         self._encoder = plan.encoder
-        self._model = load_reference(plan, display)
+        self._reference = open_reference(plan, display)
 
     def look(self, picture: Image.Image) -> EagerView:
         """Find the picture's bucket."""
-        spec = self._plan.spec
-        return EagerView(
-            picture=picture, bucket=find_bucket(picture.size, spec.preprocess, spec.buckets)
-        )
+        return EagerView(picture=picture, bucket=self._reference.find_bucket(picture))
 
     def answer(self, view: EagerView, phrase: str, ratio: float) -> Answer:
         """Ask; the tower runs once for all phrases and ratios of a picture."""
@@ -85,28 +82,14 @@ class EagerAnswerer:
         self._encoder.encode_within(phrase, plan.layout)
         began = time.perf_counter()
         before = view.asked[0] if view.asked else None
-        asked = ask(
-            self._model,
-            view.picture,
-            phrase,
-            bucket=view.bucket,
-            template=plan.prompt.template,
-            reads=plan.phrase,
-            before=before[0] if before else None,
+        question = self._reference.ask(
+            view.picture, phrase, view.bucket, before=before[0] if before else None
         )
         looked = time.perf_counter()
         if before is None:
-            before = asked, (looked - began) * 1e3
+            before = question, (looked - began) * 1e3
             view.asked.append(before)
-        given = answer_eagerly(
-            self._model,
-            asked,
-            entry=_find_entry(plan, view.bucket, ratio),
-            pruner=plan.pruner,
-            config=plan.prune,
-            most=plan.layout.answer,
-            stop_ids=plan.prompt.stop_ids,
-        )
+        given = self._reference.answer(question, _find_entry(plan, view.bucket, ratio))
         decode_ms = (time.perf_counter() - looked) * 1e3
         return Answer(
             text=given.text,

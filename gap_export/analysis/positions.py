@@ -11,9 +11,9 @@ import torch
 from gap_export.config import POSITION_MODES
 from gap_export.interfaces.family import geometry_of
 from gap_export.interfaces.features import VisionFeatures
+from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import ExportPlan
-from gap_export.pipeline.preflight import load_reference
-from gap_export.reference.answers import EXTRA, Chosen, ask, choose, place_tokens
+from gap_export.reference.choice import EXTRA_INDEX, Chosen, place_tokens
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.display import Display
 from gap_runtime.pictures.load import find_bucket, load_picture
@@ -90,7 +90,7 @@ def _map(
 ) -> ModePositions:
     prefix = plan.layout.prefix
     slots, ids = place_tokens(
-        prefix, entry.patches, suffix, chosen.order, mode, extra_index=chosen.extra_index
+        prefix, entry.patches, suffix, chosen.order, mode, extra_place=chosen.extra_place
     )
     visual = prefix + len(slots)
     return ModePositions(
@@ -107,21 +107,13 @@ def _choices(
     plan: ExportPlan, phrase: str, image: Path | None, display: Display | None
 ) -> list[tuple[RatioEntry, Chosen, str]]:
     """What is kept at each ratio, and what that is an example of."""
-    config = plan.prune
     if image is not None:
         picture = load_picture(image)
         bucket = find_bucket(picture.size, plan.spec.preprocess, plan.spec.buckets)
-        model = load_reference(plan, display)
-        asked = ask(
-            model,
-            picture,
-            phrase,
-            bucket=bucket,
-            template=plan.prompt.template,
-            reads=plan.phrase,
-        )
+        reference = open_reference(plan, display)
+        question = reference.ask(picture, phrase, bucket)
         return [
-            (entry, choose(model, asked, entry, plan.pruner, config), f"kept of {image.name}")
+            (entry, reference.choose(question, entry), f"kept of {image.name}")
             for entry in plan.entries
             if entry.bucket == bucket.name
         ]
@@ -146,7 +138,7 @@ def _constant_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
     assert isinstance(order, tuple)
     removable = bucket.removable
     own = [removable[index] for index in order] + list(bucket.fixed)
-    return Chosen(order=own, tokens={}, extra_index=None, scores=None)
+    return Chosen(order=own, tokens={}, extra_place=None, scores=None)
 
 
 def _even_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
@@ -161,7 +153,7 @@ def _even_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
         rules = {"append": float(entry.patches), "last-visual": entry.patches - 0.5}
         index = rules.get(plan.prune.extra_token, middle)
     return Chosen(
-        order=[*reversed(even), *bucket.fixed], tokens={}, extra_index=index, scores=None
+        order=[*reversed(even), *bucket.fixed], tokens={}, extra_place=index, scores=None
     )
 
 
@@ -170,7 +162,7 @@ def shorten(numbers: Sequence[int], most: int = 9) -> str:
     numbers = list(numbers)
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return f"{numbers[0]}..{numbers[-1]}"
-    shown = ["extra" if number == EXTRA else str(number) for number in numbers]
+    shown = ["extra" if number == EXTRA_INDEX else str(number) for number in numbers]
     if len(shown) > most:
         shown = [*shown[: most - 3], "..", *shown[-3:]]
     return " ".join(shown)

@@ -54,7 +54,6 @@ from gap_runtime.machines.target import ModelDtype, Target, load_target
 from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.registry import describe_unknown, load_plugin
 
-REFERENCE_DTYPE: Final = "float32"
 _INT4_OPSET: Final = 21
 
 

@@ -18,16 +18,12 @@ from typing import Any, Final
 import numpy as np
 
 from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer, write_tokenizer
-from gap_export.interfaces.family import EagerModel, InputStatistics
+from gap_export.interfaces.family import InputStatistics
+from gap_export.pipeline.asking import load_reference, measure_reference
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
 from gap_export.pipeline.nonfinite import find_bad_tensor
-from gap_export.pipeline.plan import REFERENCE_DTYPE, ExportPlan
-from gap_export.pipeline.preflight import (
-    describe_streaming,
-    require_readable,
-    require_room,
-    settle_memory,
-)
+from gap_export.pipeline.plan import ExportPlan
+from gap_export.pipeline.preflight import require_memory, require_readable, require_room
 from gap_export.pipeline.prompt import TEXT_TOKENIZER_FILE
 from gap_export.pipeline.result import ExportResult
 from gap_export.pipeline.stages import (
@@ -42,7 +38,8 @@ from gap_export.pipeline.stages import (
 from gap_export.pipeline.staging import folder_aside, move_into_place, require_replaceable
 from gap_export.quantization.awq import smooth_model
 from gap_export.quantization.values import quantize_sources
-from gap_export.reference.answers import record_reference
+from gap_export.reference.memory import REFERENCE_DTYPE
+from gap_export.reference.record import record_answers
 from gap_export.tracing.trace import Traced, join
 from gap_export.weights.bind import used_parameters
 from gap_export.weights.plan import WeightPlan
@@ -56,7 +53,6 @@ from gap_runtime.bundle.manifest import (
     Manifest,
     Pruning,
     Reference,
-    ReferenceSample,
     Source,
     Stage,
 )
@@ -66,7 +62,6 @@ from gap_runtime.grounding.check import CheckReport, check_bundle
 from gap_runtime.pictures.load import load_picture
 
 _REFERENCE: Final = "reference.npz"
-_SAMPLES: Final = "samples"
 _COPIES: Final = ".copies"
 
 
@@ -103,7 +98,10 @@ def export(
     if replaced is not None:
         display.say(f"note: {plan.out} holds a bundle, which is replaced: {replaced}")
     require_readable(plan)
-    memory = settle_memory(plan)
+    require_memory(plan)
+    need, kept = measure_reference(plan), None
+    if plan.request.reference:
+        kept = need.settle("export with --no-reference, or on")
     # Before anything is read, so that what changes meanwhile is noticed next time.
     record = _start_record(plan)
     ready = {name: plan.sources[name] for name in sorted(plan.weights.ready)}
@@ -116,8 +114,8 @@ def export(
             graphs = quantize_graphs(plan, graphs)
         reference, statistics = None, dict[str, InputStatistics]()
         if plan.request.reference:
-            with _asking(plan, display, memory) as show:
-                reference, statistics = _record(plan, folder, memory, show)
+            with _asking(display, None if kept is None else need.describe(kept)) as show:
+                reference, statistics = _record(plan, folder, kept, show)
         with display.step("laying out the weights"):
             weights = _lay_out(plan, graphs, statistics)
         with display.step("proving the graphs"):
@@ -206,53 +204,31 @@ def _lay_out(
 
 
 @contextmanager
-def _asking(
-    plan: ExportPlan, display: Display, memory: int | None
-) -> Iterator[Callable[[float, str], None]]:
-    """Show that PyTorch is asked; if weights are read layer by layer, why and how far it is."""
-    if memory is None:
+def _asking(display: Display, layers: str | None) -> Iterator[Callable[[float, str], None]]:
+    """Show that PyTorch is asked; `layers` says why weights are read layer by layer, if so."""
+    if layers is None:
         with display.step("asking PyTorch"):
             yield lambda _share, _now: None
         return
-    display.say(describe_streaming(plan, memory))
+    display.say(layers)
     with display.progress("asking PyTorch, layer by layer") as show:
         yield show
 
 
 def _record(
-    plan: ExportPlan, folder: Path, memory: int | None, show: Callable[[float, str], None]
+    plan: ExportPlan, folder: Path, kept: int | None, show: Callable[[float, str], None]
 ) -> tuple[Reference, dict[str, InputStatistics]]:
     """Ask PyTorch about the samples, in float32 whatever the bundle's dtype.
 
     What the decoder's linear layers saw meanwhile comes along.
     """
-    model = plan.family.load_eager(plan.checkpoint, plan.spec, REFERENCE_DTYPE, memory=memory)
-    with model.observe() as summarize:
-        records, arrays = ask_samples(plan, model, folder, show)
+    reference = load_reference(plan, kept)
+    with reference.model.observe() as summarize:
+        records, arrays = record_answers(reference, plan.samples, plan.entries, folder, show)
         statistics = summarize()
     np.savez(folder / _REFERENCE, **arrays)  # type: ignore[arg-type]
-    reference = Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
-    return reference, statistics
-
-
-def ask_samples(
-    plan: ExportPlan, model: EagerModel, folder: Path, show: Callable[[float, str], None]
-) -> tuple[list[ReferenceSample], dict[str, np.ndarray]]:
-    """A loaded model's answers to the samples of a plan, whose pictures go into a folder."""
-    return record_reference(
-        model,
-        plan.samples,
-        plan.spec,
-        plan.entries,
-        pruner=plan.pruner,
-        config=plan.prune,
-        prompt=plan.prompt,
-        phrase=plan.phrase,
-        most=plan.layout.answer,
-        folder=folder,
-        images=_SAMPLES,
-        show=show,
-    )
+    recorded = Reference(arrays=_REFERENCE, dtype=REFERENCE_DTYPE, samples=tuple(records))
+    return recorded, statistics
 
 
 def _write_tokenizers(plan: ExportPlan, folder: Path) -> None:

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from gap_export.pipeline.asking import load_reference
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
-from gap_export.reference.answers import answer_eagerly, ask
 from gap_runtime import Bundle, Grounder
 from gap_runtime.cli.main import main
 from gap_runtime.evaluation.refshapes import draw_scene
@@ -87,29 +87,14 @@ def test_pytorch_and_onnx_give_the_same_text(refshapes_bundle, asked):
     grounder = Grounder(bundle, "onnxruntime:cpu")
     plan = plan_export(make_request("refshapes", ratios=0.0, reference=False))
     (entry,), (bucket,) = plan.entries, plan.spec.buckets
-    model = plan.family.load_eager(plan.checkpoint, plan.spec, "float32")
+    reference = load_reference(plan, None)
     for scene, question in asked[:25]:
-        put = ask(
-            model,
-            scene.image,
-            question.phrase,
-            bucket=bucket,
-            template=bundle.manifest.prompt.template,
-            reads=None,
-        )
+        put = reference.ask(scene.image, question.phrase, bucket)
         exported = grounder.ground(scene.image, question.phrase, ratio=0.0)
         assert put.prefix + put.suffix == grounder_prompt(grounder, question.phrase)
         # Not pruned at all, and pruned by nothing.
         for pruned in (None, entry):
-            eager = answer_eagerly(
-                model,
-                put,
-                entry=pruned,
-                pruner=plan.pruner,
-                config=plan.prune,
-                most=24,
-                stop_ids=bundle.manifest.prompt.stop_ids,
-            )
+            eager = reference.answer(put, pruned)
             assert eager.text == exported.answer
             assert eager.token_ids == list(exported.token_ids)
             assert eager.order == list(range(64))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from makers.families import FAMILIES, find_family
 
 from gap_export.cli.main import main
 from gap_export.config import package_data
-from gap_export.pipeline import preflight
+from gap_export.pipeline import asking
 from gap_export.pipeline import run as pipeline
-from gap_export.reference import files
+from gap_export.pipeline.asking import load_reference, measure_reference
+from gap_export.reference import files, memory
+from gap_export.reference.record import record_answers
 from gap_runtime.display import Display
 
 ALL = 2**40
@@ -23,12 +26,12 @@ def case(request, tmp_path_factory):
     return find_family(request.param, tmp_path_factory)
 
 
-def ask_pytorch(plan, folder, memory):
+def ask_pytorch(plan, folder, kept):
     """Records, arrays and what the linear layers saw."""
     folder.mkdir()
-    model = plan.family.load_eager(plan.checkpoint, plan.spec, "float32", memory=memory)
-    with model.observe() as summarize:
-        records, arrays = pipeline.ask_samples(plan, model, folder, lambda *_: None)
+    reference = load_reference(plan, kept)
+    with reference.model.observe() as summarize:
+        records, arrays = record_answers(reference, plan.samples, plan.entries, folder)
         statistics = summarize()
     return records, arrays, statistics
 
@@ -44,11 +47,11 @@ def require_same(found, truth):
         assert torch.equal(found[2][name].mean_size, seen.mean_size), name
 
 
-@pytest.mark.parametrize("memory", [0, 40_000, ALL])
-def test_answers_are_those_of_a_model_in_memory(case, tmp_path, memory):
+@pytest.mark.parametrize("kept", [0, 40_000, ALL])
+def test_answers_are_those_of_a_model_in_memory(case, tmp_path, kept):
     plan = case.plan(tmp_path / "out", reference=True)
     truth = ask_pytorch(plan, tmp_path / "whole", None)
-    require_same(ask_pytorch(plan, tmp_path / "streamed", memory), truth)
+    require_same(ask_pytorch(plan, tmp_path / "streamed", kept), truth)
 
 
 @pytest.mark.parametrize("name", ["llava", "llava-next-vicuna"])
@@ -74,8 +77,8 @@ def read_sizes(monkeypatch):
     return found
 
 
-def load(plan, memory):
-    return plan.family.load_eager(plan.checkpoint, plan.spec, "float32", memory=memory)
+def load(plan, kept):
+    return load_reference(plan, kept).model
 
 
 def run_once(model, plan, rows=3):
@@ -150,9 +153,8 @@ def test_an_export_chooses_it_when_memory_is_short_and_says_so(
     tmp_path, tmp_path_factory, monkeypatch, capsys
 ):
     plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out", reference=True)
-    free = preflight.reference_bytes(plan) + 192 * 2**20 - 1
-    monkeypatch.setattr(preflight, "free_memory", lambda: free)
-    monkeypatch.setattr(preflight, "_streamed_bytes", lambda _: free)
+    free = measure_reference(plan).weights + 192 * 2**20 - 1
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
     result = pipeline.export(plan, Display())
     assert result.report is not None
     assert result.report.passed
@@ -169,7 +171,13 @@ def test_progress_is_told_for_every_token(tmp_path, tmp_path_factory, answers):
     told = []
     (tmp_path / "folder").mkdir()
     folder = tmp_path / "folder"
-    pipeline.ask_samples(plan, load(plan, 0), folder, lambda share, now: told.append((share, now)))
+    record_answers(
+        load_reference(plan, 0),
+        plan.samples,
+        plan.entries,
+        folder,
+        lambda share, now: told.append((share, now)),
+    )
     starts = [(share, now) for share, now in told if "token" not in now]
     assert [share for share, _ in starts] == [0, 0.5]
     assert [now.partition(", ")[2] for _, now in starts] == ["unpruned", "ratio 0.5"]
@@ -191,7 +199,12 @@ def test_other_commands_read_layers_too_where_memory_is_short(arguments, monkeyp
     command = [places.get(argument, argument) for argument in arguments]
     assert main([*command, "--json"]) == 0
     whole = capsys.readouterr()
-    monkeypatch.setattr(preflight, "reference_bytes", lambda _: 2**60)
+    real = asking.measure_memory
+    monkeypatch.setattr(
+        asking,
+        "measure_memory",
+        lambda *given, **named: replace(real(*given, **named), weights=2**60),
+    )
     assert main([*command, "--json"]) == 0
     streamed = capsys.readouterr()
     said = "they are read layer by layer"
@@ -210,7 +223,7 @@ def drop_times(found):
 
 def test_too_little_even_for_layers_asks_for_another_machine(monkeypatch, capsys):
     samples = package_data("refshapes") / "samples"
-    monkeypatch.setattr(preflight, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**6)
     code = main(["positions", "refshapes", "--image", str(samples / "test-006.png")])
     assert code == 3
     error = capsys.readouterr().err

@@ -7,7 +7,7 @@ the pruned sequence with the position IDs of each mode. Only GAP gives the same 
 import pytest
 import torch
 
-from gap_export.reference.answers import place_tokens
+from gap_export.reference.choice import place_tokens
 
 WIDTH, HEADS, LAYERS = 32, 2, 3
 BEFORE, PATCHES, AFTER, STEPS = 4, 20, 6, 4

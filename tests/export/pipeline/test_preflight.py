@@ -1,6 +1,8 @@
 """What an export needs is looked at before any work, and said in one line."""
 
+import dataclasses
 import errno
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +14,10 @@ from makers import checkpoints
 from gap_export.errors import CheckpointError, ExportError
 from gap_export.pipeline import preflight
 from gap_export.pipeline import run as pipeline
+from gap_export.pipeline.asking import measure_reference
 from gap_export.pipeline.parameters import HEAD
 from gap_export.quantization.scheme import VALUES
+from gap_export.reference import memory as reference_memory
 from gap_runtime.display import Display
 from gap_runtime.machines import memory
 
@@ -44,7 +48,8 @@ def refused(plan, kind):
 
 
 def limit_memory(monkeypatch, free):
-    monkeypatch.setattr(preflight, "free_memory", lambda: free)
+    for module in (preflight, reference_memory):
+        monkeypatch.setattr(module, "free_memory", lambda: free)
 
 
 def limit_disk(monkeypatch, free):
@@ -153,36 +158,47 @@ def test_no_memory_to_work_in(tiny_llava, tmp_path, make_plan, monkeypatch):
     assert "10.5 MB is free" in message
 
 
+def settle(plan):
+    return measure_reference(plan).settle("use")
+
+
 def test_a_reference_fits_or_is_read_layer_by_layer(tiny_llava, tmp_path, make_plan, monkeypatch):
     plan = make_plan(tiny_llava, tmp_path / "out", reference=True)
-    whole = preflight.reference_bytes(plan) + 192 * MIB
+    need = measure_reference(plan)
+    shapes = [source.shape for source in plan.sources.values()]
+    assert need.weights == sum(4 * math.prod(shape) for shape in shapes)
+    whole = need.weights + 192 * MIB
     limit_memory(monkeypatch, whole)
-    assert preflight.settle_memory(plan) is None
-    monkeypatch.setattr(preflight, "_streamed_bytes", lambda _: whole - 1)
+    assert settle(plan) is None
+    assert need.layers < whole
     limit_memory(monkeypatch, whole - 1)
-    assert preflight.settle_memory(plan) == (whole - 1) // 8
-    limit_memory(monkeypatch, whole - 2)
+    assert settle(plan) == (whole - 1) // 8
+    limit_memory(monkeypatch, need.layers)
+    assert settle(plan) == need.layers // 8
+    limit_memory(monkeypatch, need.layers - 1)
+    with pytest.raises(ExportError, match=r"layer by layer .* use a larger machine"):
+        settle(plan)
     message = refused(plan, ExportError)
-    assert "--no-reference" in message
-    assert "layer by layer" in message
+    assert "export with --no-reference, or on a larger machine" in message
 
 
 def test_the_weights_that_stay_are_never_many(tiny_llava, tmp_path, make_plan, monkeypatch):
-    plan = make_plan(tiny_llava, tmp_path / "out", reference=True)
-    monkeypatch.setattr(preflight, "reference_bytes", lambda _: 2**60)
+    need = measure_reference(make_plan(tiny_llava, tmp_path / "out", reference=True))
     limit_memory(monkeypatch, 2**50)
-    assert preflight.settle_memory(plan) == 512 * MIB
+    assert dataclasses.replace(need, weights=2**60).settle("use") == 512 * MIB
 
 
-def test_memory_is_nobodys_concern_without_a_reference(tiny_llava, tmp_path, make_plan):
+def test_a_reference_is_nobodys_concern_without_one(tiny_llava, tmp_path, make_plan, monkeypatch):
     plan = make_plan(tiny_llava, tmp_path / "out", check__memory_mib=0)
-    assert preflight.settle_memory(plan) is None
+    monkeypatch.setattr(reference_memory, "free_memory", lambda: 0)
+    with pytest.raises(AssertionError, match="work was begun"):
+        export(plan)
 
 
 @pytest.mark.parametrize("mib", [0, 7])
 def test_the_setting_wins(tiny_llava, tmp_path, make_plan, mib):
     plan = make_plan(tiny_llava, tmp_path / "out", reference=True, check__memory_mib=mib)
-    assert preflight.settle_memory(plan) == mib * MIB
+    assert settle(plan) == mib * MIB
 
 
 def test_memory_is_that_of_the_machine():

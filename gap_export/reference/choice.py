@@ -1,0 +1,87 @@
+"""What is kept of a picture, and where it lies: written out plainly, as lists.
+
+A second form of the graphs' places and position IDs, straight from the definitions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from gap_export.config import PruneConfig
+
+EXTRA_INDEX: Final = -1
+"""Stands for the extra token where visual tokens are given by index."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Visual tokens by index, their order, and where the extra one lies.
+
+    The extra token's index is EXTRA_INDEX. `scores` are by visual token; those that are never
+    removed have the best.
+    """
+
+    order: list[int]
+    tokens: dict[int, Tensor]
+    extra_place: float | None
+    scores: tuple[float, ...] | None
+
+
+def find_extra_place(
+    config: PruneConfig, patches: int, removable: list[int], weights: Tensor
+) -> float:
+    """Where the extra token lies among the visual ones; a half is behind the one before it.
+
+    Args:
+        config: Says which rule.
+        patches: Visual tokens before pruning.
+        removable: Those that may be removed.
+        weights: What the extra token is made of, by removable token.
+    """
+    if config.extra_token == "append":
+        return patches
+    if config.extra_token == "last-visual":
+        return patches - 0.5
+    heavy: list[float] = weights.double().tolist()
+    mean = sum(w * k for w, k in zip(heavy, removable, strict=True)) / sum(heavy)
+    return float(math.floor(mean + 0.5)) + 0.5
+
+
+def place_tokens(
+    before: int,
+    patches: int,
+    after: int,
+    order: list[int],
+    mode: str,
+    *,
+    extra_place: float | None = None,
+) -> tuple[list[int], list[int]]:
+    """Visual tokens by slot and position IDs of all slots, as plain lists.
+
+    Args:
+        before: Tokens before the picture.
+        patches: Visual tokens before pruning.
+        after: Tokens after the picture.
+        order: Kept tokens in the pruner's own order.
+        mode: Position mode.
+        extra_place: Where the extra token lies among the visual ones, None without one.
+
+    References:
+        Grounding-Aware Token Pruning, arXiv:2506.21873.
+    """
+    marks = sorted(order) if extra_place is None else sorted([*order, extra_place])
+    raster = [EXTRA_INDEX if mark == extra_place else int(mark) for mark in marks]
+    own = list(order) if extra_place is None else [*order, EXTRA_INDEX]
+    text_start = patches + (extra_place == patches)
+    if mode in {"gap", "permuted"}:
+        visual_ids = [before + math.floor(mark) for mark in marks]
+    else:
+        visual_ids = [before + rank for rank in range(len(marks))]
+        text_start = len(marks)
+    slots = raster if mode in {"gap", "compact"} else own
+    text_ids = [before + text_start + j for j in range(after)]
+    return slots, list(range(before)) + visual_ids + text_ids
