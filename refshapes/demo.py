@@ -71,26 +71,24 @@ def main() -> None:
     assert gap.manifest.reference is not None
     names = list(dict.fromkeys(s.sample for s in gap.manifest.reference.samples))
     for name, entry in zip(names, samples, strict=True):
-        x0, y0, x1, y1 = entry["box"]
-        truth = Box(x0=x0, y0=y0, x1=x1, y1=y1)
+        truth = Box(*entry["box"])
         for title, bundle, ratio in cells:
             eager = recorded(bundle, name, ratio or None)
             picture = load_picture(bundle.folder / eager.image)
             exported = grounders[id(bundle)].ground(picture, eager.phrase, ratio=ratio)
-            boxes = tuple(Box(x0=b[0], y0=b[1], x1=b[2], y1=b[3]) for b in eager.boxes)
             share = f"{exported.kept} of {exported.patches}"
             rows.append(
                 [
                     eager.phrase,
                     title,
                     share,
-                    f"{measure(boxes, truth):.2f}",
+                    f"{measure(eager.boxes, truth):.2f}",
                     f"{measure(exported.boxes, truth):.2f}",
                     "same" if eager.answer == exported.answer else "differ",
                 ]
             )
             if name == names[0]:
-                for side, found in (("PyTorch", boxes), ("ONNX", exported.boxes)):
+                for side, found in (("PyTorch", eager.boxes), ("ONNX", exported.boxes)):
                     panel = draw_grounding(
                         picture,
                         bundle.manifest.preprocess,

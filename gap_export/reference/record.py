@@ -72,7 +72,7 @@ def record_answers(
                         kept=entry.kept if entry else bucket.patches,
                         answer=answer.text,
                         token_ids=tuple(answer.token_ids),
-                        boxes=tuple((b.x0, b.y0, b.x1, b.y1) for b in boxes),
+                        boxes=boxes,
                         prompt_ids=tuple(answer.prompt_ids),
                         token_margins=tuple(answer.token_margins),
                     )

@@ -12,7 +12,6 @@ from PIL import Image
 from gap_export.analysis.report.tables import MAIN_MODE
 from gap_export.analysis.sweep import UNPRUNED, Sweep, Swept
 from gap_runtime.errors import InputError
-from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.results import Answers, Row
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.pictures.boxes import Box, iou
@@ -105,9 +104,9 @@ def draw_choices(sweep: Sweep, choices: Iterable[Choice]) -> Iterator[Shown]:
         draw_pair(
             canvas,
             scale,
-            reference=_as_boxes(choice.eager.found if choice.eager else ()),
-            found=_as_boxes(row.found),
-            true=_as_boxes((row.box,) if row.box else ()),
+            reference=choice.eager.found if choice.eager else (),
+            found=row.found,
+            true=(row.box,) if row.box else (),
         )
         yield Shown(
             choice=choice,
@@ -143,17 +142,12 @@ def _take(ranked: list[tuple[float, Choice]], count: int) -> list[Choice]:
     return list(taken.values())
 
 
-def iou_of(found: tuple[Box4, ...], other: tuple[Box4, ...]) -> float:
+def iou_of(found: tuple[Box, ...], other: tuple[Box, ...]) -> float:
     """IoU of two answers of one box each; 0 where one has another number of boxes."""
     if len(found) != 1 or len(other) != 1:
         return 0.0
-    (one,), (two,) = _as_boxes(found), _as_boxes(other)
-    return iou(one, two)
+    return iou(found[0], other[0])
 
 
 def _true_overlap(row: Row) -> float:
     return iou_of(row.found, (row.box,)) if row.box else 0.0
-
-
-def _as_boxes(boxes: Iterable[Box4]) -> tuple[Box, ...]:
-    return tuple(Box(x0=b[0], y0=b[1], x1=b[2], y1=b[3]) for b in boxes)

@@ -15,7 +15,7 @@ from gap_runtime.bundle.layout import ExtraRule, PositionMode, TokenLayout
 from gap_runtime.bundle.tensors import StoredTensor, TensorSpec
 from gap_runtime.errors import SchemaError
 from gap_runtime.machines.target import ModelDtype, Target
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 from gap_runtime.records import dump_record
 
@@ -185,7 +185,7 @@ class ReferenceSample:
     kept: int
     answer: str
     token_ids: tuple[int, ...]
-    boxes: tuple[tuple[float, float, float, float], ...]
+    boxes: tuple[Box, ...]
     prompt_ids: tuple[int, ...]
     token_margins: tuple[float, ...]
 

@@ -10,10 +10,8 @@ from typing import Protocol
 from PIL import Image
 
 from gap_runtime.errors import InputError
+from gap_runtime.pictures.boxes import Box
 from gap_runtime.pictures.load import load_picture
-
-Box4 = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels of the picture."""
 
 
 class Picture(Protocol):
@@ -43,7 +41,7 @@ class Expression:
     key: str
     picture: Picture
     phrase: str
-    box: Box4
+    box: Box
     size: tuple[int, int] | None
     target: str
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gap_runtime.errors import InputError
-from gap_runtime.evaluation.expression import Box4
+from gap_runtime.pictures.boxes import Box
 
 _LONGEST_PHRASE = 10_000
 
@@ -59,16 +59,16 @@ def read_list(record: Any, key: str, where: str) -> list[Any]:
     return list(value)
 
 
-def read_corners(record: Any, key: str, where: str) -> Box4:
+def read_corners(record: Any, key: str, where: str) -> Box:
     """A box given as x0, y0, x1, y1 in pixels."""
     values = _four_numbers(need(record, key, where), key, where)
-    return require_box((values[0], values[1], values[2], values[3]), key, where)
+    return require_box(Box(*values), key, where)
 
 
-def read_extent(record: Any, key: str, where: str) -> Box4:
+def read_extent(record: Any, key: str, where: str) -> Box:
     """A box given as x, y, width, height in pixels."""
     x, y, width, height = _four_numbers(need(record, key, where), key, where)
-    return require_box((x, y, x + width, y + height), key, where)
+    return require_box(Box(x, y, x + width, y + height), key, where)
 
 
 def read_size(record: Any, where: str) -> tuple[int, int]:
@@ -81,7 +81,7 @@ def read_size(record: Any, where: str) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[1])
 
 
-def require_box(box: Box4, key: str, where: str) -> Box4:
+def require_box(box: Box, key: str, where: str) -> Box:
     """A box that spans an area.
 
     Raises:

@@ -6,13 +6,14 @@ from struct import Struct
 from typing import Final, NamedTuple, Protocol
 
 from gap_runtime.errors import UnknownNameError
-from gap_runtime.evaluation.expression import Box4
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat
 from gap_runtime.registry import describe_unknown, list_plugins, load_plugin
 
 BOX: Final = "box"
 UNPARSABLE: Final = "unparsable"
 DEGENERATE: Final = "degenerate"
+Corners = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in whatever frame a script compares them."""
 DEFAULT_PROTOCOL: Final = "ours"
 _SINGLES: Final = [Struct(f"{count}f") for count in range(7)]
 _PROTOCOLS: Final = "gap_runtime.evaluation.protocols"
@@ -41,7 +42,7 @@ class ScoringProtocol(Protocol):
     STRICT: bool
     """Whether an answer counts from IoU > threshold, or from IoU >= threshold."""
 
-    def judge(self, answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+    def judge(self, answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
         """Judge one answer.
 
         Args:
@@ -69,7 +70,7 @@ def load_protocol(name: str) -> ScoringProtocol:
     return protocol
 
 
-def judge_corners(found: Box4, true: Box4, *, edge: float = 0.0) -> Judgement:
+def judge_corners(found: Corners, true: Corners, *, edge: float = 0.0) -> Judgement:
     """IoU as the scripts compute it, without looking whether corners are in order.
 
     Args:
@@ -89,7 +90,7 @@ def judge_corners(found: Box4, true: Box4, *, edge: float = 0.0) -> Judgement:
     return Judgement(max(value, 0.0), status)
 
 
-def judge_singles(found: Box4, true: Box4) -> Judgement:
+def judge_singles(found: Corners, true: Corners) -> Judgement:
     """The same in the arithmetic of 32-bit floats, which decides where an IoU is the threshold.
 
     Every operation on doubles is rounded to 32 bits, which gives what 32-bit hardware gives.

@@ -20,9 +20,8 @@ from types import TracebackType
 from typing import Any, BinaryIO, Final
 
 from gap_runtime.errors import ConfigError, InputError, RecordError
-from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.files import LINE_BYTES, unreadable
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat
 from gap_runtime.records import dump_record, load_record
 
 SCHEMA: Final = 1
@@ -78,11 +77,11 @@ class Row:
     picture: str
     phrase: str
     size: tuple[int, int] | None = None
-    box: Box4 | None = None
+    box: Box | None = None
     answer: str | None = None
     token_ids: tuple[int, ...] = ()
     milliseconds: dict[str, float] | None = None
-    found: tuple[Box4, ...] = ()
+    found: tuple[Box, ...] = ()
     problem: str | None = None
 
 
@@ -197,11 +196,11 @@ def _read_row(data: Any, where: str) -> Row:
         return Row(
             **_plain(data),
             size=(int(width), int(height)),
-            box=(x0, y0, x1, y1),
+            box=Box(x0, y0, x1, y1),
             answer=_require_text(data["answer"]),
             token_ids=tuple(data["token_ids"]),
             milliseconds=_require_times(data["milliseconds"]),
-            found=tuple((a, b, c, d) for a, b, c, d in data["found"]),
+            found=tuple(Box(a, b, c, d) for a, b, c, d in data["found"]),
         )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(

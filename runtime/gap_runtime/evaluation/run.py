@@ -169,5 +169,5 @@ def _record(
         answer=answer.text,
         token_ids=answer.token_ids,
         milliseconds={name: round(value, 3) for name, value in answer.milliseconds.items()},
-        found=tuple((b.x0, b.y0, b.x1, b.y1) for b in found),
+        found=found,
     )

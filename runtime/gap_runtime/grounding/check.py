@@ -225,7 +225,7 @@ def _check_sample(
         kept_index=tuple(int(k) for k in values.kept_index[0]),
         reference_kept_index=tuple(int(k) for k in arrays[f"{sample.key}/kept_index"][0]),
         boxes=boxes,
-        reference_boxes=tuple(_as_box(box) for box in sample.boxes),
+        reference_boxes=sample.boxes,
     )
 
 
@@ -292,7 +292,7 @@ def compare_stages(
     logits, logits_expected = values.decoded.prefill_logits, expected["logits"]
     logit_error = _relative_error(logits, logits_expected) if kept_equal else None
     divergence = first_divergence(values.decoded.token_ids, list(sample.token_ids))
-    overlap = match_boxes(boxes, tuple(_as_box(box) for box in sample.boxes))
+    overlap = match_boxes(boxes, sample.boxes)
 
     reasons = []
     if not pixels_error <= tolerance.pixels:
@@ -387,10 +387,6 @@ def match_boxes(boxes: tuple[Box, ...], expected: tuple[Box, ...]) -> float | No
     if len(boxes) != len(expected):
         return 0.0
     return min(iou(box, other) for box, other in zip(boxes, expected, strict=True))
-
-
-def _as_box(values: tuple[float, float, float, float]) -> Box:
-    return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3])
 
 
 def _largest_error(values: np.ndarray, expected: np.ndarray) -> float:

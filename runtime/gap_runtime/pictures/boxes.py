@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gap_runtime.errors import BundleError
 
@@ -29,18 +29,13 @@ class BoxFormat:
     form: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Box:
+class Box(NamedTuple):
     """Corners in pixels of the picture, origin top left, x0 < x1 and y0 < y1."""
 
     x0: float
     y0: float
     x1: float
     y1: float
-
-    def as_list(self) -> list[float]:
-        """[x0, y0, x1, y1]."""
-        return [self.x0, self.y0, self.x1, self.y1]
 
     @property
     def area(self) -> float:

@@ -87,7 +87,7 @@ def outline_boxes(
     draw = ImageDraw.Draw(canvas)
     width = max(2, max(canvas.size) // 160) if width is None else width
     for found in boxes:
-        x0, y0, x1, y1 = (round(value * scale) for value in found.as_list())
+        x0, y0, x1, y1 = (round(value * scale) for value in found)
         if dashed:
             _draw_dashes(draw, (x0, y0, x1 - 1, y1 - 1), colour, width)
         else:
@@ -160,7 +160,7 @@ def _tint(
     shade = Image.new("RGBA", canvas.size)
     draw = ImageDraw.Draw(shade)
     for token, tint in tints.items():
-        x0, y0, x1, y1 = (round(value * scale) for value in places[token].as_list())
+        x0, y0, x1, y1 = (round(value * scale) for value in places[token])
         # Pillow counts the far edge in, which belongs to the next patch.
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=tint)
     return Image.alpha_composite(canvas, shade).convert("RGB")

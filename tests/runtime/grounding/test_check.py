@@ -73,7 +73,7 @@ def make_sample(**changes):
         kept=20,
         answer="[0.1, 0.2, 0.3, 0.4]",
         token_ids=(5, 6, 7),
-        boxes=((10.0, 20.0, 30.0, 40.0),),
+        boxes=(Box(10.0, 20.0, 30.0, 40.0),),
         prompt_ids=tuple(PROMPT),
         token_margins=(0.5, 0.5, 0.5, 0.5),
     )
@@ -457,7 +457,7 @@ def make_samples(manifest, image="photo.png", sizes=((8, 8),), wrong=()):
                     answer="[0.25,0.25,0.75,0.50]",
                     token_ids=(answer,),
                     # Padded pictures are square here, so that both frames are the same.
-                    boxes=((0.25 * size[0], 0.25 * size[1], 0.75 * size[0], 0.5 * size[1]),),
+                    boxes=(Box(0.25 * size[0], 0.25 * size[1], 0.75 * size[0], 0.5 * size[1]),),
                     prompt_ids=(2, 4, 5, 6, 7, 8, 9, 3),
                     token_margins=(0.5, 0.5),
                 )

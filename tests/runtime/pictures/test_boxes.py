@@ -1,6 +1,7 @@
 """Boxes from answers, all expected values worked out by hand."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -14,7 +15,7 @@ def box(x0, y0, x1, y1):
 
 
 def corners(parsed):
-    return [pytest.approx(found.as_list()) for found in parsed.boxes]
+    return [pytest.approx(list(found)) for found in parsed.boxes]
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,11 @@ def test_iou(a, b, expected):
 
 def test_area():
     assert box(1, 2, 4, 7).area == 15
+
+
+def test_a_box_is_its_four_numbers():
+    found = Box(1.0, 2.0, 4.0, 6.0)
+    assert found == (1.0, 2.0, 4.0, 6.0)
+    assert json.loads(json.dumps(found)) == [1.0, 2.0, 4.0, 6.0]
+    assert (found.x1, found.area) == (4.0, 12.0)
+    assert repr(found) == "Box(x0=1.0, y0=2.0, x1=4.0, y1=6.0)"

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         print_json(
             {
                 "answer": grounding.answer,
-                "boxes": [box.as_list() for box in grounding.boxes],
+                "boxes": [list(box) for box in grounding.boxes],
                 "problems": list(grounding.problems),
                 "phrase": grounding.phrase,
                 "ratio": grounding.ratio,
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         )
         return 0
     for box in grounding.boxes:
-        print(" ".join(f"{value:.1f}" for value in box.as_list()))
+        print(" ".join(f"{value:.1f}" for value in box))
     display = Display()
     for problem in grounding.problems:
         display.say(f"no usable box: {problem} (answer: {grounding.answer!r})")

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_singles, round_singles
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "first [a,b,c,d], thousandths if they sum to 4, no unpadding; IoU >= t"
 STRICT: Final = False
@@ -22,7 +21,7 @@ _LARGEST: Final = 1e15
 """Numbers beyond are no coordinates: whatever the script makes of them is wrong."""
 
 
-def judge(answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     parts = find_parts(answer)

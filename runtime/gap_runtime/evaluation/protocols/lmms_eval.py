@@ -12,9 +12,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_corners
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "first [a, b, c, d] as fractions of the picture, no unpadding; IoU >= t"
 STRICT: Final = False
@@ -22,7 +21,7 @@ _NUMBER: Final = r"(-?\d+(?:\.\d+)?)"
 _FOUND: Final = re.compile(rf"\[\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\s*\]")
 
 
-def judge(answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     match = _FOUND.search(answer)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_corners
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "{<a><b><c><d>} at the start, hundredths; pixels counted (+1); IoU > t"
 STRICT: Final = True
@@ -23,7 +22,7 @@ _SCALE: Final = 100.0
 _FOUND: Final = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 
 
-def judge(answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     match = _FOUND.match(answer.replace("<unk>", "").replace(" ", "").strip())

@@ -9,20 +9,18 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.evaluation.expression import Box4
 from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, judge_corners
-from gap_runtime.pictures.boxes import BoxFormat, parse_boxes
+from gap_runtime.pictures.boxes import Box, BoxFormat, parse_boxes
 
 SUMMARY: Final = "the model's own frame; exactly one usable box; IoU >= t"
 STRICT: Final = False
 
 
-def judge(answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     found = parse_boxes(answer, spec, *size).boxes
     if len(found) == 1:
-        mine = found[0]
-        return judge_corners((mine.x0, mine.y0, mine.x1, mine.y1), box)
+        return judge_corners(found[0], box)
     # A box that is written properly and spans nothing is no box either, but another mistake.
     if not found and any(
         re.fullmatch(spec.pattern, each) for each in re.findall(spec.attempt, answer)

@@ -14,9 +14,14 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.evaluation.expression import Box4
-from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_singles, round_singles
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.evaluation.protocol import (
+    NO_BOX,
+    Corners,
+    Judgement,
+    judge_singles,
+    round_singles,
+)
+from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "exactly one [a,b,c,d], both boxes in the padded square; IoU > t"
 STRICT: Final = True
@@ -25,7 +30,7 @@ _BOX: Final = rf"{_NUMBER}(?:,{_NUMBER}){{3}}"
 _FOUND: Final = re.compile(rf"\[({_BOX}(?:;{_BOX})*)\]")
 
 
-def judge(answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Judgement:
+def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     found = _FOUND.findall(answer)
@@ -35,7 +40,7 @@ def judge(answer: str, size: tuple[int, int], box: Box4, spec: BoxFormat) -> Jud
     return judge_singles(_scale(values), _scale(pad_box(box, size)))
 
 
-def pad_box(box: Box4, size: tuple[int, int]) -> list[float]:
+def pad_box(box: Box, size: tuple[int, int]) -> list[float]:
     """The true box as the script parses it back: fractions of the square with three decimals."""
     width, height = size
     side = max(size)
@@ -45,7 +50,7 @@ def pad_box(box: Box4, size: tuple[int, int]) -> list[float]:
     ]
 
 
-def _scale(values: list[float]) -> Box4:
+def _scale(values: list[float]) -> Corners:
     x0, y0, x1, y1 = round_singles(*values)
     x0, y0, x1, y1 = round_singles(x0 * 1000, y0 * 1000, x1 * 1000, y1 * 1000)
     return x0, y0, x1, y1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import InputError
-from gap_runtime.evaluation.expression import Box4, Expression, find_picture
+from gap_runtime.evaluation.expression import Expression, find_picture
 from gap_runtime.evaluation.fields import (
     describe,
     need,
@@ -25,6 +25,7 @@ from gap_runtime.evaluation.fields import (
 )
 from gap_runtime.evaluation.files import read_json
 from gap_runtime.evaluation.source import Source, existing
+from gap_runtime.pictures.boxes import Box
 
 SUFFIXES: Final = (".json",)
 USUAL: Final = None
@@ -49,7 +50,7 @@ def read(source: Source) -> Iterator[Expression]:
     data = read_json(path)
     if not isinstance(data, list):
         raise InputError(f"{path}: holds {describe(data)}, expected a list of records")
-    boxes: dict[str, Box4] = {}
+    boxes: dict[str, Box] = {}
     shared: set[str] = set()
     for k, record in enumerate(data):
         where = f"{path}: record {k}"

@@ -14,6 +14,7 @@ from gap_runtime.errors import UnknownNameError
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.refshapes import SPLITS, draw_scene
 from gap_runtime.evaluation.source import Source
+from gap_runtime.pictures.boxes import Box
 from gap_runtime.registry import describe_unknown
 
 SUFFIXES: Final = ()
@@ -62,7 +63,7 @@ def read(source: Source) -> Iterator[Expression]:
                 key=f"{source.split}/{index}/{k}",
                 picture=picture,
                 phrase=question.phrase,
-                box=(float(x0), float(y0), float(x1), float(y1)),
+                box=Box(float(x0), float(y0), float(x1), float(y1)),
                 size=scene.image.size,
                 target=f"{index}/{question.target}",
             )
