@@ -71,4 +71,5 @@ def test_float16_in_both_dialects(install, export, tmp_path, target, is_in_place
     report = check_bundle(bundle, "tensorrt:rtx")
     assert report.passed
     assert bundle.manifest.dtype == "float16"
-    assert len(gpu.graphs) == (1 if is_in_place else 2)
+    # Of steps and of drafts; without a cache in place one for each side that was read often.
+    assert len(gpu.graphs) == (2 if is_in_place else 3)
