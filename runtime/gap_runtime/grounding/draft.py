@@ -26,6 +26,8 @@ LONGEST: Final = MOST_LOGITS - 1
 _DIGITS: Final = "0123456789"
 _TRIES: Final = 2
 """Misses at one place of the form after which nothing is drafted there any more."""
+_TRUST: Final = 8
+"""What a place can earn by drafts that were right: so many misses on end would cost it."""
 
 
 class Drafter:
@@ -47,7 +49,7 @@ class Drafter:
         self._digits = {tokenizer.token_to_id(digit) for digit in _DIGITS} - {None}
         self._gap = " "
         self._known: dict[tuple[int | str, ...], tuple[int, ...]] = {}
-        self._misses: dict[tuple[int | str, ...], int] = {}
+        self._trust: dict[tuple[int | str, ...], int] = {}
 
     def propose(self, token_ids: Sequence[int], most: int = LONGEST) -> list[int]:
         """Tokens that the form forces behind an answer so far; none where it forces nothing.
@@ -57,7 +59,7 @@ class Drafter:
             most: There is room for so many; LONGEST is the limit in any case.
         """
         key = self._key(token_ids)
-        if self._misses.get(key, 0) >= _TRIES:
+        if self._trust.get(key, _TRIES) <= 0:
             return []
         if key not in self._known:
             self._known[key] = self._draft(token_ids)
@@ -66,7 +68,8 @@ class Drafter:
     def learn(self, token_ids: Sequence[int], accepted: int) -> None:
         """Take in how many tokens were accepted of the draft behind an answer so far."""
         key = self._key(token_ids)
-        self._misses[key] = 0 if accepted else self._misses.get(key, 0) + 1
+        trust = self._trust.get(key, _TRIES) + (1 if accepted else -1)
+        self._trust[key] = min(trust, _TRUST)
 
     def _key(self, token_ids: Sequence[int]) -> tuple[int | str, ...]:
         """The place in the form: digits that are tokens of their own are all alike."""

@@ -170,3 +170,13 @@ def test_a_draft_is_no_longer_than_asked():
     assert len(drafter.propose([], 7)) == 3
     assert len(drafter.propose([], 2)) == 2
     assert drafter.propose([], 0) == []
+
+
+def test_a_place_that_was_right_before_is_not_given_up_for_two_misses():
+    tokenizer = make_tokenizer("▁[")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    for _ in range(10):
+        replay(drafter, tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]"))
+    for _ in range(3):
+        replay(drafter, tokens_of(tokenizer, " no ring"))
+    assert drafter.propose([], 7) != []
