@@ -213,7 +213,7 @@ class Grounder:
         *,
         most: int | None = None,
         seen: Seen | None = None,
-        draft: bool | None = None,
+        draft: bool = True,
     ) -> StageValues:
         """Run every stage on an RGB picture and keep what each gave.
 
@@ -223,7 +223,7 @@ class Grounder:
             entry: Of the picture's bucket.
             most: Tokens to decode, whether or not the answer ends before.
             seen: What `see` gave of this picture at this ratio, to be used instead.
-            draft: Whether tokens are drafted; as this was made if not given.
+            draft: False decodes token by token, however this was made.
         """
         manifest = self.bundle.manifest
         prompt = self.encoder.encode_within(phrase, manifest.layout)
@@ -240,7 +240,7 @@ class Grounder:
             most=layout.answer if most is None else most,
             capacity=manifest.layout.capacity,
             stop_ids=manifest.prompt.stop_ids if most is None else (),
-            drafter=None if draft is False else self._drafter,
+            drafter=self._drafter if draft else None,
         )
         answered_ms = (time.perf_counter() - looked) * 1e3
         return StageValues(
