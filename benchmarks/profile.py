@@ -30,10 +30,10 @@ import onnxruntime
 
 from benchmarks.runtime import HOME
 from benchmarks.suite import Results, format_table
+from gap_runtime.backends import open_backend
 from gap_runtime.bundle.bundle import Bundle, embedding_rows
 from gap_runtime.bundle.manifest import DECODER
 from gap_runtime.errors import GapError
-from gap_runtime.grounding.grounder import open_backend
 
 _WARM: Final = 3
 _BETWEEN: Final = "between nodes"

@@ -31,9 +31,9 @@ from benchmarks.checkpoints import RUN
 from benchmarks.profile import read_kernels
 from benchmarks.runtime import HOME, make_checkpoint
 from benchmarks.suite import Results, format_table
+from gap_runtime.backends import open_backend
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER, VISION
-from gap_runtime.grounding.grounder import open_backend
 
 _TEXT: Final = 48
 """Tokens of text in a prompt."""

@@ -45,9 +45,9 @@ class Bundled:
 
     def __init__(self, folder: Path) -> None:
         """Load the decoder."""
+        from gap_runtime.backends import open_backend
         from gap_runtime.bundle.bundle import Bundle
         from gap_runtime.bundle.manifest import DECODER
-        from gap_runtime.grounding.grounder import open_backend
 
         self._bundle = Bundle.open(folder)
         self._backend, self._device = open_backend("onnxruntime:cpu")

@@ -3,7 +3,7 @@
     bundle       the weight files that the export would write, and the decoder's rotary tables
     weights      of the vision graph, CLIP's text tower where phrases go through it, the decoder
     cache        slots x layers x 2 x heads x head width x bytes; twice where a target's engines
-                 cannot write it in place (opset below 24)
+                 cannot write it in place (`caches_in_place`)
     activations  the larger of the vision graph's peak and the prefill's of the longest prompt:
                  the most bytes of tensors that are alive at once when the modules run without
                  values, in the order that they are written in, with attention scores written out
@@ -39,7 +39,6 @@ from gap_runtime.bundle.tensors import count_bytes
 from gap_runtime.pictures.preprocess import Bucket
 
 RESERVE_MIB: Final = 2048
-_IN_PLACE_OPSET: Final = 24
 _MIB: Final = 2**20
 
 
@@ -88,8 +87,8 @@ def estimate(plan: ExportPlan) -> Estimate:
     table_bytes = sum(table.nbytes for table in tables)
     decoder_bytes += table_bytes
     embedding = count_bytes((spec.decoder.vocabulary, spec.decoder.width), plan.dtype)
-    in_place = plan.target.opset >= _IN_PLACE_OPSET or not plan.target.packages
-    cache = plan.layout.capacity * plan.cache_bytes_per_slot * (1 if in_place else 2)
+    sides = 1 if plan.target.caches_in_place else 2
+    cache = plan.layout.capacity * plan.cache_bytes_per_slot * sides
     vision_peak = max(
         _run_vision(plan, mode, towers[bucket.name], projector, bucket) for bucket in spec.buckets
     )

@@ -452,7 +452,7 @@ def _require_packable(
                 f"{_INT4_OPSET}; target '{target.name}' is written in {target.opset}; give the "
                 "checkpoint that it was made from, with --quantize int8"
             )
-        if scheme.has_zeros and target.packages:
+        if scheme.has_zeros and not target.takes_zero_points:
             raise ConfigError(
                 f"{named}: '{name}' came quantized with zero points, which engines of target "
                 f"'{target.name}' cannot take; give a GPTQ checkpoint made with sym=True, or the "

@@ -8,9 +8,9 @@ import onnx
 import pytest
 
 from gap_runtime import Bundle
+from gap_runtime.backends import open_backend
 from gap_runtime.bundle.bundle import embedding_rows
 from gap_runtime.bundle.manifest import DECODER
-from gap_runtime.grounding.grounder import open_backend
 
 _SMALL_BYTES = 16 * 2**10
 LAYER = "decoder.language_model.layers.2"

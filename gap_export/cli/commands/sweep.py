@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
+    from gap_runtime.backends import open_backend  # noqa: PLC0415
     from gap_runtime.display import Display  # noqa: PLC0415 - libraries when a command runs
-    from gap_runtime.grounding.grounder import open_backend  # noqa: PLC0415
 
     display = Display()
     if options.gallery < 0:

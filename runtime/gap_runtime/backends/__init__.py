@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from gap_runtime.registry import list_plugins, read_constant
+from gap_runtime.registry import list_plugins, load_plugin, read_constant, read_summary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from gap_runtime.bundle.engines import BuildReport, BuildRequest
     from gap_runtime.bundle.manifest import Stage
     from gap_runtime.display import Display
+    from gap_runtime.machines.survey import Machine
+    from gap_runtime.machines.target import Target
 
-
+DEFAULT_BACKEND: Final = "onnxruntime"
 BACKENDS: Final = "gap_runtime.backends"
 
 
@@ -31,6 +33,15 @@ def resolve_backend(name: str) -> str:
         if name in short:
             return str(short[name])
     return name
+
+
+def describe_backends() -> str:
+    """Every backend with a line from its own file and its short names, for help."""
+    parts = []
+    for name in list_plugins(BACKENDS):
+        short = ", ".join(read_constant(BACKENDS, name, "SHORT_NAMES") or {})
+        parts.append(f"{name}: {read_summary(BACKENDS, name)}" + (f" ({short})" if short else ""))
+    return ". ".join(parts)
 
 
 class StageSession(Protocol):
@@ -65,8 +76,8 @@ class DecoderSession(Protocol):
         """
 
 
-class Backend(Protocol):
-    """A module in gap_runtime.backends."""
+class Runner(Protocol):
+    """What opens the graphs of a bundle."""
 
     def open_stage(self, bundle: Bundle, stage: Stage, device: str) -> StageSession:
         """Load a vision or text graph; `device` is what the backend's name has after a colon."""
@@ -75,8 +86,26 @@ class Backend(Protocol):
         """Load the decoder graph and make an empty cache."""
 
 
+class Backend(Runner, Protocol):
+    """A module in gap_runtime.backends; the first line of its docstring is its help."""
+
+    def find_missing(self, machine: Machine, target: Target) -> list[str]:
+        """What stands against a target of this backend on a machine, and how to get it."""
+
+
 class Builder(Protocol):
     """A backend that compiles stages before it runs them."""
 
     def build(self, bundle: Bundle, request: BuildRequest, display: Display) -> BuildReport:
         """Make the engines that are missing or stale, keep those that are good."""
+
+
+def open_backend(name: str) -> tuple[Backend, str]:
+    """A backend module by name, and the device after a colon in the name (or nothing).
+
+    Raises:
+        UnknownNameError: There is no such backend.
+    """
+    module, _, device = resolve_backend(name).partition(":")
+    backend: Backend = load_plugin(BACKENDS, module, "backend")
+    return backend, device

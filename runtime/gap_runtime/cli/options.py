@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from gap_runtime.backends import resolve_backend
+from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
 from gap_runtime.errors import ConfigError, GapError
 
 if TYPE_CHECKING:
@@ -239,12 +239,10 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         type=resolve_backend,
-        default="onnxruntime",
+        default=DEFAULT_BACKEND,
         metavar="NAME",
-        help="onnxruntime: CUDA where it is there, else the CPU (default); onnxruntime:cpu, "
-        "onnxruntime:cuda (cpu and cuda for short), onnxruntime:tensorrt, "
-        "onnxruntime:nvtensorrtrtx: that or nothing; "
-        "tensorrt: the engines of `gap-runtime build`",
+        help=f"what runs the graphs (default: {DEFAULT_BACKEND}), with a device after a colon, or "
+        f"a short name in brackets. {describe_backends()}",
     )
 
 

@@ -11,9 +11,10 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from gap_runtime.backends import DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry
-from gap_runtime.grounding.grounder import DEFAULT_BACKEND, Grounder
+from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.pictures.load import fitting_size
 from gap_runtime.pictures.preprocess import Bucket
 

@@ -13,10 +13,11 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
+from gap_runtime.backends import DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry, Reference, ReferenceSample
 from gap_runtime.errors import CheckError
-from gap_runtime.grounding.grounder import DEFAULT_BACKEND, Grounder, StageValues
+from gap_runtime.grounding.grounder import Grounder, StageValues
 from gap_runtime.pictures.boxes import Box, iou, parse_boxes
 from gap_runtime.pictures.load import load_picture
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from PIL import Image
 
 from gap_runtime.backends import (
-    BACKENDS,
-    Backend,
+    DEFAULT_BACKEND,
     DecoderSession,
+    Runner,
     StageSession,
-    resolve_backend,
+    open_backend,
 )
 from gap_runtime.bundle.bundle import Bundle, embedding_rows
 from gap_runtime.bundle.manifest import (
@@ -32,9 +31,6 @@ from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
 from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
 from gap_runtime.pictures.boxes import Box, parse_boxes
 from gap_runtime.pictures.load import find_bucket, make_pixels, open_picture
-from gap_runtime.registry import load_plugin
-
-DEFAULT_BACKEND: Final = "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,24 +83,13 @@ class Seen:
     vision_ms: float
 
 
-def open_backend(name: str) -> tuple[Backend, str]:
-    """A backend module by name, and the device after a colon in the name (or nothing).
-
-    Raises:
-        UnknownNameError: There is no such backend.
-    """
-    module, _, device = resolve_backend(name).partition(":")
-    backend: Backend = load_plugin(BACKENDS, module, "backend")
-    return backend, device
-
-
 class Grounder:
     """A bundle loaded for use. Graphs are loaded at first need and kept."""
 
     def __init__(
         self,
         bundle: Bundle,
-        backend: str | Backend = DEFAULT_BACKEND,
+        backend: str | Runner = DEFAULT_BACKEND,
         *,
         ratio: float | None = None,
         keep: int | None = None,

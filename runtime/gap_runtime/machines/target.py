@@ -25,8 +25,10 @@ _FOLDER: Final = Path(__file__).resolve().parent / "targets"
 class Target:
     """A kind of machine; never a model.
 
-    `packages` are what builds and runs engines, by import name in order of preference, with the
-    versions that serve (PEP 440); empty where `backend` runs the graphs as they are. `dtype` is
+    `packages` are those that `backend` needs, by import name in order of preference, with the
+    versions that serve (PEP 440); empty where it asks for none by version. `caches_in_place` is
+    whether it may write the KV cache into the memory that it reads it from, `takes_zero_points`
+    whether it runs weights that came quantized with zero points. `dtype` is
     that of an export which names none, null for the checkpoint's own. `memory_mib` is the memory
     that the smallest machine of the kind has for everything, `workspace_mib` what a build may
     use as scratch; null for no limit.
@@ -42,6 +44,8 @@ class Target:
     workspace_mib: int | None = None
     memory_mib: int | None = None
     packages: dict[str, str] = field(default_factory=dict)
+    caches_in_place: bool = True
+    takes_zero_points: bool = True
 
 
 def list_targets() -> list[str]:

@@ -8,6 +8,7 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import SCHEMA
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import SchemaError
+from gap_runtime.machines.target import load_target
 
 
 def test_what_is_written_is_what_is_read(make_bundle, manifest):
@@ -448,3 +449,34 @@ def test_schema_must_be_an_integer(make_bundle, edit_manifest, schema):
     edit_manifest(folder, schema=schema)
     with pytest.raises(SchemaError, match="schema"):
         Bundle.open(folder)
+
+
+def test_a_manifest_from_before_the_facts_of_targets_opens(make_bundle, manifest, edit_manifest):
+    """As bundles of schema 4 were written before targets said what their backend can."""
+    folder = make_bundle()
+    target = manifest.dump()["target"]
+    for name in ("caches_in_place", "takes_zero_points"):
+        del target[name]
+    edit_manifest(folder, target=target)
+    found = Bundle.open(folder).manifest.target
+    assert found == manifest.target
+    assert set(target) == {
+        *("name", "description", "backend", "dialect", "opset", "dtype", "packages"),
+        *("compute_capabilities", "workspace_mib", "memory_mib"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "in_place", "zero_points"),
+    [
+        *((name, True, True) for name in ("cpu", "standard", "portable")),
+        *((name, True, False) for name in ("rtx", "datacenter-ada", "jetson-orin-jp7")),
+        ("jetson-orin-jp6", False, False),
+    ],
+)
+def test_what_targets_say_is_what_was_guessed_before(name, in_place, zero_points):
+    """In place from opset 24 on or without engines; zero points where no engine is built."""
+    found = load_target(name)
+    assert (found.caches_in_place, found.takes_zero_points) == (in_place, zero_points)
+    assert found.caches_in_place == (found.opset >= 24 or not found.packages)
+    assert found.takes_zero_points == (not found.packages)

@@ -1,9 +1,10 @@
-"""TensorRT compiles the graphs to engines and runs them."""
+"""The engines of `gap-runtime build`; :FOLDER those of that folder under engines/."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from gap_runtime.backends.tensorrt.missing import find_missing
 from gap_runtime.backends.tensorrt.session import open_decoder, open_stage
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from gap_runtime.bundle.engines import BuildReport, BuildRequest
     from gap_runtime.display import Display
 
-__all__ = ["build", "open_decoder", "open_stage"]
+__all__ = ["build", "find_missing", "open_decoder", "open_stage"]
 
 SHORT_NAMES: Final = {"trt": "tensorrt"}
 """Other names that `--backend` takes for it."""

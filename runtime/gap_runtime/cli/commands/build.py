@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
+    from gap_runtime.backends import open_backend  # noqa: PLC0415
     from gap_runtime.display import Display  # noqa: PLC0415 - libraries only when a command runs
-    from gap_runtime.grounding.grounder import open_backend  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     bundle = open_bundle(options)
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     backend, _ = open_backend(target.backend)
     build = getattr(backend, "build", None)
     if build is None:
-        named = [name for name in list_targets() if load_target(name).packages]
+        named = [name for name in list_targets() if _builds(load_target(name))]
         raise ConfigError(
             f"target '{target.name}' runs the graphs as they are with {target.backend}, there is "
             f"nothing to build; to build engines, name one of --target {', '.join(named)}"
@@ -75,6 +75,12 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(report)
     return 0
+
+
+def _builds(target: Target) -> bool:
+    from gap_runtime.backends import open_backend  # noqa: PLC0415
+
+    return hasattr(open_backend(target.backend)[0], "build")
 
 
 def _find_target(name: str | None, bundle: Bundle) -> Target:

@@ -13,6 +13,7 @@ from gap_runtime.errors import EngineError
 if TYPE_CHECKING:
     from gap_runtime.machines.fit import Fit
     from gap_runtime.machines.survey import Gpu, Machine
+    from gap_runtime.machines.target import Target
 
 SUMMARY: Final = "say what this machine has and which targets fit it"
 
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     machine = survey_machine(Path.cwd())
-    fits = fit_targets(machine)
+    fits = fit_targets(machine, _find_missing)
     if options.json:
         print_json({"machine": dump_record(machine), "targets": dump_record(fits)})
     else:
@@ -42,6 +43,13 @@ def run(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return EngineError.exit_code
+
+
+def _find_missing(machine: Machine, target: Target) -> list[str]:
+    """What the target's own backend misses."""
+    from gap_runtime.backends import open_backend  # noqa: PLC0415
+
+    return open_backend(target.backend)[0].find_missing(machine, target)
 
 
 def _show(machine: Machine, fits: tuple[Fit, ...]) -> None:

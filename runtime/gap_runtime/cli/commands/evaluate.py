@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
+    from gap_runtime.backends import open_backend  # noqa: PLC0415
     from gap_runtime.display import Display  # noqa: PLC0415 - libraries only when a command runs
     from gap_runtime.evaluation.answer import BundleAnswerer, describe_bundle  # noqa: PLC0415
     from gap_runtime.evaluation.results import Header  # noqa: PLC0415
     from gap_runtime.evaluation.run import describe_data  # noqa: PLC0415
-    from gap_runtime.grounding.grounder import open_backend  # noqa: PLC0415
 
     display = Display()
     bundle = open_bundle(options)
