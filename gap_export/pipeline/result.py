@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gap_runtime.grounding.boxless import count_boxes, describe_boxless
 from gap_runtime.records import dump_record
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class ExportResult:
             return said
         return f"{said}, {sum(not row.missed for row in rows)} keep its box"
 
+    def describe_boxless(self) -> str:
+        """Where PyTorch's own answers hold no usable box, for people; empty where all do."""
+        return describe_boxless(count_boxes(self.manifest.reference))
+
     def summarize(self) -> dict[str, Any]:
         """The result as plain data, for `--json`."""
         report = self.report
@@ -60,6 +65,7 @@ class ExportResult:
             "checked": report is not None and report.passed,
             "not_checked_because": self.note or None,
             "rows": 0 if report is None else len(report.rows),
+            "pytorch_boxes": [dump_record(each) for each in count_boxes(self.manifest.reference)],
             "dtype": self.manifest.dtype,
             "positions": self.manifest.pruning.positions,
             "pruner": self.manifest.pruning.strategy,

@@ -1,6 +1,7 @@
 """The embedded model through the whole road: PyTorch's answers, ONNX's answers, the effect."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from gap_export.pipeline.asking import load_reference
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
+from gap_export.pipeline.result import ExportResult
 from gap_runtime import Bundle, Grounder
 from gap_runtime.cli.main import main
 from gap_runtime.evaluation.refshapes import draw_scene
@@ -154,3 +156,50 @@ def test_the_cache_is_written_in_place(refshapes_bundle):
     assert not before[:, :, 9].any()
     assert after[:, :, 9].any()
     assert not after[:, :, 10:].any()
+
+
+def count_by_hand(folder):
+    """Answers of four numbers that make a box, by ratio, of the manifest as it lies on disk."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    found = {}
+    for sample in manifest["reference"]["samples"]:
+        numbers = [float(text) for text in re.findall(r"-?\d+(?:\.\d+)?", sample["answer"])]
+        is_box = len(numbers) == 4 and numbers[0] < numbers[2] and numbers[1] < numbers[3]
+        found.setdefault(sample["ratio"], []).append(is_box)
+    return [
+        {"ratio": ratio, "samples": len(boxed), "boxed": sum(boxed)}
+        for ratio, boxed in found.items()
+    ]
+
+
+def test_a_check_that_passes_says_where_pytorch_itself_gives_no_box(refshapes_bundle, capsys):
+    truth = count_by_hand(refshapes_bundle)
+    lacking = [each for each in truth if each["boxed"] < each["samples"]]
+    assert lacking, "the embedded model answers with boxes at every ratio: choose others"
+    arguments = ["check", str(refshapes_bundle), "--backend", "onnxruntime:cpu"]
+    assert main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["passed"]
+    key = lambda each: -1 if each["ratio"] is None else each["ratio"]  # noqa: E731
+    assert found["pytorch_boxes"] == sorted(truth, key=key)
+    for each in lacking:
+        said = f"{each['samples'] - each['boxed']} of {each['samples']} at {each['ratio']:g}"
+        assert said in " ".join(captured.err.split())
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == "passed"
+    assert "PyTorch itself gives no box for" in " ".join(captured.err.split())
+
+
+def test_an_export_says_so_too(refshapes_bundle):
+    """The same line and the same counts, from the result of the export."""
+    bundle = Bundle.open(refshapes_bundle)
+    result = ExportResult(
+        folder=refshapes_bundle, manifest=bundle.manifest, report=None, note="no", plan=None
+    )
+    found = result.summarize()["pytorch_boxes"]
+    assert {each["ratio"]: each for each in found} == {
+        each["ratio"]: each for each in count_by_hand(refshapes_bundle)
+    }
+    assert result.describe_boxless().startswith("PyTorch itself gives no box for ")

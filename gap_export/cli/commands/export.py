@@ -139,6 +139,8 @@ def _show_result(display: Display, result: ExportResult) -> None:
         errors = [row.relative_logit_error or 0.0 for row in result.report.rows]
         said += f" on onnxruntime, largest relative logit error {max(errors):.1e}"
     display.say(said)
+    if boxless := result.describe_boxless():
+        display.say(boxless)
 
 
 def _show_plan(display: Display, plan: ExportPlan) -> None:

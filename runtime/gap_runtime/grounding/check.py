@@ -17,6 +17,7 @@ from gap_runtime.backends import DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry, Reference, ReferenceSample
 from gap_runtime.errors import CheckError
+from gap_runtime.grounding.boxless import BoxCount, count_boxes
 from gap_runtime.grounding.grounder import Grounder, StageValues
 from gap_runtime.pictures.boxes import Box, iou, parse_boxes
 from gap_runtime.pictures.load import load_picture
@@ -96,7 +97,8 @@ class CheckRow:
 class CheckReport:
     """All rows of a check. `precision` is the dtype, or that of quantized weights.
 
-    `misses_allowed` rows may fail in nothing but their answer.
+    `misses_allowed` rows may fail in nothing but their answer. `pytorch_boxes` says where
+    PyTorch's own answers hold boxes, which a check that passes does not.
     """
 
     bundle: str
@@ -104,6 +106,7 @@ class CheckReport:
     precision: str
     misses_allowed: int
     passed: bool
+    pytorch_boxes: tuple[BoxCount, ...]
     rows: tuple[CheckRow, ...]
 
 
@@ -166,6 +169,7 @@ def check_bundle(
         misses_allowed=(allowed := _allowed_misses(manifest.precision, len(rows))),
         passed=all(row.passed or row.missed for row in rows)
         and sum(row.missed for row in rows) <= allowed,
+        pytorch_boxes=count_boxes(manifest.reference),
         rows=tuple(rows),
     )
 

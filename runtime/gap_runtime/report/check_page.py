@@ -9,6 +9,7 @@ from typing import Final
 from PIL import Image
 
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.grounding.boxless import describe_boxless
 from gap_runtime.grounding.check import TOLERANCES, CheckReport, CheckRow, Compared, Tolerance
 from gap_runtime.pictures.drawing import draw_heat, draw_pair, shade_patches
 from gap_runtime.report.page import encode_picture, make_page, make_table
@@ -49,6 +50,8 @@ def make_check_page(bundle: Bundle, report: CheckReport, compared: Sequence[Comp
         f"{escape(report.precision)}; pruner <code>{escape(manifest.pruning.strategy)}</code>, "
         f"positions <code>{escape(manifest.pruning.positions)}</code>.</p>"
     )
+    if boxless := describe_boxless(report.pytorch_boxes):
+        summary += f'<p class="boxless">{escape(boxless)}.</p>'
     shown = "".join(_show(bundle, each) for each in compared)
     body = [
         f"<header><h1>{escape(manifest.name)} against PyTorch</h1>",
@@ -114,7 +117,7 @@ def _make_answers(rows: Sequence[CheckRow]) -> str:
                 row.reference_answer,
                 row.answer,
                 "same" if row.same_tokens else f"part at {row.first_divergence}",
-                "-" if row.iou is None else f"{row.iou:.3f}",
+                "no box" if row.iou is None else f"{row.iou:.3f}",
             ]
             for row in rows
         ],

@@ -8,6 +8,7 @@ from PIL import Image
 
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.errors import InputError
+from gap_runtime.grounding.boxless import BoxCount
 from gap_runtime.grounding.check import CheckReport, CheckRow, Compared
 from gap_runtime.pictures.boxes import Box
 from gap_runtime.report.check_page import make_check_page
@@ -71,7 +72,7 @@ def make_report(make_bundle, pages):
     """The page of some rows, read."""
     bundle = Bundle.open(make_bundle())
 
-    def make(*compared):
+    def make(*compared, boxed=()):
         rows = tuple(each.row for each in compared)
         report = CheckReport(
             bundle=str(bundle.folder),
@@ -79,6 +80,7 @@ def make_report(make_bundle, pages):
             precision="float32",
             misses_allowed=0,
             passed=all(row.passed for row in rows),
+            pytorch_boxes=boxed,
             rows=rows,
         )
         page = pages.Page(make_check_page(bundle, report, list(compared)))
@@ -93,6 +95,16 @@ def test_what_passed_is_told_with_its_errors(make_report):
     assert "passed: 1 of 1 rows agree" in page.words.replace(" :", ":")
     for part in ("1.0e-07", "2.0e-06", "3.0e-07", "equal", "none", "3 patches kept"):
         assert part in page.words
+
+
+def test_where_pytorch_gives_no_box_is_told_though_all_is_equal(make_report):
+    boxed = (
+        BoxCount(ratio=None, samples=3, boxed=3),
+        BoxCount(ratio=0.75, samples=3, boxed=0),
+    )
+    told = "PyTorch itself gives no box for 3 of 3 at 0.75"
+    assert told in make_report(make_compared(GOOD), boxed=boxed).words
+    assert "gives no box" not in make_report(make_compared(GOOD), boxed=boxed[:1]).words
 
 
 def test_what_failed_is_told_with_its_stage_and_first_divergence(make_report):

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from gap_runtime.display import Display  # noqa: PLC0415
+    from gap_runtime.grounding.boxless import describe_boxless  # noqa: PLC0415
     from gap_runtime.grounding.check import Compared, check_bundle  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
     from gap_runtime.report.check_page import make_check_page  # noqa: PLC0415
@@ -61,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(display, report)
         print("passed" if report.passed else "failed")
+    if boxless := describe_boxless(report.pytorch_boxes):
+        display.say(boxless)
     if not report.passed:
         failed = [row for row in report.rows if not row.passed]
         message = (
@@ -85,7 +88,7 @@ def _show(display: Display, report: Any) -> None:
                 "equal" if row.positions_equal else "differ",
                 f"{row.max_logit_error:.1e}",
                 "same" if row.same_tokens else f"part at {row.first_divergence}",
-                "-" if row.iou is None else f"{row.iou:.3f}",
+                "no box" if row.iou is None else f"{row.iou:.3f}",
                 "passed" if row.passed else "; ".join(row.reasons),
             ]
             for row in report.rows
