@@ -48,6 +48,12 @@ _RATIOS: Final = "prune.ratios"
 _KEEP: Final = "prune.keep"
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
+_FAMILIES: Final = "gap_export.models"
+_NO_WAY: Final = (
+    "`gap-export list` shows their models, and CONTRIBUTING.md says how a family is added"
+)
+"""What to do about a `model_type` that no family has a word for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneConfig:
@@ -420,11 +426,34 @@ def resolve_family(folder: Path) -> str:
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     found = str(data.get("model_type", "")) if isinstance(data, dict) else ""
-    family = found.replace("-", "_")
-    names = list_plugins("gap_export.models")
-    if family not in names:
-        raise UnknownNameError(f"{path}: {describe_unknown('model_type', found, names)}")
+    family = find_family(found)
+    if family is None:
+        raise UnknownNameError(f"{path}: {describe_model_type(found)}")
     return family
+
+
+def find_family(model_type: str) -> str | None:
+    """The family that reads checkpoints of a `model_type`; None where none does."""
+    name = model_type.replace("-", "_")
+    names = list_plugins(_FAMILIES)
+    if name in names:
+        return name
+    further = (each for each in names if name in (read_constant(_FAMILIES, each, "TYPES") or ()))
+    return next(further, None)
+
+
+def describe_model_type(found: str) -> str:
+    """One line about a `model_type` that no family reads: which there are, the nearest way."""
+    names = list_plugins(_FAMILIES)
+    ways = (read_constant(_FAMILIES, name, "NEIGHBOURS") or {} for name in names)
+    advice = next(
+        (text for way in ways for pattern, text in way.items() if re.search(pattern, found)),
+        _NO_WAY,
+    )
+    return (
+        f"model_type '{found}' is none of the families that there are ({', '.join(names)}); "
+        f"{advice}"
+    )
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
@@ -440,7 +469,7 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 def _require_usable(config: ExportConfig, where: str) -> None:
     """Reject values that no model could use."""
     _require_strategy(config.prune.strategy)
-    families = list_plugins("gap_export.models")
+    families = list_plugins(_FAMILIES)
     if config.family and config.family not in families:
         raise UnknownNameError(f"{where}: {describe_unknown('family', config.family, families)}")
     _require_counted(config.prune, where)

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from gap_export.checkpoint.index import Checkpoint
+from gap_export.config import describe_model_type, find_family
 from gap_export.errors import CheckpointError
 from gap_runtime.pictures.boxes import BoxFormat
 
@@ -36,7 +37,10 @@ _LIBRARY_NAMES: Final = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.model\."), "language_model."),
 )
-IGNORED: Final = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
+IGNORED: Final = (
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
+    r"embeddings\.position_ids$",
+)
 """Patterns of keys of buffers that every module makes itself."""
 
 Config = TypeVar("Config")
@@ -60,6 +64,23 @@ def library_name(key: str) -> str:
     for pattern, replacement in _LIBRARY_NAMES:
         key = pattern.sub(replacement, key)
     return key
+
+
+def require_model_type(data: dict[str, Any], family: str, where: str) -> None:
+    """Refuse a config of another family than the one that was asked for.
+
+    Raises:
+        CheckpointError: Its `model_type` is another family's, or none's.
+    """
+    found = str(data.get("model_type", ""))
+    other = find_family(found)
+    if other is None:
+        raise CheckpointError(f"{where}: {describe_model_type(found)}")
+    if other != family:
+        raise CheckpointError(
+            f"{where}: model_type '{found}', expected '{family}'; name a model of family "
+            f"'{other}' (`gap-export list`), or give the folder alone: gap-export FOLDER"
+        )
 
 
 def require_clip_tower(vision: Any, where: str) -> None:

@@ -82,6 +82,24 @@ def index_torch_file(path: Path, shown: Path) -> dict[str, TorchTensor]:
     }
 
 
+def read_settings(path: Path, shown: Path) -> dict[str, Any]:
+    """What a training script saved beside the state dict under `config`; empty without it.
+
+    Args:
+        path: The file.
+        shown: How errors name it.
+
+    Raises:
+        CheckpointError: As `index_torch_file` does.
+    """
+    with path.open("rb") as file:
+        pickled, records = _read_archive(file, shown)
+    archive, _ = _build_skeleton(pickled, records)
+    loaded = _load_skeleton(archive, shown)
+    settings = loaded.get("config") if isinstance(loaded, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def _read_archive(file: BinaryIO, shown: Path) -> tuple[bytes, dict[str, _Record]]:
     """The pickle of a torch file, and where each of its storages lies."""
     head = file.read(64)

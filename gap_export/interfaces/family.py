@@ -173,6 +173,14 @@ class Family(Protocol):
 class FamilyOptions(Protocol):
     """What a family defines only where it has such a thing."""
 
+    TYPES: tuple[str, ...]
+    """Further words for it that the `model_type` of a config may be. Plain, as it is read from the
+    file."""
+
+    NEIGHBOURS: Mapping[str, str]
+    """Patterns of the `model_type` of models that it does not read, and what to do instead. Plain
+    too."""
+
     def build_fixed_tokens(self, spec: ModelSpec, bucket: Bucket) -> nn.Module:
         """Nothing to the tokens of a bucket that are never removed [B, F, D]."""
 

@@ -40,6 +40,7 @@ from gap_export.blocks.hf_config import (
     processor_config,
     read_normalization,
     require_clip_tower,
+    require_model_type,
     require_patches_alone,
 )
 from gap_export.blocks.projector import Projector
@@ -62,6 +63,12 @@ DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
 build_text_tower = build_clip_text
+TYPES: Final = ("llava_llama",)
+"""What the authors' later code writes, in their layout."""
+NEIGHBOURS: Final = {
+    r"^clip": "it is a part of a model alone: name the model and give the part with "
+    "--set parts.clip=FOLDER",
+}
 _TEMPLATE: Final = (
     "USER: <image>\nPlease provide the bounding box coordinate of the region this sentence "
     "describes: {phrase} ASSISTANT:"
@@ -92,8 +99,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     """
     where = str(checkpoint.folder / "config.json")
     data = checkpoint.require_json("config.json")
-    if data.get("model_type") != "llava":
-        raise CheckpointError(f"{where}: model_type {data.get('model_type')!r}, expected 'llava'")
+    require_model_type(data, "llava", where)
     read_packing(data, where)
     data = without_quantization(data)
     original = _is_original(data)
@@ -208,6 +214,13 @@ def _read_library(data: dict[str, Any], where: str) -> LlavaConfig:
 
 def _read_original(checkpoint: Checkpoint, data: dict[str, Any], where: str) -> LlavaConfig:
     """The library's config for a checkpoint in the authors' layout."""
+    tiles = data.get("image_aspect_ratio") == "anyres"
+    if tiles or str(data.get("mm_patch_merge_type", "flat")) != "flat":
+        raise CheckpointError(
+            f"{where}: LLaVA-NeXT (1.6) in its authors' layout, which is not read; give the same "
+            "model in Hugging Face's layout, for example llava-hf/llava-v1.6-vicuna-7b-hf, with "
+            "gap-export llava-next-vicuna-7b --checkpoint FOLDER"
+        )
     kind = data.get("mm_projector_type")
     if kind != "mlp2x_gelu":
         raise CheckpointError(f"{where}: mm_projector_type '{kind}', expected mlp2x_gelu")

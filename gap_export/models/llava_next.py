@@ -45,6 +45,7 @@ from gap_export.blocks.hf_config import (
     processor_config,
     read_normalization,
     require_clip_tower,
+    require_model_type,
     require_patches_alone,
 )
 from gap_export.blocks.projector import Projector
@@ -69,6 +70,14 @@ DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
 build_text_tower = build_clip_text
+NEIGHBOURS: Final = {
+    r"^llava_mistral$": "it is LLaVA-NeXT in its authors' layout; give Hugging Face's: "
+    "llava-hf/llava-v1.6-mistral-7b-hf",
+    r"onevision|qwen|internvl|gemma|idefics|mllama|phi|pixtral|vipllava|minicpm|deepseek": (
+        "its towers are of another kind; of the models that are here llava-next-vicuna-7b and "
+        "llava-next-mistral-7b are the nearest, and CONTRIBUTING.md says how a family is added"
+    ),
+}
 _NEWLINE: Final = "image_newline"
 _TEMPLATES: Final = {
     "llama": "USER: <image>\nPlease provide the bounding box coordinate of the region this "
@@ -95,10 +104,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     """
     where = str(checkpoint.folder / "config.json")
     data = checkpoint.require_json("config.json")
-    if data.get("model_type") != "llava_next":
-        raise CheckpointError(
-            f"{where}: model_type {data.get('model_type')!r}, expected 'llava_next'"
-        )
+    require_model_type(data, "llava_next", where)
     read_packing(data, where)
     data = without_quantization(data)
     library = parse_config(lambda: LlavaNextConfig.from_dict(data), where, "LLaVA-NeXT")

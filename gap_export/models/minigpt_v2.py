@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -39,6 +40,7 @@ from gap_export.checkpoint.sources import (
     stored,
 )
 from gap_export.checkpoint.tokenizer import TokenizerFiles
+from gap_export.checkpoint.torch_file import read_settings
 from gap_export.config import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import EagerModel, ModelSpec
@@ -62,6 +64,7 @@ _SIDE: Final = 448
 _HEAD_WIDTH: Final = 88
 _LAYERS: Final = 39
 _LORA_ALPHA: Final = 16
+"""Where the checkpoint's own settings do not say: the default of the authors' code."""
 _TEMPLATE: Final = "<s>[INST] <Img><image></Img> [refer] give me the location of {phrase} [/INST]"
 _PREFIX: Final = 10
 _NUMBER: Final = r"\s*<\s*(\d+)\s*>"
@@ -76,6 +79,8 @@ _LORA_KEY: Final = re.compile(
     r"^llama_model\.base_model\.model\.model\.(layers\.\d+\.self_attn\.[qv]_proj)"
     r"\.lora_([AB])(?:\.default)?\.weight$"
 )
+_QUANTIZER_STATE: Final = (r"^llama_model\..*\.(SCB|weight_format)$",)
+"""What bitsandbytes leaves in of frozen weights that were quantized for training."""
 _UNUSED_VISION: Final = (r"^(norm|fc_norm|head)\.", r"^mask_token$", r"relative_position")
 
 
@@ -127,7 +132,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         box=_BOX,
         template=_TEMPLATE,
         prefix=_PREFIX,
-        library_config=_Config(tower, text),
+        library_config=_Config(tower, text, _read_lora(checkpoint)),
     )
 
 
@@ -139,6 +144,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
         checkpoint,
         expected_shapes(lambda: build_projector(spec)) | _own_shapes(checkpoint, tower),
         rename=_own_name,
+        ignored=(*IGNORED, *_QUANTIZER_STATE),
         optional=frozenset() if has_norm else frozenset({"ln_vision.weight", "ln_vision.bias"}),
     )
     language = match_tensors(
@@ -148,7 +154,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
         ignored=IGNORED,
     )
     sources = {name: stored(tensor) for name, tensor in language.items()}
-    sources |= _merge_lora(language, own)
+    sources |= _merge_lora(language, own, spec.library_config.lora)
     sources |= _find_tower(checkpoint.parts["vision"], tower)
     for name in ("llama_proj.weight", "llama_proj.bias"):
         sources[name] = stored(own[name])
@@ -175,7 +181,7 @@ def load_eager(
     tower: EvaShape = spec.library_config.tower
     with open_loader(checkpoint, dtype, memory) as loader:
         own = loader.open()
-        tensors = _merged_tensors(loader.open("language"), own)
+        tensors = _merged_tensors(loader.open("language"), own, spec.library_config.lora.alpha)
         model = loader.build(LlamaForCausalLM, spec.library_config.text, tensors)
         projector = {key: each for key, each in own.items() if key.startswith("llama_proj.")}
         return EagerGrounder(
@@ -192,11 +198,19 @@ def load_eager(
         )
 
 
-class _Config:
-    """The sizes of the tower, and the language model's config."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lora:
+    """What a pair of matrices is scaled by, over its rank; `rank` is None where nothing says."""
 
-    def __init__(self, tower: EvaShape, text: LlamaConfig) -> None:
-        self.tower, self.text = tower, text
+    alpha: float
+    rank: int | None
+
+
+class _Config:
+    """The sizes of the tower, the language model's config and LoRA's settings."""
+
+    def __init__(self, tower: EvaShape, text: LlamaConfig, lora: _Lora) -> None:
+        self.tower, self.text, self.lora = tower, text, lora
 
 
 def _read_tower(part: Checkpoint, config: ExportConfig) -> EvaShape:
@@ -255,8 +269,28 @@ def _own_shapes(checkpoint: Checkpoint, tower: EvaShape) -> dict[str, tuple[int,
     return lora | {"ln_vision.weight": (tower.width,), "ln_vision.bias": (tower.width,)}
 
 
+def _read_lora(checkpoint: Checkpoint) -> _Lora:
+    """LoRA by the settings that the authors' runner saves in the checkpoint.
+
+    Raises:
+        CheckpointError: They tell no numbers.
+    """
+    files = [tensor.file for key, tensor in checkpoint.tensors.items() if _LORA_KEY.match(key)]
+    if not files or not zipfile.is_zipfile(files[0]):
+        return _Lora(alpha=_LORA_ALPHA, rank=None)
+    settings = read_settings(files[0], files[0]).get("model")
+    settings = settings if isinstance(settings, dict) else {}
+    alpha, rank = settings.get("lora_alpha", _LORA_ALPHA), settings.get("lora_r")
+    if not isinstance(alpha, (int, float)) or not isinstance(rank, int | None):
+        raise CheckpointError(
+            f"{files[0]}: lora_alpha {alpha!r} and lora_r {rank!r} in its settings, expected "
+            "numbers"
+        )
+    return _Lora(alpha=float(alpha), rank=rank)
+
+
 def _merge_lora(
-    language: dict[str, TensorLocation], own: dict[str, TensorLocation]
+    language: dict[str, TensorLocation], own: dict[str, TensorLocation], lora: _Lora
 ) -> dict[str, TensorSource]:
     """The language model's weights that LoRA changes: W + alpha / r * B A."""
     merged = {}
@@ -284,10 +318,15 @@ def _merge_lora(
         rank = down.shape[0]
         require_shape(down, (rank, weight.shape[1]))
         require_shape(up, (weight.shape[0], rank))
+        if lora.rank not in {None, rank}:
+            raise CheckpointError(
+                f"{down.file}: tensor '{down.key}' has rank {rank}, its settings say lora_r "
+                f"{lora.rank}; download the checkpoint again"
+            )
         merged[name] = TensorSource(
             shape=weight.shape,
             inputs=(weight, down, up),
-            make=_lora_merger(_LORA_ALPHA / rank),
+            make=_lora_merger(lora.alpha / rank),
             cut=(True, False, True),
         )
     return merged
@@ -349,14 +388,14 @@ def _constant(value: float, shape: tuple[int, ...]) -> TensorSource:
 
 
 def _merged_tensors(
-    language: dict[str, LazyTensor], own: dict[str, LazyTensor]
+    language: dict[str, LazyTensor], own: dict[str, LazyTensor], alpha: float
 ) -> dict[str, LazyTensor]:
     """The language model's tensors by its keys, LoRA's pairs of matrices added."""
     merged = dict(language)
     for key, down in own.items():
         if ".lora_A." in key:
             name = key.partition(".lora_A.")[0].removeprefix("llama_model.base_model.model.")
-            up, scale = own[key.replace(".lora_A.", ".lora_B.")], _LORA_ALPHA / down.length
+            up, scale = own[key.replace(".lora_A.", ".lora_B.")], alpha / down.length
             name = f"{name}.weight"
             merged[name] = add_product(merged[name], up, down, scale)
     return merged

@@ -1,7 +1,7 @@
 """Shikra: CLIP tower at 224 pixels, one linear projector, LLaMA decoder, white padding.
 
 The weights are published as differences to LLaMA's (`parts.base`), which are added tensor by
-tensor; `--set parts.base=` takes a checkpoint that is merged already.
+tensor; a checkpoint that is merged already is seen by its values and takes no base.
 
 Of the authors' questions those that name the phrase before the picture cannot be used here, since
 the number of tokens before the picture is fixed at export; the default is one that names it after.
@@ -13,7 +13,6 @@ References:
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, Final
 
 from PIL import Image
@@ -37,9 +36,10 @@ from gap_export.blocks.hf_config import (
     processor_config,
     read_normalization,
     refuse_quantized,
+    require_model_type,
 )
 from gap_export.blocks.projector import Projector
-from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.index import Checkpoint, read_tensor
 from gap_export.checkpoint.sources import (
     TensorSource,
     expected_shapes,
@@ -65,6 +65,10 @@ DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"clip": "openai/clip-vit-large-patch14", "base": "huggyllama/llama-7b"}
 build_text_tower = build_clip_text
+NEIGHBOURS: Final = {
+    r"^llama$": "it is a part of a model alone: name the model and give the part, for example "
+    "gap-export shikra-7b --set parts.base=FOLDER",
+}
 _LAYER: Final = -2
 _FORM: Final = "[0.###,0.###,0.###,0.###]"
 _TEMPLATE: Final = (
@@ -76,17 +80,18 @@ _PREFIX: Final = 38
 _PATCH_TOKEN: Final = "<im_patch>"
 _FRAME: Final = ("<im_start>", "<im_end>")
 _PROJECTOR: Final = "model.mm_projector"
+_LEAST_NORM: Final = 0.25
 _WHITE: Final = (255, 255, 255)
 _STOP_ID: Final = 2
 """The config on the hub names others, which are wrong."""
 
 
 def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """CLIP; the base is asked for by the configuration, or where the name says delta."""
+    """CLIP; and the base, where the checkpoint holds differences to it."""
     del text
     data = checkpoint.require_json("config.json")
     parts = {"clip": str(data.get("mm_vision_tower") or PARTS["clip"])}
-    if re.search("delta", checkpoint.hub_id or checkpoint.folder.name, re.IGNORECASE):
+    if _holds_differences(checkpoint):
         parts["base"] = PARTS["base"]
     return parts
 
@@ -100,8 +105,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     del config
     where = str(checkpoint.folder / "config.json")
     data = checkpoint.require_json("config.json")
-    if data.get("model_type") != "shikra":
-        raise CheckpointError(f"{where}: model_type {data.get('model_type')!r}, expected 'shikra'")
+    require_model_type(data, "shikra", where)
     refuse_quantized(data, where)
     clip = checkpoint.require_part("clip")
     vision, _ = read_clip(clip)
@@ -156,6 +160,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     )
     sources = {name: stored(tensor) for name, tensor in own.items()}
     base = checkpoint.parts.get("base")
+    _require_one_whole(checkpoint, base)
     if base is not None:
         data, where = base.require_json("config.json"), str(base.folder / "config.json")
         config = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
@@ -236,6 +241,43 @@ def _own_name(key: str) -> str:
     if key.startswith("model.mm_projector."):
         return key.removeprefix("model.")
     return llama.llama_name(key)
+
+
+def _holds_differences(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are differences to a base's, by their values.
+
+    Rotary buffers of equal models differ by nothing at all. Where a saver left them out, the last
+    norm tells: its weights lie far from zero in a model and around it in a difference.
+    """
+    buffers = [
+        tensor for key, tensor in checkpoint.tensors.items() if key.endswith("rotary_emb.inv_freq")
+    ]
+    if buffers:
+        return not any(bool(read_tensor(tensor).any()) for tensor in buffers)
+    norm = checkpoint.tensors.get("model.norm.weight")
+    return norm is not None and abs(float(read_tensor(norm).float().mean())) < _LEAST_NORM
+
+
+def _require_one_whole(checkpoint: Checkpoint, base: Checkpoint | None) -> None:
+    """Refuse differences without a base, a whole model with one, and differences as a base."""
+    where = checkpoint.hub_id or checkpoint.folder
+    if base is None and _holds_differences(checkpoint):
+        raise CheckpointError(
+            f"{where}: holds differences to LLaMA's weights, not a model; give the LLaMA that "
+            "they were made from: --set parts.base=DIR"
+        )
+    if base is None:
+        return
+    if not _holds_differences(checkpoint):
+        raise CheckpointError(
+            f"{where}: holds a whole model, to which {base.folder} would be added; leave the base "
+            "out: --set parts.base="
+        )
+    if _holds_differences(base):
+        raise CheckpointError(
+            f"{base.folder}: holds differences, not a model, expected LLaMA's weights; give them: "
+            "--set parts.base=DIR"
+        )
 
 
 def _add_delta(base: Tensor, delta: Tensor) -> Tensor:

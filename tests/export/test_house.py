@@ -198,7 +198,12 @@ def test_protocols_ask_for_something():
         *("DECODER", "TOWER_LAYERS", "PARTS", "find_parts", "read_spec", "find_weights"),
         *("build_tower", "build_projector", "load_eager"),
     }
-    assert members(FamilyOptions) == {"build_fixed_tokens", "build_text_tower"}
+    assert members(FamilyOptions) == {
+        "NEIGHBOURS",
+        "TYPES",
+        "build_fixed_tokens",
+        "build_text_tower",
+    }
     assert members(Decoder) == {
         *("EMBEDDING", "LAYERS", "read_decoder", "tensor_shapes", "linear_layers"),
         *("smoothing_groups", "rotary_tables", "build"),

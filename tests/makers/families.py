@@ -422,6 +422,7 @@ def _make_minigpt(home, head_dim):
         ln_vision=True,
         width=4 * (head_dim or 12),
         kv_heads=2,
+        alpha=24,
         layers=3,
         seed=10,
     )

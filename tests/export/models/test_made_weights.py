@@ -29,10 +29,6 @@ def test_shikra_is_the_sum_with_rows_that_have_no_base(find, tmp_path):
         assert torch.equal(made[400:], delta[key][400:].float())
         assert torch.equal(made[:400], delta[key][:400].float() + base[key].float())
     assert not [name for name in plan.sources if "inv_freq" in name]
-    merged = case.plan(tmp_path / "b", parts__base="")
-    source = merged.sources["language_model.embed_tokens.weight"]
-    assert source.make is None
-    assert torch.equal(make_tensor(source), delta["model.embed_tokens.weight"])
 
 
 def test_minigpt_merges_and_stretches(find, tmp_path):
@@ -51,7 +47,7 @@ def test_minigpt_merges_and_stretches(find, tmp_path):
                 down = model[f"{key}.{part}_proj.lora_A.weight"].double()
                 up = model[f"{key}.{part}_proj.lora_B.weight"].double()
                 assert (up @ down).abs().max() > 0.05
-                expected = expected.double() + 16 / 8 * up @ down
+                expected = expected.double() + 24 / 8 * up @ down
             assert (made.double() - expected.double()).abs().max() < 1e-6
     for layer in range(2):
         made = make_tensor(plan.sources[f"visual_encoder.blocks.{layer}.attn.qkv.bias"])

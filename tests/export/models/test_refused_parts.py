@@ -74,16 +74,6 @@ def test_a_part_that_is_a_file_is_nowhere(find, tmp_path, offline):
     assert offline == []
 
 
-def test_a_folder_that_is_not_called_delta_is_merged_already(find, tmp_path, offline):
-    case = find("shikra").copy(tmp_path / "home")
-    case.place().rename(tmp_path / "home" / "shikra-7b")
-    overrides = {"parts.clip": case.overrides["parts.clip"]}
-    case = replace(case, model=str(tmp_path / "home" / "shikra-7b"), overrides=overrides)
-    plan = case.plan(tmp_path / "b")
-    assert plan.sources["lm_head.weight"].make is None
-    assert offline == []
-
-
 @pytest.mark.parametrize(("name", "role"), [("llava-original", "clip"), ("shikra", "base")])
 def test_a_part_beside_the_checkpoint_is_found(find, tmp_path, offline, name, role):
     case = find(name).copy(tmp_path / "home")

@@ -137,6 +137,10 @@ def make_minigpt(
             name = f"llama_model.base_model.model.model.layers.{k}.self_attn.{part}"
             model[f"{name}.lora_A.weight"] = draw.zero(rank, width)
             model[f"{name}.lora_B.weight"] = draw.zero(rows, rank)
+        # Their runner leaves out frozen parameters alone, so that buffers stay.
+        buffer = rotary_buffers(1, width // heads)["model.layers.0.self_attn.rotary_emb.inv_freq"]
+        stem = f"llama_model.base_model.model.model.layers.{k}.self_attn"
+        model[f"{stem}.rotary_emb.inv_freq"] = buffer
     if ln_vision:
         model |= affine(draw, "ln_vision", vision_width)
     model |= linear(draw, "llama_proj", width, 4 * vision_width)
@@ -157,7 +161,7 @@ def make_minigpt(
     }
     whole = {
         "model": model,
-        "optimizer": _adam(draw, model),
+        "optimizer": _adam(draw, {k: v for k, v in model.items() if "inv_freq" not in k}),
         "config": {
             "run": {"task": "image_text_pretrain", "init_lr": 1e-5, "max_epoch": 50, "amp": True},
             "model": settings,

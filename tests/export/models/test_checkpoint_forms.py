@@ -1,0 +1,210 @@
+"""Checkpoints as people have them: what savers leave in, and what folders are not named after."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from makers import originals
+from safetensors.torch import load_file, save_file
+
+from gap_export.checkpoint.index import open_checkpoint
+from gap_export.checkpoint.sources import make_tensor
+from gap_export.config import load_config, resolve_family
+from gap_export.errors import CheckpointError
+from gap_export.models import shikra as family
+from gap_runtime.errors import UnknownNameError
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    data = json.loads(path.read_text(encoding="utf-8")) | values
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def refuse(case, out, **overrides):
+    with pytest.raises(CheckpointError) as caught:
+        case.plan(out, **overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# LLaVA.
+
+
+def test_the_authors_later_code_calls_it_llava_llama(find, tmp_path):
+    case = find("llava-original").copy(tmp_path / "home")
+    before = find("llava-original").plan(tmp_path / "a")
+    edit_config(case.place(), model_type="llava_llama")
+    assert resolve_family(case.place()) == "llava"
+    plan = case.plan(tmp_path / "b")
+    assert {name: each.shape for name, each in plan.sources.items()} == {
+        name: each.shape for name, each in before.sources.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "values", [{"image_aspect_ratio": "anyres"}, {"mm_patch_merge_type": "spatial_unpad"}]
+)
+def test_llava_next_in_its_authors_layout(find, tmp_path, values):
+    case = find("llava-original").copy(tmp_path / "home")
+    edit_config(case.place(), model_type="llava_llama", **values)
+    message = refuse(case, tmp_path / "b")
+    assert message.startswith(f"{case.place() / 'config.json'}: LLaVA-NeXT (1.6) in its authors")
+    assert "llava-hf/llava-v1.6-vicuna-7b-hf" in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "advice"),
+    [
+        ("llava_mistral", "llava-hf/llava-v1.6-mistral-7b-hf"),
+        ("llama", "it is a part of a model alone"),
+        ("qwen2_5_vl", "llava-next-vicuna-7b"),
+        ("llava_onevision", "llava-next-vicuna-7b"),
+        ("internvl_chat", "llava-next-vicuna-7b"),
+        ("paligemma", "llava-next-vicuna-7b"),
+        ("bert", "gap-export list"),
+    ],
+)
+def test_another_kind_of_model_is_told_the_families(tmp_path, model_type, advice):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), "utf-8")
+    with pytest.raises(UnknownNameError) as caught:
+        load_config(str(tmp_path), {})
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'config.json'}: model_type '{model_type}' is none of")
+    assert "(llava, llava_next, minigpt_v2, shikra)" in message
+    assert advice in message
+
+
+# Shikra.
+
+
+def rename(case, role, name):
+    """The same with the folder of a part, or of the checkpoint, under another name."""
+
+    old = case.place(role)
+    new = old.rename(old.parent / name)
+    if role:
+        return replace(case, overrides=case.overrides | {f"parts.{role}": str(new)})
+    return replace(case, model=str(new))
+
+
+@pytest.fixture
+def shikra(find, tmp_path):
+    return find("shikra").copy(tmp_path / "home")
+
+
+def merge(case):
+    """Write the merged model over the delta, as the authors' script does, buffers and all."""
+    files = sorted(case.place().glob("pytorch_model*.bin"))
+    base = originals.read_folder(case.place("base"))
+    for file in files:
+        tensors = torch.load(file, weights_only=True)
+        for name, value in tensors.items():
+            if name in base:
+                known = base[name].to(value.dtype)
+                value[: len(known)] += known
+        torch.save(tensors, file)
+
+
+@pytest.mark.parametrize("with_buffers", [True, False])
+def test_a_delta_is_one_whatever_its_folder_is_called(shikra, tmp_path, with_buffers):
+    case = rename(shikra, "", "model")
+    if not with_buffers:
+        drop_buffers(case.place())
+    found = family.find_parts(open_checkpoint(str(case.place())), text=False)
+    assert found["base"] == family.PARTS["base"]
+    case.overrides["parts.base"] = ""
+    message = refuse(case, tmp_path / "b")
+    assert message == (
+        f"{case.place()}: holds differences to LLaMA's weights, not a model; give the LLaMA that "
+        "they were made from: --set parts.base=DIR"
+    )
+
+
+def drop_buffers(folder):
+    """As savers of today leave them out."""
+    tensors = {
+        name: value.contiguous()
+        for name, value in originals.read_folder(folder).items()
+        if not name.endswith("inv_freq")
+    }
+    for file in folder.glob("pytorch_model*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_file(folder / "model.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("with_buffers", [True, False])
+def test_a_merged_model_is_one_whatever_its_folder_is_called(shikra, tmp_path, with_buffers):
+    merge(shikra)
+    if not with_buffers:
+        drop_buffers(shikra.place())
+    message = refuse(shikra, tmp_path / "b")
+    assert message == (
+        f"{shikra.place()}: holds a whole model, to which {shikra.place('base')} would be added; "
+        "leave the base out: --set parts.base="
+    )
+    del shikra.overrides["parts.base"]
+    assert shikra.place().name == "delta"
+    plan = shikra.plan(tmp_path / "b")
+    assert set(plan.checkpoint.parts) == {"clip"}
+    source = plan.sources["language_model.embed_tokens.weight"]
+    assert source.make is None
+    table = originals.read_folder(shikra.place())["model.embed_tokens.weight"]
+    assert torch.equal(make_tensor(source), table)
+
+
+def test_differences_as_a_base(shikra, tmp_path):
+    delta = shikra.place("base").parent / "other"
+    shutil.copytree(shikra.place(), delta)
+    shikra.overrides["parts.base"] = str(delta)
+    message = refuse(shikra, tmp_path / "b")
+    assert message.startswith(f"{delta}: holds differences, not a model, expected LLaMA's weights")
+
+
+# MiniGPT-v2.
+
+
+@pytest.fixture
+def minigpt(find, tmp_path):
+    return find("minigpt-v2").copy(tmp_path / "home")
+
+
+def edit_whole(case, change):
+    whole = torch.load(case.place(), weights_only=True)
+    change(whole)
+    torch.save(whole, case.place())
+
+
+def test_buffers_that_the_authors_runner_leaves_in(minigpt, tmp_path):
+    names = torch.load(minigpt.place(), weights_only=True)["model"]
+    assert any(name.endswith("self_attn.rotary_emb.inv_freq") for name in names)
+
+    def quantize(whole):
+        stem = "llama_model.base_model.model.model.layers.0.self_attn.q_proj"
+        whole["model"][f"{stem}.SCB"] = torch.ones(48)
+        whole["model"][f"{stem}.weight_format"] = torch.tensor(0, dtype=torch.uint8)
+
+    edit_whole(minigpt, quantize)
+    minigpt.plan(tmp_path / "b")
+
+
+@pytest.mark.parametrize("alpha", [8, 32.0])
+def test_lora_is_scaled_by_the_checkpoints_own_alpha(minigpt, tmp_path, alpha):
+    edit_whole(minigpt, lambda whole: whole["config"]["model"].update(lora_alpha=alpha))
+    assert minigpt.plan(tmp_path / "b").spec.library_config.lora.alpha == alpha
+
+
+def test_lora_without_settings_has_the_authors_alpha(minigpt, tmp_path):
+    edit_whole(minigpt, lambda whole: whole.pop("config"))
+    assert minigpt.plan(tmp_path / "b").spec.library_config.lora.alpha == 16
+
+
+def test_lora_of_another_rank_than_the_settings_say(minigpt, tmp_path):
+    edit_whole(minigpt, lambda whole: whole["config"]["model"].update(lora_r=64))
+    message = refuse(minigpt, tmp_path / "b")
+    assert message.startswith(f"{minigpt.place()}: tensor 'llama_model.base_model.model.model")
+    assert "has rank 8, its settings say lora_r 64" in message
