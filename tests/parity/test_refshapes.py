@@ -148,10 +148,10 @@ def test_the_cache_is_written_in_place(refshapes_bundle):
     last, only = np.array([8]), np.array([0])
     rows = rng.standard_normal((1, 9, width)).astype(np.float32)
     decoder.run(rows, np.arange(9)[None], 0, last)
-    before = decoder._caches[0]["cache_key_00"].numpy().copy()
+    before = decoder._cache.inputs(0)["cache_key_00"].numpy().copy()
     decoder.run(rng.standard_normal((1, 1, width)).astype(np.float32), np.array([[40]]), 9, only)
-    after = decoder._caches[0]["cache_key_00"].numpy()
-    assert len(decoder._caches) == 1
+    after = decoder._cache.inputs(0)["cache_key_00"].numpy()
+    assert decoder._cache.sides == 1
     assert np.array_equal(before[:, :, :9], after[:, :, :9])
     assert not before[:, :, 9].any()
     assert after[:, :, 9].any()

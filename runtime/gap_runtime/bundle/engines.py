@@ -2,6 +2,7 @@
 
     BUNDLE/engines/<target>[-sm89]/<stage>.engine        the compiled stage
     BUNDLE/engines/<target>[-sm89]/<stage>.engine.json   what it is: EngineRecord
+    BUNDLE/engines/<runtime>-<hash>/                     what a runtime compiles and keeps itself
 
 An engine is written aside and renamed, its record last. Without a record that fits, it is none.
 """
@@ -9,6 +10,7 @@ An engine is written aside and renamed, its record last. Without a record that f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,8 +137,35 @@ def engine_folder(bundle: Bundle, target: str, compute_capabilities: tuple[str, 
     return bundle.folder / ENGINES / f"{target}{named}"
 
 
-def find_engine_folder(bundle: Bundle, name: str) -> Path:
+def provider_cache(bundle: Bundle, runtime: str) -> Path | None:
+    """Where a runtime keeps what it compiles: in the bundle, else in the user's cache, or nowhere.
+
+    The folder's name changes with any file of the bundle, so that nothing outlives its weights.
+
+    Args:
+        bundle: The opened bundle.
+        runtime: Of the backend and its device, for example `onnxruntime-tensorrt`.
+    """
+    named = sorted((name, entry.blake3) for name, entry in bundle.manifest.files.items())
+    leaf = f"{runtime}-{hash_bytes(json.dumps(named).encode())[:12]}"
+    beside = Path.home() / ".cache" / "gap-runtime" / bundle.manifest.name
+    for folder in (bundle.folder.resolve() / ENGINES / leaf, beside / leaf):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return None
+
+
+def find_engine_folder(bundle: Bundle, name: str, backend: str) -> Path:
     """The folder of that name, or without one that of the bundle's target, or the only one.
+
+    Args:
+        bundle: The opened bundle.
+        name: Of the folder; empty where none is named.
+        backend: What builds engines, and for which targets.
 
     Raises:
         EngineError: There is none.
@@ -153,14 +182,16 @@ def find_engine_folder(bundle: Bundle, name: str) -> Path:
     wanted = name or own
     choices = f"; have {', '.join(found)}, to be chosen by --backend NAME:FOLDER" if found else ""
     target = wanted.partition("-sm")[0]
-    raise EngineError(f"{home / wanted}: no engines there{choices}; {_advise(bundle, target)}")
+    raise EngineError(
+        f"{home / wanted}: no engines there{choices}; {_advise(bundle, target, backend)}"
+    )
 
 
-def _advise(bundle: Bundle, wanted: str) -> str:
+def _advise(bundle: Bundle, wanted: str, backend: str) -> str:
     """How to come to engines: build them, for a target that does, or export anew."""
     own = bundle.manifest.target
-    builders = [target for target in map(load_target, list_targets()) if target.packages]
-    if wanted in {target.name for target in builders} or (own.name == wanted and own.packages):
+    builders = [each for each in map(load_target, list_targets()) if each.backend == backend]
+    if wanted in {target.name for target in (*builders, own) if target.backend == backend}:
         return f"build them: {build_command(bundle, wanted)}"
     fitting = [
         target.name

@@ -53,6 +53,14 @@ class TensorSpec:
         sizes = {FREE_ROWS: rows, FREE_LOGITS: min(rows, MOST_LOGITS)}
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
+    def fixed_shape(self) -> tuple[int, ...]:
+        """The shape of a tensor that has no free dimension."""
+        return tuple(int(size) for size in self.shape)
+
+    def count_bytes(self) -> int:
+        """Size of a tensor that has no free dimension."""
+        return count_bytes(self.fixed_shape(), self.dtype)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.machines.memory import Memory, read_memory
+from gap_runtime.machines.target import list_targets, load_target
 
 _QUERY: Final = ("name", "compute_cap", "driver_version", "memory.total", "memory.free")
-_ENGINE_PACKAGES: Final = ("tensorrt", "tensorrt_rtx")
 _ONNXRUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu")
 _BOTH: Final = (
     "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
@@ -58,7 +58,7 @@ class Jetson:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What was found. `engines` are the engine packages, by import name with their versions.
+    """What was found. `engines` are the packages that targets name, by import name with versions.
 
     `cuda_python` is the version of the package through which engines run, `onnxruntimes` are the
     installed distributions of onnxruntime with their versions, `providers` what the one that can
@@ -214,7 +214,7 @@ def survey_machine(folder: Path) -> Machine:
         _read(Path("/proc/device-tree/model")), _read(Path("/etc/nv_tegra_release")), debian
     )
     gpus, driver, cuda = _find_gpus()
-    engines = {name: _find_version(name, debian) for name in _ENGINE_PACKAGES}
+    engines = {name: _find_version(name, debian) for name in _list_packages()}
     installed = _find_onnxruntimes()
     providers, failure = _ask_providers() if installed else ((), None)
     problems = [_BOTH] if len(installed) > 1 else []
@@ -258,8 +258,13 @@ def _find_gpus() -> tuple[tuple[Gpu, ...], str | None, str | None]:
     return gpus, driver, cuda
 
 
+def _list_packages() -> list[str]:
+    """Import names of all packages that a target asks for by version."""
+    return sorted({name for target in list_targets() for name in load_target(target).packages})
+
+
 def _find_version(name: str, debian: Mapping[str, str]) -> str | None:
-    """Version of an engine package without importing it; None where there is none.
+    """Version of a package without importing it; None where there is none.
 
     JetPack's has a module and no metadata that Python knows.
     """

@@ -15,6 +15,7 @@ import pytest
 
 from gap_runtime.backends.onnxruntime import providers
 from gap_runtime.backends.onnxruntime import session as backend
+from gap_runtime.bundle import engines
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER, VISION
 from gap_runtime.errors import BackendMissingError, ConfigError, EngineError
@@ -231,27 +232,27 @@ def test_the_targets_scratch_memory_is_kept_to(decoder_bundle):
 def test_engines_go_to_the_users_cache_where_the_bundle_is_read_only(
     decoder_bundle, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(providers.Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(engines.Path, "home", lambda: tmp_path / "home")
     (decoder_bundle.folder / "engines").write_text("in the way", encoding="utf-8")
-    folder = providers.engine_folder(decoder_bundle, "tensorrt")
+    folder = engines.provider_cache(decoder_bundle, "onnxruntime-tensorrt")
     assert folder.parent == tmp_path / "home" / ".cache" / "gap-runtime" / "tiny-8of16"
     (tmp_path / "home" / ".cache" / "gap-runtime" / "tiny-8of16").rename(tmp_path / "moved")
     (tmp_path / "home" / ".cache" / "gap-runtime").rmdir()
     (tmp_path / "home" / ".cache" / "gap-runtime").write_text("in the way", encoding="utf-8")
-    assert providers.engine_folder(decoder_bundle, "tensorrt") is None
+    assert engines.provider_cache(decoder_bundle, "onnxruntime-tensorrt") is None
     stage = decoder_bundle.manifest.stage(DECODER)
     options = providers.choose_options("tensorrt", decoder_bundle, stage, (1, 31))
     assert "trt_engine_cache_enable" not in options
 
 
 def test_engines_of_another_bundle_are_not_used(decoder_bundle):
-    before = providers.engine_folder(decoder_bundle, "tensorrt")
+    before = engines.provider_cache(decoder_bundle, "onnxruntime-tensorrt")
     files = dict(decoder_bundle.manifest.files)
     files["weights.bin"] = dataclasses.replace(files["weights.bin"], blake3="0" * 64)
     manifest = dataclasses.replace(decoder_bundle.manifest, files=files)
     changed = dataclasses.replace(decoder_bundle, manifest=manifest)
-    assert providers.engine_folder(changed, "tensorrt") != before
-    assert providers.engine_folder(decoder_bundle, "tensorrt") == before
+    assert engines.provider_cache(changed, "onnxruntime-tensorrt") != before
+    assert engines.provider_cache(decoder_bundle, "onnxruntime-tensorrt") == before
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,14 @@ def test_doctor_asks_it_and_no_other(capsys):
 
 
 @pytest.mark.usefixtures("third")
+def test_doctor_looks_for_the_packages_that_its_target_names(tmp_path, monkeypatch, capsys):
+    (tmp_path / "made_up.py").write_text('__version__ = "2.1"\n', encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    main(["doctor", "--json"])
+    assert json.loads(capsys.readouterr().out)["machine"]["engines"]["made_up"] == "2.1"
+
+
+@pytest.mark.usefixtures("third")
 def test_its_target_says_what_it_can():
     found = load_target("made-up")
     assert (found.caches_in_place, found.takes_zero_points) == (False, True)
@@ -118,6 +126,16 @@ def test_there_is_nothing_to_build(make_bundle, capsys):
     assert "runs the graphs as they are with made_up" in said
     assert "--target datacenter-ada" in said
     assert "made-up," not in said.partition("name one of")[2]
+
+
+@pytest.mark.usefixtures("third")
+def test_nobody_advises_to_build_for_it(make_bundle, capsys):
+    """It names packages, as a target that engines are built for does."""
+    folder = make_bundle(target=load_target("standard"))
+    main(["bench", str(folder), "--backend", "tensorrt"])
+    said = capsys.readouterr().err
+    assert "--target datacenter-ada" in said
+    assert "made-up" not in said
 
 
 def _grey():

@@ -5,22 +5,18 @@ Imports no library: everything here is settled before onnxruntime is.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.engines import provider_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.errors import ConfigError
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
-THREADS: Final = "GAP_RUNTIME_THREADS"
-"""Environment variable: threads of each session on the CPU; all cores where it is not set."""
 _GPU_WHEEL: Final = (
     "it is in onnxruntime-gpu: pip uninstall onnxruntime, then pip install 'gap-runtime[gpu]'"
 )
@@ -74,20 +70,6 @@ def find_provider(device: str) -> Provider:
     return PROVIDERS[device]
 
 
-def read_threads() -> int | None:
-    """The number of threads that is asked for, None where it is left to onnxruntime.
-
-    Raises:
-        ConfigError: It is no number, or none at all.
-    """
-    text = os.environ.get(THREADS, "")
-    if not text:
-        return None
-    if not (text.isdecimal() and int(text)):
-        raise ConfigError(f"{THREADS}={text}: expected a number of threads, 1 or more")
-    return int(text)
-
-
 def writes_in_place(device: str, opset: int) -> bool:
     """Whether the cache may be bound as input and output at once.
 
@@ -120,7 +102,7 @@ def choose_options(
         options[f"{prefix}_max_workspace_size"] = str(workspace * 2**20)
     if stage.role == DECODER:
         options |= _profile(prefix, bundle, stage)
-    folder = engine_folder(bundle, device)
+    folder = provider_cache(bundle, f"onnxruntime-{device}")
     if device == "nvtensorrtrtx":
         return options if folder is None else options | {"nv_runtime_cache_path": str(folder)}
     # Without permission for lower precision the network is strongly typed: float16 is where the
@@ -157,26 +139,6 @@ def _profile(prefix: str, bundle: Bundle, stage: Stage) -> dict[str, str]:
         f"{prefix}_profile_opt_shapes": shapes(rows),
         f"{prefix}_profile_max_shapes": shapes(rows),
     }
-
-
-def engine_folder(bundle: Bundle, device: str) -> Path | None:
-    """Where compiled engines are kept: in the bundle, else in the user's cache, else nowhere.
-
-    The folder's name changes with any file of the bundle, so that no engine outlives its weights.
-    """
-    digest = hashlib.sha256()
-    for name, entry in sorted(bundle.manifest.files.items()):
-        digest.update(f"{name} {entry.blake3}\n".encode())
-    leaf = f"onnxruntime-{device}-{digest.hexdigest()[:12]}"
-    beside = Path.home() / ".cache" / "gap-runtime" / bundle.manifest.name
-    for folder in (bundle.folder.resolve() / "engines" / leaf, beside / leaf):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    return None
 
 
 def describe_strangers(nodes: Iterable[tuple[str, str]], wanted: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from gap_runtime.backends._kv_cache import KvCache, cache_specs
 from gap_runtime.backends.onnxruntime.providers import (
     CPU,
     CUDA,
@@ -25,13 +26,13 @@ from gap_runtime.backends.onnxruntime.providers import (
     choose_options,
     describe_strangers,
     find_provider,
-    read_threads,
     writes_in_place,
 )
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.errors import BackendMissingError, EngineError
+from gap_runtime.machines.threads import read_threads
 
 _ERRORS: Final = (
     "EPFail",
@@ -99,14 +100,13 @@ class OnnxDecoder:
         self._on_gpu = self._session.get_providers()[0] != CPU
         self._is_plugin = bool(device) and _needs_plugin(self._ort, find_provider(device))
         in_place = writes_in_place(device, bundle.manifest.target.opset)
-        self._caches = [self._make_cache(stage) for _ in range(1 if in_place else 2)]
+        self._cache = self._make_cache(stage, in_place=in_place)
         specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
         self._width = int(specs["embeddings"].shape[-1])
         self._axes = int(specs["position_ids"].shape[0])
         self._vocabulary = int(specs["logits"].shape[-1])
         self._on_host = self._find_host_inputs()
         self._calls: dict[tuple[int, int], _Call] = {}
-        self._turn = 0
 
     def fit(self, rows: int) -> int:
         """Any number of rows will do."""
@@ -132,7 +132,7 @@ class OnnxDecoder:
             call.arrays["position_ids"][:] = position_ids
             call.arrays["write_slot"][0] = write_slot
             call.arrays["logits_rows"][:] = logits_rows
-            binding = call.bindings[self._turn]
+            binding = call.bindings[self._cache.side]
             for value, array in call.moved:
                 value.update_inplace(array)
             for name, array in call.rebound:
@@ -140,7 +140,7 @@ class OnnxDecoder:
             self._session.run_with_iobinding(binding)
         except self._errors as error:
             raise EngineError(f"onnxruntime could not run the decoder: {error}") from error
-        self._turn = (self._turn + 1) % len(self._caches)
+        self._cache.turn()
         return call.logits
 
     def _bind(self, rows: int, wanted: int) -> _Call:
@@ -163,16 +163,16 @@ class OnnxDecoder:
             if self._on_host is not None and name not in self._on_host
         }
         bindings = []
-        for turn in range(len(self._caches)):
+        for side in range(self._cache.sides):
             binding = self._session.io_binding()
             for name, value in (hosted | placed).items():
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-            written = self._caches[(turn + 1) % len(self._caches)]
-            for name, value in self._caches[turn].items():
-                # Where these are the same memory, TensorScatter writes one row, copying nothing.
+            # Where these are the same memory, TensorScatter writes one row, copying nothing.
+            for name, value in self._cache.inputs(side).items():
                 binding.bind_ortvalue_input(name, value)
-                binding.bind_ortvalue_output(f"next_{name}", written[name])
+            for name, value in self._cache.outputs(side).items():
+                binding.bind_ortvalue_output(name, value)
             bindings.append(binding)
         return _Call(
             bindings=bindings,
@@ -182,19 +182,20 @@ class OnnxDecoder:
             logits=logits,
         )
 
-    def _make_cache(self, stage: Stage) -> dict[str, Any]:
-        """An empty cache where the graph runs. Zeros, as masked slots are still multiplied by 0.
+    def _make_cache(self, stage: Stage, *, in_place: bool) -> KvCache[Any]:
+        """An empty cache where the graph runs.
 
         Raises:
             EngineError: It does not fit there.
         """
-        specs = [spec for spec in stage.inputs if spec.name.startswith("cache_")]
         try:
-            return {
-                spec.name: self._place(np.zeros([int(n) for n in spec.shape], spec.dtype))
-                for spec in specs
-            }
+            return KvCache(
+                stage,
+                lambda spec: self._place(np.zeros(spec.fixed_shape(), spec.dtype)),
+                in_place=in_place,
+            )
         except self._errors as error:
+            specs = cache_specs(stage)
             raise EngineError(
                 f"no room for the KV cache of {len(specs)} tensors of shape "
                 f"{list(specs[0].shape)} where the decoder runs: {_first_words(error)}"

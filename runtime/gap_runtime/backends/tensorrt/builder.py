@@ -13,7 +13,7 @@ from threading import Event
 from types import ModuleType
 from typing import Any, Final
 
-from gap_runtime.backends.tensorrt.cuda import Gpu, find_gpu
+from gap_runtime.backends.tensorrt.cuda import Device
 from gap_runtime.backends.tensorrt.library import (
     RTX,
     choose_package,
@@ -68,7 +68,7 @@ class _Job:
     bundle: Bundle
     request: BuildRequest
     trt: ModuleType
-    gpu: Gpu | None
+    gpu: Device | None
     capabilities: tuple[str, ...]
     folder: Path
     display: Display
@@ -109,7 +109,7 @@ def build_engines(bundle: Bundle, request: BuildRequest, display: Display) -> Bu
     )
 
 
-def _choose_gpu(trt: ModuleType, request: BuildRequest) -> tuple[tuple[str, ...], Gpu | None]:
+def _choose_gpu(trt: ModuleType, request: BuildRequest) -> tuple[tuple[str, ...], Device | None]:
     """Compute capabilities to build for, and this machine's GPU where it is the one."""
     target, named = request.target, request.compute_capabilities
     rtx = package_name(trt) == RTX
@@ -121,7 +121,7 @@ def _choose_gpu(trt: ModuleType, request: BuildRequest) -> tuple[tuple[str, ...]
     gpu = None
     if not named:
         try:
-            gpu = find_gpu()
+            gpu = Device()
         except EngineError as error:
             advice = (
                 "name the GPU to build for: --compute-capability "

@@ -11,7 +11,6 @@ import ctypes
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
@@ -25,27 +24,8 @@ _MODULES: Final = ("cuda.bindings.runtime", "cuda.cudart")
 _INSTALL: Final = "pip install 'cuda-python>=12', of the major version of this machine's CUDA"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """The first CUDA device of this machine. Bytes of its memory that are free, and of all."""
-
-    compute_capability: str
-    free_bytes: int
-    total_bytes: int
-
-
-def find_gpu() -> Gpu:
-    """The GPU that engines are built for and run on.
-
-    Raises:
-        BackendMissingError: cuda-python is not installed.
-        EngineError: There is no GPU, or its driver does not work.
-    """
-    return Device().describe()
-
-
 class Device:
-    """The first CUDA device, and a stream on it."""
+    """The first CUDA device, and a stream on it: what engines are built for and run on."""
 
     def __init__(self) -> None:
         """Find the device.
@@ -71,8 +51,9 @@ class Device:
             raise EngineError(f"CUDA: {name}: {_describe(self._cuda, status)}")
         return values[0] if len(values) == 1 else tuple(values)
 
-    def describe(self) -> Gpu:
-        """Compute capability and memory."""
+    @property
+    def compute_capability(self) -> str:
+        """Of the device, for example `8.9`."""
         names = self._cuda.cudaDeviceAttr
         major, minor = (
             self.call("cudaDeviceGetAttribute", attribute, 0)
@@ -81,8 +62,13 @@ class Device:
                 names.cudaDevAttrComputeCapabilityMinor,
             )
         )
-        free, total = self.call("cudaMemGetInfo")
-        return Gpu(compute_capability=f"{major}.{minor}", free_bytes=free, total_bytes=total)
+        return f"{major}.{minor}"
+
+    @property
+    def free_bytes(self) -> int:
+        """Of its memory, now."""
+        free, _ = self.call("cudaMemGetInfo")
+        return int(free)
 
     @property
     def stream(self) -> int:

@@ -7,7 +7,6 @@ call copies its inputs in and its outputs out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from gap_runtime.backends._kv_cache import KvCache, cache_specs
 from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemory
 from gap_runtime.backends.tensorrt.library import (
     find_mismatch,
@@ -34,7 +34,7 @@ from gap_runtime.bundle.engines import (
     rebuild_command,
 )
 from gap_runtime.bundle.manifest import Stage
-from gap_runtime.bundle.tensors import ITEM_BYTES, MOST_LOGITS, TensorSpec
+from gap_runtime.bundle.tensors import MOST_LOGITS, TensorSpec
 from gap_runtime.errors import EngineError
 
 _SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_rows")
@@ -47,7 +47,7 @@ class _Engine:
 
     def __init__(self, bundle: Bundle, stage: Stage, folder_name: str) -> None:
         """Find the engine, prove that it is for this bundle and this machine, load it."""
-        folder = find_engine_folder(bundle, folder_name)
+        folder = find_engine_folder(bundle, folder_name, "tensorrt")
         self.path: Path = engine_file(folder, stage.name)
         self.rebuild = rebuild_command(bundle, folder)
         fault = find_fault(bundle, stage, folder)
@@ -62,7 +62,7 @@ class _Engine:
             raise type(error)(
                 f"{self.path}: {error}; --backend onnxruntime runs the graphs without one"
             ) from error
-        capability = self.device.describe().compute_capability
+        capability = self.device.compute_capability
         mismatch = find_mismatch(record, self.trt, (capability,))
         if mismatch:
             raise EngineError(f"{self.path}: {mismatch}; build it again: {self.rebuild}")
@@ -163,14 +163,12 @@ class TensorrtDecoder:
         self._capacity = bundle.manifest.layout.capacity
         specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
         self._specs = {name: specs[name] for name in (*_SMALL_INPUTS, "logits")}
-        caches = [spec for spec in stage.inputs if spec.name.startswith("cache_")]
-        self._require_aliases(caches)
-        sides = 1 if self._engine.record.is_cache_in_place else 2
-        self._caches = [
-            {spec.name: self._engine.device.allocate(_count_bytes(spec)) for spec in caches}
-            for _ in range(sides)
-        ]
-        self._side = 0
+        self._require_aliases(cache_specs(stage))
+        self._cache: KvCache[DeviceMemory] = KvCache(
+            stage,
+            lambda spec: self._engine.device.allocate(spec.count_bytes()),
+            in_place=self._engine.record.is_cache_in_place,
+        )
         self._calls: dict[int, _Call] = {}
         self._captures = True
 
@@ -204,7 +202,7 @@ class TensorrtDecoder:
         self._launch(call)
         self._engine.device.synchronize()
         call.runs += 1
-        self._side = (self._side + 1) % len(self._caches)
+        self._cache.turn()
         logits: np.ndarray = call.logits.host[: len(logits_rows)]
         return logits
 
@@ -212,13 +210,14 @@ class TensorrtDecoder:
         """Queue one run: as a graph where there is one, or where one can be made now."""
         is_step = call.rows <= MOST_LOGITS
         is_due = self._captures and is_step and call.runs >= _RUNS_BEFORE_CAPTURE
-        if is_due and self._side not in call.graphs:
+        side = self._cache.side
+        if is_due and side not in call.graphs:
             # Some kernels cannot be captured; running them one by one gives the same.
             try:
-                call.graphs[self._side] = self._engine.device.capture(lambda: self._queue(call))
+                call.graphs[side] = self._engine.device.capture(lambda: self._queue(call))
             except EngineError:
                 self._captures = False
-        graph = call.graphs.get(self._side)
+        graph = call.graphs.get(side)
         if graph is None:
             self._queue(call)
         else:
@@ -228,17 +227,15 @@ class TensorrtDecoder:
         device, context = self._engine.device, call.context
         for tensor in call.inputs.values():
             device.to_device(tensor.memory, tensor.host)
-        if len(self._caches) > 1 or call.runs == 0:
+        if self._cache.sides > 1 or call.runs == 0:
             self._bind_caches(context)
         self._engine.enqueue(context)
         device.to_host(call.logits.host, call.logits.memory)
 
     def _bind_caches(self, context: Any) -> None:
-        before = self._caches[self._side]
-        after = self._caches[(self._side + 1) % len(self._caches)]
-        for name in before:
-            self._engine.set_address(context, name, before[name])
-            self._engine.set_address(context, f"next_{name}", after[name])
+        side = self._cache.side
+        for name, memory in (self._cache.inputs(side) | self._cache.outputs(side)).items():
+            self._engine.set_address(context, name, memory)
 
     def _prepare(self, rows: int) -> _Call:
         """Context and inputs for one row count."""
@@ -286,9 +283,6 @@ def open_decoder(bundle: Bundle, stage: Stage, device: str) -> TensorrtDecoder:
 
 def _place(device: Device, spec: TensorSpec) -> _Tensor:
     """Room for a tensor on both sides; its dtype is one that numpy has."""
-    shape = tuple(int(size) for size in spec.shape)
-    return _Tensor(host=device.pin(shape, spec.dtype), memory=device.allocate(_count_bytes(spec)))
-
-
-def _count_bytes(spec: TensorSpec) -> int:
-    return math.prod(int(size) for size in spec.shape) * ITEM_BYTES[spec.dtype]
+    return _Tensor(
+        host=device.pin(spec.fixed_shape(), spec.dtype), memory=device.allocate(spec.count_bytes())
+    )

@@ -69,7 +69,7 @@ def _show(machine: Machine, fits: tuple[Fit, ...]) -> None:
         linux, jetpack = jetson.linux or "unknown", jetson.jetpack or "unknown"
         rows.append(("Jetson", f"{jetson.model}, JetPack {jetpack}, Jetson Linux {linux}"))
     engines = [f"{name} {version}" for name, version in machine.engines.items()]
-    rows.append(("TensorRT", ", ".join(engines) or "not installed"))
+    rows.append(("engines", ", ".join(engines) or "not installed"))
     rows.append(("cuda-python", machine.cuda_python or "not installed"))
     found = [f"{name} {version}" for name, version in machine.onnxruntimes.items()]
     providers = f": {', '.join(machine.providers)}" if machine.providers else ""

@@ -1,0 +1,62 @@
+"""The KV cache of a decoder session: in one place, or in two that change sides.
+
+The underscore keeps this file from being taken for a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from gap_runtime.bundle.manifest import Stage
+from gap_runtime.bundle.tensors import TensorSpec
+
+M = TypeVar("M")
+"""What a backend has of a tensor in its device's memory."""
+
+
+def cache_specs(stage: Stage) -> list[TensorSpec]:
+    """The inputs of a decoder graph that are its cache; the output of each is `next_<name>`."""
+    return [spec for spec in stage.inputs if spec.name.startswith("cache_")]
+
+
+class KvCache(Generic[M]):
+    """Memory of every tensor of the cache.
+
+    A graph that writes its cache in place is given the same memory as input and as output. Any
+    other makes a new cache of the old one, so there are two, which change sides at every call.
+    """
+
+    def __init__(
+        self, stage: Stage, allocate: Callable[[TensorSpec], M], *, in_place: bool
+    ) -> None:
+        """Make it.
+
+        Args:
+            stage: The decoder's graph.
+            allocate: Zeroed memory for a tensor: slots that are masked are still multiplied by 0.
+            in_place: Whether the graph writes where it reads.
+        """
+        specs = cache_specs(stage)
+        self._sides = [
+            {spec.name: allocate(spec) for spec in specs} for _ in range(1 if in_place else 2)
+        ]
+        self.side = 0
+
+    @property
+    def sides(self) -> int:
+        """How many places there are: 1 or 2."""
+        return len(self._sides)
+
+    def inputs(self, side: int) -> dict[str, M]:
+        """What a call reads when that side is read, by the name of the graph's input."""
+        return self._sides[side]
+
+    def outputs(self, side: int) -> dict[str, M]:
+        """What the same call writes, by the name of the graph's output."""
+        written = self._sides[(side + 1) % self.sides]
+        return {f"next_{name}": memory for name, memory in written.items()}
+
+    def turn(self) -> None:
+        """Read in the next call what was written in this one."""
+        self.side = (self.side + 1) % self.sides
