@@ -437,7 +437,9 @@ def _make_pieces() -> Iterator[str]:
     letters = string.ascii_lowercase
     singles = "\u2581" + letters + string.ascii_uppercase + string.digits + string.punctuation
     yield from singles
-    yield from map("".join, itertools.product(singles, repeat=2))
+    # Digits stay apart, as Llama's do.
+    joining = [each for each in singles if not each.isdigit()]
+    yield from map("".join, itertools.product(joining, repeat=2))
     yield from map("".join, itertools.product(letters, repeat=3))
     yield from map("".join, itertools.product("\u2581" + string.ascii_uppercase, letters, letters))
 

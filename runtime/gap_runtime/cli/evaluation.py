@@ -245,7 +245,7 @@ def _show(found: Evaluation) -> None:
         f"{header.data.name}",
         [
             *("protocol", "ratio", "phrases", "Acc@0.5", "95 %", "@0.25", "@0.75", "mean IoU"),
-            *("unparsable", "degenerate", "tokens", "ms"),
+            *("unparsable", "degenerate", "tokens", "calls", "ms"),
         ],
         [
             [
@@ -260,6 +260,7 @@ def _show(found: Evaluation) -> None:
                 each.unparsable,
                 each.degenerate,
                 f"{each.tokens:.1f}",
+                f"{each.calls:.1f}" if each.calls else "-",
                 f"{each.median_ms:.0f}",
             ]
             for each in found.scores

@@ -18,11 +18,18 @@ from gap_runtime.pictures.load import find_bucket
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answer. `milliseconds` by stage, as if the phrase had been asked alone."""
+    """An answer. `milliseconds` by stage, as if the phrase had been asked alone.
+
+    `calls`, `drafted` and `accepted` as in gap_runtime.grounding.grounder.Grounding; 0 where
+    nobody counts them.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     milliseconds: dict[str, float]
+    calls: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Answerer(Protocol):
@@ -55,9 +62,9 @@ class View:
 class BundleAnswerer:
     """A bundle on a backend; fits Answerer."""
 
-    def __init__(self, folder: Path, backend: str) -> None:
+    def __init__(self, folder: Path, backend: str, *, draft: bool = True) -> None:
         """Open the bundle; its graphs are loaded at the first question."""
-        self._grounder = Grounder(Bundle.open(folder), backend)
+        self._grounder = Grounder(Bundle.open(folder), backend, draft=draft)
 
     def look(self, picture: Image.Image) -> View:
         """Find the picture's bucket."""
@@ -81,6 +88,9 @@ class BundleAnswerer:
             text=grounder.encoder.decode(values.decoded.token_ids),
             token_ids=tuple(values.decoded.token_ids),
             milliseconds=values.milliseconds,
+            calls=values.decoded.calls,
+            drafted=values.decoded.drafted,
+            accepted=values.decoded.accepted,
         )
 
 

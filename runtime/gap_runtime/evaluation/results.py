@@ -2,7 +2,7 @@
 
     {"gap_answers": 1, "subject": {...}, "data": {...}, "box": {...}}
     {"key", "ratio", "picture", "phrase", "size", "box", "answer", "token_ids", "milliseconds",
-     "found"}
+     "found", "calls", "drafted", "accepted"}
     {"key", "ratio", "picture", "phrase", "problem"}
 
 Answers know nothing of protocols: the same file is scored by any. Every line is written at once,
@@ -69,7 +69,8 @@ class Row:
 
     `size` is (width, height) of the picture, `box` the true one and `found` those of the answer in
     the subject's own frame, all in pixels. `milliseconds` by stage are those of a phrase asked
-    alone: what several phrases of a picture share counts for each.
+    alone: what several phrases of a picture share counts for each. `calls` of the decoder held
+    `drafted` tokens, of which `accepted` turned out right; all 0 where nobody counts them.
     """
 
     key: str
@@ -82,6 +83,9 @@ class Row:
     token_ids: tuple[int, ...] = ()
     milliseconds: dict[str, float] | None = None
     found: tuple[Box, ...] = ()
+    calls: int = 0
+    drafted: int = 0
+    accepted: int = 0
     problem: str | None = None
 
 
@@ -95,9 +99,8 @@ class Answers:
 
 def dump_row(row: Row) -> bytes:
     """The line of a row."""
-    left_out = ("size", "box", "answer", "token_ids", "milliseconds", "found")
     data = dump_record(row)
-    for name in left_out if row.problem is not None else ("problem",):
+    for name in data.keys() - (_FAILED if row.problem is not None else _COUNTED):
         del data[name]
     return (json.dumps(data, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
@@ -179,13 +182,15 @@ def _read_header(data: Any, where: str) -> Header:
 
 _PLAIN: Final = frozenset({"key", "ratio", "picture", "phrase"})
 _ASKED: Final = _PLAIN | {"size", "box", "answer", "token_ids", "milliseconds", "found"}
+_COUNTED: Final = _ASKED | {"calls", "drafted", "accepted"}
 _FAILED: Final = _PLAIN | {"problem"}
 
 
 def _read_row(data: Any, where: str) -> Row:
     """A row; written out, for records.load_record would be the slowest part of scoring."""
-    if not isinstance(data, dict) or data.keys() not in (_ASKED, _FAILED):
-        raise InputError(f"{where}: expected the fields {', '.join(sorted(_ASKED))}")
+    # Files from before calls were counted have no such fields.
+    if not isinstance(data, dict) or data.keys() not in (_COUNTED, _FAILED, _ASKED):
+        raise InputError(f"{where}: expected the fields {', '.join(sorted(_COUNTED))}")
     try:
         if "problem" in data:
             return Row(**_plain(data), problem=str(data["problem"]))
@@ -201,6 +206,9 @@ def _read_row(data: Any, where: str) -> Row:
             token_ids=tuple(data["token_ids"]),
             milliseconds=_require_times(data["milliseconds"]),
             found=tuple(Box(a, b, c, d) for a, b, c, d in data["found"]),
+            calls=int(data.get("calls", 0)),
+            drafted=int(data.get("drafted", 0)),
+            accepted=int(data.get("accepted", 0)),
         )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(

@@ -170,4 +170,7 @@ def _record(
         token_ids=answer.token_ids,
         milliseconds={name: round(value, 3) for name, value in answer.milliseconds.items()},
         found=found,
+        calls=answer.calls,
+        drafted=answer.drafted,
+        accepted=answer.accepted,
     )

@@ -40,7 +40,8 @@ class Score:
 
     `accuracy` is Acc@0.5, `low` and `high` its 95 % interval (Wilson). `unasked` phrases (a bad
     picture, a phrase too long) are in no other figure. `tokens` and `milliseconds` are means per
-    phrase, `median_ms` is of the whole of a phrase.
+    phrase, `median_ms` is of the whole of a phrase. `calls` of the decoder, `drafted` tokens and
+    those of them that were `accepted` are means too, 0 where nobody counted them.
     """
 
     protocol: str
@@ -58,6 +59,9 @@ class Score:
     degenerate: int
     sizes: tuple[SizeScore, ...]
     tokens: float
+    calls: float
+    drafted: float
+    accepted: float
     milliseconds: dict[str, float]
     median_ms: float
 
@@ -149,6 +153,9 @@ def _score(
         degenerate=judged.status.count(DEGENERATE),
         sizes=tuple(_score_sizes(asked, judged)),
         tokens=_mean(np.array([len(row.token_ids) for row in asked])),
+        calls=_mean(np.array([row.calls for row in asked])),
+        drafted=_mean(np.array([row.drafted for row in asked])),
+        accepted=_mean(np.array([row.accepted for row in asked])),
         milliseconds={
             stage: _mean(np.array([each.get(stage, 0.0) for each in times])) for stage in stages
         },

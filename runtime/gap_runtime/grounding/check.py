@@ -67,7 +67,8 @@ class CheckRow:
     """One sample at one ratio. `reasons` is empty when it passed; `missed`: all but its answer.
 
     `first_divergence` is the first token that is not PyTorch's, `draft_divergence` the first one
-    that is another with drafts than without.
+    that is another with drafts than without, and `draft_margin` by how much the one without led
+    the other there, relative to the largest logit.
     """
 
     ratio: float
@@ -85,6 +86,7 @@ class CheckRow:
     token_near_tie: bool
     first_divergence: int | None
     draft_divergence: int | None
+    draft_margin: float | None
     answer: str
     reference_answer: str
     iou: float | None
@@ -97,14 +99,16 @@ class CheckRow:
 class CheckReport:
     """All rows of a check. `precision` is the dtype, or that of quantized weights.
 
-    `misses_allowed` rows may fail in nothing but their answer. `pytorch_boxes` says where
-    PyTorch's own answers hold boxes, which a check that passes does not.
+    `misses_allowed` rows may fail in nothing but their answer. `draft_differences` counts rows
+    whose answer is another one with drafts. `pytorch_boxes` says where PyTorch's own answers hold
+    boxes, which a check that passes does not.
     """
 
     bundle: str
     backend: str
     precision: str
     misses_allowed: int
+    draft_differences: int
     passed: bool
     pytorch_boxes: tuple[BoxCount, ...]
     rows: tuple[CheckRow, ...]
@@ -167,6 +171,7 @@ def check_bundle(
         backend=backend,
         precision=manifest.precision,
         misses_allowed=(allowed := _allowed_misses(manifest.precision, len(rows))),
+        draft_differences=sum(row.draft_divergence is not None for row in rows),
         passed=all(row.passed or row.missed for row in rows)
         and sum(row.missed for row in rows) <= allowed,
         pytorch_boxes=count_boxes(manifest.reference),
@@ -201,6 +206,14 @@ def _check_sample(
     seen = grounder.see(picture, sample.phrase, entry)
     values = grounder.run_stages(picture, sample.phrase, entry, seen=seen, draft=False)
     drafted = grounder.run_stages(picture, sample.phrase, entry, seen=seen)
+    place = first_divergence(drafted.decoded.token_ids, values.decoded.token_ids)
+    margin = None
+    if place is not None:
+        again = grounder.run_stages(
+            picture, sample.phrase, entry, seen=seen, draft=False, most=place + 1
+        )
+        chosen = drafted.decoded.token_ids[place : place + 1] or list(manifest.prompt.stop_ids)
+        margin = find_margin(again.decoded.last_logits, chosen)
     answer = grounder.encoder.decode(values.decoded.token_ids)
     boxes = parse_boxes(answer, manifest.box, *picture.size).boxes
     row = compare_stages(
@@ -224,7 +237,7 @@ def _check_sample(
         tolerance=TOLERANCES[manifest.precision],
     )
     return Compared(
-        row=compare_drafted(row, values, drafted, exact=manifest.precision == "float32"),
+        row=compare_drafted(row, place, margin, exact=manifest.precision == "float32"),
         picture=picture,
         phrase=sample.phrase,
         kept_index=tuple(int(k) for k in values.kept_index[0]),
@@ -235,7 +248,7 @@ def _check_sample(
 
 
 def compare_drafted(
-    row: CheckRow, values: StageValues, drafted: StageValues, *, exact: bool
+    row: CheckRow, place: int | None, margin: float | None, *, exact: bool
 ) -> CheckRow:
     """Say where the answer is another one with drafts; a failure where they may change nothing.
 
@@ -243,15 +256,26 @@ def compare_drafted(
 
     Args:
         row: Without drafts.
-        values: Of its answer.
-        drafted: Of the answer to the same question with drafts.
+        place: The first token that is another one with drafts; None where there is none.
+        margin: By how much the token without drafts led the other.
         exact: Whether the two must be the same.
     """
-    place = first_divergence(drafted.decoded.token_ids, values.decoded.token_ids)
+    row = replace(row, draft_divergence=place, draft_margin=margin)
     if place is None or not exact:
-        return replace(row, draft_divergence=place)
+        return row
     reasons = (*row.reasons, f"answers with and without drafts part at token {place}")
-    return replace(row, draft_divergence=place, reasons=reasons, passed=False, missed=False)
+    return replace(row, reasons=reasons, passed=False, missed=False)
+
+
+def find_margin(logits: np.ndarray, others: Collection[int]) -> float:
+    """By how much the most likely token leads the best of others, relative to the largest logit.
+
+    Args:
+        logits: float [V].
+        others: Token IDs.
+    """
+    lead = float(logits.max() - logits[list(others)].max())
+    return lead / max(float(np.abs(logits).max()), 1e-30)
 
 
 def compare_stages(
@@ -345,6 +369,7 @@ def compare_stages(
         token_near_tie=token_near_tie,
         first_divergence=divergence,
         draft_divergence=None,
+        draft_margin=None,
         answer=answer,
         reference_answer=sample.answer,
         iou=overlap,

@@ -24,11 +24,13 @@ class Decoded:
     """A decoded answer.
 
     `calls` of the decoder, the prefill among them. Of the rows that they held, `drafted` were
-    sent as drafts, and `accepted` of these turned out to be tokens of the answer.
+    sent as drafts, and `accepted` of these turned out to be tokens of the answer. The first token
+    was chosen by `prefill_logits` [V], the last one (or the end) by `last_logits` [V].
     """
 
     token_ids: list[int]
     prefill_logits: np.ndarray
+    last_logits: np.ndarray
     prefill_ms: float
     decode_ms: float
     calls: int
@@ -101,6 +103,7 @@ def decode_greedily(
     return Decoded(
         token_ids=answer,
         prefill_logits=prefill_logits,
+        last_logits=news.last_logits.copy(),
         prefill_ms=(prefilled - began) * 1e3,
         decode_ms=(time.perf_counter() - prefilled) * 1e3,
         calls=calls,
@@ -116,21 +119,21 @@ class _News:
     token_ids: list[int]
     accepted: int
     is_last: bool
+    last_logits: np.ndarray
 
 
 def _read(logits: np.ndarray, draft: list[int], most: int, stop_ids: tuple[int, ...]) -> _News:
     """The most likely tokens [1 + drafted, V], as far as the draft agrees with them."""
     found: list[int] = []
     for row, drafted in zip(logits, [*draft, None], strict=True):
-        if len(found) == most:
-            return _News(token_ids=found, accepted=len(found), is_last=True)
-        token = _choose(row)
-        if token in stop_ids:
-            return _News(token_ids=found, accepted=len(found), is_last=True)
+        token = _choose(row) if len(found) < most else None
+        if token is None or token in stop_ids:
+            return _News(token_ids=found, accepted=len(found), is_last=True, last_logits=row)
         found.append(token)
         if token != drafted:
             break
-    return _News(token_ids=found, accepted=len(found) - 1, is_last=len(found) == most)
+    is_last = len(found) == most
+    return _News(token_ids=found, accepted=len(found) - 1, is_last=is_last, last_logits=row)
 
 
 class _Caller:

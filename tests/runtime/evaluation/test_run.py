@@ -309,6 +309,7 @@ def test_a_bundle_answers_as_it_grounds(make_bundle, answer_with):
     answer = answerer.answer(view, "the red mug", 0.5)
     assert answer.text == "[0.25,0.25,0.75,0.50]"
     assert set(answer.milliseconds) == {"preprocess", "vision", "prefill", "decode", "total"}
+    assert (answer.calls, answer.drafted, answer.accepted) == (2, 0, 0)
     with pytest.raises(InputError, match="use a shorter phrase"):
         answerer.answer(view, "mug " * 30, 0.5)
     with pytest.raises(ConfigError):

@@ -1,5 +1,6 @@
 """Figures against numbers worked out by hand or by plain loops."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -52,6 +53,9 @@ def make_row(key, answer="[0.1, 0.1, 0.3, 0.3]", *, ratio=0.5, box=(10.0, 10.0, 
         token_ids=(1, 2, 3),
         milliseconds={"vision": 1.0, "total": 4.0},
         found=(),
+        calls=2,
+        drafted=4,
+        accepted=1,
     )
 
 
@@ -81,6 +85,7 @@ def test_figures(llava_box):
     assert pruned.mean_iou == pytest.approx((1 + 0.5 + 0 + 0 + 0.5 + 1) / 6)
     assert (pruned.unparsable, pruned.degenerate) == (1, 1)
     assert (pruned.tokens, pruned.median_ms) == (3, 4)
+    assert (pruned.calls, pruned.drafted, pruned.accepted) == (2, 4, 1)
     assert pruned.milliseconds == {"vision": 1.0, "total": 4.0}
     assert (pruned.low, pruned.high) == wilson_interval(4, 6)
     sizes = {size.size: size for size in pruned.sizes}
@@ -259,7 +264,7 @@ def change(**fields):
     ("edit", "part"),
     [
         (lambda _: "oops", "not valid JSON; the file was changed"),
-        (lambda _: "[]", "expected the fields answer, box"),
+        (lambda _: "[]", "expected the fields accepted, answer, box"),
         (change(more=1), "expected the fields"),
         (change(box=[1, 2, 3]), "wrong kind"),
         (change(box=[3, 2, 1, 4]), "spans no area"),
@@ -278,6 +283,18 @@ def test_a_changed_file_names_the_line(tmp_path, header, edit, part):
         read_answers(path)
     assert str(caught.value).startswith(f"{path}:")
     assert "\n" not in str(caught.value)
+
+
+def test_answers_from_before_calls_were_counted(tmp_path, header):
+    path = tmp_path / "out.jsonl"
+    write(path, header, make_row(1))
+    first, line = path.read_text(encoding="utf-8").splitlines()
+    older = {
+        k: v for k, v in json.loads(line).items() if k not in {"calls", "drafted", "accepted"}
+    }
+    path.write_text("\n".join([first, json.dumps(older), ""]), encoding="utf-8")
+    (row,) = read_answers(path).rows
+    assert row == dataclasses.replace(make_row(1), calls=0, drafted=0, accepted=0)
 
 
 def test_a_file_of_another_version(tmp_path, header):

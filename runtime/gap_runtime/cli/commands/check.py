@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         print_json(dump_record(report))
     else:
         _show(display, report)
+        _show_drafts(display, report)
         print("passed" if report.passed else "failed")
     if boxless := describe_boxless(report.pytorch_boxes):
         display.say(boxless)
@@ -73,6 +74,22 @@ def run(options: argparse.Namespace) -> int:
         print(f"error: {message}", file=sys.stderr)
         return CheckError.exit_code
     return 0
+
+
+def _show_drafts(display: Display, report: Any) -> None:
+    """How many answers are others with drafts, and how near the two tokens were."""
+    if report.draft_differences:
+        parted = [row for row in report.rows if row.draft_divergence is not None]
+        display.say(
+            f"{len(parted)} of {len(report.rows)} answers are others with drafts, the first token "
+            "that differs led by "
+            + ", ".join(
+                f"{row.draft_margin:.1e} ({row.sample} at {row.ratio:g}, token "
+                f"{row.draft_divergence})"
+                for row in parted
+            )
+            + " of the largest logit"
+        )
 
 
 def _show(display: Display, report: Any) -> None:

@@ -12,7 +12,7 @@ from gap_runtime.cli.evaluation import (
     read_request,
     run_evaluation,
 )
-from gap_runtime.cli.options import add_backend, add_bundle, open_bundle
+from gap_runtime.cli.options import add_backend, add_bundle, add_draft, open_bundle
 
 SUMMARY: Final = "measure how well it grounds the phrases of a data set"
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     add_evaluation_arguments(parser)
     add_backend(parser)
+    add_draft(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
         data,
         header=header,
         ratios=ratios,
-        open_answerer=partial(BundleAnswerer, bundle.folder.resolve(), options.backend),
+        open_answerer=partial(
+            BundleAnswerer, bundle.folder.resolve(), options.backend, draft=options.draft
+        ),
     )
     return finish(options, display, data, answers, other)

@@ -1,0 +1,230 @@
+"""Whole bundles checked on a fake backend: every ratio and bucket, the page, drafts."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.manifest import Reference, ReferenceSample
+from gap_runtime.cli.main import main
+from gap_runtime.errors import CheckError
+from gap_runtime.grounding.check import check_bundle
+from gap_runtime.pictures.boxes import Box
+from gap_runtime.pictures.load import make_pixels
+
+
+def make_samples(manifest, image="photo.png", sizes=((8, 8),), wrong=()):
+    """A reference that a fake backend agrees with, and its files.
+
+    One sample per bucket and size; of the ratio and bucket pairs in `wrong` the answer differs.
+    """
+    samples, arrays, files = [], {}, {}
+    for bucket, size in zip(manifest.buckets, sizes, strict=True):
+        name = f"00-{bucket.name}"
+        picture = Image.new("RGB", size, (200, 100, 50))
+        file = io.BytesIO()
+        picture.save(file, "png")
+        files[f"{bucket.name}{image}"] = file.getvalue()
+        arrays[f"{name}/pixels"] = make_pixels(picture, manifest.preprocess, bucket)
+        for entry in manifest.ratios:
+            if entry.bucket != bucket.name:
+                continue
+            layout = manifest.layout.at(entry)
+            key, answer = f"{name}/kept-{entry.kept}", 11
+            arrays[f"{key}/visual_tokens"] = np.arange(layout.visual * 2.0).reshape(1, -1, 2)
+            arrays[f"{key}/kept_index"] = np.arange(entry.kept)[None]
+            arrays[f"{key}/position_ids"] = np.arange(layout.prompt)[None]
+            arrays[f"{key}/logits"] = np.eye(12, dtype=np.float32)[11]
+            if (entry.ratio, entry.bucket) in wrong:
+                answer = 8
+            samples.append(
+                ReferenceSample(
+                    key=key,
+                    sample=name,
+                    image=f"{bucket.name}{image}",
+                    phrase="the red mug",
+                    bucket=bucket.name,
+                    ratio=entry.ratio,
+                    kept=entry.kept,
+                    answer="[0.25,0.25,0.75,0.50]",
+                    token_ids=(answer,),
+                    # Padded pictures are square here, so that both frames are the same.
+                    boxes=(Box(0.25 * size[0], 0.25 * size[1], 0.75 * size[0], 0.5 * size[1]),),
+                    prompt_ids=(2, 4, 5, 6, 7, 8, 9, 3),
+                    token_margins=(0.5, 0.5),
+                )
+            )
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    files["reference.npz"] = packed.getvalue()
+    reference = Reference(arrays="reference.npz", dtype="float32", samples=tuple(samples))
+    return {"reference": reference, "more": files}
+
+
+def test_a_bundle_that_answers_as_the_reference_passes(make_bundle, manifest, answer_with):
+    answer_with(11)
+    report = check_bundle(Bundle.open(make_bundle(**make_samples(manifest))))
+    assert [row.reasons for row in report.rows] == [(), ()]
+    assert report.passed
+    assert [row.ratio for row in report.rows] == [0.5, 0.75]
+
+
+def test_a_bundle_with_an_extra_token_is_checked_with_it(
+    make_bundle, manifest, with_extra, answer_with
+):
+    answer_with(11)
+    changes = {**with_extra, **make_samples(dataclasses.replace(manifest, **with_extra))}
+    report = check_bundle(Bundle.open(make_bundle(**changes)))
+    assert [row.reasons for row in report.rows] == [(), ()]
+
+
+class EndDrafter:
+    """Drafts the end of the answer behind its first token."""
+
+    def propose(self, token_ids, most):
+        return [10][:most] if len(token_ids) == 1 else []
+
+    def learn(self, token_ids, accepted):
+        assert (len(token_ids), accepted) == (1, 0)
+
+
+@pytest.fixture
+def answer_otherwise(answer_with, monkeypatch):
+    """A backend whose calls of several rows choose another second token, which nearly ties."""
+    backend = answer_with(11)
+    open_decoder = backend.open_decoder
+    monkeypatch.setattr(
+        "gap_runtime.grounding.prompt.PromptEncoder.make_drafter", lambda *_: EndDrafter()
+    )
+
+    def open_unlike(*arguments):
+        decoder = open_decoder(*arguments)
+        run = decoder.run
+
+        def run_unlike(embeddings, position_ids, write_slot, logits_rows):
+            logits = run(embeddings, position_ids, write_slot, logits_rows)
+            if write_slot in {16, 12}:
+                # The token that stops leads token 8 by 0.25 of 2.
+                logits[:] = 0
+                logits[:, 10], logits[:, 8] = 2, 1.75
+                if len(logits_rows) > 1:
+                    logits[:, 8] = 2.25
+            return logits
+
+        decoder.run = run_unlike
+        return decoder
+
+    backend.open_decoder = open_unlike
+    return backend
+
+
+@pytest.mark.usefixtures("answer_otherwise")
+def test_other_answers_with_drafts_fail_in_float32(make_bundle, manifest):
+    report = check_bundle(Bundle.open(make_bundle(**make_samples(manifest))))
+    assert [row.reasons for row in report.rows] == [
+        ("answers with and without drafts part at token 1",)
+    ] * 2
+    assert (report.draft_differences, report.passed) == (2, False)
+
+
+@pytest.mark.usefixtures("answer_otherwise")
+def test_other_answers_with_drafts_are_counted_in_float16(make_bundle, manifest, capsys):
+    folder = make_bundle(**make_samples(manifest), dtype="float16")
+    report = check_bundle(Bundle.open(folder))
+    assert report.passed
+    assert report.draft_differences == 2
+    assert [(row.draft_divergence, row.draft_margin) for row in report.rows] == [(1, 0.125)] * 2
+    assert main(["check", str(folder)]) == 0
+    assert "2 of 2 answers are others with drafts" in capsys.readouterr().err
+
+
+TILE_SIZES = ((16, 8), (8, 16))
+
+
+def test_every_bucket_is_checked_with_its_own_samples(make_bundle, manifest, tiled, answer_with):
+    backend = answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
+    report = check_bundle(Bundle.open(make_bundle(**tiled, **samples)))
+    assert [row.reasons for row in report.rows] == [()] * 4
+    assert report.passed
+    assert [(row.ratio, row.sample) for row in report.rows] == [
+        (0.5, "00-wide"),
+        (0.25, "00-wide"),
+        (0.5, "00-tall"),
+        (0.25, "00-tall"),
+    ]
+    assert [name for name, _ in backend.calls] == [
+        "vision-wide-7",
+        "vision-wide-11",
+        "vision-tall-8",
+        "vision-tall-12",
+    ]
+
+
+def test_a_difference_in_one_bucket_is_told_of_it_alone(make_bundle, manifest, tiled, answer_with):
+    answer_with(11)
+    changed_manifest = dataclasses.replace(manifest, **tiled)
+    samples = make_samples(changed_manifest, sizes=TILE_SIZES, wrong=[(0.25, "tall")])
+    report = check_bundle(Bundle.open(make_bundle(**tiled, **samples)))
+    assert [row.passed for row in report.rows] == [True, True, True, False]
+    assert report.rows[3].reasons == ("answers part at token 0",)
+
+
+def test_a_bucket_without_samples_cannot_be_checked(make_bundle, manifest, tiled, answer_with):
+    answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
+    known = samples["reference"].samples
+    samples["reference"] = dataclasses.replace(
+        samples["reference"], samples=tuple(each for each in known if each.key != "00-tall/kept-8")
+    )
+    bundle = Bundle.open(make_bundle(**tiled, **samples))
+    with pytest.raises(CheckError, match=r"at ratio 0\.5 for pictures of tall; export again"):
+        check_bundle(bundle)
+
+
+def test_check_as_json_has_a_row_for_every_bucket_and_ratio(
+    make_bundle, manifest, tiled, answer_with, capsys
+):
+    answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
+    assert main(["check", str(make_bundle(**tiled, **samples)), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["sample"], row["ratio"], row["passed"]) for row in rows] == [
+        ("00-wide", 0.5, True),
+        ("00-wide", 0.25, True),
+        ("00-tall", 0.5, True),
+        ("00-tall", 0.25, True),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [(), [(0.25, "tall")]])
+def test_check_writes_its_page(make_bundle, manifest, tiled, answer_with, tmp_path, pages, wrong):
+    answer_with(11)
+    samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES, wrong=wrong)
+    out = tmp_path / "report.html"
+    code = main(["check", str(make_bundle(**tiled, **samples)), "--html", str(out)])
+    assert code == (6 if wrong else 0)
+    page = pages.Page(out.read_text(encoding="utf-8"))
+    pages.require_sound(page)
+    # One for each row, and what the ratios of each sample keep.
+    assert len(page.images) == 4 + 2
+    assert [table["rows"] for table in page.tables] == [1 + 4, 4]
+    assert ("answers part at token 0" in page.words) == bool(wrong)
+    assert ("token 0" in page.words) == bool(wrong)
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(
+    make_bundle, manifest, answer_with, tmp_path, capsys
+):
+    backend = answer_with(11)
+    bundle = make_bundle(**make_samples(manifest))
+    for place in (tmp_path, tmp_path / "nowhere" / "report.html"):
+        assert main(["check", str(bundle), "--html", str(place)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"error: {place}: cannot be written (")
+        assert len(error.splitlines()) == 1
+    assert backend.calls == []
