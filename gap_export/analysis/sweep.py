@@ -28,9 +28,10 @@ from gap_export.config import (
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.fingerprint import describe_pruner
+from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.plan import ExportPlan, plan_export
 from gap_export.pipeline.request import ExportRequest
-from gap_export.pipeline.run import KnownGraphs, export
+from gap_export.pipeline.run import export
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.layout import PositionMode
 from gap_runtime.bundle.manifest import MANIFEST_FILE
@@ -210,7 +211,7 @@ def run_sweep(plan: SweepPlan, display: Display, *, spread: Spread | None = None
     """
     request = plan.request
     _open_folder(plan)
-    known, swept = KnownGraphs(), []
+    known, swept = GraphCache(), []
     for k, variant in enumerate(plan.variants, start=1):
         where = f"{variant.name} ({k} of {len(plan.variants)})"
         bundle = _bring_bundle(variant, known, display, where, _folders(plan))
@@ -273,7 +274,7 @@ def _ask(
 
 
 def _bring_bundle(
-    variant: Variant, known: KnownGraphs, display: Display, where: str, others: list[Path]
+    variant: Variant, known: GraphCache, display: Display, where: str, others: list[Path]
 ) -> Bundle:
     """The variant's bundle; a finished one is used again."""
     out = variant.plan.out

@@ -10,10 +10,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -21,26 +20,19 @@ from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer, writ
 from gap_export.interfaces.family import InputStatistics
 from gap_export.pipeline.asking import load_reference, measure_reference
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
+from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.nonfinite import find_bad_tensor
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.pipeline.preflight import require_memory, require_readable, require_room
 from gap_export.pipeline.prompt import TEXT_TOKENIZER_FILE
 from gap_export.pipeline.result import ExportResult
-from gap_export.pipeline.stages import (
-    Graphs,
-    quantize_graphs,
-    trace_decoder,
-    trace_pruning,
-    trace_text,
-    trace_tower,
-    write_graphs,
-)
+from gap_export.pipeline.stages import Graphs, quantize_graphs, write_graphs
 from gap_export.pipeline.staging import folder_aside, move_into_place, require_replaceable
 from gap_export.quantization.awq import smooth_model
 from gap_export.quantization.values import quantize_sources
 from gap_export.reference.memory import REFERENCE_DTYPE
 from gap_export.reference.record import record_answers
-from gap_export.tracing.trace import Traced, join
+from gap_export.tracing.trace import join
 from gap_export.weights.bind import used_parameters
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.read import SourceReader
@@ -65,30 +57,15 @@ _REFERENCE: Final = "reference.npz"
 _COPIES: Final = ".copies"
 
 
-class KnownGraphs:
-    """Graphs that exports of one model with other pruning have in common, traced once."""
-
-    def __init__(self) -> None:
-        """Nothing is known yet."""
-        self._found: dict[tuple[Any, ...], Traced | None] = {}
-
-    def get(self, key: tuple[Any, ...], trace: Callable[[], Traced | None]) -> Traced | None:
-        """A graph of one's own: weights are bound to it in place."""
-        if key not in self._found:
-            self._found[key] = trace()
-        found = self._found[key]
-        return found and replace(found, model=found.model.clone())
-
-
 def export(
-    plan: ExportPlan, display: Display | None = None, *, known: KnownGraphs | None = None
+    plan: ExportPlan, display: Display | None = None, *, known: GraphCache | None = None
 ) -> ExportResult:
     """Make the bundle.
 
     Args:
         plan: What to make.
         display: Shows the steps; nothing is shown without one.
-        known: Graphs of earlier exports, which may differ in pruning alone.
+        known: Graphs of earlier exports, which are not traced again.
 
     Raises:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
@@ -109,7 +86,7 @@ def export(
         require_room(plan, folder)
         copies = _plan_copies(plan.weights, folder, plan.request.bring)
         reader = stack.enter_context(SourceReader(ready, copies))
-        graphs = _trace(plan, display, known or KnownGraphs())
+        graphs = _trace(plan, display, known or GraphCache())
         if plan.schemes:
             graphs = quantize_graphs(plan, graphs)
         reference, statistics = None, dict[str, InputStatistics]()
@@ -158,28 +135,16 @@ def _plan_copies(weights: WeightPlan, folder: Path, bring: str) -> dict[Path, Pa
     return {source: folder / _COPIES / name for name, source in weights.shards.items()}
 
 
-def _trace(plan: ExportPlan, display: Display, known: KnownGraphs) -> Graphs:
-    needs = plan.pruner.NEEDS, plan.reads_clip
+def _trace(plan: ExportPlan, display: Display, known: GraphCache) -> Graphs:
     with display.step("tracing the vision tower"):
-        towers = {
-            bucket.name: known.get(
-                ("tower", bucket.name, *needs), partial(trace_tower, plan, bucket)
-            )
-            for bucket in plan.spec.buckets
-        }
-        text = known.get(("text", plan.reads_clip), partial(trace_text, plan))
+        towers = {bucket.name: known.tower(plan, bucket) for bucket in plan.spec.buckets}
+        text = known.text(plan) if plan.reads_clip else None
     with display.step("tracing the decoder"):
-        positions = max(plan.layout.at(entry).positions for entry in plan.entries)
-        decoder = known.get(
-            ("decoder", plan.layout.capacity, positions), partial(trace_decoder, plan)
-        )
-    assert decoder is not None
+        decoder = known.decoder(plan)
     with display.step(f"joining {len(plan.entries)} pruning stage(s)"):
-        visions = []
-        for entry in plan.entries:
-            tower = towers[entry.bucket]
-            assert tower is not None
-            visions.append(join(tower, trace_pruning(plan, entry)))
+        visions = [
+            join(towers[entry.bucket], known.pruning(plan, entry)) for entry in plan.entries
+        ]
     return Graphs(visions=tuple(visions), decoder=decoder, text=text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -39,6 +39,39 @@ _TRACED_TOWER_LAYERS: Final = 3
 """Of a tower: besides these the last, whose input pruners look at."""
 _TILED: Final = 5
 """Dimensions of pixels that have views, [1, views, 3, side, side]."""
+_NOT_IN_GRAPHS: Final = frozenset(
+    {
+        "box",
+        "buckets",
+        "image_text",
+        "image_token_id",
+        "prefix",
+        "stop_ids",
+        "template",
+        "tokenizer",
+    }
+)
+"""Facts of a model that no graph is made from; each graph is of one bucket, which is told."""
+
+
+def model_key(plan: ExportPlan) -> tuple[object, ...]:
+    """What every graph depends on: equal keys of two plans mean that their graphs can be equal.
+
+    Each `*_key` holds all that the `trace_*` beside it reads; places of files are no part of it.
+    """
+    facts = {
+        each.name: getattr(plan.spec, each.name)
+        for each in fields(plan.spec)
+        if each.name not in _NOT_IN_GRAPHS
+    }
+    if plan.spec.text is not None:
+        facts["text"] = replace(plan.spec.text, tokenizer=Path())
+    return plan.family, plan.dialect, plan.target.opset, plan.dtype, repr(facts)
+
+
+def tower_key(plan: ExportPlan, bucket: Bucket) -> tuple[object, ...]:
+    """What `trace_tower` reads."""
+    return "tower", *model_key(plan), repr(bucket), plan.tower_needs
 
 
 def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
@@ -66,6 +99,24 @@ def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     )
     more = len(spec.tower_layers) - len(few.tower_layers)
     return repeat_layer(traced, f"tower.{plan.family.TOWER_LAYERS}", more)
+
+
+def pruning_key(plan: ExportPlan, entry: RatioEntry) -> tuple[object, ...]:
+    """What `trace_pruning` reads."""
+    return (
+        "pruning",
+        *model_key(plan),
+        repr(plan.bucket(entry)),
+        plan.tower_needs,
+        plan.reads_clip,
+        plan.reads_phrase(entry),
+        # The module: a file of the user's may have been changed and loaded anew.
+        plan.pruner,
+        # Which ratio it is follows from the layout.
+        replace(plan.prune, ratios=(), keep=()),
+        plan.layout.at(entry),
+        entry.kept,
+    )
 
 
 def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
@@ -114,11 +165,14 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
     )
 
 
-def trace_text(plan: ExportPlan) -> Traced | None:
-    """CLIP's text tower; None where no graph reads the phrase through it."""
+def text_key(plan: ExportPlan) -> tuple[object, ...]:
+    """What `trace_text` reads."""
+    return "text", *model_key(plan), plan.reads_clip
+
+
+def trace_text(plan: ExportPlan) -> Traced:
+    """CLIP's text tower, where graphs read the phrase through it."""
     text = plan.spec.text
-    if not plan.reads_clip:
-        return None
     assert text is not None
     return trace(
         lambda: TextStage(build_text_tower(plan.family, plan.spec)),
@@ -136,6 +190,11 @@ def trace_text(plan: ExportPlan) -> Traced | None:
         outputs=[_describe_phrase(plan)],
         finish=lambda stage: fill_constants(stage.tower),  # type: ignore[arg-type]
     )
+
+
+def decoder_key(plan: ExportPlan) -> tuple[object, ...]:
+    """What `trace_decoder` reads."""
+    return "decoder", *model_key(plan), plan.layout.capacity, _positions(plan)
 
 
 def trace_decoder(plan: ExportPlan) -> Traced:
@@ -156,8 +215,7 @@ def trace_decoder(plan: ExportPlan) -> Traced:
         )
         for name in names
     ]
-    positions = max(plan.layout.at(entry).positions for entry in plan.entries)
-    tables = decoder.rotary_tables(spec, positions)
+    tables = decoder.rotary_tables(spec, _positions(plan))
     inputs = [
         TensorSpec(
             name="embeddings",
@@ -214,6 +272,11 @@ def trace_decoder(plan: ExportPlan) -> Traced:
         inputs=inputs[len(traced.inputs) :],
         outputs=outputs[len(traced.outputs) :],
     )
+
+
+def _positions(plan: ExportPlan) -> int:
+    """How many position IDs a bundle can use."""
+    return max(plan.layout.at(entry).positions for entry in plan.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

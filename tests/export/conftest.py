@@ -3,7 +3,7 @@
 import pytest
 
 from gap_export.pipeline import run as pipeline
-from gap_export.pipeline import stages
+from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_export.pipeline.run import export
@@ -19,8 +19,7 @@ def trace_once(graphs_traced_once):
 @pytest.fixture
 def traced_anew(monkeypatch):
     """Exports of this test trace every graph."""
-    for name in ("trace_tower", "trace_text", "trace_decoder", "trace_pruning"):
-        monkeypatch.setattr(pipeline, name, getattr(stages, name))
+    monkeypatch.setattr(pipeline, "GraphCache", GraphCache)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from gap_export.interfaces.features import Feature
 from gap_export.pipeline import run as pipeline
+from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_runtime.registry import list_plugins, load_plugin
@@ -131,87 +132,19 @@ def export(plan):
     return pipeline.export(plan)
 
 
-_graphs: dict[tuple, Any] = {}
+GRAPHS = GraphCache()
+"""Of all tests of this process."""
 
 
 @contextmanager
 def shared_graphs():
     """Exports in which graphs that are the same are traced once.
 
-    A tower is the same for all exports of a family whose pruners need the same of it, CLIP's text
-    tower for all of a family, a decoder for all that have as many slots and positions, a pruning
-    stage only for the same export again. All is still joined, written, proved and run anew.
+    All is still joined, written, proved and run anew.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name, make_key in (
-            ("trace_tower", _tower_key),
-            ("trace_text", _text_key),
-            ("trace_decoder", _decoder_key),
-            ("trace_pruning", _pruning_key),
-        ):
-            patch.setattr(pipeline, name, _remember(getattr(pipeline, name), name, make_key))
+        patch.setattr(pipeline, "GraphCache", lambda: GRAPHS)
         yield
-
-
-def _remember(trace, name, make_key):
-    def trace_once(plan, *arguments):
-        key = (
-            name,
-            plan.family_name,
-            plan.dtype,
-            plan.request.target,
-            *make_key(plan, *arguments),
-        )
-        if key not in _graphs:
-            _graphs[key] = trace(plan, *arguments)
-        traced = _graphs[key]
-        # Weights are bound to the graph in place.
-        return traced and replace(traced, model=traced.model.clone())
-
-    return trace_once
-
-
-def _index(plan):
-    """What tells two models apart whose graphs differ: configs and shapes, but no values."""
-    needed = plan.family.find_parts(plan.checkpoint, text=False)
-    parts = {role: part for role, part in plan.checkpoint.parts.items() if role in needed}
-    shapes = frozenset((name, source.shape) for name, source in plan.sources.items())
-    return shapes, *(
-        (role, _config(each)) for role, each in {"": plan.checkpoint, **parts}.items()
-    )
-
-
-def _config(checkpoint):
-    """A checkpoint's config as text, without how its weights are stored."""
-    path = checkpoint.folder / "config.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    data.pop("quantization_config", None)
-    return json.dumps(data, sort_keys=True)
-
-
-def _tower_key(plan, bucket):
-    later = {"tokens", "text_features"} | (set() if plan.reads_clip else {"text_patches"})
-    needs = frozenset(need.value for need in plan.pruner.NEEDS) - later
-    text = plan.spec.text and plan.spec.text.width
-    return _index(plan), plan.config.vision, bucket, needs, text
-
-
-def _text_key(plan):
-    configs = (_config(part) for part in plan.checkpoint.parts.values())
-    return _index(plan), *configs, plan.reads_clip
-
-
-def _decoder_key(plan):
-    return (
-        _index(plan),
-        plan.layout.capacity,
-        max(plan.layout.at(entry).positions for entry in plan.entries),
-    )
-
-
-def _pruning_key(plan, entry):
-    prune, text = plan.prune, plan.spec.text and plan.spec.text.width
-    return _index(plan), prune, plan.layout, plan.bucket(entry), entry, text
 
 
 def make_picture(width, height, seed=0):

@@ -31,7 +31,7 @@ def no_work(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(pipeline, "trace_tower", refuse)
+    monkeypatch.setattr(pipeline, "_trace", refuse)
 
 
 def export(plan):

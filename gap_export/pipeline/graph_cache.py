@@ -1,0 +1,58 @@
+"""Graphs that several exports have in common, traced once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from gap_export.pipeline.plan import ExportPlan
+from gap_export.pipeline.stages import (
+    decoder_key,
+    pruning_key,
+    text_key,
+    tower_key,
+    trace_decoder,
+    trace_pruning,
+    trace_text,
+    trace_tower,
+)
+from gap_export.tracing.trace import Traced
+from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.pictures.preprocess import Bucket
+
+
+class GraphCache:
+    """Gives each graph that an export is made of, and traces only what it has not seen.
+
+    A tower is the same for all exports of a model whose pruners need the same of it, CLIP's text
+    tower for all of a model, a decoder for all that have as many slots and positions, a pruning
+    stage only for the same choice at the same ratio. What is given is the asker's own: passes
+    change it, and weights are bound to it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._known: dict[tuple[object, ...], Traced] = {}
+
+    def tower(self, plan: ExportPlan, bucket: Bucket) -> Traced:
+        """See `trace_tower`."""
+        return self._find(tower_key(plan, bucket), partial(trace_tower, plan, bucket))
+
+    def pruning(self, plan: ExportPlan, entry: RatioEntry) -> Traced:
+        """See `trace_pruning`."""
+        return self._find(pruning_key(plan, entry), partial(trace_pruning, plan, entry))
+
+    def text(self, plan: ExportPlan) -> Traced:
+        """See `trace_text`."""
+        return self._find(text_key(plan), partial(trace_text, plan))
+
+    def decoder(self, plan: ExportPlan) -> Traced:
+        """See `trace_decoder`."""
+        return self._find(decoder_key(plan), partial(trace_decoder, plan))
+
+    def _find(self, key: tuple[object, ...], trace: Callable[[], Traced]) -> Traced:
+        if key not in self._known:
+            self._known[key] = trace()
+        known = self._known[key]
+        return replace(known, model=known.model.clone())
