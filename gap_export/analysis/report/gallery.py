@@ -96,10 +96,10 @@ def draw_choices(sweep: Sweep, choices: Iterable[Choice]) -> Iterator[Shown]:
             picture = expressions[row.key].picture.load()
             bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
             entry = swept.bundle.choose_ratio(row.ratio, bucket.name)
-            seen = grounders[name].see(picture, row.phrase, entry)
+            vision = grounders[name].run_vision(picture, row.phrase, entry)
         except InputError:
             continue
-        kept = tuple(int(patch) for patch in seen.kept_index[0])
+        kept = tuple(int(patch) for patch in vision.kept_index[0])
         canvas, scale = shade_patches(picture, manifest.preprocess, manifest.buckets, kept)
         draw_pair(
             canvas,

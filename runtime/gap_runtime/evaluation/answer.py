@@ -12,7 +12,7 @@ from PIL import Image
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.evaluation.results import Subject
-from gap_runtime.grounding.grounder import Grounder, Seen
+from gap_runtime.grounding.grounder import Grounder, VisionOutput
 from gap_runtime.pictures.load import find_bucket
 
 
@@ -56,7 +56,7 @@ class View:
 
     picture: Image.Image
     bucket: str
-    seen: dict[float, Seen]
+    outputs: dict[float, VisionOutput]
 
 
 class BundleAnswerer:
@@ -70,20 +70,20 @@ class BundleAnswerer:
         """Find the picture's bucket."""
         manifest = self._grounder.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
-        return View(picture=picture, bucket=bucket.name, seen={})
+        return View(picture=picture, bucket=bucket.name, outputs={})
 
     def answer(self, view: View, phrase: str, ratio: float) -> Answer:
         """Ask; the vision stages run once for all phrases where the pruner does not read them."""
         grounder = self._grounder
         entry = grounder.bundle.choose_ratio(ratio, view.bucket)
-        seen = view.seen.get(ratio)
-        if seen is None or grounder.reads_phrase(entry):
-            # Before anything runs, so that a phrase of no use does not count as seen.
+        vision = view.outputs.get(ratio)
+        if vision is None or grounder.reads_phrase(entry):
+            # Before anything runs, so that a phrase of no use leaves nothing behind.
             grounder.encoder.encode_within(phrase, grounder.bundle.manifest.layout)
-            other = next(iter(view.seen.values()), None)
-            seen = _keep(grounder.see(view.picture, phrase, entry, before=other))
-            view.seen[ratio] = seen
-        values = grounder.run_stages(view.picture, phrase, entry, seen=seen)
+            other = next(iter(view.outputs.values()), None)
+            vision = _keep(grounder.run_vision(view.picture, phrase, entry, before=other))
+            view.outputs[ratio] = vision
+        values = grounder.run_stages(view.picture, phrase, entry, vision=vision)
         return Answer(
             text=grounder.encoder.decode(values.decoded.token_ids),
             token_ids=tuple(values.decoded.token_ids),
@@ -94,13 +94,13 @@ class BundleAnswerer:
         )
 
 
-def _keep(seen: Seen) -> Seen:
+def _keep(vision: VisionOutput) -> VisionOutput:
     """A copy of what a session may write over at its next run."""
     return replace(
-        seen,
-        visual_tokens=seen.visual_tokens.copy(),
-        kept_index=seen.kept_index.copy(),
-        position_ids=seen.position_ids.copy(),
+        vision,
+        visual_tokens=vision.visual_tokens.copy(),
+        kept_index=vision.kept_index.copy(),
+        position_ids=vision.position_ids.copy(),
     )
 
 

@@ -203,14 +203,14 @@ def _check_sample(
 ) -> Compared:
     manifest = grounder.bundle.manifest
     picture = load_picture(grounder.bundle.folder / sample.image)
-    seen = grounder.see(picture, sample.phrase, entry)
-    values = grounder.run_stages(picture, sample.phrase, entry, seen=seen, draft=False)
-    drafted = grounder.run_stages(picture, sample.phrase, entry, seen=seen)
+    vision = grounder.run_vision(picture, sample.phrase, entry)
+    values = grounder.run_stages(picture, sample.phrase, entry, vision=vision, draft=False)
+    drafted = grounder.run_stages(picture, sample.phrase, entry, vision=vision)
     place = first_divergence(drafted.decoded.token_ids, values.decoded.token_ids)
     margin = None
     if place is not None:
         again = grounder.run_stages(
-            picture, sample.phrase, entry, seen=seen, draft=False, most=place + 1
+            picture, sample.phrase, entry, vision=vision, draft=False, most=place + 1
         )
         chosen = drafted.decoded.token_ids[place : place + 1] or list(manifest.prompt.stop_ids)
         margin = find_margin(again.decoded.last_logits, chosen)

@@ -72,8 +72,8 @@ class StageValues:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """What the stages before the decoder gave of a picture at one ratio."""
+class VisionOutput:
+    """What the vision stages gave of a picture at one ratio, and the pixels that they took."""
 
     pixels: np.ndarray
     visual_tokens: np.ndarray
@@ -197,7 +197,7 @@ class Grounder:
         entry: RatioEntry,
         *,
         most: int | None = None,
-        seen: Seen | None = None,
+        vision: VisionOutput | None = None,
         draft: bool = True,
     ) -> StageValues:
         """Run every stage on an RGB picture and keep what each gave.
@@ -207,21 +207,21 @@ class Grounder:
             phrase: What to ground.
             entry: Of the picture's bucket.
             most: Tokens to decode, whether or not the answer ends before.
-            seen: What `see` gave of this picture at this ratio, to be used instead.
+            vision: What `run_vision` gave of this picture at this ratio, to be used instead.
             draft: False decodes token by token, however this was made.
         """
         manifest = self.bundle.manifest
         prompt = self.encoder.encode_within(phrase, manifest.layout)
-        if seen is None:
-            seen = self.see(picture, phrase, entry)
+        if vision is None:
+            vision = self.run_vision(picture, phrase, entry)
         decoder = self._open_decoder()
         looked = time.perf_counter()
         layout = manifest.layout.at(entry)
         decoded = decode_greedily(
             decoder,
             self._table,
-            splice_prompt(self._table, prompt.prefix, seen.visual_tokens, prompt.suffix),
-            seen.position_ids,
+            splice_prompt(self._table, prompt.prefix, vision.visual_tokens, prompt.suffix),
+            vision.position_ids,
             most=layout.answer if most is None else most,
             capacity=manifest.layout.capacity,
             stop_ids=manifest.prompt.stop_ids if most is None else (),
@@ -230,28 +230,28 @@ class Grounder:
         answered_ms = (time.perf_counter() - looked) * 1e3
         return StageValues(
             prompt_ids=prompt.prefix + prompt.suffix,
-            pixels=seen.pixels,
-            visual_tokens=seen.visual_tokens,
-            kept_index=seen.kept_index,
-            position_ids=seen.position_ids,
+            pixels=vision.pixels,
+            visual_tokens=vision.visual_tokens,
+            kept_index=vision.kept_index,
+            position_ids=vision.position_ids,
             decoded=decoded,
             milliseconds={
-                "preprocess": seen.preprocess_ms,
-                "vision": seen.vision_ms,
+                "preprocess": vision.preprocess_ms,
+                "vision": vision.vision_ms,
                 "prefill": decoded.prefill_ms,
                 "decode": decoded.decode_ms,
-                "total": seen.preprocess_ms + seen.vision_ms + answered_ms,
+                "total": vision.preprocess_ms + vision.vision_ms + answered_ms,
             },
         )
 
-    def see(
+    def run_vision(
         self,
         picture: Image.Image,
         phrase: str,
         entry: RatioEntry,
         *,
-        before: Seen | None = None,
-    ) -> Seen:
+        before: VisionOutput | None = None,
+    ) -> VisionOutput:
         """Run the stages before the decoder on an RGB picture.
 
         Args:
@@ -262,7 +262,7 @@ class Grounder:
         """
         manifest = self.bundle.manifest
         stage = manifest.stage(VISION, entry)
-        vision = self._open(stage)
+        session = self._open(stage)
         reads_phrase = self.reads_phrase(entry)
         text = self._open(manifest.stage(TEXT)) if reads_phrase and self._phrases else None
         began = time.perf_counter()
@@ -274,10 +274,10 @@ class Grounder:
         inputs = {"pixels": pixels}
         if reads_phrase:
             inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
-        given = vision.run(inputs)
+        given = session.run(inputs)
         looked = time.perf_counter()
         preprocess_ms = (prepared - began) * 1e3
-        return Seen(
+        return VisionOutput(
             pixels=pixels,
             visual_tokens=given["visual_tokens"],
             kept_index=given["kept_index"],
