@@ -17,11 +17,11 @@ from gap_runtime.bundle.layout import (
     require_ratio,
 )
 from gap_runtime.bundle.manifest import PhraseSource, WeightDtype
-from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
+from gap_runtime.errors import ConfigError, RecordError, UnknownNameError, describe_unknown
 from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.boxes import Frame
 from gap_runtime.records import load_record
-from gap_runtime.registry import describe_unknown, list_plugins, read_constant
+from gap_runtime.registry import list_plugins, read_constant
 
 Method = Literal["awq", "nearest"]
 POSITION_LINES: Final[dict[PositionMode, str]] = {

@@ -36,13 +36,13 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.layout import PositionMode
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.display import Display, Pace
-from gap_runtime.errors import ConfigError, GapError, InputError
+from gap_runtime.errors import ConfigError, GapError, InputError, suggest
 from gap_runtime.evaluation.answer import Answerer, BundleAnswerer, describe_bundle
 from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.results import Answers, Header, Subject
 from gap_runtime.evaluation.run import Spread, describe_data, evaluate
 from gap_runtime.records import dump_record
-from gap_runtime.registry import list_plugins, suggest
+from gap_runtime.registry import list_plugins
 from gap_runtime.report.page import write_page
 
 ALL: Final = "all"

@@ -48,11 +48,11 @@ from gap_runtime.bundle.manifest import (
     RatioEntry,
 )
 from gap_runtime.bundle.tensors import ITEM_BYTES
-from gap_runtime.errors import ConfigError, UnknownNameError
+from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
 from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.machines.target import ModelDtype, Target, load_target
 from gap_runtime.pictures.preprocess import Bucket
-from gap_runtime.registry import describe_unknown, load_plugin
+from gap_runtime.registry import load_plugin
 
 _INT4_OPSET: Final = 21
 

@@ -5,6 +5,8 @@ A message is one line without a full stop: what, where, found, expected, what to
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -75,3 +77,16 @@ class CheckError(GapError):
     """A comparison with the reference that failed or could not be made."""
 
     exit_code = 6
+
+
+def describe_unknown(noun: str, name: str, names: Iterable[str]) -> str:
+    """One line that names what was asked for, the near matches and all there is."""
+    return f"unknown {noun} '{name}'; {suggest(name, sorted(names))}"
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """The near matches of a name that there is not, and all that there are, in their order."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}have {', '.join(known) or 'none'}"

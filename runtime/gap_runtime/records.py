@@ -11,8 +11,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gap_runtime.errors import RecordError, WordError
-from gap_runtime.registry import suggest
+from gap_runtime.errors import RecordError, WordError, suggest
 
 Record = TypeVar("Record")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
-from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +10,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
-from gap_runtime.errors import UnknownNameError
+from gap_runtime.errors import UnknownNameError, describe_unknown
 
 
 def list_plugins(package: str) -> list[str]:
@@ -66,16 +64,3 @@ def load_plugin(package: str, name: str, noun: str) -> ModuleType:
     if name not in names:
         raise UnknownNameError(describe_unknown(noun, name, names))
     return import_module(f"{package}.{name}")
-
-
-def describe_unknown(noun: str, name: str, names: Iterable[str]) -> str:
-    """One line that names what was asked for, the near matches and all there is."""
-    return f"unknown {noun} '{name}'; {suggest(name, sorted(names))}"
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """The near matches of a name that there is not, and all that there are, in their order."""
-    known = list(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{hint}have {', '.join(known) or 'none'}"

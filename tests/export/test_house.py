@@ -318,3 +318,13 @@ def test_the_design_page_shows_the_layers_that_are_enforced(package):
     rooms = [room for layer in layers for room in re.findall(r"\w+", layer)]
     table = section.partition(f"| in {package} |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \| \w", table, re.MULTILINE) == rooms
+
+
+def test_the_runtime_stays_small_enough_to_be_kept_in_mind():
+    """At most 13 rooms, its own top among them, on at most 8 floors; no floor is two."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = {each["name"]: each for each in settings["tool"]["importlinter"]["contracts"]}
+    layers = contracts["rooms of gap_runtime"]["layers"]
+    assert len(re.findall(r"\w+", " ".join(layers))) + 1 <= 13
+    assert len(layers) <= 8
+    assert not any(":" in layer for layer in layers)

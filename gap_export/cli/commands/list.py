@@ -6,8 +6,8 @@ import argparse
 from typing import Any, Final
 
 from gap_runtime.cli.options import print_json
-from gap_runtime.errors import UnknownNameError
-from gap_runtime.registry import describe_unknown, list_plugins, read_constant, read_summary
+from gap_runtime.errors import UnknownNameError, describe_unknown
+from gap_runtime.registry import list_plugins, read_constant, read_summary
 
 SUMMARY: Final = "list models, pruners, targets and position modes"
 _KINDS: Final = ("models", "pruners", "targets", "positions")

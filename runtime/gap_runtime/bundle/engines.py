@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Final
 
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.files import write_whole
 from gap_runtime.bundle.hashes import hash_bytes, hash_file
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
 from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.errors import ConfigError, EngineError, RecordError
-from gap_runtime.files import write_whole
 from gap_runtime.machines.target import Target, list_targets, load_target
 from gap_runtime.records import dump_record, load_record
 

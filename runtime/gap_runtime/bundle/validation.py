@@ -22,11 +22,10 @@ from gap_runtime.bundle.manifest import (
     RatioEntry,
     Stage,
 )
-from gap_runtime.errors import BundleError, RecordError, SchemaError
+from gap_runtime.errors import BundleError, RecordError, SchemaError, suggest
 from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 from gap_runtime.records import load_record
-from gap_runtime.registry import suggest
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gap_runtime.cli.options import ArgumentParser, Command
-from gap_runtime.errors import ConfigError, UnknownNameError
-from gap_runtime.registry import describe_unknown, list_plugins, load_plugin
+from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
+from gap_runtime.registry import list_plugins, load_plugin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final, NamedTuple, Protocol
 
-from gap_runtime.errors import UnknownNameError
+from gap_runtime.errors import UnknownNameError, describe_unknown
 from gap_runtime.pictures.boxes import Box, BoxFormat
-from gap_runtime.registry import describe_unknown, list_plugins, load_plugin
+from gap_runtime.registry import list_plugins, load_plugin
 
 BOX: Final = "box"
 UNPARSABLE: Final = "unparsable"

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from gap_runtime.errors import RecordError, UnknownNameError
+from gap_runtime.errors import RecordError, UnknownNameError, describe_unknown
 from gap_runtime.records import load_record
-from gap_runtime.registry import describe_unknown
 
 if sys.version_info >= (3, 11):
     import tomllib

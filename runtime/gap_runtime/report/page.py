@@ -15,8 +15,8 @@ from typing import Final
 
 from PIL import Image
 
+from gap_runtime.bundle.files import write_whole
 from gap_runtime.errors import InputError
-from gap_runtime.files import write_whole
 
 STYLE_FILE: Final = Path(__file__).with_name("report.css")
 _MOST_SIDE: Final = 640

@@ -45,11 +45,11 @@ from gap_runtime.bundle.engines import (
     require_readable,
     write_engine_record,
 )
+from gap_runtime.bundle.files import write_whole
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError, EngineError
-from gap_runtime.files import write_whole
 
 _OPTIONS: Final = ("package",)
 _ATTENTION_ADVICE: Final = (

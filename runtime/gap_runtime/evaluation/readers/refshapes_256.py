@@ -10,12 +10,11 @@ from typing import Any, Final
 
 from PIL import Image
 
-from gap_runtime.errors import UnknownNameError
+from gap_runtime.errors import UnknownNameError, describe_unknown
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.refshapes256 import SPLITS, draw_scene
 from gap_runtime.evaluation.source import Source
 from gap_runtime.pictures.boxes import Box
-from gap_runtime.registry import describe_unknown
 
 SUFFIXES: Final = ()
 USUAL: Final = 1000

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gap_runtime.files import write_whole
+from gap_runtime.bundle.files import write_whole
 
 
 def test_what_was_written_takes_the_place(tmp_path):
