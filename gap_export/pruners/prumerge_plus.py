@@ -5,8 +5,10 @@ attention and the merging. Order: the grid, best first, then the others, best fi
 
 References:
     PruMerge+ (arXiv:2403.15388), whose stride follows from the adaptive count and whose grid
-    comes on top of it. A constant count is ours: it is shared by both, the stride is a third of
-    4 N / kept, and wider where the grid alone would not fit.
+    comes on top of it. A constant count is ours: it is shared by both. The stride is the one that
+    the authors' rule gives to a quarter of the count, and wider where the grid would leave less
+    than a twelfth of the count to attention, so that the picture always has a say. The authors'
+    own constant count (`if_adaptive=False`) keeps some tokens twice.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     tokens = attention_BN.shape[1]
     # Ranked apart: attention plus a bonus for the grid would round to ties in float32.
     grid = _place_grid(tokens, kept)
+    if not grid:
+        return merge_nearest(features, torch.topk(attention_BN, kept, dim=-1).indices)
     grid_G = torch.tensor(grid)
     rank_BG = torch.topk(torch.index_select(attention_BN, 1, grid_G), len(grid), dim=-1).indices
-    order_BK = torch.index_select(grid_G, 0, rank_BG[0])[None]
-    if kept > len(grid):
-        is_grid_N = torch.tensor([index in set(grid) for index in range(tokens)])
-        others_BN = torch.where(is_grid_N, -1.0, attention_BN)
-        best_BR = torch.topk(others_BN, kept - len(grid), dim=-1).indices
-        order_BK = torch.cat([order_BK, best_BR], dim=1)
-    return merge_nearest(features, order_BK)
+    on_grid_BG = torch.index_select(grid_G, 0, rank_BG[0])[None]
+    is_grid_N = torch.tensor([index in set(grid) for index in range(tokens)])
+    others_BN = torch.where(is_grid_N, -1.0, attention_BN)
+    best_BR = torch.topk(others_BN, kept - len(grid), dim=-1).indices
+    return merge_nearest(features, torch.cat([on_grid_BG, best_BR], dim=1))
 
 
 def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
@@ -68,8 +70,12 @@ def count_adaptively(vision: EagerVision) -> int:
 
 
 def _place_grid(tokens: int, kept: int) -> list[int]:
-    """Every stride-th token without the last one, at most `kept`."""
+    """Every stride-th token without the last one; none where a single one of several is kept."""
     stride = max(1, int(4 * tokens / kept) // 3)
-    while len(grid := list(range(0, max(tokens - 1, 1), stride))) > kept:
+    if stride == 1 and kept >= tokens - 1:
+        # What the authors keep where more than a sixth are outliers.
+        return list(range(max(tokens - 1, 1)))
+    most = kept * 11 // 12
+    while most and len(grid := list(range(0, tokens - 1, stride))) > most:
         stride += 1
-    return grid
+    return grid if most else []

@@ -1,12 +1,13 @@
 """Keep the patches that CLS attends to most, and evenly spaced others that stand for the rest.
 
-Ten of 64 kept tokens are of the second kind, and at least one of two or more. Every removed patch
-is given to the one of them whose key is most like its own, which takes in the mean of what it was
-given. Own order: the first kind in raster order, then the second.
+Ten of 64 tokens are of the second kind, and at least one of two or more. Every removed patch is
+given to the one of them whose key is most like its own, to which the mean of what it was given is
+added. Own order: the first kind in raster order, then the second.
 
 References:
-    VisionZip (arXiv:2412.04467). It also keeps the CLS token, which has no place in the raster;
-    here a patch has its place.
+    VisionZip (arXiv:2412.04467). Its authors count the CLS token among the first kind. CLS has no
+    place in the raster, so it is left out here, but the second kind is counted as if it were
+    there: 63 kept are their 64 (54 + 10) without CLS, token for token; 64 kept are one patch more.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
 
 
 def _count_contextual(kept: int) -> int:
-    return max(1, kept * 10 // 64) if kept >= 2 else 0
+    """Tokens of the second kind; CLS, which is not kept, counts as the authors count it."""
+    return max(1, (kept + 1) * 10 // 64) if kept >= 2 else 0
 
 
 def _space(rest: int, count: int) -> list[int]:

@@ -156,16 +156,17 @@ def prumerge_plus(query_C, keys_TC, patches_NC, kept):
 
 
 def prumerge_plus_grid(total, kept):
-    """Every stride-th token without the last one; wider until it fits into the budget."""
-    if total == 1:
-        return [0]
+    """Every stride-th token without the last one; wider until a twelfth of the count is left.
+
+    Not where all but the last one are kept anyway.
+    """
     step = int(4 * total / kept)
-    stride = max(1, step // 3)
-    grid = list(range(0, total - 1, stride))
-    while len(grid) > kept:
-        stride += 1
-        grid = list(range(0, total - 1, stride))
-    return grid
+    for stride in range(max(1, step // 3), total + 1):
+        grid = [index for index in range(max(1, total - 1)) if index % stride == 0]
+        everything = stride == 1 and len(grid) <= kept
+        if everything or 12 * (kept - len(grid)) >= kept:
+            return grid
+    return []
 
 
 def _one_head_attention(query_C, keys_TC):
@@ -291,12 +292,13 @@ def random(N, kept, seed):  # noqa: N803
 def visionzip(scores_N, keys_Nd, patches_NC, kept):
     """Best scores in raster order, then evenly spaced others that take in what is most like them.
 
-    Ten of 64 tokens are of the second kind, and at least one of two or more.
+    Ten of 64 tokens are of the second kind, CLS counted though it is not kept, and at least one
+    of two or more.
     """
     scores_N, patches_NC = float64(scores_N), float64(patches_NC)
     keys = unit_rows(keys_Nd)
     total = len(scores_N)
-    contextual = max(kept * 10 // 64, 1) if kept >= 2 else 0
+    contextual = max((kept + 1) * 10 // 64, 1) if kept >= 2 else 0
     dominants = sorted(top(scores_N, kept - contextual))
     remaining = others(dominants, total)
     targets = []

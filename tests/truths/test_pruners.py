@@ -197,14 +197,18 @@ def test_prumerge_plus_equals_priority_scores(total, kept):
     [
         (576, 64, 12),  # step 36
         (576, 40, 19),  # step 57
+        (576, 288, 3),  # half: stride 2 would be all of the 288
+        (256, 128, 3),
+        (64, 32, 3),
+        (576, 317, 2),  # 288 and 29
+        (576, 174, 4),  # what the authors' rule keeps where 40 are outliers and 10 lie on the grid
+        (576, 575, 1),  # what the authors' rule keeps where 100 are outliers
+        (576, 574, 2),
         (576, 576, 1),
-        (576, 575, 1),
-        (576, 574, 2),  # 575 tokens do not fit
-        (256, 18, 18),  # step 56
         (1, 1, 1),
-        (2, 1, 2),  # step 8
+        (256, 18, 18),  # step 56
         (2, 2, 1),  # step 4
-        (5, 1, 6),  # step 20
+        (5, 2, 4),
     ],
 )
 def test_grids_of_prumerge_plus(total, kept, stride):
@@ -213,14 +217,57 @@ def test_grids_of_prumerge_plus(total, kept, stride):
     assert len(grid) <= kept
 
 
+@pytest.mark.parametrize("total", [2, 5, 576])
+def test_a_single_token_of_prumerge_plus_is_the_best(total):
+    assert truth.prumerge_plus_grid(total, 1) == []
+
+
+def test_prumerge_plus_at_the_adaptive_total_keeps_what_the_authors_keep():
+    """Their choice in their own steps: outliers by attention, then what else is on the grid.
+
+    A total that lies between those of two strides can mean either; that is rare.
+    """
+    same = 0
+    for seed in range(100):
+        a = softmax_rows((0.5 + seed / 40) * draw(576, 1, seed)[:, 0])
+        first, third = np.percentile(a, 25), np.percentile(a, 75)
+        ratio = np.count_nonzero(a > third + 1.5 * (third - first)) / 576
+        outliers = best(a, int(576 * ratio))
+        grid = np.arange(0, 575, int(int(1 / ratio) / 3))
+        kept = {*outliers.tolist(), *grid.tolist()}
+        scores = a + 2 * np.isin(np.arange(576), truth.prumerge_plus_grid(576, len(kept)))
+        same += set(truth.top(scores, len(kept))) == kept
+    assert same >= 97
+
+
+@pytest.mark.parametrize(("dominant", "contextual"), [(54, 10), (108, 20), (162, 30)])
+def test_visionzip_is_the_authors_without_cls(dominant, contextual):
+    """Their steps on rows with CLS first, of which one of the dominant ones is CLS itself."""
+    total = 576
+    scores, keys, states = draw(total, 1)[:, 0], draw(total + 1, 6, 1), draw(total + 1, 5, 2)
+    keep = np.zeros(total + 1, dtype=bool)
+    keep[0] = True
+    keep[1 + best(scores, dominant - 1)] = True
+    others, metric = states[~keep], normalize(keys[~keep])
+    targets = np.arange(0, len(others), max(1, len(others) // contextual))[:contextual]
+    merged = np.setdiff1d(np.arange(len(others)), targets)
+    nearest = (metric[merged] @ metric[targets].T).argmax(axis=1)
+    centres = others[targets].copy()
+    for place in set(nearest.tolist()):
+        centres[place] += others[merged[nearest == place]].mean(axis=0)
+    made = truth.visionzip(scores, keys[1:], states[1:], dominant + contextual - 1)
+    close(made.rows, np.concatenate([states[keep][1:], centres]))
+
+
 @settings(max_examples=200)
 @given(st.integers(1, 700), st.data())
 def test_every_grid_of_prumerge_plus_fits(total, data):
     kept = data.draw(st.integers(1, total))
     grid = truth.prumerge_plus_grid(total, kept)
-    assert grid[0] == 0
-    assert 1 <= len(grid) <= kept
-    assert grid[-1] < total
+    assert grid[:1] == ([0] if kept > 1 or total == 1 else [])
+    assert all(index < total for index in grid)
+    # The picture has a say wherever two tokens or more are removed.
+    assert kept >= total - 1 or kept / 12 <= kept - len(grid)
 
 
 # Constants.
@@ -287,7 +334,16 @@ def test_random_is_a_permutation_cut_off():
 
 
 @pytest.mark.parametrize(
-    ("kept", "contextual"), [(1, 0), (2, 1), (6, 1), (7, 1), (13, 2), (64, 10), (128, 20)]
+    ("kept", "contextual"),
+    [
+        (1, 0),
+        (2, 1),
+        (6, 1),
+        (7, 1),
+        (13, 2),
+        # As called by the authors: 54 + 10, 108 + 20 and 162 + 30, CLS among the first.
+        *((63, 10), (64, 10), (127, 20), (128, 20), (191, 30), (192, 30)),
+    ],
 )
 def test_visionzip_counts(kept, contextual):
     scores = np.linspace(1, 0, 200)
