@@ -210,7 +210,7 @@ def test_protocols_ask_for_something():
     }
     assert members(Backend) == {"open_stage", "open_decoder", "find_missing"}
     assert members(Reader) == {"SUFFIXES", "USUAL", "recognise", "locate", "read"}
-    assert members(ScoringProtocol) == {"SUMMARY", "STRICT", "judge"}
+    assert members(ScoringProtocol) == {"SUMMARY", "STRICT", "FRAME", "MEASURE", "judge"}
 
 
 @pytest.mark.parametrize("name", MODULES)

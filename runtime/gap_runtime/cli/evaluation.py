@@ -38,8 +38,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SPEC",
-        help="what to ask: SET:SPLIT@DIR (refcoco:val@DIR), a file, or refshapes:test; see "
-        "docs/evaluation.md",
+        help="what to ask: SET:SPLIT@DIR (refcoco:val@DIR, ref-l4:all@DIR, "
+        "screenspot-v2:all@DIR), a file, or refshapes:test; see docs/evaluation.md",
     )
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="folder of the pictures (default: the data's)"

@@ -21,7 +21,7 @@ from typing import Any, Final
 from gap_runtime.errors import ConfigError, InputError
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.files import LINE_BYTES, read_json, read_lines, unreadable
-from gap_runtime.evaluation.readers import hub
+from gap_runtime.evaluation.parquet import read_columns
 from gap_runtime.evaluation.source import Reader, Source
 from gap_runtime.evaluation.splits import compare_counts
 from gap_runtime.registry import list_plugins, load_plugin
@@ -193,7 +193,7 @@ def _recognise(source: Source, readers: dict[str, Reader]) -> tuple[str, Reader,
 def _read_head(path: Path, suffix: str) -> Any:
     """What formats are told apart by; see Reader.recognise."""
     if suffix == ".parquet":
-        return hub.read_columns(path)
+        return read_columns(path)
     if suffix == ".jsonl":
         return next((record for _, record in read_lines(path)), None)
     if suffix == ".json":

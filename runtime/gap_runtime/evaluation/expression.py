@@ -35,7 +35,9 @@ class Expression:
 
     `key` names it within its data. `size` is (width, height) of the picture as the data claim,
     None where they do not. `target` names the object that is referred to, empty where the data
-    do not tell.
+    do not tell. `part` is the part of the data that papers quote by itself (`desktop icon`), empty
+    without one. `wrong` is whether a review found the phrase or the box wrong, None where nobody
+    looked.
     """
 
     key: str
@@ -44,6 +46,8 @@ class Expression:
     box: Box
     size: tuple[int, int] | None
     target: str
+    part: str = ""
+    wrong: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

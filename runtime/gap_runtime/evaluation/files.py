@@ -47,6 +47,18 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path), str(path))
 
 
+def read_records(path: Path) -> list[Any]:
+    """The values of a JSON file that holds a list.
+
+    Raises:
+        InputError: The file cannot be read, or holds anything else.
+    """
+    data = read_json(path)
+    if not isinstance(data, list):
+        raise InputError(f"{path}: holds a {type(data).__name__}, expected a list of records")
+    return data
+
+
 def read_bytes(path: Path) -> bytes:
     """All of a file that has to be read as a whole.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from struct import Struct
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from gap_runtime.errors import UnknownNameError, describe_unknown
 from gap_runtime.pictures.boxes import Box, BoxFormat
@@ -14,13 +15,18 @@ UNPARSABLE: Final = "unparsable"
 DEGENERATE: Final = "degenerate"
 Corners = tuple[float, float, float, float]
 """x0, y0, x1, y1 in whatever frame a script compares them."""
+Measure = Literal["iou", "point"]
 DEFAULT_PROTOCOL: Final = "ours"
 _SINGLES: Final = [Struct(f"{count}f") for count in range(7)]
 _PROTOCOLS: Final = "gap_runtime.evaluation.protocols"
+_LARGEST: Final = 1e15
+"""Numbers beyond are no coordinates: whatever a script makes of them is wrong."""
 
 
 class Judgement(NamedTuple):
     """IoU with the true box, at least 0 (a script's negative one is 0), and what was found.
+
+    Where the protocol measures points, `iou` is 1 for a point in the true box and 0 for others.
 
     `status` is `box`, `unparsable` (no box where the protocol expects one) or `degenerate` (one
     that spans no area: reversed corners, a line, a point, nothing inside the picture).
@@ -41,6 +47,12 @@ class ScoringProtocol(Protocol):
 
     STRICT: bool
     """Whether an answer counts from IoU > threshold, or from IoU >= threshold."""
+
+    FRAME: str | None
+    """The frame that boxes are compared in; None for the one that the model answers in."""
+
+    MEASURE: Measure
+    """What `judge` gives: an IoU, or 1 where a point lies in the true box and else 0."""
 
     def judge(self, answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
         """Judge one answer.
@@ -68,6 +80,24 @@ def load_protocol(name: str) -> ScoringProtocol:
         raise UnknownNameError(describe_unknown("protocol", name, list_protocols()))
     protocol: ScoringProtocol = load_plugin(_PROTOCOLS, name.replace("-", "_"), "protocol")
     return protocol
+
+
+def find_first(answer: str, spec: BoxFormat) -> Corners | None:
+    """The first proper box of an answer as fractions of the model's frame, in whatever order.
+
+    None where there is none, or a number in it is too large for a coordinate.
+    """
+    for attempt in re.findall(spec.attempt, answer):
+        match = re.fullmatch(spec.pattern, attempt)
+        if match is not None:
+            x0, y0, x1, y1 = (float(group) / spec.scale for group in match.groups())
+            return (x0, y0, x1, y1) if are_coordinates(x0, y0, x1, y1) else None
+    return None
+
+
+def are_coordinates(*numbers: float) -> bool:
+    """Whether all are numbers of a size that arithmetic in 32 bits can hold."""
+    return all(abs(number) <= _LARGEST for number in numbers)
 
 
 def judge_corners(found: Corners, true: Corners, *, edge: float = 0.0) -> Judgement:

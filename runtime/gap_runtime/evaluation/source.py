@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gap_runtime.errors import InputError
-from gap_runtime.evaluation.expression import Expression
+from gap_runtime.evaluation.expression import Expression, FilePicture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,36 @@ class Source:
     def image_folder(self) -> Path:
         """Where the pictures are: as the user says, or beside the data."""
         return self.path.parent if self.images is None else self.images
+
+    def find_images(self, *places: str) -> Path:
+        """Where the pictures are: as the user says, or where the set has them.
+
+        Args:
+            places: Folders as they are published, seen from that of the data; the first that is
+                there is taken, and that of the data where none is.
+        """
+        home = self.paths[0].parent
+        if self.images is not None:
+            return self.images
+        return next((home / place for place in places if (home / place).is_dir()), home)
+
+    def require_unpacked(self, picture: FilePicture, archive: str) -> None:
+        """Refuse data whose pictures nobody has unpacked, before all of them are missed.
+
+        Args:
+            picture: The first one.
+            archive: The file that they are published in, beside the data or a folder above.
+
+        Raises:
+            InputError: The picture is not there and the archive is.
+        """
+        home = self.paths[0].parent
+        packed = existing(home / archive, home.parent / archive)
+        if packed and not picture.path.is_file():
+            raise InputError(
+                f"{packed[0]}: the pictures are still packed ({picture.path.name} is not in "
+                f"{picture.path.parent}); unpack it and give their folder with --images"
+            )
 
 
 class Reader(Protocol):

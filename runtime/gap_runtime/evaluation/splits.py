@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-COUNTS: Final = {
+COUNTS: Final[dict[tuple[str, str], tuple[int, int | None]]] = {
     ("refcoco", "val"): (10834, 3811),
     ("refcoco", "testA"): (5657, 1975),
     ("refcoco", "testB"): (5095, 1810),
@@ -17,8 +17,16 @@ COUNTS: Final = {
     ("refcoco+", "testB"): (4889, 1798),
     ("refcocog", "val"): (4896, 2573),
     ("refcocog", "test"): (9602, 5023),
+    ("ref-l4", "val"): (13420, None),
+    ("ref-l4", "test"): (31921, None),
+    ("ref-l4", "all"): (45341, None),
+    ("screenspot-v2", "all"): (1272, None),
+    ("screenspot-pro", "all"): (1581, None),
 }
-"""Phrases and objects by set and split: UNC's of RefCOCO and RefCOCO+, UMD's of RefCOCOg."""
+"""Phrases and objects (None: nobody says) by set and split.
+
+UNC's splits of RefCOCO and RefCOCO+, UMD's of RefCOCOg.
+"""
 
 USUAL_BY: Final = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 """Who made the split that is meant where none is named."""
@@ -36,11 +44,13 @@ def compare_counts(name: str, split: str, by: str, targets: Sequence[str]) -> st
     known = COUNTS.get((name, split))
     if known is None or by not in {"", USUAL_BY.get(name)}:
         return None
-    objects = len(set(targets)) if all(targets) else None
-    if len(targets) == known[0] and objects in {None, known[1]}:
+    phrases, about = known
+    objects = len(set(targets)) if all(targets) and about is not None else None
+    if len(targets) == phrases and objects in {None, about}:
         return None
-    about = "" if objects is None else f" about {objects:,} objects"
+    found = "" if objects is None else f" about {objects:,} objects"
+    published = f"{phrases:,}" if about is None else f"{phrases:,} about {about:,}"
     return (
-        f"{name}:{split} holds {len(targets):,} phrases{about}; the published split has "
-        f"{known[0]:,} about {known[1]:,}, so figures do not compare with published ones"
+        f"{name}:{split} holds {len(targets):,} phrases{found}; the published split has "
+        f"{published}, so figures do not compare with published ones"
     )

@@ -15,7 +15,9 @@ from gap_runtime.evaluation.protocol import (
     round_singles,
 )
 from gap_runtime.evaluation.protocols.internvl import find_parts
+from gap_runtime.evaluation.protocols.qwen25 import resize_box
 from gap_runtime.evaluation.protocols.shikra import pad_box
+from gap_runtime.pictures.boxes import Box, iou
 
 # A wide picture: padded to a square of 200, it lies 50 pixels below the top.
 SIZE = (200, 100)
@@ -74,6 +76,34 @@ CASES = [
     ("minigpt-v2", "It is {<25><25><50><75>}", 0.0, "unparsable"),
     ("minigpt-v2", " { <25> <25> <50> <75> } <unk>", 1.0, "box"),
     ("minigpt-v2", "{<25><25><50><75>} it is", 1.0, "box"),
+    # Ref-L4's: the first box, not cut: x -50 to 100, of which a third is the true box.
+    ("ref-l4", PADDED, 1.0, "box"),
+    ("ref-l4", f"It is [here] {PADDED} [0, 0.3, 0.1, 0.4]", 1.0, "box"),
+    ("ref-l4", "[-0.25, 0.375, 0.5, 0.625]", 1 / 3, "box"),
+    ("ref-l4", "[0.5, 0.375, 0.25, 0.625]", 0.0, "degenerate"),
+    ("ref-l4", "[1" + "0" * 50 + ", 0.375, 0.25, 0.625]", 0.0, "unparsable"),
+    # A point in the box: the centre of a box whose IoU is a third, whatever the order of corners.
+    ("point", "[0.0, 0.375, 0.75, 0.625]", 1.0, "box"),
+    ("point", "[0.75, 0.375, 0.0, 0.625]", 1.0, "degenerate"),
+    ("point", "[0.5, 0.375, 0.75, 0.625]", 0.0, "box"),
+    ("point", "click (0.375, 0.5)", 1.0, "box"),
+    ("point", "[0.375,0.5]", 1.0, "box"),
+    ("point", "(0.375, 0.3)", 0.0, "box"),
+    # On the edge: x is 0.5 of 200.
+    ("point", "(0.5, 0.5)", 1.0, "box"),
+    ("point", "(0.501, 0.5)", 0.0, "box"),
+    ("point", "at 0.375, 0.5", 0.0, "unparsable"),
+    ("point", "(1" + "0" * 50 + ", 0.5)", 0.0, "unparsable"),
+    # Qwen's frame: 200 x 100 becomes 196 x 112, the true box 49, 28, 98, 84.
+    ("qwen25", '[{"bbox_2d": [49, 28, 98, 84], "label": "mug"}]', 1.0, "box"),
+    # Pixels of the original: 48 * 47 of 50 * 50 and 49 * 56.
+    ("qwen25", '{"bbox_2d": [50,25, 100,75]}', 2256 / 2988, "box"),
+    # Taken for fractions of the original, 200 x 100: 49 * 56, of which all but 84 - 100 is in it.
+    ("qwen25", '"bbox_2d": [0, 0, 1, 1]', 49 * 56 / 20000, "box"),
+    ("qwen25", '"bbox_2d": [98, 28, 49, 84]', 0.0, "degenerate"),
+    ("qwen25", '"bbox_2d": [49.0, 28.0, 98.0, 84.0]', 0.0, "unparsable"),
+    ("qwen25", PADDED, 0.0, "unparsable"),
+    ("qwen25", '"bbox_2d": [1' + "0" * 5000 + ", 28, 98, 84]", 0.0, "unparsable"),
     # Spaces, which one script does not expect.
     ("shikra", PADDED, 0.0, "unparsable"),
     # No box, no number, too many numbers.
@@ -165,14 +195,34 @@ def test_the_bracket_search_finds_what_the_pattern_finds():
 
 def test_an_endless_answer_is_judged_at_once(llava_box):
     for name in list_protocols():
-        for piece in ("[", ",", "[,", "[0.1, ", "{<1>", "[0.1,0.1,0.1,0.1;", "9"):
+        for piece in ("[", ",", "[,", "[0.1, ", "{<1>", "[0.1,0.1,0.1,0.1;", "9", '"bbox_2d": [9'):
             load_protocol(name).judge(piece * 3000, SIZE, TRUE, llava_box)
 
 
+def test_stretching_both_boxes_changes_no_iou():
+    """Qwen's frame differs from the original by the rounding of the true box, and no more."""
+    rng = random.Random(2)
+    for _ in range(200):
+        size = (rng.randrange(200, 700), rng.randrange(200, 700))
+        true, found = (
+            Box(x, y, x + rng.randrange(60, 120), y + rng.randrange(60, 120))
+            for x, y in [(rng.randrange(60), rng.randrange(60)) for _ in "ab"]
+        )
+        stretched = [round(value) for value in resize_box(found, size)]
+        judged = load_protocol("qwen25").judge(f'{{"bbox_2d": {stretched}}}', size, true, None)
+        # Four edges, each off by at most half a pixel on both boxes.
+        assert judged.iou == pytest.approx(iou(true, found), abs=0.06)
+
+
 def test_protocols_by_name():
-    assert list_protocols() == ["internvl", "lmms-eval", "minigpt-v2", "ours", "shikra"]
+    assert list_protocols() == [
+        *("internvl", "lmms-eval", "minigpt-v2", "ours", "point", "qwen25", "ref-l4", "shikra")
+    ]
     for name in list_protocols():
-        assert load_protocol(name).SUMMARY
+        protocol = load_protocol(name)
+        assert protocol.SUMMARY
+        assert protocol.FRAME != ""
+        assert protocol.MEASURE in {"iou", "point"}
     with pytest.raises(UnknownNameError, match="did you mean lmms-eval"):
         load_protocol("lmms_eval")
     with pytest.raises(UnknownNameError, match="have internvl"):

@@ -12,13 +12,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_singles, round_singles
+from gap_runtime.evaluation.protocol import (
+    NO_BOX,
+    Judgement,
+    Measure,
+    are_coordinates,
+    judge_singles,
+    round_singles,
+)
 from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "first [a,b,c,d], thousandths if they sum to 4, no unpadding; IoU >= t"
 STRICT: Final = False
-_LARGEST: Final = 1e15
-"""Numbers beyond are no coordinates: whatever the script makes of them is wrong."""
+FRAME: Final = "original"
+MEASURE: Final[Measure] = "iou"
 
 
 def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
@@ -29,7 +36,7 @@ def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judg
         numbers = [float(part) for part in parts]
     except ValueError:
         return NO_BOX
-    if len(numbers) != 4 or not all(abs(number) <= _LARGEST for number in numbers):
+    if len(numbers) != 4 or not are_coordinates(*numbers):
         return NO_BOX
     width, height = size
     x0, y0, x1, y1 = round_singles(*numbers)

@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_corners
+from gap_runtime.evaluation.protocol import NO_BOX, Judgement, Measure, judge_corners
 from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "first [a, b, c, d] as fractions of the picture, no unpadding; IoU >= t"
 STRICT: Final = False
+FRAME: Final = "original"
+MEASURE: Final[Measure] = "iou"
 _NUMBER: Final = r"(-?\d+(?:\.\d+)?)"
 _FOUND: Final = re.compile(rf"\[\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\s*\]")
 

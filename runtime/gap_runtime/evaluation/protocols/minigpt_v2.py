@@ -13,11 +13,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.evaluation.protocol import NO_BOX, Judgement, judge_corners
+from gap_runtime.evaluation.protocol import NO_BOX, Judgement, Measure, judge_corners
 from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "{<a><b><c><d>} at the start, hundredths; pixels counted (+1); IoU > t"
 STRICT: Final = True
+FRAME: Final = "original"
+MEASURE: Final[Measure] = "iou"
 _SCALE: Final = 100.0
 _FOUND: Final = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 

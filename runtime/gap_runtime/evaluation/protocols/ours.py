@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, judge_corners
+from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, Measure, judge_corners
 from gap_runtime.pictures.boxes import Box, BoxFormat, parse_boxes
 
 SUMMARY: Final = "the model's own frame; exactly one usable box; IoU >= t"
 STRICT: Final = False
+FRAME: Final = None
+MEASURE: Final[Measure] = "iou"
 
 
 def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:

@@ -18,6 +18,7 @@ from gap_runtime.evaluation.protocol import (
     NO_BOX,
     Corners,
     Judgement,
+    Measure,
     judge_singles,
     round_singles,
 )
@@ -25,6 +26,8 @@ from gap_runtime.pictures.boxes import Box, BoxFormat
 
 SUMMARY: Final = "exactly one [a,b,c,d], both boxes in the padded square; IoU > t"
 STRICT: Final = True
+FRAME: Final = "padded-square"
+MEASURE: Final[Measure] = "iou"
 _NUMBER: Final = r"\d(?:\.\d*)?"
 _BOX: Final = rf"{_NUMBER}(?:,{_NUMBER}){{3}}"
 _FOUND: Final = re.compile(rf"\[({_BOX}(?:;{_BOX})*)\]")

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 from PIL import Image
 
-from gap_runtime.errors import ConfigError, InputError
+from gap_runtime.errors import InputError
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.fields import read_extent, read_list, read_name, read_text
+from gap_runtime.evaluation.parquet import read_group, read_rows, require_columns
 from gap_runtime.evaluation.source import Source
 from gap_runtime.pictures.load import read_picture
 
@@ -64,17 +64,10 @@ def locate(folder: Path, source: Source) -> tuple[Path, ...]:
 
 def read(source: Source) -> Iterator[Expression]:
     """All sentences of all rows of all parts."""
-    parquet = _import_parquet()
     for part, path in enumerate(source.paths):
-        with _open(parquet, path) as file:
-            names = file.schema_arrow.names
-            lacking = [name for name in (*_COLUMNS, _IMAGE) if name not in names]
-            if lacking:
-                raise InputError(f"{path}: no column '{lacking[0]}'; have {', '.join(names)}")
-            for group in range(file.num_row_groups):
-                rows = _read_group(file, path, group, list(_COLUMNS))
-                for row, record in enumerate(rows):
-                    yield from _read_row(path, part, group, row, record)
+        require_columns(path, (*_COLUMNS, _IMAGE))
+        for group, row, record in read_rows(path, _COLUMNS):
+            yield from _read_row(path, part, group, row, record)
 
 
 def _read_row(
@@ -100,39 +93,4 @@ def _read_row(
 @lru_cache(maxsize=1)
 def _read_pictures(path: Path, group: int) -> list[Any]:
     """The pictures of a group of rows, still packed."""
-    with _open(_import_parquet(), path) as file:
-        return [row[_IMAGE] for row in _read_group(file, path, group, [_IMAGE])]
-
-
-def _read_group(file: Any, path: Path, group: int, columns: list[str]) -> list[dict[str, Any]]:
-    try:
-        rows: list[dict[str, Any]] = file.read_row_group(group, columns=columns).to_pylist()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: broken ({' '.join(str(error).split()):.100})") from error
-    return rows
-
-
-def read_columns(path: Path) -> list[str]:
-    """Names of the columns of a parquet file."""
-    with _open(_import_parquet(), path) as file:
-        names: list[str] = file.schema_arrow.names
-        return names
-
-
-def _open(parquet: ModuleType, path: Path) -> Any:
-    try:
-        return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read as parquet ({reason:.100})") from error
-
-
-def _import_parquet() -> ModuleType:
-    try:
-        from pyarrow import parquet  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise ConfigError(
-            "parquet files need pyarrow: pip install 'gap-runtime[evaluate]'"
-        ) from error
-    module: ModuleType = parquet
-    return module
+    return [row[_IMAGE] for row in read_group(path, group, [_IMAGE])]

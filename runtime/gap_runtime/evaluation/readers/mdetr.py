@@ -28,11 +28,25 @@ from gap_runtime.evaluation.source import Source, existing
 
 SUFFIXES: Final = (".json",)
 USUAL: Final = None
+QUALITY: Final = "caption_quality"
+"""What a review adds to an annotation; see gap_runtime.evaluation.readers.reviewed."""
 
 
 def recognise(head: Any) -> bool:
     """Whether it is of this format."""
+    return is_coco(head) and not is_reviewed(head)
+
+
+def is_coco(head: Any) -> bool:
+    """Whether it has COCO's form."""
     return isinstance(head, dict) and {"images", "annotations"} <= set(head)
+
+
+def is_reviewed(head: Any) -> bool:
+    """Whether the first annotation of a file of COCO's form says what a review found."""
+    annotations = head["annotations"]
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    return isinstance(first, dict) and QUALITY in first
 
 
 def locate(folder: Path, source: Source) -> tuple[Path, ...]:
@@ -42,6 +56,12 @@ def locate(folder: Path, source: Source) -> tuple[Path, ...]:
 
 def read(source: Source) -> Iterator[Expression]:
     """All image records; each is one phrase."""
+    for expression, _, _ in read_pairs(source):
+        yield expression
+
+
+def read_pairs(source: Source) -> Iterator[tuple[Expression, Any, str]]:
+    """All image records as phrases, each with its annotation and the place of the record."""
     path = source.path
     data = read_json(path)
     boxes: dict[str, list[Any]] = {}
@@ -59,7 +79,7 @@ def read(source: Source) -> Iterator[Expression]:
         file = read_path(record, "file_name", where)
         # The annotation of COCO that this one is a copy of tells the object.
         target = str(own[0].get("original_id", ""))
-        yield Expression(
+        expression = Expression(
             key=key,
             picture=find_picture(file, source.image_folder, where, turned=False, flat=True),
             phrase=read_text(record, "caption", where),
@@ -67,3 +87,4 @@ def read(source: Source) -> Iterator[Expression]:
             size=read_size(record, where),
             target=target,
         )
+        yield expression, own[0], where

@@ -13,17 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from gap_runtime.errors import InputError
 from gap_runtime.evaluation.expression import Expression, find_picture
 from gap_runtime.evaluation.fields import (
-    describe,
     need,
     read_extent,
     read_name,
     read_size,
     read_text,
 )
-from gap_runtime.evaluation.files import read_json
+from gap_runtime.evaluation.files import read_records
 from gap_runtime.evaluation.source import Source, existing
 from gap_runtime.pictures.boxes import Box
 
@@ -47,12 +45,9 @@ def locate(folder: Path, source: Source) -> tuple[Path, ...]:
 def read(source: Source) -> Iterator[Expression]:
     """All records; each is one phrase."""
     path = source.path
-    data = read_json(path)
-    if not isinstance(data, list):
-        raise InputError(f"{path}: holds {describe(data)}, expected a list of records")
     boxes: dict[str, Box] = {}
     shared: set[str] = set()
-    for k, record in enumerate(data):
+    for k, record in enumerate(read_records(path)):
         where = f"{path}: record {k}"
         name = read_name(record, "img_id", where)
         box = read_extent(record, "bbox", where)
