@@ -17,6 +17,7 @@ from gap_runtime.bundle.manifest import (
     TEXT,
     TEXT_FEATURES,
     TEXT_IDS,
+    TILES,
     VISION,
     Manifest,
     RatioEntry,
@@ -25,6 +26,7 @@ from gap_runtime.bundle.manifest import (
 from gap_runtime.errors import BundleError, RecordError, SchemaError, suggest
 from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
+from gap_runtime.pictures.tiles import count_views
 from gap_runtime.records import load_record
 
 
@@ -120,7 +122,7 @@ def _are_canvases_usable(preprocess: Preprocess) -> bool:
     """Whether the canvases can be cut into tiles, and are there where they are needed."""
     sizes = [size for canvas in preprocess.canvases for size in canvas]
     whole = all(size > 0 and size % max(preprocess.side, 1) == 0 for size in sizes)
-    return whole and (preprocess.mode != ANYRES or bool(sizes))
+    return whole and (preprocess.mode not in {ANYRES, TILES} or bool(sizes))
 
 
 def _are_buckets_usable(buckets: tuple[Bucket, ...], preprocess: Preprocess) -> bool:
@@ -132,6 +134,8 @@ def _are_buckets_usable(buckets: tuple[Bucket, ...], preprocess: Preprocess) -> 
         ordered = sorted({index for index in bucket.fixed if 0 <= index < bucket.patches})
         if not sizes or min(sizes) <= 0 or bucket.strip <= 0 or ordered != list(bucket.fixed):
             return False
+    if preprocess.mode == TILES:
+        return _are_tiles_usable(buckets, preprocess)
     if preprocess.mode != ANYRES:
         return len(buckets) == 1 and buckets[0].canvas is None
     # View 0 and a tile have the same square grid, whatever the canvas.
@@ -140,6 +144,15 @@ def _are_buckets_usable(buckets: tuple[Bucket, ...], preprocess: Preprocess) -> 
         bucket.canvas in preprocess.canvases
         and len(bucket.grids) == 2
         and bucket.grids[0] == (tile_grid, tile_grid)
+        for bucket in buckets
+    )
+
+
+def _are_tiles_usable(buckets: tuple[Bucket, ...], preprocess: Preprocess) -> bool:
+    """Whether every bucket has one grid for each of its views, all alike."""
+    return bool(buckets) and all(
+        bucket.canvas in preprocess.canvases
+        and bucket.grids == buckets[0].grids[:1] * count_views(bucket.canvas, preprocess.side)
         for bucket in buckets
     )
 

@@ -152,8 +152,17 @@ def make_views(
         for top in range(0, canvas[1], side)
         for left in range(0, canvas[0], side)
     ]
-    views = np.stack([np.asarray(view, dtype=np.float32) for view in (whole, *tiles)])
-    scaled = views * np.float32(1 / 255)
+    return normalize_views([whole, *tiles], mean, std)
+
+
+def normalize_views(
+    views: Sequence[Image.Image],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> np.ndarray:
+    """Normalized pixels of views of one size, float32 [1, views, 3, height, width]."""
+    values = np.stack([np.asarray(view, dtype=np.float32) for view in views])
+    scaled = values * np.float32(1 / 255)
     normalized = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
     return np.ascontiguousarray(normalized.transpose(0, 3, 1, 2)[None])
 

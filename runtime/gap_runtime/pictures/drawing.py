@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from gap_runtime.pictures.boxes import Box, clip_box, unpad_box
 from gap_runtime.pictures.load import find_bucket
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
+from gap_runtime.pictures.tiles import tile_cells
 
 _LEAST_SIDE: Final = 480
 BOX_COLOUR: Final = (255, 64, 129)
@@ -140,6 +141,12 @@ def _find_patches(
 ) -> dict[int, Box]:
     """Where visual tokens lie in the picture; those in the padding are left out."""
     bucket = find_bucket(picture.size, spec, buckets)
+    if spec.mode == "tiles" and bucket.canvas is not None:
+        # Behind the tiles the whole picture comes once more, in coarser tokens.
+        size = picture.size
+        cells = tile_cells(bucket.canvas, bucket.grids[0], spec.side)
+        places = [clip_box(unpad_box([*cell], "original", *size), *size) for cell in cells]
+        return {token: box for token, box in enumerate(places) if box is not None}
     # Of several grids the last is the finest, and shows the whole picture too.
     rows, columns = bucket.grids[-1]
     found = {}

@@ -14,8 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.pictures.anyres import MAX_PIXELS, choose_canvas, make_views, mosaic_grid
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
+from gap_runtime.pictures.tiles import choose_tiles, make_tiles, shape_for
 
-_MODES: Final = "pad, stretch, anyres"
+_MODES: Final = "pad, stretch, anyres, tiles"
 _ORIENTATION: Final = 0x0112
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -164,7 +165,8 @@ def make_pixels(picture: Image.Image, spec: Preprocess, bucket: Bucket) -> np.nd
         The models' own `image_aspect_ratio=pad` with CLIP's processor: bicubic, 1/255, mean, std.
     """
     if bucket.canvas is not None:
-        return make_views(picture, bucket.canvas, spec.side, spec.mean, spec.std)
+        make = make_tiles if spec.mode == "tiles" else make_views
+        return make(picture, bucket.canvas, spec.side, spec.mean, spec.std)
     if spec.mode == "pad":
         picture = pad_to_square(picture, spec.fill)
     elif spec.mode != "stretch":
@@ -181,6 +183,8 @@ def find_bucket(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, 
     Raises:
         InputError: None of them is made for its shape; the message names the one to export.
     """
+    if spec.mode == "tiles":
+        return _find_tiled(size, spec, buckets)
     if spec.mode != "anyres":
         return buckets[0]
     width, height = size
@@ -201,6 +205,21 @@ def find_bucket(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, 
     )
 
 
+def _find_tiled(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]) -> Bucket:
+    """The bucket of the canvas whose aspect is nearest to the picture's."""
+    canvas = choose_tiles(size, spec.canvases)
+    for bucket in buckets:
+        if bucket.canvas == canvas:
+            return bucket
+    across, down = canvas[0] // spec.side, canvas[1] // spec.side
+    raise InputError(
+        f"a picture of {size[0]}x{size[1]} is cut into {across}x{down} tiles, and needs graphs "
+        f"for a canvas of {canvas[0]}x{canvas[1]}; have {', '.join(b.name for b in buckets)}; "
+        f"export with --set image.canvas={canvas[0]}x{canvas[1]}, or crop the picture to one of "
+        "those"
+    )
+
+
 def fitting_size(bucket: Bucket, spec: Preprocess) -> tuple[int, int]:
     """(width, height) of a picture whose bucket this is.
 
@@ -209,6 +228,14 @@ def fitting_size(bucket: Bucket, spec: Preprocess) -> tuple[int, int]:
     """
     if bucket.canvas is None:
         return spec.side, spec.side
+    if spec.mode == "tiles":
+        shape = shape_for(bucket.canvas, spec.canvases, spec.side)
+        if shape is None:
+            raise BundleError(
+                f"no picture fits bucket '{bucket.name}': another canvas always wins; export "
+                "without it"
+            )
+        return shape
     (tile_grid, _), (rows, columns) = bucket.grids[0], bucket.grids[-1]
     exact = (columns * spec.side // tile_grid, rows * spec.side // tile_grid)
     # A smaller canvas may hold the exact size, and not the longest one that counts as much.

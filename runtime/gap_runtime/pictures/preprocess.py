@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gap_runtime.pictures.tiles import count_views
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
     """How a picture becomes pixels: RGB, shaped, resized, scaled, normalized.
 
-    `mode` is `pad` (to a square filled with `fill`), `stretch`, or `anyres` (a view of the whole
-    picture, then tiles of it on the fitting one of `canvases`, (width, height) in pixels).
+    `mode` is `pad` (to a square filled with `fill`), `stretch`, `anyres` (a view of the whole
+    picture, then tiles of it on the fitting one of `canvases`, (width, height) in pixels), or
+    `tiles` (tiles of the picture stretched to the nearest of `canvases`, then the whole).
     `side` is that of every view.
     """
 
@@ -29,6 +32,8 @@ class Preprocess:
         if bucket.canvas is None:
             return 1, 3, self.side, self.side
         width, height = bucket.canvas
+        if self.mode == "tiles":
+            return 1, count_views(bucket.canvas, self.side), 3, self.side, self.side
         if self.mode != "anyres":
             return 1, 3, height, width
         return 1, 1 + width // self.side * (height // self.side), 3, self.side, self.side
@@ -40,7 +45,7 @@ class Bucket:
 
     The visual tokens are `grids` of (rows, columns), one after another, and in between those of
     the indices `fixed`, which show no part of the picture and are never removed. A token of a
-    grid is a horizontal strip of `strip` patches. `canvas` is (width, height) in pixels, null
+    grid is made of `strip` neighbouring patches. `canvas` is (width, height) in pixels, null
     where pictures of any shape take the same road.
     """
 

@@ -325,7 +325,7 @@ def test_stretch_mode_does_not_pad():
 
 
 def test_unknown_mode_is_refused(noise):
-    with pytest.raises(GapError, match="mode 'crop' is unknown; have pad, stretch, anyres"):
+    with pytest.raises(GapError, match="mode 'crop' is unknown; have pad, stretch, anyres, tiles"):
         make_pixels(noise, make_spec(mode="crop"), ONE)
 
 
