@@ -185,6 +185,22 @@ def test_an_input_of_a_node_that_the_parser_ignores(change):
         build_bundle(changed)
 
 
+def test_the_library_warns_of_an_ignored_input_when_it_builds(change, monkeypatch):
+    """Of one that nothing else reads; without our own list this is what is left."""
+
+    def plant(graph):
+        graph.input.append(helper.make_tensor_value_info("lengths", TensorProto.INT64, [1]))
+        for node in graph.node:
+            if node.op_type == "Attention":
+                node.input.extend([""] * (6 - len(node.input)) + ["lengths"])
+
+    changed = change("decoder", plant)
+    monkeypatch.setattr("gap_runtime.backends.tensorrt.rules._IGNORED", {})
+    monkeypatch.setattr("gap_runtime.backends.tensorrt.builder.require_interface", lambda *_: None)
+    with pytest.raises(EngineError, match=r"ignores a part of it: .*Unused Input: lengths"):
+        build_bundle(changed)
+
+
 def test_a_missing_weight_file(change):
     changed = change("vision", lambda _graph: None)
     name = next(name for name in changed.manifest.files if name.endswith(".safetensors"))

@@ -29,14 +29,20 @@ class FakeCuda(types.ModuleType):
         self.blocks, self.recording, self.graphs = {}, None, []
         self.counts = {"malloc": 0, "free": 0, "launch": 0, "enqueue": 0}
         self.cudaDeviceAttr = types.SimpleNamespace(
-            cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
+            cudaDevAttrComputeCapabilityMajor=75,
+            cudaDevAttrComputeCapabilityMinor=76,
+            cudaDevAttrIntegrated=18,
         )
+        self.is_integrated, self.loads_driver, self.last_error = False, True, SUCCESS
         self.cudaMemcpyKind = types.SimpleNamespace(
             cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2
         )
         self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def cudaGetDeviceCount(self):
+        if not self.loads_driver:
+            # As cuda-python 12.6 does.
+            raise RuntimeError("Failed to dlopen libcuda.so.1")
         return (SUCCESS, self.devices) if self.devices else (NO_DRIVER, None)
 
     def cudaGetErrorString(self, status):
@@ -46,6 +52,8 @@ class FakeCuda(types.ModuleType):
         return (SUCCESS,)
 
     def cudaDeviceGetAttribute(self, attribute, _index):
+        if attribute == self.cudaDeviceAttr.cudaDevAttrIntegrated:
+            return SUCCESS, int(self.is_integrated)
         return SUCCESS, self.capability[attribute - 75]
 
     def cudaMemGetInfo(self):
@@ -107,10 +115,15 @@ class FakeCuda(types.ModuleType):
 
     def cudaStreamEndCapture(self, _stream):
         work, self.recording = self.recording, None
-        return (SUCCESS, work) if self.can_capture else (NO_CAPTURE, None)
+        if self.can_capture:
+            return SUCCESS, work
+        # It stays set until somebody asks.
+        self.last_error = NO_CAPTURE
+        return NO_CAPTURE, None
 
     def cudaGetLastError(self):
-        return (SUCCESS,)
+        error, self.last_error = self.last_error, SUCCESS
+        return (error,)
 
     def cudaGraphInstantiate(self, graph, _flags):
         self.graphs.append(graph)
@@ -146,7 +159,9 @@ class FakeTensorrt(types.ModuleType):
         self.__version__ = version
         self.cuda, self.compute = cuda, compute
         self.graphs, self.configs, self.stop_at = {}, [], None
-        self.build_error = None
+        self.build_error, self.starts = None, True
+        self.is_rtx, self.is_capturable, self.contexts = name == "tensorrt_rtx", True, []
+        self.compiled = []
         trt = self
 
         class ILogger:
@@ -159,6 +174,10 @@ class FakeTensorrt(types.ModuleType):
         self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
         self.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
         self.ComputeCapability = types.SimpleNamespace(SM80=80, SM86=86, SM89=89, SM120=120)
+        self.BuilderFlag = types.SimpleNamespace(TF32="tf32")
+        if self.is_rtx:
+            self.BuilderFlag.REQUIRE_USER_ALLOCATION = "require-user-allocation"
+            self.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(EAGER=1)
         self.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED=2)
         for kind in (_Builder, _Parser, _Runtime):
             setattr(self, kind.__name__.strip("_"), _bind(kind, trt))
@@ -190,8 +209,16 @@ def _tensors(specs):
     ]
 
 
+def _require_start(trt, log):
+    """What the bindings make of a null from the library."""
+    if not trt.starts:
+        log.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
 class _Builder:
     def __init__(self, trt, log):
+        _require_start(trt, log)
         self.trt, self.log = trt, log
 
     def create_network(self, flags):
@@ -228,6 +255,8 @@ class _Builder:
         if self.trt.build_error:
             self.log.log(self.trt.ILogger.ERROR, self.trt.build_error)
             return None
+        for warning in self.trt.graphs[Path(network.path).name].warnings:
+            self.log.log(self.trt.ILogger.WARNING, warning)
         profiles = [profile.shapes for profile in config.profiles]
         return json.dumps({"path": network.path, "profiles": profiles}).encode()
 
@@ -237,6 +266,13 @@ class _Config:
         self.profiles, self.pools, self.capabilities, self.cache = [], {}, {}, None
         self.num_compute_capabilities = None
         self.progress_monitor = None
+        self.flags = {"tf32"}
+
+    def set_flag(self, flag):
+        self.flags.add(flag)
+
+    def clear_flag(self, flag):
+        self.flags.remove(flag)
 
     def set_memory_pool_limit(self, pool, size):
         self.pools[pool] = size
@@ -275,8 +311,6 @@ class _Parser:
         network.num_outputs, network.get_output = len(outputs), outputs.__getitem__
         network.num_layers = len(graph.layers)
         network.get_layer = lambda k: types.SimpleNamespace(type=f"LayerType.{graph.layers[k]}")
-        for warning in graph.warnings:
-            self.log.log(self.trt.ILogger.WARNING, warning)
         self.errors, self.num_errors = graph.errors, len(graph.errors)
         return not graph.errors
 
@@ -293,6 +327,7 @@ class _Parser:
 
 class _Runtime:
     def __init__(self, trt, log):
+        _require_start(trt, log)
         self.trt, self.log = trt, log
 
     def deserialize_cuda_engine(self, data):
@@ -315,9 +350,62 @@ class _Engine:
         is_in_place = "KV_CACHE_UPDATE" in self.graph.layers and name.startswith("next_")
         return name.removeprefix("next_") if is_in_place else None
 
-    def create_execution_context(self, strategy):
-        assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        return _Context(self)
+    def create_runtime_config(self):
+        assert self.trt.is_rtx
+        return _RuntimeConfig(self.trt)
+
+    def create_execution_context(self, settings):
+        managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.trt.is_rtx:
+            assert settings.strategy == managed
+            assert settings.dynamic_shapes_kernel_specialization_strategy == 1
+            settings.cache.compile(self.path)
+        else:
+            assert settings == managed
+        context = _Context(self)
+        if self.trt.is_rtx:
+            context.is_stream_capturable = lambda stream: stream == 7 and self.trt.is_capturable
+        return context
+
+
+class _RuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = 0
+
+    def __init__(self, trt):
+        self.trt, self.strategy, self.cache = trt, 0, None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+    def create_runtime_cache(self):
+        return _RuntimeCache(self.trt)
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
+
+
+class _RuntimeCache:
+    """Kernels by the engine that they are of; `trt.compiled` has each that was compiled anew."""
+
+    MAGIC = b"kernels:"
+
+    def __init__(self, trt):
+        self.trt, self.kernels = trt, []
+
+    def deserialize(self, blob):
+        if not blob.startswith(self.MAGIC):
+            return False
+        self.kernels = json.loads(blob[len(self.MAGIC) :])
+        return True
+
+    def serialize(self):
+        return self.MAGIC + json.dumps(self.kernels).encode()
+
+    def compile(self, name):
+        if name not in self.kernels:
+            self.kernels.append(name)
+            self.trt.compiled.append(name)
 
 
 class _Context:

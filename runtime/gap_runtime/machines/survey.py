@@ -60,9 +60,10 @@ class Jetson:
 class Machine:
     """What was found. `engines` are the packages that targets name, by import name with versions.
 
-    `cuda_python` is the version of the package through which engines run, `onnxruntimes` are the
-    installed distributions of onnxruntime with their versions, `providers` what the one that can
-    be imported has. `problems` need mending, whatever the target.
+    `engine_cudas` has the major version of CUDA that such a package was made for, where its wheel
+    says it. `cuda_python` is the version of the package through which engines run, `onnxruntimes`
+    are the installed distributions of onnxruntime with their versions, `providers` what the one
+    that can be imported has. `problems` need mending, whatever the target.
     """
 
     system: str
@@ -75,6 +76,7 @@ class Machine:
     gpus: tuple[Gpu, ...]
     jetson: Jetson | None
     engines: dict[str, str]
+    engine_cudas: dict[str, int]
     cuda_python: str | None
     debian: dict[str, str]
     onnxruntimes: dict[str, str]
@@ -130,6 +132,21 @@ def read_source_version(text: str) -> str | None:
     """The `__version__` that a module's source sets, without running it."""
     found = re.search(r"^__version__\s*=\s*[\"']([^\"']+)[\"']", text, flags=re.MULTILINE)
     return found.group(1) if found else None
+
+
+def read_built_for(text: str) -> str | None:
+    """The CUDA that onnxruntime-gpu was built for, from its build_and_package_info.py."""
+    found = re.search(r"^cuda_version\s*=\s*[\"'](\d+\.\d+)", text, flags=re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def is_newer(wanted: str | None, cuda: str | None) -> bool:
+    """Whether something is made for a later major version of CUDA than the driver runs."""
+    return bool(wanted and cuda) and _major(wanted) > _major(cuda)
+
+
+def _major(version: str | None) -> int:
+    return int((version or "0").partition(".")[0])
 
 
 def read_jetson(model: str, release: str, debian: Mapping[str, str]) -> Jetson | None:
@@ -218,6 +235,12 @@ def survey_machine(folder: Path) -> Machine:
     installed = _find_onnxruntimes()
     providers, failure = _ask_providers() if installed else ((), None)
     problems = [_BOTH] if len(installed) > 1 else []
+    built_for = read_built_for(_find_source("onnxruntime", "capi/build_and_package_info.py"))
+    if is_newer(built_for, cuda):
+        problems.append(
+            f"onnxruntime-gpu is built for CUDA {built_for}, this driver runs CUDA {cuda}: "
+            "it starts on the CPU alone; update the driver, or install one for that CUDA"
+        )
     if failure:
         problems.append(f"onnxruntime cannot be imported: {failure}; install it again")
     return Machine(
@@ -231,6 +254,7 @@ def survey_machine(folder: Path) -> Machine:
         gpus=complete_gpus(gpus, jetson, memory),
         jetson=jetson,
         engines={name: version for name, version in engines.items() if version is not None},
+        engine_cudas=_find_engine_cudas(engines),
         cuda_python=_find_distribution(*_CUDA_PYTHON),
         debian=debian,
         onnxruntimes=installed,
@@ -277,6 +301,22 @@ def _find_version(name: str, debian: Mapping[str, str]) -> str | None:
     source = _read(Path(spec.origin)) if spec.origin else ""
     packaged = debian.get("python3-libnvinfer", "").partition("-")[0]
     return read_source_version(source) or packaged or _ask_version(name) or "unknown"
+
+
+def _find_engine_cudas(names: Iterable[str]) -> dict[str, int]:
+    """The major version of CUDA in the name of the wheel that brought each package."""
+    return {
+        name: major
+        for name in names
+        for major in (12, 13)
+        if _find_distribution(f"{name}-cu{major}") is not None
+    }
+
+
+def _find_source(package: str, path: str) -> str:
+    """The text of a file of a package, without importing it; empty where there is none."""
+    spec = util.find_spec(package)
+    return _read(Path(spec.origin).parent / path) if spec and spec.origin else ""
 
 
 def _find_distribution(*names: str) -> str | None:

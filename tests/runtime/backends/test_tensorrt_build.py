@@ -1,6 +1,7 @@
 """Building engines with a TensorRT that is made up: what is asked of it, kept, refused."""
 
 import dataclasses
+import importlib
 import json
 import signal
 import sys
@@ -275,6 +276,65 @@ def test_wrong_settings(write_bundle, install, build, arguments, text):
     assert not (bundle.folder / "engines").exists()
 
 
+def test_float32_is_not_tf32_and_rtx_allocates_nothing_while_it_runs(write_bundle, install, build):
+    bundle = write_bundle()
+    trt = install(bundle)
+    build(bundle)
+    assert [config.flags for config in trt.configs] == [set()] * 3
+    trt = install(bundle, "tensorrt_rtx", "1.7.1")
+    build(bundle, "--force")
+    assert [config.flags for config in trt.configs] == [{"require-user-allocation"}] * 3
+
+
+def test_a_library_that_does_not_start(write_bundle, install, build):
+    """Its bindings raise a TypeError then, as where the driver is too old for it."""
+    bundle = write_bundle()
+    install(bundle).starts = False
+    done = build(bundle)
+    text = "tensorrt 10.16.1 does not start: CUDA initialization failure with error: 35"
+    assert refused(done, "engine", text, "gap-runtime doctor") == 5
+
+
+def test_a_driver_that_cannot_be_loaded(write_bundle, install, build):
+    """cuda-python 12.6 raises a RuntimeError where later versions give an error code."""
+    bundle = write_bundle()
+    install(bundle).cuda.loads_driver = False
+    assert refused(build(bundle), "engine", "(Failed to dlopen libcuda.so.1)", "driver") == 5
+
+
+@pytest.mark.parametrize("error", [ImportError, FileNotFoundError])
+def test_a_library_that_is_installed_and_does_not_load(
+    write_bundle, install, build, monkeypatch, error
+):
+    bundle = write_bundle()
+    install(bundle)
+
+    def load(name):
+        if name == "tensorrt":
+            raise error("libnvinfer.so.10: cannot open shared object file")
+        return importlib.import_module(name)
+
+    monkeypatch.setattr("gap_runtime.backends.tensorrt.library.import_module", load)
+    done = build(bundle)
+    text = "tensorrt is installed and does not load (libnvinfer.so.10: cannot open shared object"
+    assert refused(done, "engine", text, "pip install 'gap-runtime[tensorrt]'") == 5
+
+
+def test_memory_that_the_gpu_shares_with_the_machine(write_bundle, install, build, monkeypatch):
+    """A Jetson's: CUDA does not count what the system would give back, and both needs add up."""
+    bundle = write_bundle()
+    trt = install(bundle, free=10)
+    trt.cuda.is_integrated = True
+    assert build(bundle)[0] == 0
+    needs = estimate_build(read_onnx(bundle.folder / "decoder.onnx"), load_target("rtx"))
+    free = needs.memory + needs.device // 2
+    monkeypatch.setattr("gap_runtime.backends.tensorrt.rules.free_memory", lambda **_: free)
+    done = build(bundle, "--force")
+    assert refused(done, "engine", "of memory free, its build needs about") == 5
+    trt.cuda.is_integrated, trt.cuda.free = False, 2**33
+    assert build(bundle, "--force")[0] == 0
+
+
 def test_too_little_disk(write_bundle, install, build, monkeypatch):
     bundle = write_bundle()
     install(bundle)
@@ -384,7 +444,7 @@ def test_parser_errors_name_node_and_operator(write_bundle, install, build):
     refused(build(bundle), "engine", "tensorrt 10.16.1 cannot read it", text)
 
 
-def test_an_input_of_a_node_that_the_parser_ignores(write_bundle, install, build):
+def test_an_input_of_a_node_that_is_ignored(write_bundle, install, build):
     bundle = write_bundle()
     trt = install(bundle)
     trt.graphs["decoder.onnx"].warnings = ("Unused Input: nonpad_kv_seqlen",)

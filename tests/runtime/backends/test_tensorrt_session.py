@@ -50,7 +50,9 @@ def compute(path, inputs):
 def open_bundle(make_bundle, make_stages, manifest, fakes, monkeypatch):
     """A function that makes a bundle with engines; the bundle, the library and the device."""
 
-    def make(*, dtype="float16", is_in_place=True, can_capture=True, ratios=()):
+    def make(
+        *, dtype="float16", is_in_place=True, can_capture=True, ratios=(), package="tensorrt"
+    ):
         stages = make_stages(dtype)
         files = {
             stage.file: fakes.encode_onnx(
@@ -67,9 +69,10 @@ def open_bundle(make_bundle, make_stages, manifest, fakes, monkeypatch):
         )
         bundle = Bundle.open(folder)
         gpu = fakes.FakeCuda(can_capture=can_capture)
-        trt = fakes.FakeTensorrt("tensorrt", "10.16.1", gpu, compute)
+        trt = fakes.FakeTensorrt(package, "10.16.1", gpu, compute)
         trt.add_bundle(bundle, is_in_place=is_in_place)
-        monkeypatch.setitem(sys.modules, "tensorrt", trt)
+        for name in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, name, trt if name == package else None)
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
         arguments = [word for ratio in ratios for word in ("--ratio", str(ratio))]
@@ -135,11 +138,53 @@ def test_steps_are_captured_once_and_launched_after(open_bundle, is_in_place, gr
     assert gpu.counts["malloc"] == allocated
 
 
-def test_what_cannot_be_captured_is_run_one_by_one(open_bundle):
+def test_what_cannot_be_captured_is_run_one_by_one(open_bundle, caplog):
     bundle, _, gpu = open_bundle(can_capture=False)
     decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
     assert np.array_equal(feed(decoder, 6), expected("float16", 6))
     assert gpu.counts["launch"] == 0
+    # It is said once, and no error stays set for the next that asks CUDA.
+    (record,) = caplog.records
+    assert "which is slower than one CUDA graph: CUDA: cudaStreamEndCapture" in record.getMessage()
+    assert gpu.last_error == 0
+
+
+def test_rtx_compiles_before_it_runs_and_keeps_what_it_compiled(open_bundle):
+    """By default it would serve slow kernels first, and a captured step would keep them."""
+    bundle, trt, gpu = open_bundle(package="tensorrt_rtx")
+    decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+    assert np.array_equal(feed(decoder, 6), expected("float16", 6))
+    assert gpu.counts["launch"] == 4
+    assert len(trt.compiled) == 1
+    (kept,) = bundle.folder.glob("engines/tensorrt-rtx-*/decoder.kernels")
+    # The next process compiles nothing.
+    again = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+    assert np.array_equal(feed(again), expected("float16"))
+    assert len(trt.compiled) == 1
+    # What is not for this machine is compiled again, and replaced.
+    kept.write_bytes(b"of another driver")
+    feed(backend.open_decoder(bundle, bundle.manifest.stage("decoder"), ""))
+    assert len(trt.compiled) == 2
+    assert kept.read_bytes().startswith(b"kernels:")
+    assert not list(kept.parent.glob(".*"))
+
+
+def test_kernels_that_cannot_be_kept(open_bundle, monkeypatch):
+    bundle, _, _ = open_bundle(package="tensorrt_rtx")
+    monkeypatch.setattr("gap_runtime.backends.tensorrt.kernels.provider_cache", lambda *_: None)
+    decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+    assert np.array_equal(feed(decoder), expected("float16"))
+    assert not list(bundle.folder.glob("engines/*/*.kernels"))
+
+
+def test_rtx_says_itself_what_cannot_be_captured(open_bundle, caplog):
+    bundle, trt, gpu = open_bundle(package="tensorrt_rtx")
+    trt.is_capturable = False
+    decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+    assert np.array_equal(feed(decoder, 6), expected("float16", 6))
+    assert (gpu.counts["launch"], gpu.graphs) == (0, [])
+    (record,) = caplog.records
+    assert "tensorrt_rtx says that they cannot be captured" in record.getMessage()
 
 
 def test_all_memory_is_given_back(open_bundle):

@@ -70,6 +70,7 @@ def make_machine(**changes):
         gpus=(),
         jetson=None,
         engines={},
+        engine_cudas={},
         cuda_python=None,
         debian={},
         onnxruntimes={"onnxruntime": "1.31.1"},
@@ -94,7 +95,7 @@ def make_orin(**changes):
             "gpus": (make_gpu("8.7", 7620),),
             "jetson": Jetson(model="NVIDIA Jetson Orin Nano", linux="36.4.7", jetpack="6.2.1"),
             "engines": {"tensorrt": "10.3.0"},
-            "cuda_python": "12.9.4",
+            "cuda_python": "12.6.2.post1",
             "debian": {"libnvinfer10": "10.3.0.30-1", "python3-libnvinfer": "10.3.0.30-1"},
             "onnxruntimes": {},
             "providers": (),
@@ -308,9 +309,69 @@ def test_another_gpu():
     assert text.startswith("needs a GPU of compute capability 8.0 or 8.6, found a GPU (9.0)")
 
 
+def make_rtx(**changes):
+    """A workstation with an RTX card and all that engines need; its driver runs CUDA 13.0."""
+    machine = make_machine(
+        gpus=(make_gpu(),),
+        cuda="13.0",
+        engines={"tensorrt_rtx": "1.7.1.116"},
+        engine_cudas={"tensorrt_rtx": 13},
+        cuda_python="13.4.4",
+    )
+    return dataclasses.replace(machine, **changes)
+
+
+def test_a_driver_that_is_too_old_for_the_packages():
+    """CUDA runs what was made for its own major version and those before."""
+    assert fit(make_rtx(), "rtx").fits
+    found = fit(make_rtx(cuda="12.4"), "rtx")
+    assert not found.fits
+    engine, cuda_python = found.missing
+    assert "tensorrt_rtx 1.7.1.116 is made for CUDA 13, this driver runs CUDA 12.4" in engine
+    assert "pip install tensorrt-rtx-cu12" in engine
+    assert cuda_python.startswith("cuda-python 13.4.4 does not start with this driver, which runs")
+    assert "pip install 'cuda-python>=12,<13'" in cuda_python
+    fitting = make_rtx(cuda="12.4", engine_cudas={"tensorrt_rtx": 12}, cuda_python="12.9.10")
+    assert fit(fitting, "rtx").fits
+
+
+@pytest.mark.parametrize(
+    ("cuda", "version", "fits"),
+    [
+        ("12.6", "12.6.2.post1", True),
+        ("12.6", "12.9.10", False),
+        ("13.2", "13.2.1", True),
+        ("13.2", "13.4.4", False),
+    ],
+)
+def test_a_jetsons_driver_takes_no_later_minor_version(cuda, version, fits):
+    assert fit(make_orin(cuda=cuda, cuda_python=version), "jetson-orin-jp6").fits == fits
+    # A workstation's does.
+    assert fit(make_rtx(cuda="13.0", cuda_python="13.4.4"), "rtx").fits
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("10.16.2", True), ("11.0.0.114", False), ("11.4.0.106", False), ("11.4.1.5", True)],
+)
+def test_tensorrt_11_on_a_jetson_begins_with_the_first_that_jetpack_has(version, fits):
+    machine = make_orin(cuda="13.2", cuda_python="13.2.1", engines={"tensorrt": version})
+    assert fit(machine, "jetson-orin-jp7").fits == fits
+
+
+def test_what_onnxruntime_was_built_for():
+    text = "package_name = 'onnxruntime-gpu'\n__version__ = '1.31.1'\ncuda_version = '13.0'\n"
+    assert facts.read_built_for(text) == "13.0"
+    assert facts.read_built_for("package_name = 'onnxruntime'\n") is None
+    assert facts.is_newer("13.0", "12.4")
+    assert not facts.is_newer("12.8", "12.4")
+    assert not facts.is_newer(None, "12.4")
+    assert not facts.is_newer("13.0", None)
+
+
 def test_cuda_python_of_the_machines_cuda():
     machine = make_orin(cuda_python=None)
-    assert "pip install 'cuda-python>=12,<13'" in missing(machine, "jetson-orin-jp6")
+    assert "pip install 'cuda-python==12.6.*'" in missing(machine, "jetson-orin-jp6")
 
 
 def test_a_jetson_with_jetpack_6_fits_its_own_target_alone():
@@ -319,7 +380,8 @@ def test_a_jetson_with_jetpack_6_fits_its_own_target_alone():
     assert fitting == ["jetson-orin-jp6"]
     assert not fit(machine, "jetson-orin-jp6").notes
     text = missing(machine, "jetson-orin-jp7")
-    assert text.startswith("needs tensorrt >=10.16, found tensorrt 10.3.0; it comes with JetPack")
+    assert text.startswith("needs tensorrt >=10.16,")
+    assert ", found tensorrt 10.3.0; it comes with JetPack: install the one" in text
 
 
 @pytest.mark.parametrize(

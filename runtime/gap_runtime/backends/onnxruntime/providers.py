@@ -45,7 +45,9 @@ PROVIDERS: Final = {
     "cuda": Provider(name=CUDA, source=_GPU_WHEEL),
     "tensorrt": Provider(
         name="TensorrtExecutionProvider",
-        source=f"{_GPU_WHEEL}, and TensorRT's libraries with pip install tensorrt",
+        # The provider is linked with libnvinfer.so.10 and CUDA 13; a plain `tensorrt` is 11.
+        source=f"{_GPU_WHEEL}, and TensorRT's libraries with "
+        "pip install 'tensorrt-cu13>=10.16,<11'",
         caches_in_place=False,
     ),
     "nvtensorrtrtx": Provider(

@@ -99,13 +99,13 @@ class OnnxDecoder:
         self._session = _open_session(self._ort, bundle, stage, device)
         self._on_gpu = self._session.get_providers()[0] != CPU
         self._is_plugin = bool(device) and _needs_plugin(self._ort, find_provider(device))
+        self._on_host = self._find_host_inputs()
         in_place = writes_in_place(device, bundle.manifest.target.opset)
         self._cache = self._make_cache(stage, in_place=in_place)
         specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
         self._width = int(specs["embeddings"].shape[-1])
         self._axes = int(specs["position_ids"].shape[0])
         self._vocabulary = int(specs["logits"].shape[-1])
-        self._on_host = self._find_host_inputs()
         self._calls: dict[tuple[int, int], _Call] = {}
 
     def fit(self, rows: int) -> int:
@@ -155,12 +155,12 @@ class OnnxDecoder:
         hosted = {
             name: self._ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in arrays.items()
-            if self._on_host is not None and name in self._on_host
+            if self._is_on_host(name)
         }
         placed = {
             name: self._place(array)
             for name, array in arrays.items()
-            if self._on_host is not None and name not in self._on_host
+            if self._on_host is not None and not self._is_on_host(name)
         }
         bindings = []
         for side in range(self._cache.sides):
@@ -183,7 +183,9 @@ class OnnxDecoder:
         )
 
     def _make_cache(self, stage: Stage, *, in_place: bool) -> KvCache[Any]:
-        """An empty cache where the graph runs.
+        """An empty cache, each tensor of it where the graph reads it.
+
+        A kernel that its provider lacks runs on the CPU, and reads and writes its cache there.
 
         Raises:
             EngineError: It does not fit there.
@@ -191,7 +193,10 @@ class OnnxDecoder:
         try:
             return KvCache(
                 stage,
-                lambda spec: self._place(np.zeros(spec.fixed_shape(), spec.dtype)),
+                lambda spec: self._place(
+                    np.zeros(spec.fixed_shape(), spec.dtype),
+                    on_host=self._is_on_host(spec.name),
+                ),
                 in_place=in_place,
             )
         except self._errors as error:
@@ -201,12 +206,16 @@ class OnnxDecoder:
                 f"{list(specs[0].shape)} where the decoder runs: {_first_words(error)}"
             ) from error
 
-    def _place(self, array: np.ndarray) -> Any:
-        """A copy of an array where the graph runs."""
+    def _place(self, array: np.ndarray, *, on_host: bool = False) -> Any:
+        """A copy of an array where the graph runs, or the array itself on the host."""
         make = self._ort.OrtValue.ortvalue_from_numpy
-        if not self._on_gpu:
+        if on_host or not self._on_gpu:
             return make(array)
         return make(array, "gpu", 0, _NVIDIA) if self._is_plugin else make(array, "cuda", 0)
+
+    def _is_on_host(self, name: str) -> bool:
+        """Whether the graph is known to read an input on the host."""
+        return self._on_host is not None and name in self._on_host
 
     def _find_host_inputs(self) -> frozenset[str] | None:
         """Inputs that the graph reads on the host; None where onnxruntime does not tell.

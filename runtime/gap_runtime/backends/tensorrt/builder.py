@@ -22,6 +22,7 @@ from gap_runtime.backends.tensorrt.library import (
     find_mismatch,
     last_error,
     load_engine,
+    make_builder,
     make_log,
     package_name,
     scratch_bytes,
@@ -58,7 +59,7 @@ _ATTENTION_ADVICE: Final = (
 )
 _CACHE_LAYER: Final = "KV_CACHE_UPDATE"
 _UNUSED: Final = "Unused Input"
-"""How the parser warns of an input of a node that it ignores."""
+"""How the library warns of an input of a node that it ignores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +180,10 @@ def _build(job: _Job, stage: Stage, profiles: tuple[int, ...]) -> EngineRecord:
     bundle, request = job.bundle, job.request
     graph = read_graph(bundle, stage, request.target)
     needs = estimate_build(graph, request.target)
-    free = job.gpu.free_bytes if job.gpu else None
-    require_room(job.folder, stage.name, needs, free_device=free)
+    # Where the GPU's memory is the machine's, CUDA does not count what the system would give back.
+    shared = job.gpu is not None and job.gpu.shares_memory
+    free = job.gpu.free_bytes if job.gpu and not shared else None
+    require_room(job.folder, stage.name, needs, free_device=free, is_shared=shared)
     began = time.perf_counter()
     stop = Event()
     with (
@@ -228,17 +231,22 @@ def _compile(
     """Write the engine of a stage to a file; the layers of the parsed network by kind."""
     trt, path = job.trt, (job.bundle.folder / stage.file).resolve()
     log = make_log(trt)
-    builder = trt.Builder(log)
+    builder = make_builder(trt, log)
+    warned = len(log.warnings)
     # The network points into weights that the parser holds.
     network, _parser = parse(trt, log, builder, path)
     require_interface(network, stage, path)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
+    # On by default; its 10 bits would not pass the check against PyTorch's float32.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if job.request.target.workspace_mib is not None:
         config.set_memory_pool_limit(
             trt.MemoryPoolType.WORKSPACE, job.request.target.workspace_mib * 2**20
         )
     if package_name(trt) == RTX:
+        # Without it the runtime may allocate while it runs, which a CUDA graph must not.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(job.capabilities)
         for k, capability in enumerate(job.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, _sm(capability)), k)
@@ -257,6 +265,7 @@ def _compile(
         raise EngineError(
             f"{path}: {package_name(trt)} {trt.__version__} could not build it: {reason}{advice}"
         )
+    _require_heeded(trt, log.warnings[warned:], path)
     with aside.open("wb") as file:
         file.write(engine)
         file.flush()
@@ -270,7 +279,7 @@ def parse(trt: ModuleType, log: Any, builder: Any, path: Path) -> tuple[Any, Any
     """The network of an ONNX file, strongly typed, and the parser, which it needs to live.
 
     Raises:
-        EngineError: The parser does not take it, or ignores a part of it.
+        EngineError: The parser does not take it.
     """
     # Later versions know no other networks than strongly typed ones, and no flag for them.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -283,13 +292,21 @@ def parse(trt: ModuleType, log: Any, builder: Any, path: Path) -> tuple[Any, Any
             f"{path}: {package_name(trt)} {trt.__version__} cannot read it: "
             f"{'; '.join(problems) or last_error(log)}"
         )
-    ignored = [message for message in log.warnings if _UNUSED in message]
+    return network, parser
+
+
+def _require_heeded(trt: ModuleType, warnings: list[str], path: Path) -> None:
+    """Refuse an engine that leaves out an input of the graph, which TensorRT only warns of.
+
+    Raises:
+        EngineError: With the warning, which comes while parsing or while building.
+    """
+    ignored = [message for message in warnings if _UNUSED in message]
     if ignored:
         raise EngineError(
             f"{path}: {package_name(trt)} {trt.__version__} ignores a part of it: "
             f"{' '.join(ignored[0].split())}"
         )
-    return network, parser
 
 
 def _describe_problem(error: Any) -> str:

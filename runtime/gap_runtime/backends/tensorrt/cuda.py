@@ -35,7 +35,13 @@ class Device:
             EngineError: There is no GPU, or its driver does not work.
         """
         self._cuda = _import_cuda()
-        status, count = self._cuda.cudaGetDeviceCount()
+        try:
+            status, count = self._cuda.cudaGetDeviceCount()
+        except RuntimeError as error:
+            # Versions before 12.9 load the driver themselves, and raise where there is none.
+            raise EngineError(
+                f"no GPU that CUDA can use on this machine ({error}); check its driver"
+            ) from error
         if int(status) != 0 or not count:
             reason = "no device" if int(status) == 0 else _describe(self._cuda, status)
             raise EngineError(
@@ -63,6 +69,12 @@ class Device:
             )
         )
         return f"{major}.{minor}"
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether its memory is the machine's, as on a Jetson."""
+        attribute = self._cuda.cudaDeviceAttr.cudaDevAttrIntegrated
+        return bool(self.call("cudaDeviceGetAttribute", attribute, 0))
 
     @property
     def free_bytes(self) -> int:
@@ -123,15 +135,23 @@ class Device:
         try:
             enqueue()
         except EngineError:
-            # Ends the capture; what it gives is worth nothing, and an error of it is old news.
+            # Ends the capture; what it gives is worth nothing.
             self._cuda.cudaStreamEndCapture(self.stream)
-            self._cuda.cudaGetLastError()
+            self._forget_error()
             raise
-        graph = self.call("cudaStreamEndCapture", self.stream)
+        try:
+            graph = self.call("cudaStreamEndCapture", self.stream)
+        except EngineError:
+            self._forget_error()
+            raise
         try:
             return CapturedGraph(self, self.call("cudaGraphInstantiate", graph, 0))
         finally:
             self._cuda.cudaGraphDestroy(graph)
+
+    def _forget_error(self) -> None:
+        """Clear CUDA's last error: a library that asks for it would take it for its own."""
+        self._cuda.cudaGetLastError()
 
     def free(self, function: str, handle: Any) -> None:
         """Release something; called by finalizers, so it says nothing of errors."""

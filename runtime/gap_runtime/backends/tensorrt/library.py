@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import platform
+from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +43,7 @@ def choose_package(target: Target, wanted: str | None) -> ModuleType:
     Raises:
         ConfigError: The target has no such package.
         BackendMissingError: None is installed.
-        EngineError: Those that are installed have another version.
+        EngineError: Those that are installed have another version, or do not load.
     """
     if wanted is not None and wanted not in target.packages:
         raise ConfigError(
@@ -49,15 +51,21 @@ def choose_package(target: Target, wanted: str | None) -> ModuleType:
             f"{', '.join(target.packages) or 'none'}"
         )
     names = target.packages if wanted is None else {wanted: target.packages[wanted]}
-    unfit = []
+    unfit, broken = [], []
     for name, versions in names.items():
-        package = _try_import(name)
+        try:
+            package = _try_import(name)
+        except EngineError as error:
+            broken.append(error)
+            continue
         if package is None:
             continue
         if SpecifierSet(versions).contains(Version(package.__version__), prereleases=True):
             return package
         unfit.append(f"{name} {package.__version__}")
     described = " or ".join(f"{name}{versions}" for name, versions in names.items())
+    if broken and not unfit:
+        raise broken[0]
     if unfit:
         raise EngineError(
             f"target '{target.name}' needs {described}, found {' and '.join(unfit)}; install "
@@ -74,6 +82,7 @@ def import_package(name: str) -> ModuleType:
 
     Raises:
         BackendMissingError: It is not installed.
+        EngineError: It is, and does not load.
     """
     package = _try_import(name)
     if package is None:
@@ -85,12 +94,23 @@ def import_package(name: str) -> ModuleType:
 
 
 def _try_import(name: str) -> ModuleType | None:
+    """The package; None where it is not installed.
+
+    Raises:
+        EngineError: It is installed, and its own libraries are missing or do not load.
+    """
     if name not in _INSTALL:
         return None
     try:
         return import_module(name)
-    except ImportError:
-        return None
+    except (ImportError, OSError) as error:
+        # What its libraries lack is an ImportError on Linux and an OSError on Windows.
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None
+        raise EngineError(
+            f"{name} is installed and does not load ({' '.join(str(error).split())[:200]}); its "
+            f"libraries are missing or of another version: {_INSTALL[name]}"
+        ) from error
 
 
 def package_name(trt: ModuleType) -> str:
@@ -104,8 +124,12 @@ def dtype_name(dtype: Any) -> str:
     return _DTYPES.get(name, name.lower())
 
 
+@lru_cache
 def make_log(trt: ModuleType) -> Any:
-    """A logger that keeps warnings and errors in its lists of these names and shows nothing."""
+    """The logger of a package, which keeps warnings and errors in lists and shows nothing.
+
+    There is one: the library takes no other beside one that is alive, and says so to the first.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -120,6 +144,26 @@ def make_log(trt: ModuleType) -> Any:
                 self.warnings.append(message)
 
     return Log()
+
+
+def make_builder(trt: ModuleType, log: Any) -> Any:
+    """A builder.
+
+    Raises:
+        EngineError: The library does not start, for example with a driver that is too old for it.
+    """
+    return _start(trt, log, trt.Builder)
+
+
+def _start(trt: ModuleType, log: Any, make: Callable[[Any], Any]) -> Any:
+    try:
+        return make(log)
+    except TypeError as error:
+        # What the binding makes of a null from the library.
+        raise EngineError(
+            f"{package_name(trt)} {trt.__version__} does not start: {last_error(log)}; "
+            "gap-runtime doctor says whether the driver is new enough for it"
+        ) from error
 
 
 def last_error(log: Any) -> str:
@@ -162,7 +206,7 @@ def load_engine(trt: ModuleType, log: Any, path: Path) -> Any:
         EngineError: The library does not take it.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        engine = trt.Runtime(log).deserialize_cuda_engine(mapped)
+        engine = _start(trt, log, trt.Runtime).deserialize_cuda_engine(mapped)
     if engine is None:
         raise EngineError(
             f"{path}: {package_name(trt)} {trt.__version__} cannot load it: {last_error(log)}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from packaging.version import InvalidVersion, Version
+
 from gap_runtime.machines.fit import fits_version
-from gap_runtime.machines.survey import JETSON_CHIPS, Machine
+from gap_runtime.machines.survey import JETSON_CHIPS, Machine, is_newer
 from gap_runtime.machines.target import Target
 
 
@@ -17,23 +19,53 @@ def _miss_engine(machine: Machine, target: Target) -> str | None:
     found = []
     for name, wanted in target.packages.items():
         version = machine.engines.get(name)
-        if version is not None:
-            if fits_version(version, wanted):
-                return None
+        if version is None:
+            continue
+        made_for = machine.engine_cudas.get(name)
+        if not fits_version(version, wanted):
             found.append(f"{name} {version}")
+        elif made_for is not None and is_newer(str(made_for), machine.cuda):
+            wheel = f"{name.replace('_', '-')}-cu{(machine.cuda or '').partition('.')[0]}"
+            return (
+                f"{name} {version} is made for CUDA {made_for}, this driver runs CUDA "
+                f"{machine.cuda}; update the driver, or pip uninstall it and pip install {wheel}"
+            )
+        else:
+            return None
     wanted_all = " or ".join(f"{name} {wanted}" for name, wanted in target.packages.items())
     listed = ", ".join(found) or "none"
     return f"needs {wanted_all}, found {listed}; {_advise_engine(machine, target)}"
 
 
 def _miss_cuda_python(machine: Machine) -> str | None:
-    if machine.cuda_python is not None:
+    advice = f"pip install '{_fitting_cuda_python(machine)}'"
+    if machine.cuda_python is None:
+        return f"engines run through cuda-python, which is not installed; {advice}"
+    if machine.cuda is None or _starts(machine.cuda_python, machine.cuda, machine):
         return None
-    major = int((machine.cuda or "13").partition(".")[0])
     return (
-        "engines run through cuda-python, which is not installed; pip install "
-        f"'cuda-python>={major},<{major + 1}'"
+        f"cuda-python {machine.cuda_python} does not start with this driver, which runs CUDA "
+        f"{machine.cuda}; {advice}"
     )
+
+
+def _fitting_cuda_python(machine: Machine) -> str:
+    """The versions of cuda-python that this machine's driver runs."""
+    cuda = machine.cuda or "13.0"
+    if machine.jetson is not None and machine.cuda is not None:
+        # A Jetson's driver refuses a CUDA runtime of a later minor version too.
+        return f"cuda-python=={cuda}.*"
+    major = int(cuda.partition(".")[0])
+    return f"cuda-python>={major},<{major + 1}"
+
+
+def _starts(cuda_python: str, cuda: str, machine: Machine) -> bool:
+    """Whether a driver runs what a version of cuda-python has inside."""
+    try:
+        has, runs = Version(cuda_python).release[:2], Version(cuda).release[:2]
+    except InvalidVersion:
+        return True
+    return has <= runs if machine.jetson is not None else has[0] <= runs[0]
 
 
 def _advise_engine(machine: Machine, target: Target) -> str:

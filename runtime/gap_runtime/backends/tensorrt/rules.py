@@ -126,9 +126,21 @@ def estimate_build(graph: OnnxFile, target: Target) -> BuildNeeds:
 
 
 def require_room(
-    folder: Path, stage: str, needs: BuildNeeds, *, free_device: int | None = None
+    folder: Path,
+    stage: str,
+    needs: BuildNeeds,
+    *,
+    free_device: int | None = None,
+    is_shared: bool = False,
 ) -> None:
     """Refuse a build that would run out of disk or memory.
+
+    Args:
+        folder: Where the engine will lie.
+        stage: Its name.
+        needs: Of its build.
+        free_device: Bytes of the GPU's own memory that are free, if it has its own.
+        is_shared: The GPU has none of its own, so that both needs are taken from the machine's.
 
     Raises:
         EngineError: With what is needed and what is free.
@@ -141,10 +153,11 @@ def require_room(
             f"{format_bytes(needs.disk)}; make room, or move the bundle to a larger disk"
         )
     free = free_memory(swap=True)
-    if free < needs.memory:
+    memory = needs.memory + (needs.device if is_shared else 0)
+    if free < memory:
         raise EngineError(
             f"{stage}: {format_bytes(free)} of memory free, its build needs about "
-            f"{format_bytes(needs.memory)}; close other programs, add swap, or export with "
+            f"{format_bytes(memory)}; close other programs, add swap, or export with "
             "--quantize int4"
         )
     if free_device is not None and free_device < needs.device:

@@ -7,6 +7,7 @@ call copies its inputs in and its outputs out.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,9 @@ import numpy as np
 
 from gap_runtime.backends._kv_cache import KvCache, cache_specs
 from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemory
+from gap_runtime.backends.tensorrt.kernels import CompiledKernels
 from gap_runtime.backends.tensorrt.library import (
+    RTX,
     find_mismatch,
     import_package,
     last_error,
@@ -40,6 +43,7 @@ from gap_runtime.errors import EngineError
 _SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_rows")
 _RUNS_BEFORE_CAPTURE: Final = 2
 """Runs of the step before it is captured: the first ones allocate, which a graph may not."""
+_LOG: Final = logging.getLogger(__name__)
 
 
 class _Engine:
@@ -70,11 +74,19 @@ class _Engine:
         self.engine: Any = load_engine(self.trt, self.log, self.path)
         # Profiles never run at the same time, so that all contexts work in the same memory.
         self.scratch = self.device.allocate(scratch_bytes(self.engine))
+        self._kernels = (
+            CompiledKernels(self.trt, self.engine, bundle, stage.name)
+            if record.package == RTX
+            else None
+        )
 
     def make_context(self, profile: int) -> Any:
         """An execution context with a profile chosen."""
-        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self.engine.create_execution_context(strategy)
+        context = self.engine.create_execution_context(
+            self._kernels.settings
+            if self._kernels
+            else self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         if context is None:
             raise EngineError(f"{self.path}: no execution context: {last_error(self.log)}")
         if not context.set_optimization_profile_async(profile, self.device.stream):
@@ -92,6 +104,18 @@ class _Engine:
         if not context.set_input_shape(name, shape):
             raise EngineError(f"{self.path}: input '{name}' {shape}: {last_error(self.log)}")
 
+    def why_not_captured(self, context: Any) -> str:
+        """Why a context's runs cannot be a CUDA graph; empty where they can, as far as is told."""
+        ask = getattr(context, "is_stream_capturable", None)
+        if ask is None or ask(self.device.stream):
+            return ""
+        return f"{self.record.package} says that they cannot be captured"
+
+    def keep_kernels(self) -> None:
+        """After a first run: keep what was compiled for it."""
+        if self._kernels is not None:
+            self._kernels.keep()
+
     def enqueue(self, context: Any) -> None:
         """Queue one run."""
         if not context.execute_async_v3(self.device.stream):
@@ -105,6 +129,7 @@ class TensorrtStage:
         """Load the engine."""
         self._engine = _Engine(bundle, stage, device)
         self._context = self._engine.make_context(0)
+        self._has_run = False
         device_ = self._engine.device
         self._inputs = {spec.name: _place(device_, spec) for spec in stage.inputs}
         self._outputs = {spec.name: _place(device_, spec) for spec in stage.outputs}
@@ -121,6 +146,9 @@ class TensorrtStage:
         for tensor in self._outputs.values():
             device.to_host(tensor.host, tensor.memory)
         device.synchronize()
+        if not self._has_run:
+            self._has_run = True
+            self._engine.keep_kernels()
         return {name: tensor.host.copy() for name, tensor in self._outputs.items()}
 
 
@@ -201,6 +229,8 @@ class TensorrtDecoder:
         call.inputs["logits_rows"].host[: len(logits_rows)] = logits_rows
         self._launch(call)
         self._engine.device.synchronize()
+        if call.runs == 0:
+            self._engine.keep_kernels()
         call.runs += 1
         self._cache.turn()
         logits: np.ndarray = call.logits.host[: len(logits_rows)]
@@ -213,10 +243,20 @@ class TensorrtDecoder:
         side = self._cache.side
         if is_due and side not in call.graphs:
             # Some kernels cannot be captured; running them one by one gives the same.
+            reason = self._engine.why_not_captured(call.context)
             try:
-                call.graphs[side] = self._engine.device.capture(lambda: self._queue(call))
-            except EngineError:
+                if not reason:
+                    call.graphs[side] = self._engine.device.capture(lambda: self._queue(call))
+            except EngineError as error:
+                reason = str(error)
+            if reason:
                 self._captures = False
+                _LOG.warning(
+                    "%s: steps are launched kernel by kernel, which is slower than one CUDA "
+                    "graph: %s",
+                    self._engine.path,
+                    reason,
+                )
         graph = call.graphs.get(side)
         if graph is None:
             self._queue(call)
