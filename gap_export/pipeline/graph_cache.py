@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from gap_export.pipeline.plan import ExportPlan
@@ -17,7 +16,7 @@ from gap_export.pipeline.stages import (
     trace_text,
     trace_tower,
 )
-from gap_export.tracing.trace import Traced
+from gap_export.tracing.graph import Traced
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.pictures.preprocess import Bucket
 
@@ -54,5 +53,4 @@ class GraphCache:
     def _find(self, key: tuple[object, ...], trace: Callable[[], Traced]) -> Traced:
         if key not in self._known:
             self._known[key] = trace()
-        known = self._known[key]
-        return replace(known, model=known.model.clone())
+        return self._known[key].copy()

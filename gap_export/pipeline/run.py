@@ -32,7 +32,7 @@ from gap_export.quantization.awq import smooth_model
 from gap_export.quantization.values import quantize_sources
 from gap_export.reference.memory import REFERENCE_DTYPE
 from gap_export.reference.record import record_answers
-from gap_export.tracing.trace import join
+from gap_export.tracing.join import join
 from gap_export.weights.bind import used_parameters
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.read import SourceReader
@@ -143,7 +143,7 @@ def _trace(plan: ExportPlan, display: Display, known: GraphCache) -> Graphs:
         decoder = known.decoder(plan)
     with display.step(f"joining {len(plan.entries)} pruning stage(s)"):
         visions = [
-            join(towers[entry.bucket], known.pruning(plan, entry)) for entry in plan.entries
+            join(towers[entry.bucket].copy(), known.pruning(plan, entry)) for entry in plan.entries
         ]
     return Graphs(visions=tuple(visions), decoder=decoder, text=text)
 

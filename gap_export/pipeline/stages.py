@@ -22,10 +22,11 @@ from gap_export.interfaces.family import (
 from gap_export.interfaces.features import Feature
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.graph import quantize_graph
+from gap_export.tracing.graph import Traced
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
 from gap_export.tracing.repeat_layers import repeat_layer
-from gap_export.tracing.trace import Traced, trace
+from gap_export.tracing.trace import trace
 from gap_export.weights.bind import bind_weights
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.write import write_placeholders
@@ -297,7 +298,7 @@ def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> Graphs:
     """The graphs with quantized weights in the linear layers that the plan says."""
     decoder = quantize_graph(graphs.decoder, plan.schemes)
     if decoder.parameters != graphs.decoder.parameters and FUSED in plan.dialect.OPERATORS:
-        keep_batch(decoder.model)
+        decoder = keep_batch(decoder)
     visions = tuple(quantize_graph(each, plan.schemes) for each in graphs.visions)
     return replace(graphs, visions=visions, decoder=decoder)
 
@@ -372,7 +373,7 @@ def _write_graph(
     plan: ExportPlan, traced: Traced, weights: WeightPlan, folder: Path, stage: Stage
 ) -> None:
     path = folder / stage.file
-    bind_weights(traced, weights, folder)
+    traced = bind_weights(traced, weights, folder)
     traced.model.graph.name = stage.name
     traced.model.producer_name = "gap-export"
     traced.model.producer_version = metadata.version("gap-export")

@@ -3,6 +3,11 @@
 In the graph a weight is a standard DequantizeLinear before a MatMul, which TensorRT builds as it
 is and onnxruntime fuses to one kernel; in a dialect that has that kernel, blocks are written for
 it at once, so that loading rearranges nothing.
+
+    Gemm(x, W, b)  -> Add(MatMul(x, DequantizeLinear(values, scales, zeros)), b)
+                   -> Add(MatMulNBits(x, values, scales, zeros), b)
+
+Where values lie in the order in which a method sorted the inputs, x is Gather(x, order) besides.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import onnx_ir as ir
 
 from gap_export.interfaces.dialect import FUSED
 from gap_export.quantization.scheme import ORDER, SCALES, Scheme
-from gap_export.tracing.trace import Traced, strip_stage
+from gap_export.tracing.graph import Traced, strip_stage
 
 _ROUNDED_INPUTS: Final = 4
 """MatMulNBits' accuracy level at which inputs are rounded to 8 bits, each row in blocks."""

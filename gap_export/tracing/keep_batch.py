@@ -3,6 +3,9 @@
 Linear layers are traced in two dimensions, as Gemm wants them, while its attention wants three.
 Products with quantized weights take either, so that nothing between them has to put the batch on
 and off: that would be four nodes in each layer of every step.
+
+    op(Squeeze(x), ...)      -> Squeeze(op(x, ...)), op any that can do without it
+    Unsqueeze(Squeeze(x))    -> x
 """
 
 from __future__ import annotations
@@ -13,18 +16,19 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from gap_export.interfaces.dialect import FUSED
+from gap_export.tracing.graph import Traced
 
 _FLAT: Final = 2
 _ELEMENTWISE: Final = frozenset({"Add", "Cast", "Mul", "Sigmoid", "Swish"})
 
 
-def keep_batch(model: ir.Model) -> None:
+def keep_batch(traced: Traced) -> Traced:
     """Move every Squeeze of the batch behind the nodes that can do without it, and merge it there.
 
     Args:
-        model: With a sorted graph, which is changed. What needs two dimensions still has them.
+        traced: A graph, which is changed; sorted. What needs two dimensions still has them.
     """
-    graph = model.graph
+    graph = traced.model.graph
     for node in list(graph):
         squeezes = {k: made for k, value in enumerate(node.inputs) if (made := _squeeze(value))}
         if not squeezes:
@@ -38,7 +42,8 @@ def keep_batch(model: ir.Model) -> None:
                 node.replace_input_with(k, squeeze.inputs[0])
             axes = next(iter(squeezes.values())).inputs[1]
             _squeeze_behind(graph, node, axes)
-    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(traced.model)
+    return traced
 
 
 def _squeeze(value: ir.Value | None) -> ir.Node | None:

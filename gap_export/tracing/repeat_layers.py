@@ -2,6 +2,11 @@
 
 Tracing takes time and memory for every layer. So few are traced, and one of them is copied node
 by node: what an export costs hardly depends on the depth of the model.
+
+    h1 = layer.0(x), h2 = layer.1(h1), y = layer.2(h2)
+      -> h1 = layer.0(x), h2 = layer.1(h1), h3 = layer.2(h2), ..., y = layer.N(hN)
+
+Layers 2 to N - 1 are copies of layer 1 with parameters, inputs and outputs of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from gap_export.tracing.trace import Traced
+from gap_export.tracing.graph import Traced
 from gap_runtime.bundle.tensors import TensorSpec
 
 _COPIED: Final = 1

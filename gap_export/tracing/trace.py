@@ -9,18 +9,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-import io
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import PassManager, common
-from onnxscript import optimizer
+from onnx_ir.passes import common
 from onnxscript.values import Opset
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,27 +23,14 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gap_export.errors import ExportError
 from gap_export.interfaces.dialect import Dialect
+from gap_export.tracing.graph import Traced, named_values
+from gap_export.tracing.tidy import quiet, tidy
 from gap_runtime.bundle.tensors import TensorSpec
 
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _NO_SCOPE: Final = "_empty_nn_module_stack"
 """Begins what torch calls the module of nodes that are of none."""
 _operators: dict[int, ONNXRegistry] = {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traced:
-    """A graph, its interface and the names of the initializers that have no values yet."""
-
-    model: ir.Model
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    parameters: frozenset[str]
-
-
-def strip_stage(name: str) -> str:
-    """Canonical name of a graph's parameter: its path without the stage's own attribute."""
-    return name.partition(".")[2]
 
 
 def trace(
@@ -91,7 +73,7 @@ def trace(
         arguments = (*examples[:alone], list(examples[alone:]))
         free = (*free[:alone], list(free[alone:]))
     try:
-        with mode, _quiet(), _known_operators():
+        with mode, quiet(), _known_operators():
             program = torch.onnx.export(
                 module,
                 arguments,
@@ -113,81 +95,13 @@ def trace(
     for name in parameters & set(model.graph.initializers):
         # Without a value, so that nothing takes it for a constant before it is bound.
         model.graph.initializers[name].const_value = None
-    tidy(model)
+    traced = tidy(
+        Traced(model=model, inputs=tuple(inputs), outputs=tuple(outputs), parameters=parameters)
+    )
     _name_nodes(model.graph)
     common.ClearMetadataAndDocStringPass()(model)
     _set_interface(model.graph, inputs, outputs)
-    return Traced(
-        model=model,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        parameters=parameters,
-    )
-
-
-def tidy(model: ir.Model) -> None:
-    """Inline helper functions, compute small constant parts, drop what nothing uses."""
-    with _quiet():
-        optimizer.fold_constants(
-            model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=65536
-        )
-    passes = PassManager(
-        [
-            common.InlinePass(),
-            common.IdentityEliminationPass(),
-            common.CommonSubexpressionEliminationPass(),
-            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            common.RemoveUnusedNodesPass(),
-            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
-            common.RemoveUnusedOpsetsPass(),
-            # A constant output (all patches kept) needs a node that gives it.
-            common.OutputFixPass(),
-        ]
-    )
-    passes(model)
-
-
-def join(first: Traced, second: Traced) -> Traced:
-    """One graph that feeds the outputs of the first into the second's inputs of the same names.
-
-    What the second takes besides becomes an input of the whole. Both graphs are copied, so that
-    the first can be joined again.
-    """
-    head, tail = first.model.clone(), second.model.clone()
-    graph, rest = head.graph, tail.graph
-    given = {spec.name: value for spec, value in zip(first.outputs, graph.outputs, strict=True)}
-    inputs = list(first.inputs)
-    for value, spec in zip(list(rest.inputs), second.inputs, strict=True):
-        if spec.name in given:
-            ir.convenience.replace_all_uses_with(value, given[spec.name])
-        else:
-            rest.inputs.remove(value)
-            graph.inputs.append(value)
-            inputs.append(spec)
-    kept_names = second.parameters | {spec.name for spec in (*second.outputs, *second.inputs)}
-    for value in list(_values(rest)):
-        if value.name not in kept_names:
-            value.name = f"prune.{value.name}"
-    outputs = list(rest.outputs)
-    rest.outputs.clear()
-    for initializer in list(rest.initializers.values()):
-        name = initializer.name
-        assert name is not None
-        rest.initializers.pop(name)
-        graph.initializers[name] = initializer
-    for node in list(rest):
-        rest.remove(node)
-        node.name = f"prune.{node.name}"
-        graph.append(node)
-    graph.outputs.clear()
-    graph.outputs.extend(outputs)
-    tidy(head)
-    return Traced(
-        model=head,
-        inputs=tuple(inputs),
-        outputs=second.outputs,
-        parameters=first.parameters | second.parameters,
-    )
+    return traced
 
 
 def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
@@ -249,7 +163,7 @@ def _set_interface(
         for size, wanted in zip(value.shape, spec.shape, strict=True):
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
                 names[str(size.value)] = str(wanted)
-    for value in _values(graph):
+    for value in named_values(graph):
         if value.shape is not None:
             value.shape = ir.Shape(names.get(str(size), size) for size in value.shape)
     for value, spec in zip(graph.outputs, outputs, strict=True):
@@ -265,14 +179,6 @@ def _name_nodes(graph: ir.Graph) -> None:
         name = name.lstrip("/")
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Every value of a graph that has a name."""
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
 
 
 def _example(spec: TensorSpec) -> Tensor:
@@ -317,19 +223,3 @@ def _known_operators() -> Iterator[None]:
         yield
     finally:
         kind.from_torchlib = own  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress text and warnings off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

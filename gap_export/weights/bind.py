@@ -7,12 +7,18 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gap_export.tracing.trace import Traced, strip_stage
+from gap_export.tracing.graph import Traced, strip_stage
 from gap_export.weights.plan import WeightPlan
 
 
-def bind_weights(traced: Traced, plan: WeightPlan, folder: Path) -> None:
-    """Point a graph's initializers at the files of the bundle folder."""
+def bind_weights(traced: Traced, plan: WeightPlan, folder: Path) -> Traced:
+    """Give each parameter of a graph the place of its values in the bundle's files.
+
+    Args:
+        traced: A graph, which is changed.
+        plan: Where all values lie.
+        folder: Of the bundle.
+    """
     for initializer in traced.model.graph.initializers.values():
         name = initializer.name
         assert name is not None
@@ -29,6 +35,7 @@ def bind_weights(traced: Traced, plan: WeightPlan, folder: Path) -> None:
             name=name,
             base_dir=folder,
         )
+    return traced
 
 
 def used_parameters(graphs: Iterable[Traced]) -> list[str]:

@@ -23,7 +23,7 @@ from truths import published
 
 from gap_export.config import load_config
 from gap_export.pipeline.plan import read_model
-from gap_export.tracing.trace import strip_stage
+from gap_export.tracing.graph import strip_stage
 from gap_runtime import Bundle, Grounder
 from gap_runtime.bundle.manifest import TEXT
 from gap_runtime.pictures.load import find_bucket, fitting_size, make_pixels

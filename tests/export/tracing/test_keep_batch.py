@@ -11,6 +11,7 @@ from onnx import parser
 from onnx.reference import ReferenceEvaluator
 
 from gap_export.pipeline import stages
+from gap_export.tracing.graph import Traced
 from gap_export.tracing.keep_batch import keep_batch
 
 HEAD = '<ir_version: 11, opset_import: ["" : 24]>'
@@ -98,8 +99,8 @@ def test_the_numbers_stay_and_nodes_go(name):
     text = f"{HEAD} graph {SIGNATURE} {{ h = Squeeze (x, zero) {lines} }}"
     before = onnx.shape_inference.infer_shapes(parser.parse_model(text), strict_mode=True)
     model = ir.from_proto(before)
-    keep_batch(model)
-    after = ir.to_proto(model)
+    traced = Traced(model=model, inputs=(), outputs=(), parameters=frozenset())
+    after = ir.to_proto(keep_batch(traced).model)
     onnx.checker.check_model(after, full_check=True)
 
     rng = np.random.default_rng(0)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gap_export.dialects import native
-from gap_export.tracing.trace import join, trace
+from gap_export.tracing.join import join
+from gap_export.tracing.trace import trace
 from gap_runtime.bundle.tensors import TensorSpec
 
 
@@ -108,11 +109,11 @@ def test_what_the_first_does_not_give_is_an_input_of_the_whole(names):
     assert best[0].tolist() == right[1].tolist()
 
 
-def test_the_first_may_be_joined_again():
+def test_a_copy_of_the_first_may_be_joined_again():
     tower = trace_tower()
     before = ir.serde.serialize_model(tower.model).SerializeToString()
     tails = [trace_tail(GIVEN[0], GIVEN[1]), trace_tail(GIVEN[2])]
-    totals = [run(join(tower, tail), pixels=PICTURE)[0] for tail in tails]
+    totals = [run(join(tower.copy(), tail), pixels=PICTURE)[0] for tail in tails]
     assert ir.serde.serialize_model(tower.model).SerializeToString() == before
     for total, names in zip(totals, [("patches", "keys"), ("scores",)], strict=True):
         assert np.allclose(total[0], expected(names)[0].numpy(), rtol=1e-6)
