@@ -22,6 +22,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gap_export.interfaces.decoder import DecoderSpec
+from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS, Dtype, TensorSpec
+
 # B batch (1), S rows, D decoder width, G key/value heads, L cache slots, d head width.
 
 
@@ -46,6 +49,65 @@ class DecoderStage(nn.Module):
             embeddings, position_ids, write_slot, logits_rows, caches
         )
         return outputs
+
+
+def decoder_inputs(spec: DecoderSpec, capacity: int, dtype: Dtype) -> list[TensorSpec]:
+    """The first part of the table above, with the caches of all layers."""
+    return [
+        TensorSpec(
+            name="embeddings",
+            dtype="float32",
+            shape=(1, FREE_ROWS, spec.width),
+            meaning="prompt rows, or a token and a draft",
+        ),
+        TensorSpec(
+            name="position_ids",
+            dtype="int64",
+            shape=(spec.axes, FREE_ROWS),
+            meaning="rotary position of each row",
+        ),
+        TensorSpec(name="write_slot", dtype="int64", shape=(1,), meaning="cache slot of row 0"),
+        TensorSpec(
+            name="logits_rows",
+            dtype="int64",
+            shape=(FREE_LOGITS,),
+            meaning="rows whose logits are wanted",
+        ),
+        *_caches(spec, capacity, dtype),
+    ]
+
+
+def decoder_outputs(spec: DecoderSpec, capacity: int, dtype: Dtype) -> list[TensorSpec]:
+    """The second part."""
+    return [
+        TensorSpec(
+            name="logits",
+            dtype="float32",
+            shape=(FREE_LOGITS, spec.vocabulary),
+            meaning="of the wanted rows",
+        ),
+        *(
+            TensorSpec(
+                name=f"next_{cache.name}",
+                dtype=cache.dtype,
+                shape=cache.shape,
+                meaning="the same memory, with the rows written",
+            )
+            for cache in _caches(spec, capacity, dtype)
+        ),
+    ]
+
+
+def _caches(spec: DecoderSpec, capacity: int, dtype: Dtype) -> list[TensorSpec]:
+    return [
+        TensorSpec(
+            name=name,
+            dtype=dtype,
+            shape=(1, spec.cache_heads, capacity, spec.head_dim),
+            meaning=f"{name.split('_')[1]}s so far, layer {int(name.rpartition('_')[2])}",
+        )
+        for name in cache_names(len(spec.layers))
+    ]
 
 
 def cache_names(layers: int) -> list[str]:

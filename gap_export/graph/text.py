@@ -13,7 +13,32 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gap_export.interfaces.family import TextSpec
+from gap_export.interfaces.features import Feature
+from gap_runtime.bundle.tensors import TensorSpec
+
 # L text tokens, W text width.
+
+
+def text_inputs(spec: TextSpec) -> list[TensorSpec]:
+    """The first part of the table above."""
+    return [
+        TensorSpec(
+            name="text_ids",
+            dtype="int64",
+            shape=(1, spec.length),
+            meaning="the phrase's tokens, padded with end tokens",
+        )
+    ]
+
+
+def text_outputs(width: int) -> list[TensorSpec]:
+    """The second part, and what a vision graph takes that reads the phrase in any way."""
+    return [
+        TensorSpec(
+            name=Feature.TEXT.value, dtype="float32", shape=(1, width), meaning="the phrase"
+        )
+    ]
 
 
 class TextStage(nn.Module):

@@ -17,16 +17,85 @@ The tower is the same for all ratios; the pruning stage is small.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
 from gap_export.config import PruneConfig
 from gap_export.graph.positions import CENTROID, keeps_raster_order, place_tokens
+from gap_export.interfaces.decoder import DecoderSpec
+from gap_export.interfaces.family import ModelSpec, geometry_of
 from gap_export.interfaces.features import Feature, Geometry, Kept, Pruner, VisionFeatures
 from gap_runtime.bundle.layout import TokenLayout
+from gap_runtime.bundle.tensors import Dtype, TensorSpec
+from gap_runtime.pictures.preprocess import Bucket
 
 # B batch (1), N visual tokens but fixed ones, F fixed tokens, K kept, V visual slots, C patch
 # width, D decoder width, P patches, W text width.
+
+_TILED: Final = 5
+"""Dimensions of pixels that have views, [1, views, 3, side, side]."""
+
+
+def tower_inputs(spec: ModelSpec, bucket: Bucket) -> list[TensorSpec]:
+    """What the tower takes: the first part of the table above."""
+    pixels = spec.preprocess.pixel_shape(bucket)
+    return [
+        TensorSpec(
+            name="pixels",
+            dtype="float32",
+            shape=pixels,
+            meaning="views of the picture" if len(pixels) == _TILED else "normalized picture",
+        )
+    ]
+
+
+def tower_outputs(
+    spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature], dtype: Dtype
+) -> list[TensorSpec]:
+    """What the tower hands to the pruning stage: the part between."""
+    tokens = geometry_of(bucket).tokens
+    patches = TensorSpec(
+        name="patches",
+        dtype=dtype,
+        shape=(1, tokens, spec.vision_width),
+        meaning="tokens before the projector",
+    )
+    features = [
+        TensorSpec(
+            name=feature.value,
+            dtype="float32",
+            shape=(1, tokens * bucket.strip, *spec.features[feature]),
+            meaning="by-product of the tower",
+        )
+        for feature in sort_features(needs)
+    ]
+    return [patches, *features]
+
+
+def prune_outputs(spec: DecoderSpec, layout: TokenLayout) -> list[TensorSpec]:
+    """What the pruning stage gives: the last part. The phrase comes from `text_outputs`."""
+    return [
+        TensorSpec(
+            name="visual_tokens",
+            dtype="float32",
+            shape=(1, layout.visual, spec.width),
+            meaning="tokens of the kept patches, in slot order",
+        ),
+        TensorSpec(
+            name="kept_index",
+            dtype="int64",
+            shape=(1, layout.kept),
+            meaning="visual token that each kept slot holds",
+        ),
+        TensorSpec(
+            name="position_ids",
+            dtype="int64",
+            shape=(spec.axes, layout.prompt),
+            meaning="position of every slot of the longest prompt",
+        ),
+    ]
 
 
 class TowerStage(nn.Module):

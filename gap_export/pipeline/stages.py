@@ -9,9 +9,16 @@ from typing import Final
 
 import onnx_ir as ir
 
-from gap_export.graph.decoder import DecoderStage, cache_names
-from gap_export.graph.text import TextStage
-from gap_export.graph.vision import PruneStage, TowerStage, sort_features
+from gap_export.graph.decoder import DecoderStage, decoder_inputs, decoder_outputs
+from gap_export.graph.text import TextStage, text_inputs, text_outputs
+from gap_export.graph.vision import (
+    PruneStage,
+    TowerStage,
+    prune_outputs,
+    sort_features,
+    tower_inputs,
+    tower_outputs,
+)
 from gap_export.interfaces.dialect import FUSED
 from gap_export.interfaces.family import (
     build_fixed_tokens,
@@ -31,15 +38,13 @@ from gap_export.weights.bind import bind_weights
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.write import write_placeholders
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Role, Stage
-from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS, TensorSpec
+from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS
 from gap_runtime.pictures.preprocess import Bucket
 
 _TRACED_LAYERS: Final = 2
 """Of a decoder: the first, and one that can follow itself."""
 _TRACED_TOWER_LAYERS: Final = 3
 """Of a tower: besides these the last, whose input pruners look at."""
-_TILED: Final = 5
-"""Dimensions of pixels that have views, [1, views, 3, side, side]."""
 _NOT_IN_GRAPHS: Final = frozenset(
     {
         "box",
@@ -79,23 +84,13 @@ def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
     """The tower's graph, the same for all ratios; traced with few blocks, as the decoder."""
     spec, needs = plan.spec, plan.tower_needs
     few = replace(spec, tower_layers=spec.tower_layers[:_TRACED_TOWER_LAYERS])
-    pixels = spec.preprocess.pixel_shape(bucket)
     traced = trace(
         lambda: TowerStage(plan.family.build_tower(few, bucket, needs), needs),
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
-        inputs=[
-            TensorSpec(
-                name="pixels",
-                dtype="float32",
-                shape=pixels,
-                meaning="whole picture, then its tiles"
-                if len(pixels) == _TILED
-                else "normalized picture",
-            )
-        ],
-        outputs=_between(plan, bucket),
+        inputs=tower_inputs(spec, bucket),
+        outputs=tower_outputs(spec, bucket, needs, plan.dtype),
         finish=lambda stage: fill_constants(stage.tower),  # type: ignore[arg-type]
     )
     more = len(spec.tower_layers) - len(few.tower_layers)
@@ -124,8 +119,8 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
     """The graph from patches to visual tokens, kept index and position IDs at one ratio."""
     layout, spec = plan.layout.at(entry), plan.spec
     bucket = plan.bucket(entry)
-    between = _between(plan, bucket)
-    phrase = [_describe_phrase(plan)] if plan.reads_phrase(entry) else []
+    between = tower_outputs(spec, bucket, plan.tower_needs, plan.dtype)
+    phrase = text_outputs(_phrase_width(plan)) if plan.reads_phrase(entry) else []
     return trace(
         lambda: PruneStage(
             plan.pruner,
@@ -142,26 +137,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
         dialect=plan.dialect,
         opset=plan.target.opset,
         inputs=[*between, *phrase],
-        outputs=[
-            TensorSpec(
-                name="visual_tokens",
-                dtype="float32",
-                shape=(1, layout.visual, spec.decoder.width),
-                meaning="tokens of the kept patches, in slot order",
-            ),
-            TensorSpec(
-                name="kept_index",
-                dtype="int64",
-                shape=(1, entry.kept),
-                meaning="visual token that each kept slot holds",
-            ),
-            TensorSpec(
-                name="position_ids",
-                dtype="int64",
-                shape=(spec.decoder.axes, layout.prompt),
-                meaning="position of every slot of the longest prompt",
-            ),
-        ],
+        outputs=prune_outputs(spec.decoder, layout),
         nested=len(between) - 1 + len(phrase),
     )
 
@@ -180,15 +156,8 @@ def trace_text(plan: ExportPlan) -> Traced:
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
-        inputs=[
-            TensorSpec(
-                name="text_ids",
-                dtype="int64",
-                shape=(1, text.length),
-                meaning="the phrase's tokens, padded with end tokens",
-            )
-        ],
-        outputs=[_describe_phrase(plan)],
+        inputs=text_inputs(text),
+        outputs=text_outputs(text.width),
         finish=lambda stage: fill_constants(stage.tower),  # type: ignore[arg-type]
     )
 
@@ -205,57 +174,9 @@ def trace_decoder(plan: ExportPlan) -> Traced:
     """
     decoder, spec = plan.family.DECODER, plan.spec.decoder
     few = replace(spec, layers=spec.layers[:_TRACED_LAYERS])
-    cache_shape = (1, spec.cache_heads, plan.layout.capacity, spec.head_dim)
-    names = cache_names(len(spec.layers))
-    caches = [
-        TensorSpec(
-            name=name,
-            dtype=plan.dtype,
-            shape=cache_shape,
-            meaning=f"{name.split('_')[1]}s so far, layer {int(name.rpartition('_')[2])}",
-        )
-        for name in names
-    ]
     tables = decoder.rotary_tables(spec, _positions(plan))
-    inputs = [
-        TensorSpec(
-            name="embeddings",
-            dtype="float32",
-            shape=(1, FREE_ROWS, spec.width),
-            meaning="prompt rows, or a token and a draft",
-        ),
-        TensorSpec(
-            name="position_ids",
-            dtype="int64",
-            shape=(spec.axes, FREE_ROWS),
-            meaning="rotary position of each row",
-        ),
-        TensorSpec(name="write_slot", dtype="int64", shape=(1,), meaning="cache slot of row 0"),
-        TensorSpec(
-            name="logits_rows",
-            dtype="int64",
-            shape=(FREE_LOGITS,),
-            meaning="rows whose logits are wanted",
-        ),
-        *caches,
-    ]
-    outputs = [
-        TensorSpec(
-            name="logits",
-            dtype="float32",
-            shape=(FREE_LOGITS, spec.vocabulary),
-            meaning="of the wanted rows",
-        ),
-        *(
-            TensorSpec(
-                name=f"next_{cache.name}",
-                dtype=cache.dtype,
-                shape=cache.shape,
-                meaning="the same memory, with the rows written",
-            )
-            for cache in caches
-        ),
-    ]
+    inputs = decoder_inputs(spec, plan.layout.capacity, plan.dtype)
+    outputs = decoder_outputs(spec, plan.layout.capacity, plan.dtype)
     more = len(spec.layers) - len(few.layers)
     traced = trace(
         lambda: DecoderStage(decoder.build(few, plan.dialect, tables)),
@@ -326,34 +247,10 @@ def write_graphs(
     return stages
 
 
-def _between(plan: ExportPlan, bucket: Bucket) -> list[TensorSpec]:
-    """What the tower hands to the pruning stage."""
-    spec, tokens = plan.spec, geometry_of(bucket).tokens
-    patches = TensorSpec(
-        name="patches",
-        dtype=plan.dtype,
-        shape=(1, tokens, spec.vision_width),
-        meaning="tokens before the projector",
-    )
-    features = [
-        TensorSpec(
-            name=feature.value,
-            dtype="float32",
-            shape=(1, tokens * bucket.strip, *spec.features[feature]),
-            meaning="by-product of the tower",
-        )
-        for feature in sort_features(plan.tower_needs)
-    ]
-    return [patches, *features]
-
-
-def _describe_phrase(plan: ExportPlan) -> TensorSpec:
-    """The vision graph's input besides the picture, where the pruner reads the phrase."""
+def _phrase_width(plan: ExportPlan) -> int:
+    """Width of what stands for the phrase: CLIP's features, or the decoder's embeddings."""
     text = plan.spec.text
-    width = text.width if plan.reads_clip and text else plan.spec.decoder.width
-    return TensorSpec(
-        name=Feature.TEXT.value, dtype="float32", shape=(1, width), meaning="the phrase"
-    )
+    return text.width if plan.reads_clip and text else plan.spec.decoder.width
 
 
 def _describe_stage(name: str, role: Role, traced: Traced, entry: RatioEntry | None) -> Stage:
