@@ -16,7 +16,13 @@ from transformers import (
 )
 
 from gap_export.blocks.hf_config import parse_config, require_clip_tower
-from gap_export.blocks.scores import cls_attention, cls_similarity, mean_keys, merge_attention
+from gap_export.blocks.scores import (
+    cls_attention,
+    cls_similarity,
+    column_attention,
+    mean_keys,
+    merge_attention,
+)
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes, match_tensors, stored
 from gap_export.errors import CheckpointError
@@ -88,12 +94,18 @@ class ClipTower(nn.Module):
             before_VTC, states_VTC = states_VTC, block(states_VTC, None)
         values: dict[Feature, Tensor] = {}
         last = blocks[self.depth - 1]
+        heads = last.self_attn.num_heads
         if Feature.CLS_ATTENTION in self.needs:
             query, key = _project(last, before_VTC)
-            values[Feature.CLS_ATTENTION] = cls_attention(query, key, last.self_attn.num_heads)
+            values[Feature.CLS_ATTENTION] = cls_attention(query, key, heads)
+        if Feature.COLUMN_ATTENTION in self.needs:
+            normed = last.layer_norm1(before_VTC)
+            values[Feature.COLUMN_ATTENTION] = column_attention(
+                last.self_attn.q_proj(normed), last.self_attn.k_proj(normed), heads
+            )
         if Feature.KEYS in self.needs:
             _, key = _project(last, before_VTC)
-            values[Feature.KEYS] = mean_keys(key, last.self_attn.num_heads)
+            values[Feature.KEYS] = mean_keys(key, heads)
         if Feature.CLS_SIMILARITY in self.needs:
             values[Feature.CLS_SIMILARITY] = cls_similarity(states_VTC)
         if self.needs & {Feature.MERGE_ATTENTION, Feature.MERGE_KEYS}:
@@ -214,6 +226,7 @@ def clip_features(
     width = vision.hidden_size
     features: dict[Feature, tuple[int, ...]] = {
         Feature.CLS_ATTENTION: (),
+        Feature.COLUMN_ATTENTION: (),
         Feature.CLS_SIMILARITY: (),
         Feature.KEYS: (width // vision.num_attention_heads,),
         Feature.MERGE_ATTENTION: (),

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gap_export.blocks.scores import cls_attention, cls_similarity, mean_keys, merge_attention
+from gap_export.blocks.scores import (
+    cls_attention,
+    cls_similarity,
+    column_attention,
+    mean_keys,
+    merge_attention,
+)
 from gap_export.interfaces.features import Feature
 
 # B batch (1), P patches, T P + CLS, C width, H heads, d head width.
@@ -71,6 +77,8 @@ class EvaTower(nn.Module):
             Feature.MERGE_ATTENTION: merge_attention(query_BTC[:, 0], key_BTC),
             Feature.MERGE_KEYS: key_BTC[:, 1:].float(),
         }
+        if Feature.COLUMN_ATTENTION in self.needs:
+            values[Feature.COLUMN_ATTENTION] = column_attention(query_BTC, key_BTC, self.heads)
         batch, tokens, width = states_BTC[:, 1:].shape
         strips = states_BTC[:, 1:].reshape(batch, tokens // self.strip, width * self.strip)
         return strips, {feature: values[feature] for feature in self.needs}

@@ -24,6 +24,17 @@ def cls_attention(query_VC: Tensor, key_VTC: Tensor, heads: int) -> Tensor:
     return torch.softmax(logits_VHT, dim=-1).mean(dim=1)[:, 1:]
 
 
+def column_attention(query_VTC: Tensor, key_VTC: Tensor, heads: int) -> Tensor:
+    """[V, P]: attention that each patch receives, mean over heads and over all tokens of a view.
+
+    Needs the whole attention map, which the block itself does without.
+    """
+    query_VHTd = _split(query_VTC, heads).permute(0, 2, 1, 3)
+    key_VHdT = _split(key_VTC, heads).permute(0, 2, 3, 1)
+    logits_VHTT = query_VHTd @ key_VHdT * query_VHTd.shape[-1] ** -0.5
+    return torch.softmax(logits_VHTT, dim=-1).mean(dim=2).mean(dim=1)[:, 1:]
+
+
 def merge_attention(query_VC: Tensor, key_VTC: Tensor) -> Tensor:
     """[V, P]: attention from CLS to each patch, all heads taken as one wide head.
 

@@ -30,6 +30,10 @@ class Feature(Enum):
     """[B, P]: attention that the CLS token pays to each patch, mean over heads, in the block
     whose output the patches are."""
 
+    COLUMN_ATTENTION = "column_attention"
+    """[B, P]: attention that each patch receives in that block, mean over heads and over all
+    tokens of its view that pay it, CLS among them where there is one."""
+
     CLS_SIMILARITY = "cls_similarity"
     """[B, P]: cosine between the state of the CLS token and that of each patch."""
 

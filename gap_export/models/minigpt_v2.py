@@ -110,6 +110,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         tower_layers=("block",) * tower.layers,
         features={
             Feature.CLS_ATTENTION: (),
+            Feature.COLUMN_ATTENTION: (),
             Feature.CLS_SIMILARITY: (),
             Feature.KEYS: (tower.width // tower.heads,),
             Feature.MERGE_ATTENTION: (),

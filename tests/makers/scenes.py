@@ -51,6 +51,9 @@ class Scene:
             Feature.CLS_ATTENTION: scores.cls_attention(
                 self.queries[block][:, 0], self.keys[block], HEADS
             ),
+            Feature.COLUMN_ATTENTION: scores.column_attention(
+                self.queries[block], self.keys[block], HEADS
+            ),
             Feature.CLS_SIMILARITY: scores.cls_similarity(self.states[self.layer]),
             Feature.KEYS: scores.mean_keys(self.keys[block], HEADS),
             Feature.MERGE_ATTENTION: scores.merge_attention(
@@ -102,6 +105,16 @@ class Scene:
         return self.by_token(
             [
                 truth.cls_attention_from_qk(q.numpy(), k.numpy(), HEADS, 0).scores
+                for q, k in zip(self.queries[block], self.keys[block], strict=True)
+            ]
+        )
+
+    @functools.cached_property
+    def column_attention(self):
+        block = self.layer - 1
+        return self.by_token(
+            [
+                truth.column_attention_from_qk(q.numpy(), k.numpy(), HEADS)
                 for q, k in zip(self.queries[block], self.keys[block], strict=True)
             ]
         )

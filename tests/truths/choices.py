@@ -25,6 +25,10 @@ TRUTHS = {
     "cls_similarity": lambda s, kept, _: truth.Truth(
         order=truth.top(s.similarity, kept), scores=s.similarity
     ),
+    "column_attention": lambda s, kept, _: truth.Truth(
+        order=truth.top(s.column_attention, kept), scores=s.column_attention
+    ),
+    "dart": lambda s, kept, _: truth.dart(s.tokens, kept),
     "divprune": lambda s, kept, _: truth.divprune(s.tokens, kept),
     "prumerge": lambda s, kept, _: merge_truth(s, kept, s.one_head_attention),
     "prumerge_plus": lambda s, kept, _: merge_truth(s, kept, grid_scores(s, kept)),
@@ -37,7 +41,7 @@ TRUTHS = {
     "visionzip": lambda s, kept, _: truth.visionzip(s.attention, s.mean_keys, s.patches, kept),
     "vispruner": lambda s, kept, _: truth.vispruner(s.attention, s.patches, kept),
 }
-GREEDY = {"cdpruner", "divprune", "random", "spatial", "visionzip", "vispruner"}
+GREEDY = {"cdpruner", "dart", "divprune", "random", "spatial", "visionzip", "vispruner"}
 """Those without scores by which a near tie could be judged; a new one has scores or is listed."""
 
 

@@ -37,15 +37,17 @@ class Seen:
     """A picture and a phrase as the towers see them, float64.
 
     `tokens` [N, D] are all visual tokens, `removable` the indices of those that show something.
-    All others are by removable token: `attention` and `similarity` [R] of CLS, `keys` [R, d] as
-    means over heads, `merge_attention` [R] and `merge_keys` [R, C] of the block after, `patches`
-    [R, C] before the projector, and `text_patches` [R, W], which the phrase `text` [W] is
+    All others are by removable token: `attention` and `similarity` [R] of CLS, `column` [R] the
+    attention received from all tokens, `keys` [R, d] as means over heads, `merge_attention` [R]
+    and `merge_keys` [R, C] of the block after, `patches` [R, C] before the projector, and
+    `text_patches` [R, W], which the phrase `text` [W] is
     compared with.
     """
 
     tokens: torch.Tensor
     removable: list[int]
     attention: np.ndarray
+    column: np.ndarray
     similarity: np.ndarray
     keys: np.ndarray
     merge_attention: np.ndarray
@@ -65,11 +67,13 @@ class Seen:
         patches, a, total = self.patches.numpy(), self.merge_attention, len(self.removable)
         rules = {
             "cls_attention": lambda: truth.Truth(order=truth.top(self.attention, kept)),
+            "column_attention": lambda: truth.Truth(order=truth.top(self.column, kept)),
             "cls_similarity": lambda: truth.Truth(order=truth.top(self.similarity, kept)),
             "text_similarity": lambda: truth.text_similarity(*text, kept, self.text_sign),
             "trim": lambda: truth.trim(*text, patches, kept, self.text_sign),
             "vispruner": lambda: truth.vispruner(self.attention, patches, kept),
             "visionzip": lambda: truth.visionzip(self.attention, self.keys, patches, kept),
+            "dart": lambda: truth.dart(tokens, kept),
             "divprune": lambda: truth.divprune(tokens, kept),
             "cdpruner": lambda: truth.cdpruner(*text, tokens, kept, self.text_sign),
             "random": lambda: truth.random(total, kept, 0),
@@ -315,6 +319,7 @@ def _minigpt(case):
             tokens=tokens,
             removable=list(range(len(tokens))),
             attention=truth.pool(attention, 4),
+            column=truth.pool(output.attentions[-1][0].mean((0, 1))[1:].numpy(), 4),
             similarity=truth.pool(similarity, 4),
             keys=truth.pool(by_head.numpy(), 4),
             merge_attention=truth.pool(a, 4),
@@ -375,6 +380,7 @@ def _see_clip(tower, views, origin, tokens, clip_folder, phrase):
         tokens=tokens,
         removable=removable,
         attention=np.concatenate(attention)[shown],
+        column=maps.mean((1, 2))[:, 1:].flatten()[shown].numpy(),
         similarity=np.concatenate(similarity)[shown],
         keys=keys.unflatten(-1, (heads, -1)).mean(2).flatten(0, 1)[shown].numpy(),
         merge_attention=np.concatenate(a)[shown],

@@ -123,6 +123,19 @@ def cls_attention_from_qk(q_TC, k_TC, heads, kept):
     return cls_attention(attention_HTT, kept)
 
 
+def column_attention_from_qk(q_TC, k_TC, heads):
+    """Attention that each patch receives, mean over heads and over all tokens that pay it."""
+    q_TC, k_TC = float64(q_TC), float64(k_TC)
+    tokens, width = q_TC.shape
+    size = width // heads
+    received = np.zeros(tokens)
+    for head in range(heads):
+        mine = slice(head * size, (head + 1) * size)
+        for row in range(tokens):
+            received += softmax([dot(q_TC[row, mine], k[mine]) / math.sqrt(size) for k in k_TC])
+    return received[1:] / (heads * tokens)
+
+
 def cls_similarity(cls_C, patches_NC, kept):
     """Cosine between CLS and each patch; highest first."""
     direction = unit(float64(cls_C))
@@ -370,6 +383,28 @@ def divprune(tokens_ND, kept):
         left = others(order, total)
         nearest = [min(distance[index][chosen] for chosen in order) for index in left]
         order.append(left[top(nearest, 1)[0]])
+    return Truth(order=order)
+
+
+# DART.
+
+
+def dart(tokens_ND, kept):
+    """The four largest tokens by absolute sum; each takes an equal share of what is least like it.
+
+    One after another, of what nobody took; of what cannot be shared, the first ones take one more.
+    """
+    tokens_ND = float64(tokens_ND)
+    directions = unit_rows(tokens_ND)
+    order = top([sum(abs(value) for value in token) for token in tokens_ND], min(4, kept))
+    pivots = list(order)
+    shares = [0] * len(pivots)
+    for number in range(kept - len(pivots)):
+        shares[number % len(pivots)] += 1
+    for pivot, share in zip(pivots, shares, strict=True):
+        left = others(order, len(tokens_ND))
+        strangeness = [-dot(directions[pivot], directions[index]) for index in left]
+        order += [left[at] for at in top(strangeness, share)]
     return Truth(order=order)
 
 

@@ -26,7 +26,8 @@ def test_the_towers_score_is_the_librarys_attention():
             parameter.add_(0.3 * torch.randn_like(parameter))
     pixels = torch.randn(1, 3, 28, 28)
     layer = resolve_layer(config, -2, "config.json")
-    tower = ClipTower(config, layer, frozenset({Feature.CLS_ATTENTION}), depth=layer).eval()
+    needs = frozenset({Feature.CLS_ATTENTION, Feature.COLUMN_ATTENTION})
+    tower = ClipTower(config, layer, needs, depth=layer).eval()
     missing, unexpected = tower.vision_tower.load_state_dict(library.state_dict(), strict=False)
     with torch.no_grad():
         patches, values = tower(pixels)
@@ -38,6 +39,9 @@ def test_the_towers_score_is_the_librarys_attention():
     assert torch.allclose(patches, whole.hidden_states[-2][:, 1:], atol=1e-5)
     assert torch.allclose(values[Feature.CLS_ATTENTION][0], expected, atol=1e-6)
     assert expected.std() > 1e-3
+    received = whole.attentions[2][0].mean(dim=(0, 1))[1:]
+    assert torch.allclose(values[Feature.COLUMN_ATTENTION][0], received, atol=1e-6)
+    assert received.std() > 1e-4
 
 
 @pytest.mark.parametrize(("layer", "index"), [(-2, 4), (-1, 5), (5, 5), (1, 1), (-5, 1)])
