@@ -504,10 +504,18 @@ def test_the_command_for_people(capsys, put_machine):
         "compute capability 8.7, 7.4 GiB",
         "something is wrong",
         "not installed",
-        "it comes with JetPack",
     ):
         assert part in out
-    assert "target jetson-orin-jp6       fits\n" in out
+    # What fits comes first, a line for each of the others, how to mend it only where asked for.
+    lines = [line for line in out.splitlines() if line.startswith("target ")]
+    assert len(lines) == len(list_targets())
+    assert lines[0] == "target jetson-orin-jp6       fits"
+    assert all("  does not fit: " in line for line in lines[1:])
+    assert "it comes with JetPack" not in out
+    assert out.endswith("gap-runtime doctor --all says how to get what is missing\n")
+    _, out, _ = run(capsys, "--all")
+    assert "it comes with JetPack" in out
+    assert "doctor --all" not in out
 
 
 def test_no_target_fits(capsys, put_machine):

@@ -20,6 +20,9 @@ SUMMARY: Final = "say what this machine has and which targets fit it"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    parser.add_argument(
+        "--all", action="store_true", help="all that each target misses, and how to get it"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -34,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"machine": dump_record(machine), "targets": dump_record(fits)})
     else:
-        _show(machine, fits)
+        _show_machine(machine)
+        _show_targets(fits, every=options.all)
     if any(fit.fits for fit in fits):
         return 0
     print(
@@ -52,7 +56,7 @@ def _find_missing(machine: Machine, target: Target) -> list[str]:
     return open_backend(target.backend)[0].find_missing(machine, target)
 
 
-def _show(machine: Machine, fits: tuple[Fit, ...]) -> None:
+def _show_machine(machine: Machine) -> None:
     rows = [
         ("machine", f"{machine.system}, Python {machine.python}"),
         ("memory", f"{_size(machine.memory_mib)}, {_size(machine.free_mib)} free"),
@@ -77,11 +81,23 @@ def _show(machine: Machine, fits: tuple[Fit, ...]) -> None:
     rows += [("problem", text) for text in machine.problems]
     for name, text in rows:
         print(f"{name:<12} {text}")
+
+
+def _show_targets(fits: tuple[Fit, ...], *, every: bool) -> None:
+    """Those that fit first; of the others the first thing that each misses, or everything."""
     width = max(len(fit.target) for fit in fits)
-    for fit in fits:
-        print(f"target {fit.target:<{width}}  {'fits' if fit.fits else 'does not fit'}")
-        for line in (*fit.missing, *fit.notes):
-            print(f"    {line}")
+    for fit in sorted(fits, key=lambda each: not each.fits):
+        line = f"target {fit.target:<{width}}  {'fits' if fit.fits else 'does not fit'}"
+        if every or fit.fits:
+            print(line)
+            for text in (*fit.missing, *fit.notes):
+                print(f"    {text}")
+        else:
+            more = len(fit.missing) - 1
+            others = f", and {more} more" if more else ""
+            print(f"{line}: {fit.missing[0].partition(';')[0]}{others}")
+    if not every and not all(fit.fits for fit in fits):
+        print("gap-runtime doctor --all says how to get what is missing")
 
 
 def _describe_gpu(gpu: Gpu) -> str:
