@@ -419,10 +419,11 @@ def resolve_family(folder: Path) -> str:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder}: no config.json in it that tells the family; give the model's name and the "
-            f"folder: gap-export NAME --checkpoint {folder} (NAME: {', '.join(list_configs())})"
-        ) from error
+        advice = describe_folder(folder) or (
+            "no config.json in it that tells the family; give the model's name and the folder: "
+            f"gap-export NAME --checkpoint {folder} (NAME: {', '.join(list_configs())})"
+        )
+        raise ConfigError(f"{folder}: {advice}") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     found = str(data.get("model_type", "")) if isinstance(data, dict) else ""
@@ -430,6 +431,32 @@ def resolve_family(folder: Path) -> str:
     if family is None:
         raise UnknownNameError(f"{path}: {describe_model_type(found)}")
     return family
+
+
+def describe_folder(folder: Path) -> str | None:
+    """What a folder is that is no model, and what to give instead; None where nothing is known."""
+    if (folder / "config.json").is_file():
+        return None
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', adapter.read_text("utf-8"))
+        base = found[1] if found else "FOLDER"
+        return (
+            "an adapter of PEFT, not a model; give the model and the adapter: gap-export NAME "
+            f"--checkpoint {base} --set parts.adapter={folder}"
+        )
+    if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
+        head = folder / "refs" / "main"
+        commits = sorted(path.name for path in (folder / "snapshots").iterdir())
+        commit = head.read_text("utf-8").strip() if head.is_file() else ""
+        chosen = commit if commit in commits else commits[-1] if commits else "COMMIT"
+        return f"the top of a hub cache; give the files' folder: {folder / 'snapshots' / chosen}"
+    inner = sorted(path.parent for path in folder.glob("*/config.json"))
+    if inner:
+        return (
+            f"no config.json in it, but in {len(inner)} of its folders; give one, as {inner[-1]}"
+        )
+    return None
 
 
 def find_family(model_type: str) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gap_export.config import describe_folder
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
 
@@ -30,18 +31,31 @@ _DTYPES: Final = {
 }
 _TORCH_FILES: Final = ("*.bin", "*.pth", "*.pt")
 _NO_WEIGHTS: Final = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
-_HUB_FILES: Final = ("*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja")
+ADAPTER_CONFIG: Final = "adapter_config.json"
+_ADAPTERS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+_BESIDE_ADAPTERS: Final = "non_lora_trainables.bin"
+"""What training scripts save beside an adapter, in the model's own names."""
+_HUB_FILES: Final = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "tokenizer.model",
+    "*.jinja",
+    _BESIDE_ADAPTERS,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorLocation:
     """A tensor in a file; `offset` in bytes from the start of the file.
 
+    `shown` is how errors name the file: in its folder, where `file` may be a cache's blob.
     `strides` are in elements; None where the values lie in order, as they do in safetensors.
     """
 
     key: str
     file: Path
+    shown: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
@@ -79,8 +93,9 @@ class Checkpoint:
     @property
     def index_sha256(self) -> str:
         """SHA-256 of the config and the index of tensors, with the parts'; not of values."""
-        config = self.folder / "config.json"
-        digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
+        digest = hashlib.sha256()
+        for config in (self.folder / "config.json", self.folder / ADAPTER_CONFIG):
+            digest.update(config.read_bytes() if config.is_file() else b"")
         for key in sorted(self.tensors):
             tensor = self.tensors[key]
             digest.update(f"{key} {tensor.file.name} {tensor.offset} ".encode())
@@ -109,7 +124,8 @@ class Checkpoint:
         """
         data = self.read_json(name)
         if data is None:
-            raise CheckpointError(f"{self.folder}: no {name} in it; give a checkpoint folder")
+            advice = describe_folder(self.folder) or f"no {name} in it; give a checkpoint folder"
+            raise CheckpointError(f"{self.folder}: {advice}")
         return data
 
     def require_part(self, role: str) -> Checkpoint:
@@ -226,7 +242,7 @@ def read_tensor(tensor: TensorLocation) -> torch.Tensor:
         read = file.readinto(data.numpy().data)
     if read != tensor.span:
         raise CheckpointError(
-            f"{tensor.file}: ends inside tensor '{tensor.key}'; was it changed while in use?"
+            f"{tensor.shown}: ends inside tensor '{tensor.key}'; was it changed while in use?"
         )
     values = data.view(getattr(torch, tensor.dtype))
     if tensor.strides is None:
@@ -300,6 +316,16 @@ def _weight_files(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[s
             return _placed_tensors(folder / index)
         if (folder / single).is_file():
             return {single: set()}
+    adapters = [name for name in _ADAPTERS if (folder / name).is_file()][:1]
+    if (folder / _BESIDE_ADAPTERS).is_file() and (folder / ADAPTER_CONFIG).is_file():
+        if not adapters:
+            raise CheckpointError(
+                f"{folder}: no adapter in it ({' or '.join(_ADAPTERS)}), though there is "
+                f"{_BESIDE_ADAPTERS}; download it again"
+            )
+        adapters.append(_BESIDE_ADAPTERS)
+    if adapters:
+        return {name: set() for name in adapters}
     others = sorted(
         path.name
         for path in folder.iterdir()
@@ -316,10 +342,11 @@ def _weight_files(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[s
             "expected one; name the file itself"
         )
     names = ", ".join(name for layout in _LAYOUTS for name in layout)
-    raise CheckpointError(
-        f"{folder}: no weights in it (none of {names}, and no other {', '.join(_TORCH_FILES)}); "
-        "give a checkpoint folder or file"
+    advice = describe_folder(folder) or (
+        f"no weights in it (none of {names}, and no other {', '.join(_TORCH_FILES)}); give a "
+        "checkpoint folder or file"
     )
+    raise CheckpointError(f"{folder}: {advice}")
 
 
 def _placed_tensors(index: Path) -> dict[str, set[str]]:
@@ -359,6 +386,7 @@ def _read_archive(path: Path, shown: Path) -> _FileIndex:
         tensor = TensorLocation(
             key=key,
             file=path,
+            shown=shown,
             offset=found.offset,
             dtype=found.dtype,
             shape=found.shape,
@@ -394,6 +422,7 @@ def _read_header(path: Path, shown: Path) -> _FileIndex:
                 key: TensorLocation(
                     key=key,
                     file=path,
+                    shown=shown,
                     offset=start + entry["data_offsets"][0],
                     dtype=_DTYPES[entry["dtype"]],
                     shape=tuple(entry["shape"]),
@@ -442,7 +471,10 @@ def _find_snapshot(hub_id: str, revision: str | None) -> Path | None:
 
 def _download(hub_id: str, revision: str | None, advice: str) -> Path:
     """A hub repository in the local cache, in a folder that has its commit for a name."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only where a hub id is given
+    from huggingface_hub import (  # noqa: PLC0415 - only where a hub id is given
+        constants,
+        snapshot_download,
+    )
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
 
     try:
@@ -457,9 +489,14 @@ def _download(hub_id: str, revision: str | None, advice: str) -> Path:
                 ignore_patterns=[*_NO_WEIGHTS, "*/*"],
             )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is not in the cache here, and HF_HUB_OFFLINE is set; unset it to download"
+            raise CheckpointError(f"{hub_id}: {reason}; {advice}") from error
+        # The first sentence, whole: the library's go on about its own arguments.
+        reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
+        reason = reason or type(error).__name__
         raise CheckpointError(
-            f"{hub_id}: cannot be fetched from the hub ({reason:.120}); {advice}"
+            f"{hub_id}: cannot be fetched from the hub ({reason:.300}); {advice}"
         ) from error
     return folder
 

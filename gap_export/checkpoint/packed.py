@@ -215,7 +215,7 @@ def _require_zero(bias: TensorLocation) -> None:
     """Refuse a bias that the model has no place for, unless it changes nothing."""
     if bool(read_tensor(bias).any()):
         raise CheckpointError(
-            f"{bias.file.name}: tensor '{bias.key}' is none that this model has, and not zero as "
+            f"{bias.shown}: tensor '{bias.key}' is none that this model has, and not zero as "
             "packers leave it; give the checkpoint that it was made from"
         )
 
@@ -299,7 +299,7 @@ class _Layer:
         order_I = torch.argsort(groups_I, stable=True)
         if not torch.equal(groups_I[order_I], in_order_I):
             raise CheckpointError(
-                f"{place.file.name}: tensor '{place.key}' does not put {group} inputs into each "
+                f"{place.shown}: tensor '{place.key}' does not put {group} inputs into each "
                 f"of {inputs // group} groups; give the checkpoint that it was made from"
             )
         return order_I

@@ -157,8 +157,8 @@ def match_tensors(
         name = rename(key)
         if name not in expected:
             raise CheckpointError(
-                f"{tensor.file.name}: tensor '{key}' is none that this model has; "
-                f"is {checkpoint.folder} a checkpoint of the configured family?"
+                f"{tensor.shown}: tensor '{tensor.key}' is none that this model has; is it a "
+                "checkpoint of the configured family?"
             )
         if name in found:
             raise CheckpointError(
@@ -166,7 +166,7 @@ def match_tensors(
                 "two names; remove one"
             )
         if tensor.dtype not in DTYPES:
-            raise _unusable(tensor.file.name, key, tensor.dtype)
+            raise _unusable(str(tensor.shown), tensor.key, tensor.dtype)
         require_shape(tensor, expected[name])
         found[name] = tensor
     for key, dtype in checkpoint.unreadable.items():
@@ -193,7 +193,7 @@ def require_shape(tensor: TensorLocation, shape: tuple[int, ...]) -> None:
         return
     hint = "; it lies transposed" if tensor.shape == shape[::-1] else ""
     raise CheckpointError(
-        f"{tensor.file.name}: tensor '{tensor.key}' has shape {list(tensor.shape)}, expected "
+        f"{tensor.shown}: tensor '{tensor.key}' has shape {list(tensor.shape)}, expected "
         f"{list(shape)} by the config{hint}"
     )
 

@@ -44,6 +44,14 @@ from gap_export.blocks.hf_config import (
     require_patches_alone,
 )
 from gap_export.blocks.projector import Projector
+from gap_export.checkpoint.adapter import (
+    add_adapters,
+    choose_base,
+    find_base,
+    is_partial,
+    read_adapters,
+    replace_values,
+)
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
@@ -53,7 +61,7 @@ from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature
 from gap_export.reference.lazy import LazyTensor, rename_tensors
-from gap_export.reference.loader import Loader, open_loader
+from gap_export.reference.loader import Loader, merge_adapters, open_loader
 from gap_export.reference.model import join_parts, load_processor
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
@@ -61,7 +69,11 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
-PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
+PARTS: Final = {
+    "clip": "openai/clip-vit-large-patch14-336",
+    "base": "lmsys/vicuna-7b-v1.5",
+    "adapter": "adapter",
+}
 build_text_tower = build_clip_text
 TYPES: Final = ("llava_llama",)
 """What the authors' later code writes, in their layout."""
@@ -84,11 +96,17 @@ _ORIGINAL_NAMES: Final = (
 
 
 def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """CLIP: for the vision tower in the original layout, for the text tower in any."""
+    """CLIP, for the vision tower in the original layout, for the text tower in any; and the base.
+
+    An adapter of a whole model is no part that a checkpoint needs.
+    """
     data = checkpoint.require_json("config.json")
-    if _is_original(data):
-        return {"clip": str(data.get("mm_vision_tower") or PARTS["clip"])}
-    return dict(PARTS) if text else {}
+    parts = {}
+    if _is_original(data) or text:
+        parts["clip"] = str(data.get("mm_vision_tower") or PARTS["clip"])
+    if is_partial(checkpoint):
+        parts["base"] = find_base(checkpoint, PARTS["base"])
+    return parts
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
@@ -100,9 +118,10 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     where = str(checkpoint.folder / "config.json")
     data = checkpoint.require_json("config.json")
     require_model_type(data, "llava", where)
-    read_packing(data, where)
+    original, base = _is_original(data), choose_base(checkpoint)
+    read_packing(base.require_json("config.json"), str(base.folder / "config.json"))
+    # How an adapter's base was loaded for training is no matter.
     data = without_quantization(data)
-    original = _is_original(data)
     library = _read_original(checkpoint, data, where) if original else _read_library(data, where)
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
@@ -111,7 +130,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     clip = checkpoint.parts.get("clip")
     text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
     grid = (vision.image_size // vision.patch_size,) * 2
-    processor = checkpoint.parts["clip"] if original else checkpoint
+    processor = checkpoint.parts["clip"] if original else base
     mean, std = read_normalization(processor, vision.image_size)
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=(grid,), strip=1, fixed=()),),
@@ -120,10 +139,10 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         features=clip_features(vision, text_spec),
         text=text_spec,
         decoder=decoder,
-        tokenizer=TokenizerFiles(folder=checkpoint.folder, rule="pieces" if original else "file"),
+        tokenizer=TokenizerFiles(folder=base.folder, rule="pieces" if original else "file"),
         image_text=None,
         image_token_id=None if original else find_image_token(data, library.image_token_id),
-        stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
+        stop_ids=find_stop_ids(base, text.eos_token_id),
         # Always padded: the library's default crops, which moves the box frame.
         preprocess=Preprocess(
             mode="pad",
@@ -141,17 +160,19 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
-    """Every tensor, in either layout; a vision tower in the checkpoint wins over CLIP's."""
+    """Every tensor, in either layout, with adapters merged; a tower inside wins over CLIP's."""
     config = spec.library_config
     expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
+    adapters = read_adapters(checkpoint, _canonical_name)
+    files = replace_values(choose_base(checkpoint), adapters, _canonical_name)
     original = _is_original(checkpoint.require_json("config.json"))
-    inside = not original or any("vision_tower." in key for key in checkpoint.tensors)
+    inside = not original or any("vision_tower." in key for key in files.tensors)
     if inside:
         expected |= tower_shapes(config.vision_config)
     sources = match_sources(
-        checkpoint,
+        files,
         expected,
-        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
+        packing=read_packing(files.require_json("config.json"), "config.json"),
         packable=llama.linear_layers(spec.decoder),
         rename=_canonical_name,
         ignored=IGNORED,
@@ -161,6 +182,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     clip = checkpoint.parts.get("clip")
     if clip is not None:
         sources |= find_clip_weights(clip, vision=not inside, text=spec.text is not None)
+    add_adapters(sources, adapters)
     return sources
 
 
@@ -186,13 +208,15 @@ def load_eager(
     """Hugging Face's LlavaForConditionalGeneration with the checkpoint's weights."""
     kind, config = LlavaForConditionalGeneration, spec.library_config
     original = _is_original(checkpoint.require_json("config.json"))
-    pictures = checkpoint.parts["clip"] if original else checkpoint
+    part = "base" if "base" in checkpoint.parts else None
+    pictures = checkpoint.parts["clip"] if original else choose_base(checkpoint)
+    adapters = read_adapters(checkpoint, _canonical_name)
     with open_loader(checkpoint, dtype, memory) as loader:
-        model = (
-            loader.build(kind, config, _original_tensors(loader))
-            if original
-            else loader.load(kind, config)
-        )
+        if original:
+            tensors = merge_adapters(loader, _original_tensors(loader, part), adapters)
+            model = loader.build(kind, config, tensors)
+        else:
+            model = loader.load(kind, config, part=part, adapters=adapters)
         process = load_processor(
             LlavaProcessor,
             pictures.folder if processor_config(pictures) else None,
@@ -253,8 +277,8 @@ def _canonical_name(key: str) -> str:
     return library_name(key)
 
 
-def _original_tensors(loader: Loader) -> dict[str, LazyTensor]:
-    """Tensors of both checkpoints by the library's names; a tower in the model's own wins."""
+def _original_tensors(loader: Loader, part: str | None) -> dict[str, LazyTensor]:
+    """Tensors of CLIP and of the model by the library's names; a tower in the model's own wins."""
     own = {
         "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
         "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
@@ -262,4 +286,4 @@ def _original_tensors(loader: Loader) -> dict[str, LazyTensor]:
         "model.": "model.language_model.",
     }
     clip = rename_tensors(loader.open("clip"), {"vision_model.": "model.vision_tower."})
-    return clip | rename_tensors(loader.open(), own)
+    return clip | rename_tensors(loader.open(part), own)

@@ -49,6 +49,7 @@ from gap_export.blocks.hf_config import (
     require_patches_alone,
 )
 from gap_export.blocks.projector import Projector
+from gap_export.checkpoint.adapter import add_adapters, read_adapters, replace_values
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
@@ -68,7 +69,7 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
-PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336"}
+PARTS: Final = {"clip": "openai/clip-vit-large-patch14-336", "adapter": "adapter"}
 build_text_tower = build_clip_text
 NEIGHBOURS: Final = {
     r"^llava_mistral$": "it is LLaVA-NeXT in its authors' layout; give Hugging Face's: "
@@ -92,7 +93,7 @@ _BUCKET: Final = re.compile(r"(\d+)x(\d+)(?:/(\d+):(\d+))?")
 def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
     """CLIP, for its text tower; the vision tower was trained and is inside."""
     del checkpoint
-    return dict(PARTS) if text else {}
+    return {"clip": PARTS["clip"]} if text else {}
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
@@ -145,12 +146,13 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
-    """Every tensor, all in the checkpoint but CLIP's text tower."""
+    """Every tensor, all in the checkpoint but CLIP's text tower, with an adapter merged."""
     config = spec.library_config
     expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
     expected |= tower_shapes(config.vision_config) | {_NEWLINE: (spec.decoder.width,)}
+    adapters = read_adapters(checkpoint, library_name)
     sources = match_sources(
-        checkpoint,
+        replace_values(checkpoint, adapters, library_name),
         expected,
         packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
         packable=llama.linear_layers(spec.decoder),
@@ -161,6 +163,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     llama.tie_head(sources)
     if spec.text is not None:
         sources |= find_clip_weights(checkpoint.parts["clip"], vision=False, text=True)
+    add_adapters(sources, adapters)
     return sources
 
 
@@ -197,7 +200,8 @@ def load_eager(
     """Hugging Face's LlavaNextForConditionalGeneration with the checkpoint's weights."""
     config, side = spec.library_config, spec.preprocess.side
     with open_loader(checkpoint, dtype, memory) as loader:
-        model = loader.load(LlavaNextForConditionalGeneration, config)
+        adapters = read_adapters(checkpoint, library_name)
+        model = loader.load(LlavaNextForConditionalGeneration, config, adapters=adapters)
         canvases = [[height, width] for width, height in spec.preprocess.canvases]
         process = load_processor(
             NextProcessor,

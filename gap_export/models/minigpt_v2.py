@@ -31,6 +31,7 @@ from gap_export.blocks import llama
 from gap_export.blocks.eva import EvaShape, EvaTower
 from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
 from gap_export.blocks.projector import Projector
+from gap_export.checkpoint.adapter import add_pair
 from gap_export.checkpoint.index import Checkpoint, TensorLocation
 from gap_export.checkpoint.sources import (
     TensorSource,
@@ -76,7 +77,7 @@ _BOX: Final = BoxFormat(
     form="{<##><##><##><##>}",
 )
 _LORA_KEY: Final = re.compile(
-    r"^llama_model\.base_model\.model\.model\.(layers\.\d+\.self_attn\.[qv]_proj)"
+    r"^llama_model\.base_model\.model\.model\.(layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)"
     r"\.lora_([AB])(?:\.default)?\.weight$"
 )
 _QUANTIZER_STATE: Final = (r"^llama_model\..*\.(SCB|weight_format)$",)
@@ -300,9 +301,9 @@ def _merge_lora(
     for name in language:
         base_name = name.removeprefix("language_model.").removesuffix(".weight")
         if base_name.rpartition(".")[2] in kinds and base_name not in pairs:
-            file = next(tensor.file for key, tensor in own.items() if ".lora_" in key)
+            file = next(tensor.shown for key, tensor in own.items() if ".lora_" in key)
             raise CheckpointError(
-                f"{file.name}: LoRA of '{base_name}' is missing, which other layers have; "
+                f"{file}: LoRA of '{base_name}' is missing, which other layers have; "
                 "download the checkpoint again"
             )
     for base_name in sorted(pairs):
@@ -312,7 +313,7 @@ def _merge_lora(
             alone = down or up
             assert alone is not None
             raise CheckpointError(
-                f"{alone.file.name}: tensor '{alone.key}' has no counterpart (lora_A, lora_B, or "
+                f"{alone.shown}: tensor '{alone.key}' has no counterpart (lora_A, lora_B, or "
                 "the layer of the language model); download the checkpoint again"
             )
         weight = language[name]
@@ -321,20 +322,11 @@ def _merge_lora(
         require_shape(up, (weight.shape[0], rank))
         if lora.rank not in {None, rank}:
             raise CheckpointError(
-                f"{down.file}: tensor '{down.key}' has rank {rank}, its settings say lora_r "
+                f"{down.shown}: tensor '{down.key}' has rank {rank}, its settings say lora_r "
                 f"{lora.rank}; download the checkpoint again"
             )
-        merged[name] = TensorSource(
-            shape=weight.shape,
-            inputs=(weight, down, up),
-            make=_lora_merger(lora.alpha / rank),
-            cut=(True, False, True),
-        )
+        merged[name] = add_pair(stored(weight), down, up, lora.alpha / rank)
     return merged
-
-
-def _lora_merger(scale: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda weight, down, up: weight + scale * (up @ down)
 
 
 def _find_tower(part: Checkpoint, tower: EvaShape) -> dict[str, TensorSource]:

@@ -178,7 +178,7 @@ def _quantize(
         found, scale = round_weight(weight, scheme, dtype, smoothing)
         # The largest of a block, and so its scale, is no number where any of its values is.
         if not bool(torch.isfinite(scale).all()):
-            raise ExportError(f"{source.inputs[0].file.name}: tensor '{name}' holds {NOT_FINITE}")
+            raise ExportError(f"{source.inputs[0].shown}: tensor '{name}' holds {NOT_FINITE}")
         whole = found.to(torch.int8)
         if scheme.is_fused:
             values[rows] = whole.numpy() + np.int8(2 ** (scheme.bits - 1))

@@ -7,7 +7,7 @@ is, and memory has room, the library reads its own files: the independent reader
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from gap_export.checkpoint.adapter import Adapter
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.reference.clip import EagerClipText
 from gap_export.reference.files import open_tensors, read_quantization
-from gap_export.reference.lazy import LazyTensor, rename_tensors
+from gap_export.reference.lazy import LazyTensor, add_product, rename_tensors
 from gap_export.reference.streamed import Stream, StreamedTensors, read_parameter
 
 _OLDER_NAMES: Final = {
@@ -65,6 +66,7 @@ class Loader:
         *,
         part: str | None = None,
         names: Mapping[str, str] = _OLDER_NAMES,
+        adapters: Sequence[Adapter] = (),
     ) -> Any:
         """A model of a checkpoint in the library's own layout.
 
@@ -75,16 +77,18 @@ class Loader:
             config: The library's, that of the model before it was quantized.
             part: Of the checkpoint; None for its own files.
             names: Beginnings of keys, and of the parameters' names in the class.
+            adapters: What is merged into it.
         """
         checkpoint = self._find(part)
-        if self._stream is None and not read_quantization(checkpoint):
+        if self._stream is None and not read_quantization(checkpoint) and not adapters:
             return kind.from_pretrained(
                 checkpoint.folder,
                 dtype=self.dtype,
                 attn_implementation="eager",
                 local_files_only=True,
             )
-        return self.build(kind, config, rename_tensors(self.open(part), names))
+        tensors = rename_tensors(self.open(part), names)
+        return self.build(kind, config, merge_adapters(self, tensors, adapters))
 
     def build(self, kind: Any, config: Any, tensors: Mapping[str, LazyTensor]) -> Any:
         """A model made of tensors.
@@ -157,6 +161,37 @@ def open_loader(checkpoint: Checkpoint, dtype: str, memory: int | None) -> Itera
             f"{checkpoint.folder}: PyTorch cannot load it ({reason:.200}); mend it, or export the "
             "graphs alone with --no-reference"
         ) from error
+
+
+def merge_adapters(
+    loader: Loader, tensors: Mapping[str, LazyTensor], adapters: Sequence[Adapter]
+) -> dict[str, LazyTensor]:
+    """Tensors by the library's names, with adapters' values and products, one after the other.
+
+    Args:
+        loader: Opens the adapters' files.
+        tensors: Of the model.
+        adapters: By the names of the modules here, which are the library's without a first word.
+
+    Raises:
+        ValueError: An adapter changes a tensor that there is not.
+    """
+    merged = dict(tensors)
+    for adapter in adapters:
+        files = loader.open(adapter.part)
+        for name, value in adapter.values.items():
+            merged[_library_key(name)] = files[value.key]
+        for name, pair in adapter.pairs.items():
+            key = _library_key(name)
+            if key not in merged:
+                raise ValueError(f"tensor '{key}' is missing")
+            up, down = files[pair.up.key], files[pair.down.key]
+            merged[key] = add_product(merged[key], up, down, pair.scale)
+    return merged
+
+
+def _library_key(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def _match(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

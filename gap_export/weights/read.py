@@ -63,7 +63,7 @@ class SourceReader:
         """Refuse a checkpoint in which a tensor that is used holds NaN or infinity."""
         for name, tensor in self._locations.items():
             if name in weights.placed and tensor in self._found[tensor.file].result().broken:
-                raise ExportError(f"{tensor.file.name}: tensor '{tensor.key}' holds {NOT_FINITE}")
+                raise ExportError(f"{tensor.shown}: tensor '{tensor.key}' holds {NOT_FINITE}")
 
     def hash(self, file: Path) -> str:
         """The hash of a file that has not changed since the export began."""

@@ -144,13 +144,13 @@ def _require_fit(plan: WeightPlan, name: str, source: TensorSource, values: torc
     largest = max(abs(float(least)), abs(float(most)))
     if not (math.isfinite(float(least)) and math.isfinite(float(most))):
         broken = _find_broken(source)
-        where, key = (broken.file.name, broken.key) if broken else (plan.made_file, name)
+        where, key = (broken.shown, broken.key) if broken else (plan.made_file, name)
         raise ExportError(f"{where}: tensor '{key}' holds {NOT_FINITE}")
     # What rounds to more than the largest number becomes infinite.
     if torch.isinf(torch.tensor(largest, dtype=torch.float64).to(getattr(torch, plan.dtype))):
         wider = "bfloat16 or float32" if plan.dtype == "float16" else "float32"
         key = source.inputs[0].key if source.make is None else name
-        files = ", ".join(sorted({each.file.name for each in source.inputs}))
+        files = ", ".join(sorted({str(each.shown) for each in source.inputs}))
         raise ExportError(
             f"{files}: tensor '{key}' holds {largest:.3g}, more than {plan.dtype} can; "
             f"use --dtype {wider}"

@@ -38,7 +38,7 @@ def edit(place, change):
 
 
 def change_one(case, role, key, make):
-    """Replace one tensor; the name of its file."""
+    """Replace one tensor; the path of its file."""
     held = []
 
     def change(tensors):
@@ -54,7 +54,7 @@ def change_one(case, role, key, make):
             whole = torch.load(path, weights_only=True)
             held += [True] * (key in whole.get("model", whole))
         if len(held) > before:
-            file = path.name
+            file = path
     edit(case.place(role), change)
     assert len(held) == 2
     return file

@@ -10,7 +10,9 @@ from makers.stored import assert_values, save_state, some_tensors
 from tools.refusals import refuse_checkpoint
 
 from gap_export.checkpoint.index import open_checkpoint, open_part, read_tensor
+from gap_export.config import load_config
 from gap_export.errors import CheckpointError
+from gap_runtime.errors import ConfigError
 
 
 def test_an_unreachable_hub_points_at_local_folders(monkeypatch):
@@ -169,3 +171,51 @@ def test_a_part_that_the_hub_does_not_give(tmp_path, monkeypatch):
         assert str(tmp_path / place) in message
     assert "--set parts.clip=DIR" in message
     assert "\n" not in message
+
+
+def test_an_offline_hub_is_told_in_whole_sentences(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refuse_checkpoint("some-org/no-such-model")
+    assert message == (
+        "some-org/no-such-model: it is not in the cache here, and HF_HUB_OFFLINE is set; unset it "
+        "to download; a local checkpoint folder works too: gap-export FOLDER, or --checkpoint "
+        "FOLDER"
+    )
+
+
+def test_a_long_reason_of_the_hub_is_not_cut(monkeypatch):
+    reason = (
+        "Cannot find an appropriate cached snapshot folder for the specified revision on the "
+        "local disk and outgoing traffic has been disabled"
+    )
+
+    def offline(*args, **kwargs):
+        del args, kwargs
+        raise LocalEntryNotFoundError(f"{reason}. To enable repo look-ups, pass 'x=False'.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert f"({reason}); a local" in refuse_checkpoint("some-org/some-model")
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_the_top_of_a_hub_cache(sharded, tmp_path_factory, has_head):
+    home = tmp_path_factory.mktemp("cache") / "models--x--y"
+    hub_cache(sharded, home)
+    (home / "snapshots" / "0000000").mkdir()
+    (home / "refs").mkdir()
+    if has_head:
+        (home / "refs" / "main").write_text("0000000", encoding="utf-8")
+    chosen = home / "snapshots" / ("0000000" if has_head else "0123abc")
+    said = f"{home}: the top of a hub cache; give the files' folder: {chosen}"
+    assert refuse_checkpoint(home) == said
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(home), {})
+    assert str(caught.value) == said
+
+
+def test_a_folder_of_checkpoints(tmp_path):
+    for name in ("checkpoint-100", "checkpoint-200"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
+    said = "no config.json in it, but in 2 of its folders; give one, as"
+    assert refuse_checkpoint(tmp_path) == f"{tmp_path}: {said} {tmp_path / 'checkpoint-200'}"

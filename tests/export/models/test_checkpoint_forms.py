@@ -208,3 +208,27 @@ def test_lora_of_another_rank_than_the_settings_say(minigpt, tmp_path):
     message = refuse(minigpt, tmp_path / "b")
     assert message.startswith(f"{minigpt.place()}: tensor 'llama_model.base_model.model.model")
     assert "has rank 8, its settings say lora_r 64" in message
+
+
+def test_lora_on_other_layers(minigpt, tmp_path):
+    """`lora_target_modules` is a setting of the authors' code; two layers are its default."""
+    stems = [
+        f"layers.{k}.{name}" for k in range(3) for name in ("self_attn.k_proj", "mlp.up_proj")
+    ]
+    base = originals.read_folder(minigpt.place("language"))
+    pairs = {}
+
+    def add(whole):
+        for stem in stems:
+            rows, columns = base[f"model.{stem}.weight"].shape
+            down, up = torch.randn(8, columns), torch.randn(rows, 8)
+            pairs[stem] = (down, up)
+            key = f"llama_model.base_model.model.model.{stem}"
+            whole["model"] |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+
+    edit_whole(minigpt, add)
+    plan = minigpt.plan(tmp_path / "b")
+    for stem, (down, up) in pairs.items():
+        wanted = base[f"model.{stem}.weight"].double() + 24 / 8 * up.double() @ down.double()
+        found = make_tensor(plan.sources[f"language_model.{stem}.weight"])
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)

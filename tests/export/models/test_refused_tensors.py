@@ -239,7 +239,7 @@ def test_lora_that_a_layer_does_not_have(find, tmp_path):
 
     edit(case.place(), remove)
     message = refuse(case, tmp_path / "b", CheckpointError)
-    assert message.startswith(f"minigptv2_checkpoint.pth: LoRA of '{name}' is missing")
+    assert message.startswith(f"{case.place()}: LoRA of '{name}' is missing")
 
 
 def test_lora_on_a_layer_that_is_not_there(find, tmp_path):

@@ -11,10 +11,19 @@ buffers, position numbers, heads nobody uses, a spare block, an optimizer, wrong
 | `make_clip` | openai/clip-vit-large-patch14-336 |
 | `make_llava_original` | liuhaotian/llava-v1.5-7b |
 | `make_llava_next` | llava-hf/llava-v1.6-vicuna-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf |
+| `make_adapter` | adapters of PEFT, from 0.4 to today |
+| `make_llava_lora`, `make_vicuna` | liuhaotian/llava-v1.5-7b-lora, lmsys/vicuna-7b-v1.5 |
 | `make_shikra` | shikras/shikra-7b-delta-v1, a LLaMA, openai/clip-vit-large-patch14 |
 | `make_minigpt` | minigptv2_checkpoint.pth, LAVIS' eva_vit_g.pth, meta-llama/Llama-2-7b-chat-hf |
 """
 
+from makers.originals.adapters import (
+    make_adapter,
+    make_llava_lora,
+    make_vicuna,
+    merge_adapter,
+    read_adapter,
+)
 from makers.originals.clip import CLIP_MEAN, CLIP_STD, make_clip
 from makers.originals.files import read_folder
 from makers.originals.llava import make_llava_original
@@ -28,12 +37,17 @@ __all__ = [
     "CLIP_STD",
     "MinigptFiles",
     "ShikraFiles",
+    "make_adapter",
     "make_clip",
+    "make_llava_lora",
     "make_llava_next",
     "make_llava_original",
     "make_minigpt",
     "make_sentencepiece",
     "make_shikra",
     "make_tokenizer_json",
+    "make_vicuna",
+    "merge_adapter",
+    "read_adapter",
     "read_folder",
 ]

@@ -40,12 +40,12 @@ def cast(tensors, dtype):
     return {name: value.to(getattr(torch, dtype)) for name, value in tensors.items()}
 
 
-def read_folder(folder):
-    """All tensors of a folder's checkpoint by name, from safetensors or `pytorch_model` files."""
+def read_folder(folder, names="*model*"):
+    """All tensors of a folder's checkpoint by name, from its safetensors or torch files."""
     tensors = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(Path(folder).glob(f"{names}.safetensors")):
         tensors |= load_file(path)
-    for path in sorted(Path(folder).glob("pytorch_model*.bin")):
+    for path in sorted(Path(folder).glob(f"{names}.bin")):
         tensors |= torch.load(path, weights_only=True)
     return tensors
 
