@@ -25,6 +25,7 @@ from gap_export.analysis.report.tables import (
     Tables,
     flatten_cells,
     flatten_pairs,
+    flatten_parts,
     flatten_sizes,
     make_tables,
     write_csv,
@@ -32,6 +33,9 @@ from gap_export.analysis.report.tables import (
 from gap_export.analysis.sweep import UNPRUNED, Sweep, describe_sweep
 from gap_runtime.display import format_bytes
 from gap_runtime.errors import ConfigError
+from gap_runtime.evaluation.data import Data
+from gap_runtime.evaluation.published import describe_standings
+from gap_runtime.evaluation.score import PUBLISHED
 from gap_runtime.records import dump_record
 from gap_runtime.report.page import encode_picture, make_page, make_table, write_page
 
@@ -66,12 +70,14 @@ def write_report(sweep: Sweep, protocols: Sequence[str], *, pictures: int) -> Re
         pictures: Of the worst disagreements, and as many random ones.
     """
     tables = make_tables(sweep, protocols)
-    cells, pairs = flatten_cells(tables.cells), flatten_pairs(tables.pairs)
+    data = sweep.plan.request.data
+    cells, pairs = flatten_cells(tables.cells, data), flatten_pairs(tables.pairs)
     figures = {
         "sweep": describe_sweep(sweep.plan),
         "protocols": list(protocols),
         "cells": cells,
         "sizes": flatten_sizes(tables.cells),
+        "parts": flatten_parts(tables.cells),
         "comparisons": pairs,
         "published": dump_record(tables.published),
         "left_out": list(sweep.plan.left_out),
@@ -80,6 +86,7 @@ def write_report(sweep: Sweep, protocols: Sequence[str], *, pictures: int) -> Re
     for name, rows in (
         ("cells.csv", cells),
         ("sizes.csv", figures["sizes"]),
+        *([("parts.csv", figures["parts"])] if figures["parts"] else []),
         ("comparisons.csv", pairs),
     ):
         write_page(out / name, write_csv(rows))
@@ -151,6 +158,8 @@ def _render(sweep: Sweep, tables: Tables, pictures: int) -> str:
         positions=safe(_tabulate_pairs(tables, "positions")),
         pruning=safe(_tabulate_pairs(tables, "pruning")),
         protocols=safe(_tabulate_protocols(tables)),
+        basis=safe(_tabulate_basis(tables, request.data)),
+        parts=safe(_tabulate_parts(tables)),
         reason=reason,
         seed=seed,
         galleries=[
@@ -165,7 +174,7 @@ def _render(sweep: Sweep, tables: Tables, pictures: int) -> str:
 
 
 def _is_main(cell: Cell, tables: Tables) -> bool:
-    return cell.score.protocol == tables.protocols[0]
+    return cell.score.protocol == tables.protocols[0] and cell.score.labels == PUBLISHED
 
 
 def _percent(value: float | None) -> str:
@@ -379,7 +388,9 @@ def _pairs(tables: Tables, kind: str) -> list[Pair]:
     return [
         pair
         for pair in tables.pairs
-        if pair.kind == kind and pair.comparison.protocol == tables.protocols[0]
+        if pair.kind == kind
+        and pair.comparison.protocol == tables.protocols[0]
+        and pair.comparison.labels == PUBLISHED
     ]
 
 
@@ -438,21 +449,80 @@ def _tabulate_pairs(tables: Tables, kind: str) -> str:
 
 
 def _tabulate_protocols(tables: Tables) -> str:
-    """The unpruned model and the main mode under every protocol; nothing where there is one."""
-    if len(tables.protocols) < 2:
-        return ""
+    """The unpruned model and the main mode under every protocol and set of labels."""
     shown = [c for c in tables.cells if c.side != PYTORCH and c.positions == MAIN_MODE]
+    columns = list(dict.fromkeys((c.score.protocol, c.score.labels) for c in shown))
+    if len(columns) < 2:
+        return ""
     names = list(dict.fromkeys((c.pruner, c.ratio) for c in shown))
-    by_key = {(c.pruner, c.ratio, c.score.protocol): c for c in shown}
+    by_key = {(c.pruner, c.ratio, c.score.protocol, c.score.labels): c for c in shown}
     return make_table(
-        "Acc@0.5 in % of the same answers under every protocol, GAP",
-        ["pruner, ratio", *tables.protocols],
+        "Accuracy in % of the same answers under every protocol and set of labels, GAP",
+        ["pruner, ratio", *(_name_column(*column) for column in columns)],
         [
             [
                 f"{pruner}, {ratio:g}",
-                *(_percent(by_key[pruner, ratio, p].score.accuracy) for p in tables.protocols),
+                *(_percent(by_key[pruner, ratio, p, k].score.accuracy) for p, k in columns),
             ]
             for pruner, ratio in names
+        ],
+    )
+
+
+def _name_column(protocol: str, labels: str) -> str:
+    return protocol if labels == PUBLISHED else f"{protocol}, {labels}"
+
+
+def _tabulate_basis(tables: Tables, data: Data) -> str:
+    """What each protocol's figures are of, and beside which published ones they may be put."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in tables.cells:
+        groups.setdefault((cell.score.protocol, cell.score.labels), []).append(cell)
+    rows = []
+    for (protocol, labels), cells in groups.items():
+        # The one that compares least.
+        cell = max(cells, key=lambda each: each.score.unasked)
+        compares, differs = describe_standings(cell.standings)
+        rows.append(
+            [
+                _name_column(protocol, labels),
+                cell.score.frame,
+                labels,
+                data.describe(),
+                f"{cell.score.phrases:,}",
+                f"{cell.score.left_out:,}",
+                compares or "none",
+                differs or "nobody is known to publish figures on it",
+            ]
+        )
+    return make_table(
+        "What the figures are of, and which published ones they compare with",
+        [
+            *("protocol", "frame", "labels", "data", "phrases asked", "left out by the review"),
+            *("compares with", "does not compare with (theirs)"),
+        ],
+        rows,
+        wrapped=7,
+    )
+
+
+def _tabulate_parts(tables: Tables) -> str:
+    """The main mode by part of the data; nothing where the data have none."""
+    shown = [c for c in tables.cells if _is_main(c, tables) and c.side != PYTORCH]
+    shown = [c for c in shown if c.positions == MAIN_MODE and c.score.parts]
+    if not shown:
+        return ""
+    names = [part.part for part in shown[0].score.parts]
+    return make_table(
+        "Accuracy in % by part of the data, GAP",
+        ["pruner, ratio", *names],
+        [
+            [
+                f"{cell.pruner}, {cell.ratio:g}",
+                *(_percent(accuracies.get(name)) for name in names),
+            ]
+            for cell in shown
+            for accuracies in [{part.part: part.accuracy for part in cell.score.parts}]
         ],
     )
 

@@ -12,9 +12,17 @@ from typing import Any, Final
 
 from gap_export.analysis.sweep import UNPRUNED, Sweep, Swept
 from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.protocol import load_protocol
+from gap_runtime.evaluation.published import Standing, describe_standings, list_standings
 from gap_runtime.evaluation.results import Answers
-from gap_runtime.evaluation.score import Comparison, Score, compare_rows, score_rows
+from gap_runtime.evaluation.score import (
+    PUBLISHED,
+    Comparison,
+    Score,
+    compare_rows,
+    score_rows,
+)
 from gap_runtime.records import dump_record, load_record
 
 EXPORTED: Final = "exported"
@@ -52,13 +60,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One pruner, mode and ratio, by one side (`exported` or `pytorch`) under one protocol."""
+    """One pruner, mode and ratio, by one side (`exported` or `pytorch`) under one protocol.
+
+    `standings` are the published figures that it compares with or not.
+    """
 
     pruner: str
     positions: str
     side: str
     size: Size
     score: Score
+    standings: tuple[Standing, ...]
 
     @property
     def ratio(self) -> float:
@@ -92,7 +104,8 @@ class Tables:
             pruner, positions = UNPRUNED, MAIN_MODE
         for cell in self.cells:
             key = (cell.pruner, cell.positions, cell.ratio, cell.side, cell.score.protocol)
-            if key == (pruner, positions, ratio, side, self.protocols[0]):
+            wanted = (pruner, positions, ratio, side, self.protocols[0])
+            if key == wanted and cell.score.labels == PUBLISHED:
                 return cell
         return None
 
@@ -119,7 +132,7 @@ def make_tables(sweep: Sweep, protocols: Sequence[str]) -> Tables:
     for swept in sweep.swept:
         for side, answers in ((EXPORTED, swept.exported), (PYTORCH, swept.eager)):
             if answers is not None:
-                cells += _score(swept, side, answers, protocols)
+                cells += _score(swept, side, answers, protocols, sweep.plan.request.data)
     return Tables(
         protocols=tuple(protocols),
         cells=tuple(cells),
@@ -134,15 +147,19 @@ def read_published() -> tuple[Published, ...]:
     return tuple(load_record(Published, each, _PUBLISHED.name) for each in data["figures"])
 
 
-def _score(swept: Swept, side: str, answers: Answers, protocols: Sequence[str]) -> Iterable[Cell]:
+def _score(
+    swept: Swept, side: str, answers: Answers, protocols: Sequence[str], data: Data
+) -> Iterable[Cell]:
     for name in protocols:
-        for score in score_rows(answers.rows, name, load_protocol(name), answers.header.box):
+        protocol, box = load_protocol(name), answers.header.box
+        for score in score_rows(answers.rows, name, protocol, box, data.expressions):
             yield Cell(
                 pruner=swept.variant.pruner,
                 positions=swept.variant.positions,
                 side=side,
                 size=measure_size(swept, score.ratio),
                 score=score,
+                standings=list_standings(score, data),
             )
 
 
@@ -180,7 +197,14 @@ def _compare(sweep: Sweep, protocols: Sequence[str]) -> Iterable[Pair]:
             if answers is None or not _share_phrases(exported, answers):
                 continue
             for name in protocols:
-                for found in compare_rows(exported, answers, against, name, load_protocol(name)):
+                for found in compare_rows(
+                    exported,
+                    answers,
+                    against,
+                    name,
+                    load_protocol(name),
+                    sweep.plan.request.data.expressions,
+                ):
                     yield Pair(
                         kind=kind,
                         pruner=variant.pruner,
@@ -196,12 +220,14 @@ def _share_phrases(this: Answers, other: Answers) -> bool:
     return any(row.problem is None and row.key in asked for row in other.rows)
 
 
-def flatten_cells(cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """Cells as rows of plain values."""
+def flatten_cells(cells: Iterable[Cell], data: Data) -> list[dict[str, Any]]:
+    """Cells as rows of plain values; each names all that its figures depend on."""
     rows = []
     for cell in cells:
-        score = dump_record(replace(cell.score, sizes=(), milliseconds={}))
-        del score["sizes"], score["milliseconds"], score["ratio"], score["protocol"]
+        score = dump_record(replace(cell.score, sizes=(), parts=(), milliseconds={}))
+        for name in ("sizes", "parts", "milliseconds", "ratio", "protocol"):
+            del score[name]
+        compares, differs = describe_standings(cell.standings)
         times = cell.score.milliseconds
         rows.append(
             {
@@ -210,9 +236,14 @@ def flatten_cells(cells: Iterable[Cell]) -> list[dict[str, Any]]:
                 "ratio": cell.ratio,
                 "side": cell.side,
                 "protocol": cell.score.protocol,
+                "set": data.set or data.name,
+                "split": data.split,
+                "split_by": data.by,
                 **dump_record(cell.size),
                 **score,
                 **{f"{stage}_ms": times.get(stage) for stage in (*STAGES, "total")},
+                "compares_with": compares,
+                "differs_from": differs,
             }
         )
     return rows
@@ -220,18 +251,23 @@ def flatten_cells(cells: Iterable[Cell]) -> list[dict[str, Any]]:
 
 def flatten_sizes(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """Accuracy by the size of the true box, as rows of plain values."""
-    return [
-        {
-            "pruner": cell.pruner,
-            "positions": cell.positions,
-            "ratio": cell.ratio,
-            "side": cell.side,
-            "protocol": cell.score.protocol,
-            **dump_record(size),
-        }
-        for cell in cells
-        for size in cell.score.sizes
-    ]
+    return [{**_name_cell(c), **dump_record(size)} for c in cells for size in c.score.sizes]
+
+
+def flatten_parts(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Accuracy by part of the data, as rows of plain values; none where it has no parts."""
+    return [{**_name_cell(c), **dump_record(part)} for c in cells for part in c.score.parts]
+
+
+def _name_cell(cell: Cell) -> dict[str, Any]:
+    return {
+        "pruner": cell.pruner,
+        "positions": cell.positions,
+        "ratio": cell.ratio,
+        "side": cell.side,
+        "protocol": cell.score.protocol,
+        "labels": cell.score.labels,
+    }
 
 
 def flatten_pairs(pairs: Iterable[Pair]) -> list[dict[str, Any]]:

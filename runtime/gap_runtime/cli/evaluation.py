@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,11 +178,12 @@ def score_evaluation(
 
     scores: list[Score] = []
     comparisons: list[Comparison] = []
+    asked = data.expressions
     for name in protocols:
         protocol = load_protocol(name)
-        scores += score_rows(answers.rows, name, protocol, answers.header.box)
+        scores += score_rows(answers.rows, name, protocol, answers.header.box, asked)
         if other is not None:
-            comparisons += compare_rows(answers, other, label, name, protocol)
+            comparisons += compare_rows(answers, other, label, name, protocol, asked)
     return Evaluation(
         answers=answers, data=data, scores=tuple(scores), comparisons=tuple(comparisons)
     )
@@ -208,14 +210,25 @@ def finish(
 
 def dump_evaluation(found: Evaluation) -> dict[str, Any]:
     """An evaluation as plain data."""
+    from gap_runtime.evaluation.published import list_standings  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
-    header = found.answers.header
+    header, data = found.answers.header, found.data
     return {
         "subject": dump_record(header.subject),
-        "data": dump_record(header.data),
-        "notes": list(found.data.notes),
-        "scores": dump_record(found.scores),
+        "data": {
+            **dump_record(header.data),
+            "set": data.set,
+            "split": data.split,
+            "by": data.by,
+            "limited": data.limited,
+            "whole": data.whole,
+        },
+        "notes": list(data.notes),
+        "scores": [
+            {**dump_record(each), "published": dump_record(list_standings(each, data))}
+            for each in found.scores
+        ],
         "comparisons": dump_record(found.comparisons),
         "unasked": [
             {"key": row.key, "ratio": row.ratio, "problem": row.problem}
@@ -238,25 +251,26 @@ def _name_problems(display: Display, answers: Answers, out: Path | None) -> None
 def _show(found: Evaluation) -> None:
     from gap_runtime.display import print_table  # noqa: PLC0415
 
-    header = found.answers.header
-    subject = header.subject
+    subject = found.answers.header.subject
     print_table(
         f"{subject.name} ({subject.strategy}, positions {subject.positions}) on {subject.engine}, "
-        f"{header.data.name}",
+        f"{found.data.describe()}",
         [
-            *("protocol", "ratio", "phrases", "Acc@0.5", "95 %", "@0.25", "@0.75", "mean IoU"),
-            *("unparsable", "degenerate", "tokens", "calls", "ms"),
+            *("protocol", "frame", "labels", "ratio", "phrases", _name_accuracy(found), "95 %"),
+            *("@0.25", "@0.75", "mean IoU", "unparsable", "degenerate", "tokens", "calls", "ms"),
         ],
         [
             [
                 each.protocol,
+                each.frame,
+                each.labels,
                 f"{each.ratio:g}",
                 each.phrases,
                 _percent(each.accuracy),
                 f"{_percent(each.low)} to {_percent(each.high)}",
                 _percent(each.accuracy_25),
                 _percent(each.accuracy_75),
-                f"{each.mean_iou:.3f}",
+                _number(each.mean_iou),
                 each.unparsable,
                 each.degenerate,
                 f"{each.tokens:.1f}",
@@ -266,25 +280,85 @@ def _show(found: Evaluation) -> None:
             for each in found.scores
         ],
     )
-    print_table(
-        "Acc@0.5 by the true box's share of the picture",
-        ["protocol", "ratio", "size", "phrases", "Acc@0.5", "95 %", "mean IoU"],
-        [
-            [
-                each.protocol,
-                f"{each.ratio:g}",
-                size.size,
-                size.phrases,
-                _percent(size.accuracy),
-                f"{_percent(size.low)} to {_percent(size.high)}",
-                f"{size.mean_iou:.3f}",
-            ]
-            for each in found.scores
-            for size in each.sizes
-        ],
-    )
+    _show_groups(found)
     if found.comparisons:
         _show_comparisons(found.comparisons)
+    _show_standings(found)
+
+
+def _show_groups(found: Evaluation) -> None:
+    """Accuracy by size of the true box, and by the parts that the data have."""
+    from gap_runtime.display import print_table  # noqa: PLC0415
+
+    accuracy = _name_accuracy(found)
+    sizes = [
+        (score, size.size, size, size.mean_iou) for score in found.scores for size in score.sizes
+    ]
+    parts = [(score, part.part, part, None) for score in found.scores for part in score.parts]
+    for title, name, rows in (
+        (f"{accuracy} by the true box's share of the picture", "size", sizes),
+        (f"{accuracy} by part of the data", "part", parts),
+    ):
+        if not rows:
+            continue
+        print_table(
+            title,
+            [
+                *("protocol", "labels", "ratio", name, "phrases", accuracy, "95 %"),
+                *(("mean IoU",) if name == "size" else ()),
+            ],
+            [
+                [
+                    score.protocol,
+                    score.labels,
+                    f"{score.ratio:g}",
+                    label,
+                    group.phrases,
+                    _percent(group.accuracy),
+                    f"{_percent(group.low)} to {_percent(group.high)}",
+                    *(() if mean_iou is None else (_number(mean_iou),)),
+                ]
+                for score, label, group, mean_iou in rows
+            ],
+        )
+
+
+def _show_standings(found: Evaluation) -> None:
+    """Published figures on the same set, by row; nothing where nobody publishes any."""
+    from gap_runtime.display import print_table  # noqa: PLC0415
+    from gap_runtime.evaluation.published import list_standings  # noqa: PLC0415
+
+    # Ratios differ in what could not be asked, if in anything.
+    ratios: dict[tuple[str, str, str, tuple[str, ...]], list[str]] = {}
+    for each in found.scores:
+        for standing in list_standings(each, found.data):
+            key = (each.protocol, each.labels, standing.who, standing.reasons)
+            ratios.setdefault(key, []).append(f"{each.ratio:g}")
+    if ratios:
+        print_table(
+            "beside which published figures a row may be put (prompts are the model's own)",
+            ["protocol", "labels", "ratio", "published by", "compares"],
+            [
+                [
+                    *(protocol, labels, ", ".join(those), who),
+                    f"no, theirs: {', '.join(reasons)}" if reasons else "yes",
+                ]
+                for (protocol, labels, who, reasons), those in ratios.items()
+            ],
+        )
+
+
+def _name_accuracy(found: Evaluation) -> str:
+    """What the accuracy is called: of boxes, of points, or of both in one table."""
+    measures = {each.measure for each in found.scores}
+    points = "in the box"
+    return (
+        "Acc@0.5"
+        if measures == {"iou"}
+        else points
+        if measures == {"point"}
+        else f"Acc@0.5 or {points}"
+    )
 
 
 def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
@@ -293,12 +367,13 @@ def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
     print_table(
         f"against {comparisons[0].other}, phrase by phrase",
         [
-            *("protocol", "ratio", "its ratio", "phrases", "Acc@0.5", "its Acc@0.5"),
+            *("protocol", "labels", "ratio", "its ratio", "phrases", "Acc@0.5", "its Acc@0.5"),
             *("only here", "only there", "McNemar p", "other answers"),
         ],
         [
             [
                 each.protocol,
+                each.labels,
                 f"{each.ratio:g}",
                 f"{each.other_ratio:g}",
                 each.phrases,
@@ -315,4 +390,8 @@ def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

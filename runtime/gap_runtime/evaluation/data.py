@@ -23,7 +23,7 @@ from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.files import LINE_BYTES, read_json, read_lines, unreadable
 from gap_runtime.evaluation.parquet import read_columns
 from gap_runtime.evaluation.source import Reader, Source
-from gap_runtime.evaluation.splits import compare_counts
+from gap_runtime.evaluation.splits import COUNTS, USUAL_BY, compare_counts
 from gap_runtime.registry import list_plugins, load_plugin
 
 MOST: Final = 2_000_000
@@ -39,6 +39,8 @@ _NAMED: Final = re.compile(r"([a-z][a-z0-9+_-]*):([A-Za-z0-9_-]+)(?:@(.+))?")
 class Data:
     """Phrases to ask. `sha256` is of them, not of the pictures' bytes.
 
+    `set`, `split` and `by` are as in Source. `limited` says that the user asks for the first
+    phrases only, `whole` that these are as many as were published, as far as anybody knows.
     `notes` is what the user should know: counts that are not the published ones.
     """
 
@@ -47,6 +49,19 @@ class Data:
     expressions: tuple[Expression, ...]
     sha256: str
     notes: tuple[str, ...]
+    set: str
+    split: str
+    by: str
+    limited: bool
+    whole: bool
+
+    def describe(self) -> str:
+        """Set, split, who split it, and how many phrases of how many that were published."""
+        by = self.by or USUAL_BY.get(self.set, "")
+        known = COUNTS.get((self.set, self.split)) if by == USUAL_BY.get(self.set, "") else None
+        count = len(self.expressions)
+        of = "" if known is None or known[0] == count else f" of {known[0]:,} published"
+        return f"{self.name}{f' (split by {by})' if by else ''}, {count:,}{of} phrases"
 
 
 def open_data(spec: str, *, images: Path | None = None, limit: int | None = None) -> Data:
@@ -76,17 +91,20 @@ def open_data(spec: str, *, images: Path | None = None, limit: int | None = None
         raise InputError(f"{where}: more than {MOST:,} phrases; take some with --limit")
     _require_distinct(expressions, where)
     _require_pixels(expressions, where)
-    notes = list(source.notes)
-    if limit is None:
-        targets = [each.target for each in expressions]
-        note = compare_counts(source.name, source.split, source.by, targets)
-        notes += [note] if note else []
+    targets = [each.target for each in expressions]
+    note = compare_counts(source.name, source.split, source.by, targets)
+    notes = [*source.notes, *([note] if note and limit is None else [])]
     return Data(
         name=name,
         format=chosen,
         expressions=expressions,
         sha256=_hash(expressions),
         notes=tuple(notes),
+        set=source.name,
+        split=source.split,
+        by=source.by,
+        limited=limit is not None,
+        whole=note is None,
     )
 
 
