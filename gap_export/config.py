@@ -117,7 +117,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxConfig:
-    """The frame of the answers' boxes, `padded-square` or `original`; the family's own if null."""
+    """The frame of the answers' boxes, as in a manifest; the family's own if null."""
 
     frame: Frame | None = None
 

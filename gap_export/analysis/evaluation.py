@@ -22,6 +22,7 @@ from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation.answer import Answer
 from gap_runtime.evaluation.results import Subject
+from gap_runtime.pictures.load import frame_picture
 from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.records import dump_record
 
@@ -93,6 +94,7 @@ class EagerAnswerer:
         decode_ms = (time.perf_counter() - looked) * 1e3
         return Answer(
             text=given.text,
+            frame=frame_picture(view.picture.size, plan.spec.preprocess, view.bucket),
             token_ids=tuple(given.token_ids),
             milliseconds={
                 "vision": before[1],

@@ -61,8 +61,13 @@ from gap_export.interfaces.features import Feature
 from gap_export.reference.loader import open_loader
 from gap_export.reference.model import join_parts, load_processor
 from gap_runtime.errors import BundleError, ConfigError
-from gap_runtime.pictures.anyres import choose_canvas, mosaic_grid, mosaic_index, newline_index
 from gap_runtime.pictures.load import fitting_size
+from gap_runtime.pictures.modes.anyres import (
+    choose_canvas,
+    mosaic_grid,
+    mosaic_index,
+    newline_index,
+)
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), V views, P patches of a view, N removable tokens, K kept, F newlines, D width.

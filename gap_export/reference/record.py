@@ -17,7 +17,7 @@ from gap_export.reference.samples import Sample
 from gap_runtime.bundle.manifest import RatioEntry, ReferenceSample
 from gap_runtime.errors import InputError
 from gap_runtime.pictures.boxes import parse_boxes
-from gap_runtime.pictures.load import find_bucket, fitting_size, load_picture
+from gap_runtime.pictures.load import find_bucket, fitting_size, frame_picture, load_picture
 from gap_runtime.pictures.preprocess import Bucket
 
 UNPRUNED: Final = "unpruned"
@@ -51,6 +51,7 @@ def record_answers(
             name = f"{sample.name}-{bucket.name}" if bucket.name else sample.name
             image = f"{_SAMPLES}/{_bring_picture(sample, spec, bucket, folder / _SAMPLES)}"
             picture = load_picture(folder / image)
+            frame = frame_picture(picture.size, spec.preprocess, bucket)
             question = reference.ask(picture, sample.phrase, bucket)
             arrays[f"{name}/pixels"] = _to_numpy(question.pixels)
             for entry in [None, *(each for each in entries if each.bucket == bucket.name)]:
@@ -60,7 +61,7 @@ def record_answers(
                 answer = reference.answer(question, entry, partial(_show_token, show, share, now))
                 key = f"{name}/{UNPRUNED if entry is None else f'kept-{entry.kept}'}"
                 arrays |= _arrays(key, answer)
-                boxes = parse_boxes(answer.text, spec.box, *picture.size).boxes
+                boxes = parse_boxes(answer.text, spec.box, frame).boxes
                 records.append(
                     ReferenceSample(
                         key=key,

@@ -20,6 +20,7 @@ from gap_runtime.bundle import manifest
 from gap_runtime.cli.options import Command
 from gap_runtime.evaluation.protocol import ScoringProtocol
 from gap_runtime.evaluation.source import Reader
+from gap_runtime.pictures.preprocess import PictureMode
 from gap_runtime.registry import list_plugins
 
 PACKAGES = (ROOT / "gap_export", ROOT / "runtime" / "gap_runtime")
@@ -32,6 +33,7 @@ PROTOCOLS = {
     "gap_export.cli.commands": Command,
     "gap_runtime.cli.commands": Command,
     "gap_runtime.backends": Backend,
+    "gap_runtime.pictures.modes": PictureMode,
     "gap_runtime.evaluation.readers": Reader,
     "gap_runtime.evaluation.protocols": ScoringProtocol,
 }
@@ -209,6 +211,10 @@ def test_protocols_ask_for_something():
         *("smoothing_groups", "rotary_tables", "build"),
     }
     assert members(Backend) == {"open_stage", "open_decoder", "find_missing"}
+    assert members(PictureMode) == {
+        *("is_usable", "pixel_shape", "find_bucket", "fitting_size", "make_pixels"),
+        *("frame_picture", "find_cells"),
+    }
     assert members(Reader) == {"SUFFIXES", "USUAL", "recognise", "locate", "read"}
     assert members(ScoringProtocol) == {"SUMMARY", "STRICT", "FRAME", "MEASURE", "judge"}
 

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import GotOcr2ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from gap_runtime.pictures.tiles import choose_tiles, list_canvases, make_tiles
+from gap_runtime.pictures.modes.tiles import choose_tiles, list_canvases, make_tiles
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = (

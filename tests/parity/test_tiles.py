@@ -11,7 +11,7 @@ from transformers import LlavaNextImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from gap_runtime.pictures.anyres import (
+from gap_runtime.pictures.modes.anyres import (
     choose_canvas,
     make_views,
     mosaic_grid,

@@ -191,6 +191,30 @@ def tiled(manifest):
 
 
 @pytest.fixture
+def resizing(manifest):
+    """The changes that make a bundle of pictures resized to one of two sizes."""
+    wide = Bucket(name="16x8", canvas=(16, 8), grids=((2, 4),), strip=1, fixed=())
+    square = Bucket(name="8x8", canvas=(8, 8), grids=((2, 2),), strip=1, fixed=())
+    entries = (
+        RatioEntry(ratio=0.5, bucket="16x8", patches=8, kept=4, extra=0),
+        RatioEntry(ratio=0.5, bucket="8x8", patches=4, kept=2, extra=0),
+    )
+    capacity = max(manifest.layout.at(entry).capacity for entry in entries)
+    layout = dataclasses.replace(manifest.layout, capacity=capacity)
+    visions = (
+        make_vision(entries[0], layout, (1, 3, 8, 16)),
+        make_vision(entries[1], layout, (1, 3, 8, 8)),
+    )
+    return {
+        "layout": layout,
+        "buckets": (wide, square),
+        "ratios": entries,
+        "stages": (*visions, make_decoder(layout)),
+        "preprocess": dataclasses.replace(manifest.preprocess, mode="resize"),
+    }
+
+
+@pytest.fixture
 def with_extra(manifest):
     """The changes that make a token of the removed patches at the first ratio."""
     layout = dataclasses.replace(manifest.layout, capacity=22)

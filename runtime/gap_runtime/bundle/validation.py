@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import get_args
 
 from gap_runtime.bundle.manifest import (
-    ANYRES,
     CLIP,
     DECODER,
     EMBEDDINGS,
@@ -17,7 +16,6 @@ from gap_runtime.bundle.manifest import (
     TEXT,
     TEXT_FEATURES,
     TEXT_IDS,
-    TILES,
     VISION,
     Manifest,
     RatioEntry,
@@ -25,8 +23,7 @@ from gap_runtime.bundle.manifest import (
 )
 from gap_runtime.errors import BundleError, RecordError, SchemaError, suggest
 from gap_runtime.machines.target import ModelDtype
-from gap_runtime.pictures.preprocess import Bucket, Preprocess
-from gap_runtime.pictures.tiles import count_views
+from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
 from gap_runtime.records import load_record
 
 
@@ -92,6 +89,10 @@ def _require_whole(manifest: Manifest, path: Path) -> None:
 
 def _require_consistent(manifest: Manifest, path: Path) -> None:
     """Reject numbers that the graphs' inputs and outputs contradict, or that nothing can use."""
+    try:
+        find_mode(manifest.preprocess)
+    except BundleError as error:
+        raise SchemaError(f"{path}: {error}") from error
     layout, cache, decoder = manifest.layout, manifest.cache, manifest.stage(DECODER)
     shapes = _shapes(decoder)
     caches = [spec for spec in decoder.inputs if spec.name.startswith("cache_")]
@@ -119,10 +120,9 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
 
 
 def _are_canvases_usable(preprocess: Preprocess) -> bool:
-    """Whether the canvases can be cut into tiles, and are there where they are needed."""
+    """Whether the canvases can be cut into tiles."""
     sizes = [size for canvas in preprocess.canvases for size in canvas]
-    whole = all(size > 0 and size % max(preprocess.side, 1) == 0 for size in sizes)
-    return whole and (preprocess.mode not in {ANYRES, TILES} or bool(sizes))
+    return all(size > 0 and size % max(preprocess.side, 1) == 0 for size in sizes)
 
 
 def _are_buckets_usable(buckets: tuple[Bucket, ...], preprocess: Preprocess) -> bool:
@@ -134,27 +134,7 @@ def _are_buckets_usable(buckets: tuple[Bucket, ...], preprocess: Preprocess) -> 
         ordered = sorted({index for index in bucket.fixed if 0 <= index < bucket.patches})
         if not sizes or min(sizes) <= 0 or bucket.strip <= 0 or ordered != list(bucket.fixed):
             return False
-    if preprocess.mode == TILES:
-        return _are_tiles_usable(buckets, preprocess)
-    if preprocess.mode != ANYRES:
-        return len(buckets) == 1 and buckets[0].canvas is None
-    # View 0 and a tile have the same square grid, whatever the canvas.
-    tile_grid = buckets[0].grids[0][0] if buckets else 0
-    return all(
-        bucket.canvas in preprocess.canvases
-        and len(bucket.grids) == 2
-        and bucket.grids[0] == (tile_grid, tile_grid)
-        for bucket in buckets
-    )
-
-
-def _are_tiles_usable(buckets: tuple[Bucket, ...], preprocess: Preprocess) -> bool:
-    """Whether every bucket has one grid for each of its views, all alike."""
-    return bool(buckets) and all(
-        bucket.canvas in preprocess.canvases
-        and bucket.grids == buckets[0].grids[:1] * count_views(bucket.canvas, preprocess.side)
-        for bucket in buckets
-    )
+    return find_mode(preprocess).is_usable(preprocess, buckets)
 
 
 def _are_ratios_usable(manifest: Manifest) -> bool:

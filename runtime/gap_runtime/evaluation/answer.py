@@ -13,12 +13,15 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.evaluation.results import Subject
 from gap_runtime.grounding.grounder import Grounder, VisionOutput
-from gap_runtime.pictures.load import find_bucket
+from gap_runtime.pictures.boxes import PictureFrame
+from gap_runtime.pictures.load import find_bucket, frame_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """An answer. `milliseconds` by stage, as if the phrase had been asked alone.
+
+    `frame` is what of the picture the model was shown; null where that is all of it.
 
     `calls`, `drafted` and `accepted` as in gap_runtime.grounding.grounder.Grounding; 0 where
     nobody counts them.
@@ -30,6 +33,7 @@ class Answer:
     calls: int = 0
     drafted: int = 0
     accepted: int = 0
+    frame: PictureFrame | None = None
 
 
 class Answerer(Protocol):
@@ -56,6 +60,7 @@ class View:
 
     picture: Image.Image
     bucket: str
+    frame: PictureFrame
     outputs: dict[float, VisionOutput]
 
 
@@ -70,7 +75,8 @@ class BundleAnswerer:
         """Find the picture's bucket."""
         manifest = self._grounder.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
-        return View(picture=picture, bucket=bucket.name, outputs={})
+        frame = frame_picture(picture.size, manifest.preprocess, bucket)
+        return View(picture=picture, bucket=bucket.name, frame=frame, outputs={})
 
     def answer(self, view: View, phrase: str, ratio: float) -> Answer:
         """Ask; the vision stages run once for all phrases where the pruner does not read them."""
@@ -86,6 +92,7 @@ class BundleAnswerer:
         values = grounder.run_stages(view.picture, phrase, entry, vision=vision)
         return Answer(
             text=grounder.encoder.decode(values.decoded.token_ids),
+            frame=view.frame,
             token_ids=tuple(values.decoded.token_ids),
             milliseconds=values.milliseconds,
             calls=values.decoded.calls,

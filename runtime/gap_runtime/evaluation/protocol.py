@@ -7,7 +7,7 @@ from struct import Struct
 from typing import Final, Literal, NamedTuple, Protocol
 
 from gap_runtime.errors import UnknownNameError, describe_unknown
-from gap_runtime.pictures.boxes import Box, BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 from gap_runtime.registry import list_plugins, load_plugin
 
 BOX: Final = "box"
@@ -54,12 +54,12 @@ class ScoringProtocol(Protocol):
     MEASURE: Measure
     """What `judge` gives: an IoU, or 1 where a point lies in the true box and else 0."""
 
-    def judge(self, answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+    def judge(self, answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
         """Judge one answer.
 
         Args:
             answer: Text.
-            size: (width, height) of the picture.
+            picture: Its size, and what of it the model was shown.
             box: The true one, in pixels.
             spec: How the model writes boxes; the published scripts do not ask.
         """

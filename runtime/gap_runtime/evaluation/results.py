@@ -2,7 +2,7 @@
 
     {"gap_answers": 1, "subject": {...}, "data": {...}, "box": {...}}
     {"key", "ratio", "picture", "phrase", "size", "box", "answer", "token_ids", "milliseconds",
-     "found", "calls", "drafted", "accepted"}
+     "found", "calls", "drafted", "accepted"}, and "frame" where boxes depend on it
     {"key", "ratio", "picture", "phrase", "problem"}
 
 Answers know nothing of protocols: the same file is scored by any. Every line is written at once,
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 
 from gap_runtime.errors import ConfigError, InputError, RecordError
 from gap_runtime.evaluation.files import LINE_BYTES, unreadable
-from gap_runtime.pictures.boxes import Box, BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 from gap_runtime.records import dump_record, load_record
 
 SCHEMA: Final = 1
@@ -70,7 +70,8 @@ class Row:
     `size` is (width, height) of the picture, `box` the true one and `found` those of the answer in
     the subject's own frame, all in pixels. `milliseconds` by stage are those of a phrase asked
     alone: what several phrases of a picture share counts for each. `calls` of the decoder held
-    `drafted` tokens, of which `accepted` turned out right; all 0 where nobody counts them.
+    `drafted` tokens, of which `accepted` turned out right; all 0 where nobody counts them. `frame`
+    is what of the picture the model was shown, null where the subject's boxes do not depend on it.
     """
 
     key: str
@@ -86,6 +87,7 @@ class Row:
     calls: int = 0
     drafted: int = 0
     accepted: int = 0
+    frame: PictureFrame | None = None
     problem: str | None = None
 
 
@@ -100,7 +102,8 @@ class Answers:
 def dump_row(row: Row) -> bytes:
     """The line of a row."""
     data = dump_record(row)
-    for name in data.keys() - (_FAILED if row.problem is not None else _COUNTED):
+    known = _COUNTED if row.frame is None else _FRAMED
+    for name in data.keys() - (_FAILED if row.problem is not None else known):
         del data[name]
     return (json.dumps(data, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
@@ -183,13 +186,14 @@ def _read_header(data: Any, where: str) -> Header:
 _PLAIN: Final = frozenset({"key", "ratio", "picture", "phrase"})
 _ASKED: Final = _PLAIN | {"size", "box", "answer", "token_ids", "milliseconds", "found"}
 _COUNTED: Final = _ASKED | {"calls", "drafted", "accepted"}
+_FRAMED: Final = _COUNTED | {"frame"}
 _FAILED: Final = _PLAIN | {"problem"}
 
 
 def _read_row(data: Any, where: str) -> Row:
     """A row; written out, for records.load_record would be the slowest part of scoring."""
     # Files from before calls were counted have no such fields.
-    if not isinstance(data, dict) or data.keys() not in (_COUNTED, _FAILED, _ASKED):
+    if not isinstance(data, dict) or data.keys() not in (_COUNTED, _FAILED, _ASKED, _FRAMED):
         raise InputError(f"{where}: expected the fields {', '.join(sorted(_COUNTED))}")
     try:
         if "problem" in data:
@@ -209,11 +213,24 @@ def _read_row(data: Any, where: str) -> Row:
             calls=int(data.get("calls", 0)),
             drafted=int(data.get("drafted", 0)),
             accepted=int(data.get("accepted", 0)),
+            frame=_read_frame(data["frame"]) if "frame" in data else None,
         )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{where}: a value of the wrong kind ({error}); was it changed?"
         ) from error
+
+
+def _read_frame(data: dict[str, Any]) -> PictureFrame:
+    (width, height), (across, down) = data["size"], data["resized"]
+    left, top, wide, high = data["shown"]
+    if not (min(map(int, (width, height, across, down, wide, high))) > 0):
+        raise ValueError("its frame spans no area")
+    return PictureFrame(
+        size=(int(width), int(height)),
+        shown=(int(left), int(top), int(wide), int(high)),
+        resized=(int(across), int(down)),
+    )
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gap_runtime.evaluation.answer import Answer, Answerer
 from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.expression import Expression, Picture
 from gap_runtime.evaluation.results import Answers, AnswerWriter, DataFacts, Header, Row
-from gap_runtime.pictures.boxes import BoxFormat, parse_boxes
+from gap_runtime.pictures.boxes import BoxFormat, PictureFrame, parse_boxes
 
 Open = Callable[[], Answerer]
 """Loads a model where it is needed; picklable, for that may be another machine."""
@@ -158,7 +158,8 @@ def _report(each: Expression, ratio: float, problem: str) -> Row:
 def _record(
     each: Expression, ratio: float, picture: Image.Image, answer: Answer, box: BoxFormat
 ) -> Row:
-    found = parse_boxes(answer.text, box, *picture.size).boxes
+    frame = answer.frame or PictureFrame.whole(picture.size)
+    found = parse_boxes(answer.text, box, frame).boxes
     return Row(
         key=each.key,
         ratio=ratio,
@@ -170,6 +171,7 @@ def _record(
         token_ids=answer.token_ids,
         milliseconds={name: round(value, 3) for name, value in answer.milliseconds.items()},
         found=found,
+        frame=frame if box.frame == "resized" else None,
         calls=answer.calls,
         drafted=answer.drafted,
         accepted=answer.accepted,

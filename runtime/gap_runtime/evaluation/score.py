@@ -13,7 +13,7 @@ from gap_runtime.errors import InputError
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.protocol import DEGENERATE, UNPARSABLE, ScoringProtocol
 from gap_runtime.evaluation.results import Answers, Row
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import BoxFormat, PictureFrame
 
 SIZES: Final = (("small", 0.0), ("medium", 0.03), ("large", 0.15))
 """Size classes of true boxes: the least share of the picture's area of each."""
@@ -132,7 +132,7 @@ def judge_rows(rows: Sequence[Row], protocol: ScoringProtocol, box: BoxFormat) -
     """Judge answered rows."""
     judge = protocol.judge
     judged = [
-        judge(row.answer or "", row.size, row.box, box)
+        judge(row.answer or "", row.frame or PictureFrame.whole(row.size), row.box, box)
         for row in rows
         if row.size is not None and row.box is not None
     ]

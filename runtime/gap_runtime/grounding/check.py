@@ -20,7 +20,7 @@ from gap_runtime.errors import CheckError
 from gap_runtime.grounding.boxless import BoxCount, count_boxes
 from gap_runtime.grounding.grounder import Grounder, StageValues
 from gap_runtime.pictures.boxes import Box, iou, parse_boxes
-from gap_runtime.pictures.load import load_picture
+from gap_runtime.pictures.load import frame_picture, load_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +215,9 @@ def _check_sample(
         chosen = drafted.decoded.token_ids[place : place + 1] or list(manifest.prompt.stop_ids)
         margin = find_margin(again.decoded.last_logits, chosen)
     answer = grounder.encoder.decode(values.decoded.token_ids)
-    boxes = parse_boxes(answer, manifest.box, *picture.size).boxes
+    bucket = manifest.bucket(entry.bucket)
+    frame = frame_picture(picture.size, manifest.preprocess, bucket)
+    boxes = parse_boxes(answer, manifest.box, frame).boxes
     row = compare_stages(
         values,
         {

@@ -30,7 +30,7 @@ from gap_runtime.errors import BundleError, ConfigError, InputError
 from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
 from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
 from gap_runtime.pictures.boxes import Box, parse_boxes
-from gap_runtime.pictures.load import find_bucket, make_pixels, open_picture
+from gap_runtime.pictures.load import find_bucket, frame_picture, make_pixels, open_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +173,8 @@ class Grounder:
         entry = self.bundle.choose_ratio(ratio, bucket.name, keep=keep)
         values = self.run_stages(picture, phrase, entry)
         answer = self.encoder.decode(values.decoded.token_ids)
-        parsed = parse_boxes(answer, manifest.box, *picture.size)
+        frame = frame_picture(picture.size, manifest.preprocess, bucket)
+        parsed = parse_boxes(answer, manifest.box, frame)
         return Grounding(
             phrase=phrase,
             answer=answer,

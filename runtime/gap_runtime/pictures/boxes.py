@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from gap_runtime.errors import BundleError
 
-Frame = Literal["padded-square", "original"]
-"""What the values of a box are fractions of."""
+Frame = Literal["padded-square", "original", "resized"]
+"""What the values of a box are fractions of, or pixels of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +19,9 @@ class BoxFormat:
 
     `attempt` is a regular expression for what is meant as a box, `pattern` one for all of a
     proper box, whose four groups are x0, y0, x1, y1. A value of `scale` is the far edge of the
-    frame: `padded-square` or `original`. `form` is the usual answer with `#` for a digit, of
-    which drafts are made; null where there is none.
+    frame: `padded-square` or `original`. In the frame `resized` it is one pixel of the picture as
+    the model was shown it. `form` is the usual answer with `#` for a digit, of which drafts are
+    made; null where there is none.
     """
 
     attempt: str
@@ -27,6 +29,38 @@ class BoxFormat:
     scale: float
     frame: Frame
     form: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureFrame:
+    """A picture, and what of it the model was shown.
+
+    `size` is (width, height) of the picture. `shown` is (left, top, width, height) of what the
+    model was shown, in pixels of the picture: padding makes it larger than that. `resized` is
+    (width, height) of the same in the pixels that the model was given.
+    """
+
+    size: tuple[int, int]
+    shown: tuple[int, int, int, int]
+    resized: tuple[int, int]
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> PictureFrame:
+        """A picture that is shown as it is."""
+        return cls(size=size, shown=(0, 0, *size), resized=size)
+
+    @classmethod
+    def padded(cls, size: tuple[int, int], resized: tuple[int, int]) -> PictureFrame:
+        """A picture in the middle of a square as wide as its longest side."""
+        side = max(size)
+        left, top = (side - size[0]) // 2, (side - size[1]) // 2
+        return cls(size=size, shown=(-left, -top, side, side), resized=resized)
+
+    def place(self, values: Sequence[float]) -> list[float]:
+        """Corners as fractions of what was shown, in pixels of the picture."""
+        left, top, width, height = self.shown
+        x0, y0, x1, y1 = values
+        return [left + x0 * width, top + y0 * height, left + x1 * width, top + y1 * height]
 
 
 class Box(NamedTuple):
@@ -51,8 +85,8 @@ class ParsedBoxes:
     problems: tuple[str, ...]
 
 
-def parse_boxes(answer: str, spec: BoxFormat, width: int, height: int) -> ParsedBoxes:
-    """Boxes of an answer in pixels of a picture of that width and height.
+def parse_boxes(answer: str, spec: BoxFormat, picture: PictureFrame) -> ParsedBoxes:
+    """Boxes of an answer in pixels of the picture.
 
     A box may reach over the edge, where it is cut. One whose corners are reversed, that has no
     area, or that lies outside the picture is reported as a problem and left out.
@@ -68,7 +102,7 @@ def parse_boxes(answer: str, spec: BoxFormat, width: int, height: int) -> Parsed
         if values[2] <= values[0] or values[3] <= values[1]:
             problems.append(f"degenerate box {match.group(0)}: its corners span no area")
             continue
-        box = clip_box(unpad_box(values, spec.frame, width, height), width, height)
+        box = clip_box(place_corners(values, spec.frame, picture), *picture.size)
         if box is None:
             problems.append(f"box {match.group(0)} lies outside the picture")
         else:
@@ -78,26 +112,27 @@ def parse_boxes(answer: str, spec: BoxFormat, width: int, height: int) -> Parsed
     return ParsedBoxes(boxes=tuple(boxes), problems=tuple(problems))
 
 
-def unpad_box(values: list[float], frame: str, width: int, height: int) -> list[float]:
-    """Fractions of the model's frame to pixels of the picture.
+def place_corners(values: Sequence[float], frame: str, picture: PictureFrame) -> list[float]:
+    """Corners in a frame of the model to pixels of the picture.
 
     Args:
-        values: x0, y0, x1, y1 as fractions of the frame.
-        frame: `padded-square`, the picture on its square canvas, or `original`.
-        width: Of the picture, in pixels.
-        height: Of the picture, in pixels.
+        values: x0, y0, x1, y1: fractions of the frame, or its pixels where it is `resized`.
+        frame: One of Frame.
+        picture: That the answer is about.
 
     Raises:
         BundleError: The bundle names another frame.
     """
     if frame == "original":
-        return [values[0] * width, values[1] * height, values[2] * width, values[3] * height]
-    if frame != "padded-square":
-        raise BundleError(f"box frame '{frame}' is unknown; have padded-square, original")
-    side = max(width, height)
-    dx, dy = (side - width) // 2, (side - height) // 2
-    x0, y0, x1, y1 = values
-    return [x0 * side - dx, y0 * side - dy, x1 * side - dx, y1 * side - dy]
+        return PictureFrame.whole(picture.size).place(values)
+    if frame == "padded-square":
+        # Of the picture's own canvas, whether or not the model's mode makes one.
+        return PictureFrame.padded(picture.size, picture.resized).place(values)
+    if frame == "resized":
+        across, down = picture.resized
+        x0, y0, x1, y1 = values
+        return picture.place((x0 / across, y0 / down, x1 / across, y1 / down))
+    raise BundleError(f"box frame '{frame}' is unknown; have {', '.join(get_args(Frame))}")
 
 
 def clip_box(values: list[float], width: int, height: int) -> Box | None:

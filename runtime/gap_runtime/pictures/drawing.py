@@ -8,10 +8,9 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from gap_runtime.pictures.boxes import Box, clip_box, unpad_box
+from gap_runtime.pictures.boxes import Box, clip_box
 from gap_runtime.pictures.load import find_bucket
-from gap_runtime.pictures.preprocess import Bucket, Preprocess
-from gap_runtime.pictures.tiles import tile_cells
+from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
 
 _LEAST_SIDE: Final = 480
 BOX_COLOUR: Final = (255, 64, 129)
@@ -141,17 +140,11 @@ def _find_patches(
 ) -> dict[int, Box]:
     """Where visual tokens lie in the picture; those in the padding are left out."""
     bucket = find_bucket(picture.size, spec, buckets)
-    if spec.mode == "tiles" and bucket.canvas is not None:
-        # Behind the tiles the whole picture comes once more, in coarser tokens.
-        size = picture.size
-        cells = tile_cells(bucket.canvas, bucket.grids[0], spec.side)
-        places = [clip_box(unpad_box([*cell], "original", *size), *size) for cell in cells]
-        return {token: box for token, box in enumerate(places) if box is not None}
-    # Of several grids the last is the finest, and shows the whole picture too.
-    rows, columns = bucket.grids[-1]
+    mode = find_mode(spec)
+    frame = mode.frame_picture(picture.size, spec, bucket)
     found = {}
-    for place, token in enumerate(bucket.removable[-rows * columns :]):
-        box = _patch_box(place, rows, columns, spec, picture)
+    for token, cell in mode.find_cells(bucket, spec).items():
+        box = clip_box(frame.place(cell), *picture.size)
         if box is not None:
             found[token] = box
     return found
@@ -171,16 +164,6 @@ def _tint(
         # Pillow counts the far edge in, which belongs to the next patch.
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=tint)
     return Image.alpha_composite(canvas, shade).convert("RGB")
-
-
-def _patch_box(
-    patch: int, rows: int, columns: int, spec: Preprocess, picture: Image.Image
-) -> Box | None:
-    """Where a patch lies in the picture, or None where it lies in the padding."""
-    row, column = divmod(patch, columns)
-    values = [column / columns, row / rows, (column + 1) / columns, (row + 1) / rows]
-    frame = "padded-square" if spec.mode == "pad" else "original"
-    return clip_box(unpad_box(values, frame, *picture.size), *picture.size)
 
 
 def _draw_label(

@@ -11,12 +11,11 @@ from typing import BinaryIO, Final
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gap_runtime.errors import BundleError, InputError
-from gap_runtime.pictures.anyres import MAX_PIXELS, choose_canvas, make_views, mosaic_grid
-from gap_runtime.pictures.preprocess import Bucket, Preprocess
-from gap_runtime.pictures.tiles import choose_tiles, make_tiles, shape_for
+from gap_runtime.errors import InputError
+from gap_runtime.pictures import limits
+from gap_runtime.pictures.boxes import PictureFrame
+from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
 
-_MODES: Final = "pad, stretch, anyres, tiles"
 _ORIENTATION: Final = 0x0112
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,7 +40,7 @@ def load_picture(path: str | Path, *, turned: bool = True) -> Image.Image:
         turned: Apply EXIF rotation; without, the pixels stay as they are stored.
 
     Raises:
-        InputError: The file is missing, no picture, broken, or larger than MAX_PIXELS.
+        InputError: The file is missing, no picture, broken, or larger than limits.MAX_PIXELS.
     """
     return read_picture(path, str(path), turned=turned)
 
@@ -72,10 +71,10 @@ def open_picture(image: object) -> Image.Image:
             f"a picture as {image.dtype} array {list(image.shape)}; expected uint8 [height, "
             "width, 3] in RGB order"
         )
-    if image.shape[0] * image.shape[1] > MAX_PIXELS:
+    if image.shape[0] * image.shape[1] > limits.MAX_PIXELS:
         raise InputError(
-            f"a picture of {image.shape[1]}x{image.shape[0]} pixels, at most {MAX_PIXELS:,} in "
-            "all are read; scale it down"
+            f"a picture of {image.shape[1]}x{image.shape[0]} pixels, at most "
+            f"{limits.MAX_PIXELS:,} in all are read; scale it down"
         )
     return Image.fromarray(np.ascontiguousarray(image))
 
@@ -92,10 +91,10 @@ def read_picture(file: str | Path | BinaryIO, name: str, *, turned: bool = True)
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as picture:
                 # Before it is unpacked: a small file may hold a huge picture.
-                if picture.width * picture.height > MAX_PIXELS:
+                if picture.width * picture.height > limits.MAX_PIXELS:
                     raise InputError(
                         f"{picture.width}x{picture.height} pixels, "
-                        f"at most {MAX_PIXELS:,} in all are read; scale it down"
+                        f"at most {limits.MAX_PIXELS:,} in all are read; scale it down"
                     )
                 return to_rgb(picture, turned=turned)
     except InputError as error:
@@ -107,7 +106,9 @@ def read_picture(file: str | Path | BinaryIO, name: str, *, turned: bool = True)
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: not a picture in a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down") from error
+        raise InputError(
+            f"{name}: more than {limits.MAX_PIXELS:,} pixels; scale it down"
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
         raise InputError(f"{name}: the picture is broken ({error})") from error
 
@@ -135,46 +136,14 @@ def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
     return Image.fromarray(np.asarray(upright.convert("RGB")))
 
 
-def pad_to_square(picture: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square canvas as wide as its longest side.
-
-    Raises:
-        InputError: The canvas would be too large.
-    """
-    width, height = picture.size
-    if width == height:
-        return picture
-    side = max(width, height)
-    if side * side > MAX_PIXELS:
-        raise InputError(
-            f"a picture of {width}x{height} needs {side}x{side} pixels when padded to a square; "
-            "crop it or scale it down"
-        )
-    canvas = Image.new("RGB", (side, side), fill)
-    canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return canvas
-
-
 def make_pixels(picture: Image.Image, spec: Preprocess, bucket: Bucket) -> np.ndarray:
-    """Normalized pixels, float32 [1, 3, side, side], or [1, views, 3, side, side] of tiles.
+    """Normalized pixels of an RGB picture, float32 of the shape `spec.pixel_shape(bucket)`.
 
     Raises:
         BundleError: The bundle asks for a mode that this version does not know.
-
-    References:
-        The models' own `image_aspect_ratio=pad` with CLIP's processor: bicubic, 1/255, mean, std.
+        InputError: The picture is too large, or would be while it is resized.
     """
-    if bucket.canvas is not None:
-        make = make_tiles if spec.mode == "tiles" else make_views
-        return make(picture, bucket.canvas, spec.side, spec.mean, spec.std)
-    if spec.mode == "pad":
-        picture = pad_to_square(picture, spec.fill)
-    elif spec.mode != "stretch":
-        raise BundleError(f"preprocessing mode '{spec.mode}' is unknown; have {_MODES}")
-    resized = picture.resize((spec.side, spec.side), Image.Resampling.BICUBIC)
-    scaled = np.asarray(resized, dtype=np.float32) * np.float32(1 / 255)
-    mean, std = np.array(spec.mean, dtype=np.float32), np.array(spec.std, dtype=np.float32)
-    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1)[None])
+    return find_mode(spec).make_pixels(picture, spec, bucket)
 
 
 def find_bucket(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]) -> Bucket:
@@ -183,78 +152,18 @@ def find_bucket(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, 
     Raises:
         InputError: None of them is made for its shape; the message names the one to export.
     """
-    if spec.mode == "tiles":
-        return _find_tiled(size, spec, buckets)
-    if spec.mode != "anyres":
-        return buckets[0]
-    width, height = size
-    canvas, mosaic = _place(size, spec, buckets[0].grids[0][0])
-    for bucket in buckets:
-        if (bucket.canvas, bucket.grids[-1]) == (canvas, mosaic):
-            return bucket
-    if 0 in mosaic:
-        raise InputError(
-            f"a picture of {width}x{height} is so thin that none of its tiles' tokens is left on "
-            f"a canvas of {canvas[0]}x{canvas[1]}; crop it"
-        )
-    wanted = f"{canvas[0]}x{canvas[1]}/{width}:{height}"
-    raise InputError(
-        f"a picture of {width}x{height} needs graphs for {mosaic[0]}x{mosaic[1]} tokens on a "
-        f"canvas of {canvas[0]}x{canvas[1]}; have {', '.join(b.name for b in buckets)}; export "
-        f"with --set image.canvas={wanted}, or crop the picture to one of those"
-    )
-
-
-def _find_tiled(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]) -> Bucket:
-    """The bucket of the canvas whose aspect is nearest to the picture's."""
-    canvas = choose_tiles(size, spec.canvases)
-    for bucket in buckets:
-        if bucket.canvas == canvas:
-            return bucket
-    across, down = canvas[0] // spec.side, canvas[1] // spec.side
-    raise InputError(
-        f"a picture of {size[0]}x{size[1]} is cut into {across}x{down} tiles, and needs graphs "
-        f"for a canvas of {canvas[0]}x{canvas[1]}; have {', '.join(b.name for b in buckets)}; "
-        f"export with --set image.canvas={canvas[0]}x{canvas[1]}, or crop the picture to one of "
-        "those"
-    )
+    return find_mode(spec).find_bucket(size, spec, buckets)
 
 
 def fitting_size(bucket: Bucket, spec: Preprocess) -> tuple[int, int]:
     """(width, height) of a picture whose bucket this is.
 
     Raises:
-        BundleError: There is no such picture: another canvas wins for all that have its grid.
+        BundleError: There is no such picture.
     """
-    if bucket.canvas is None:
-        return spec.side, spec.side
-    if spec.mode == "tiles":
-        shape = shape_for(bucket.canvas, spec.canvases, spec.side)
-        if shape is None:
-            raise BundleError(
-                f"no picture fits bucket '{bucket.name}': another canvas always wins; export "
-                "without it"
-            )
-        return shape
-    (tile_grid, _), (rows, columns) = bucket.grids[0], bucket.grids[-1]
-    exact = (columns * spec.side // tile_grid, rows * spec.side // tile_grid)
-    # A smaller canvas may hold the exact size, and not the longest one that counts as much.
-    longest = (
-        min(-(-(columns + 1) * spec.side // tile_grid) - 1, bucket.canvas[0]),
-        min(-(-(rows + 1) * spec.side // tile_grid) - 1, bucket.canvas[1]),
-    )
-    for size in (exact, longest):
-        if _place(size, spec, tile_grid) == (bucket.canvas, (rows, columns)):
-            return size
-    raise BundleError(
-        f"no picture fits bucket '{bucket.name}': other canvases win for all of its shape; "
-        "export without it"
-    )
+    return find_mode(spec).fitting_size(bucket, spec)
 
 
-def _place(
-    size: tuple[int, int], spec: Preprocess, tile_grid: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Canvas (width, height) and mosaic (rows, columns) of a picture of that (width, height)."""
-    canvas = choose_canvas(size, spec.canvases)
-    return canvas, mosaic_grid(size, canvas, tile_grid, spec.side)
+def frame_picture(size: tuple[int, int], spec: Preprocess, bucket: Bucket) -> PictureFrame:
+    """What of a picture of that (width, height) the model is shown, and at which size."""
+    return find_mode(spec).frame_picture(size, spec, bucket)

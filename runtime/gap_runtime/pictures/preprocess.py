@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
 
-from gap_runtime.pictures.tiles import count_views
+from gap_runtime.errors import BundleError
+from gap_runtime.registry import list_plugins, load_plugin
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from gap_runtime.pictures.boxes import PictureFrame
+
+_MODES: Final = "gap_runtime.pictures.modes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
     """How a picture becomes pixels: RGB, shaped, resized, scaled, normalized.
 
-    `mode` is `pad` (to a square filled with `fill`), `stretch`, `anyres` (a view of the whole
+    `mode` is a file in gap_runtime.pictures.modes: `pad` (to a square filled with `fill`),
+    `stretch` (to a square), `resize` (to the canvas of its bucket), `anyres` (a view of the whole
     picture, then tiles of it on the fitting one of `canvases`, (width, height) in pixels), or
     `tiles` (tiles of the picture stretched to the nearest of `canvases`, then the whole).
     `side` is that of every view.
@@ -29,14 +40,7 @@ class Preprocess:
 
         Tiles and the whole picture before them are views: [1, views, 3, side, side].
         """
-        if bucket.canvas is None:
-            return 1, 3, self.side, self.side
-        width, height = bucket.canvas
-        if self.mode == "tiles":
-            return 1, count_views(bucket.canvas, self.side), 3, self.side, self.side
-        if self.mode != "anyres":
-            return 1, 3, height, width
-        return 1, 1 + width // self.side * (height // self.side), 3, self.side, self.side
+        return find_mode(self).pixel_shape(self, bucket)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +69,62 @@ class Bucket:
         """The visual tokens that may be removed, ascending: all but the fixed ones."""
         fixed = set(self.fixed)
         return [token for token in range(self.patches) if token not in fixed]
+
+
+class PictureMode(Protocol):
+    """A module in gap_runtime.pictures.modes; sizes are (width, height) in pixels."""
+
+    def is_usable(self, spec: Preprocess, buckets: tuple[Bucket, ...]) -> bool:
+        """Whether what a manifest says of its pictures fits this mode."""
+
+    def pixel_shape(self, spec: Preprocess, bucket: Bucket) -> tuple[int, ...]:
+        """Shape of what `make_pixels` gives of a bucket's pictures."""
+
+    def find_bucket(
+        self, size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]
+    ) -> Bucket:
+        """The bucket of a picture.
+
+        Raises:
+            InputError: None of them is made for its shape; the message names the one to export.
+        """
+
+    def fitting_size(self, bucket: Bucket, spec: Preprocess) -> tuple[int, int]:
+        """Size of a picture whose bucket this is.
+
+        Raises:
+            BundleError: There is no such picture.
+        """
+
+    def make_pixels(self, picture: Image.Image, spec: Preprocess, bucket: Bucket) -> np.ndarray:
+        """Normalized pixels of an RGB picture, float32.
+
+        Raises:
+            InputError: The picture is too large, or would be while it is resized.
+        """
+
+    def frame_picture(
+        self, size: tuple[int, int], spec: Preprocess, bucket: Bucket
+    ) -> PictureFrame:
+        """What of a picture the model is shown, and at which size."""
+
+    def find_cells(
+        self, bucket: Bucket, spec: Preprocess
+    ) -> dict[int, tuple[float, float, float, float]]:
+        """Where visual tokens lie, by index: x0, y0, x1, y1 as fractions of what is shown."""
+
+
+def find_mode(spec: Preprocess) -> PictureMode:
+    """The mode that a bundle asks for.
+
+    Raises:
+        BundleError: This version does not know it.
+    """
+    have = list_plugins(_MODES)
+    if spec.mode not in have:
+        raise BundleError(
+            f"preprocessing mode '{spec.mode}' is unknown; have {', '.join(have)}; upgrade "
+            "gap-runtime"
+        )
+    mode: PictureMode = load_plugin(_MODES, spec.mode, "picture mode")
+    return mode

@@ -243,7 +243,6 @@ def test_a_bundle_of_tiles_opens(make_bundle, manifest, tiled):
 @pytest.mark.parametrize(
     "canvases",
     [
-        (),
         ((16, 8), (8, 16), (16, 12)),
         ((16, 8), (8, 16), (0, 8)),
         ((16, 8), (8, 16), (8, 0)),
@@ -255,6 +254,11 @@ def test_a_bundle_of_tiles_opens(make_bundle, manifest, tiled):
 def test_canvases_are_positive_multiples_of_the_side(make_bundle, tiled, canvases):
     spec = dataclasses.replace(tiled["preprocess"], canvases=canvases)
     assert refused_key(make_bundle(**{**tiled, "preprocess": spec})) == "preprocess.canvases"
+
+
+def test_tiles_need_a_canvas_to_lie_on(make_bundle, tiled):
+    spec = dataclasses.replace(tiled["preprocess"], canvases=())
+    assert refused_key(make_bundle(**{**tiled, "preprocess": spec})) == "buckets"
 
 
 @pytest.mark.parametrize(

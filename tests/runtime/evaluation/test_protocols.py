@@ -17,10 +17,11 @@ from gap_runtime.evaluation.protocol import (
 from gap_runtime.evaluation.protocols.internvl import find_parts
 from gap_runtime.evaluation.protocols.qwen25 import resize_box
 from gap_runtime.evaluation.protocols.shikra import pad_box
-from gap_runtime.pictures.boxes import Box, iou
+from gap_runtime.pictures.boxes import Box, PictureFrame, iou
 
 # A wide picture: padded to a square of 200, it lies 50 pixels below the top.
 SIZE = (200, 100)
+whole = PictureFrame.whole
 TRUE = (50.0, 25.0, 100.0, 75.0)
 # The true box as fractions of the picture, and of the square.
 OWN = "[0.25, 0.25, 0.5, 0.75]"
@@ -123,7 +124,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "answer", "iou", "status"), CASES)
 def test_cases_by_hand(llava_box, name, answer, iou, status):
-    found = load_protocol(name).judge(answer, SIZE, TRUE, llava_box)
+    found = load_protocol(name).judge(answer, whole(SIZE), TRUE, llava_box)
     assert found.iou == pytest.approx(iou, abs=1e-6)
     assert found.iou >= 0
     assert found.status == status
@@ -142,7 +143,7 @@ def test_cases_by_hand(llava_box, name, answer, iou, status):
 def test_an_iou_of_just_a_half(llava_box, name, answer, counts):
     """Some scripts count it and others do not."""
     protocol = load_protocol(name)
-    iou = protocol.judge(answer, SIZE, TRUE, llava_box).iou
+    iou = protocol.judge(answer, whole(SIZE), TRUE, llava_box).iou
     assert (iou > 0.5 if protocol.STRICT else iou >= 0.5) == counts
     if name != "minigpt-v2":
         assert iou == 0.5
@@ -151,7 +152,9 @@ def test_an_iou_of_just_a_half(llava_box, name, answer, counts):
 def test_a_half_by_counted_pixels_is_not_above_it(llava_box):
     # 0 to 99 and 0 to 49: 100 * 50 of 100 * 100 counted pixels.
     protocol = load_protocol("minigpt-v2")
-    found = protocol.judge("{<0><0><99><49>}", (100, 100), (0.0, 0.0, 99.0, 99.0), llava_box)
+    found = protocol.judge(
+        "{<0><0><99><49>}", whole((100, 100)), (0.0, 0.0, 99.0, 99.0), llava_box
+    )
     assert found.iou == 0.5
     assert protocol.STRICT
 
@@ -159,13 +162,15 @@ def test_a_half_by_counted_pixels_is_not_above_it(llava_box):
 def test_ours_reads_the_frame_of_the_model(llava_box):
     own = dataclasses.replace(llava_box, frame="original")
     ours = load_protocol("ours")
-    assert ours.judge(OWN, SIZE, TRUE, own).iou == 1.0
-    assert ours.judge(PADDED, SIZE, TRUE, own).iou == 0.5
+    assert ours.judge(OWN, whole(SIZE), TRUE, own).iou == 1.0
+    assert ours.judge(PADDED, whole(SIZE), TRUE, own).iou == 0.5
 
 
 def test_a_square_picture_has_one_frame(llava_box):
     for name in ("ours", "lmms-eval", "internvl"):
-        judged = load_protocol(name).judge(OWN, (100, 100), (25.0, 25.0, 50.0, 75.0), llava_box)
+        judged = load_protocol(name).judge(
+            OWN, whole((100, 100)), (25.0, 25.0, 50.0, 75.0), llava_box
+        )
         assert judged.iou == 1.0
 
 
@@ -176,7 +181,7 @@ def test_the_true_box_goes_through_text_of_three_decimals(llava_box):
     assert pad_box((0.0, 0.0, 5.0, 8.0), (5, 8)) == [0.125, 0.0, 0.75, 1.0]
     # A box that rounding leaves without an area has no IoU; the script's would be no number.
     judged = load_protocol("shikra").judge(
-        "[0.100,0.100,0.100,0.100]", (9999, 9999), (1.0, 1.0, 2.0, 2.0), llava_box
+        "[0.100,0.100,0.100,0.100]", whole((9999, 9999)), (1.0, 1.0, 2.0, 2.0), llava_box
     )
     assert (judged.iou, judged.status) == (0.0, "degenerate")
 
@@ -196,7 +201,7 @@ def test_the_bracket_search_finds_what_the_pattern_finds():
 def test_an_endless_answer_is_judged_at_once(llava_box):
     for name in list_protocols():
         for piece in ("[", ",", "[,", "[0.1, ", "{<1>", "[0.1,0.1,0.1,0.1;", "9", '"bbox_2d": [9'):
-            load_protocol(name).judge(piece * 3000, SIZE, TRUE, llava_box)
+            load_protocol(name).judge(piece * 3000, whole(SIZE), TRUE, llava_box)
 
 
 def test_stretching_both_boxes_changes_no_iou():
@@ -209,7 +214,9 @@ def test_stretching_both_boxes_changes_no_iou():
             for x, y in [(rng.randrange(60), rng.randrange(60)) for _ in "ab"]
         )
         stretched = [round(value) for value in resize_box(found, size)]
-        judged = load_protocol("qwen25").judge(f'{{"bbox_2d": {stretched}}}', size, true, None)
+        judged = load_protocol("qwen25").judge(
+            f'{{"bbox_2d": {stretched}}}', whole(size), true, None
+        )
         # Four edges, each off by at most half a pixel on both boxes.
         assert judged.iou == pytest.approx(iou(true, found), abs=0.06)
 

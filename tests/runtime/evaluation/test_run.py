@@ -14,9 +14,11 @@ from gap_runtime.display import Display, Pace, format_seconds
 from gap_runtime.errors import ConfigError, EngineError, InputError
 from gap_runtime.evaluation.answer import Answer, BundleAnswerer
 from gap_runtime.evaluation.data import open_data
+from gap_runtime.evaluation.protocol import load_protocol
 from gap_runtime.evaluation.results import Header, Subject, read_answers
 from gap_runtime.evaluation.run import describe_data, evaluate
 from gap_runtime.evaluation.spread import RayCluster
+from gap_runtime.pictures.boxes import PictureFrame
 
 SUBJECT = Subject(
     name="fake", sha256="0", engine="here", strategy="none", positions="gap", dtype="float32"
@@ -123,14 +125,48 @@ def test_going_on_asks_what_is_missing(mine, header, tmp_path):
 
 
 def test_a_decompression_bomb_is_a_bad_picture(tmp_path, header, monkeypatch):
-    from gap_runtime.pictures import load as image
+    from gap_runtime.pictures import limits
 
-    monkeypatch.setattr(image, "MAX_PIXELS", 150)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 150)
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "x.jsonl").write_text('{"image": "a.png", "phrase": "b", "box": [0, 0, 1, 1]}\n')
     data = open_data(str(tmp_path / "x.jsonl"))
     (row,) = evaluate(data, header, FakeAnswerer, ratios=(0.0,)).rows
     assert "at most 150 in all are read" in row.problem
+
+
+@pytest.mark.parametrize("frame", ["resized", "original"])
+def test_boxes_in_pixels_of_a_resized_picture_are_scored_from_the_file(
+    tmp_path, llava_box, mine, frame
+):
+    """The file knows no manifest: what was shown is kept where the boxes depend on it."""
+
+    class Resizer(FakeAnswerer):
+        def answer(self, view, _phrase, _ratio):
+            width, height = view.size
+            shown = (0, 0, width, height)
+            return Answer(
+                text=f"[{width}, 0, {2 * width}, {height / 2}]",
+                frame=PictureFrame(size=view.size, shown=shown, resized=(2 * width, height)),
+                token_ids=(1,),
+                milliseconds={"total": 1.0},
+            )
+
+    box = dataclasses.replace(llava_box, frame=frame, scale=1.0)
+    header = Header(subject=SUBJECT, data=describe_data(mine), box=box)
+    out = tmp_path / "answers.jsonl"
+    given = evaluate(mine, header, Resizer, ratios=(0.5,), path=out)
+    rows = [row for row in read_answers(out).rows if row.problem is None]
+    assert rows
+    assert {row.key: row for row in rows}.items() <= {row.key: row for row in given.rows}.items()
+    if frame == "original":
+        assert all(row.frame is None for row in rows)
+        return
+    for row in rows:
+        width, height = row.size
+        assert list(row.found) == [(width / 2, 0, width, height / 2)]
+        judged = load_protocol("ours").judge(row.answer, row.frame, row.found[0], box)
+        assert judged.iou == 1.0
 
 
 SQUARE = {"image": "a.png", "box": [4, 4, 12, 8]}

@@ -5,9 +5,8 @@ import pytest
 from PIL import Image
 
 from gap_runtime.errors import InputError
-from gap_runtime.pictures import anyres
-from gap_runtime.pictures import load as image
-from gap_runtime.pictures.anyres import (
+from gap_runtime.pictures import limits
+from gap_runtime.pictures.modes.anyres import (
     choose_canvas,
     make_views,
     mosaic_grid,
@@ -238,11 +237,6 @@ def test_mosaic_keeps_patches_that_see_at_least_half_of_the_picture(size):
     assert seen[576:][~is_kept[576:]].max() <= 8 / 14 + 1e-6
 
 
-def test_limit_is_that_of_other_pictures():
-    # The same number, not one that happens to be equal.
-    assert anyres.MAX_PIXELS is image.MAX_PIXELS
-
-
 @pytest.mark.parametrize("size", [(1, 400_000), (20_000, 20_000)])
 def test_absurd_size_is_refused_before_it_is_resized(size):
     class Huge:
@@ -256,7 +250,7 @@ def test_absurd_size_is_refused_before_it_is_resized(size):
 
 
 def test_limit_counts_the_rows_that_pillow_widens(monkeypatch):
-    monkeypatch.setattr(anyres, "MAX_PIXELS", 800)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 800)
     assert make_views(Image.new("RGB", (2, 100)), (8, 8), 4, MEAN, STD).shape[1] == 5
     with pytest.raises(InputError, match="of 2x101 needs 8x101 pixels"):
         make_views(Image.new("RGB", (2, 101)), (8, 8), 4, MEAN, STD)

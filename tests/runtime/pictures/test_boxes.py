@@ -7,11 +7,15 @@ import re
 import pytest
 
 from gap_runtime.errors import BundleError
-from gap_runtime.pictures.boxes import Box, clip_box, iou, parse_boxes
+from gap_runtime.pictures.boxes import Box, PictureFrame, clip_box, iou, parse_boxes
 
 
 def box(x0, y0, x1, y1):
     return Box(x0=x0, y0=y0, x1=x1, y1=y1)
+
+
+def whole(width, height):
+    return PictureFrame.whole((width, height))
 
 
 def corners(parsed):
@@ -34,32 +38,32 @@ def corners(parsed):
     ],
 )
 def test_padding_is_taken_off(llava_box, width, height, expected):
-    parsed = parse_boxes("[0.25, 0.30, 0.50, 0.60]", llava_box, width, height)
+    parsed = parse_boxes("[0.25, 0.30, 0.50, 0.60]", llava_box, whole(width, height))
     assert corners(parsed) == [expected]
     assert parsed.problems == ()
 
 
 def test_original_frame_has_no_padding(llava_box):
     spec = dataclasses.replace(llava_box, frame="original", scale=1000.0)
-    parsed = parse_boxes("[250, 100, 500, 200]", spec, 400, 100)
+    parsed = parse_boxes("[250, 100, 500, 200]", spec, whole(400, 100))
     assert corners(parsed) == [[100, 10, 200, 20]]
 
 
 def test_unknown_frame_is_refused(llava_box):
     spec = dataclasses.replace(llava_box, frame="crop")
-    with pytest.raises(BundleError, match="frame 'crop' is unknown; have padded-square, original"):
-        parse_boxes("[0.1, 0.1, 0.5, 0.5]", spec, 400, 100)
+    with pytest.raises(BundleError, match="frame 'crop' is unknown; have padded-square, ori"):
+        parse_boxes("[0.1, 0.1, 0.5, 0.5]", spec, whole(400, 100))
 
 
 def test_box_over_the_edge_is_clipped(llava_box):
     # Wide: rows 0 to 50 of the canvas are padding; y0 = 0 lies 50 above the picture.
-    parsed = parse_boxes("[0.9, 0.0, 1.2, 0.5]", llava_box, 200, 100)
+    parsed = parse_boxes("[0.9, 0.0, 1.2, 0.5]", llava_box, whole(200, 100))
     assert corners(parsed) == [[180, 0, 200, 50]]
     assert parsed.problems == ()
 
 
 def test_negative_corner_is_clipped(llava_box):
-    parsed = parse_boxes("[-0.10, -0.20, 0.50, 0.50]", llava_box, 10, 10)
+    parsed = parse_boxes("[-0.10, -0.20, 0.50, 0.50]", llava_box, whole(10, 10))
     assert corners(parsed) == [[0, 0, 5, 5]]
 
 
@@ -73,7 +77,7 @@ def test_negative_corner_is_clipped(llava_box):
     ],
 )
 def test_degenerate_box_is_reported_and_left_out(llava_box, answer):
-    parsed = parse_boxes(answer, llava_box, 100, 100)
+    parsed = parse_boxes(answer, llava_box, whole(100, 100))
     assert parsed.boxes == ()
     assert parsed.problems == (f"degenerate box {answer}: its corners span no area",)
 
@@ -88,29 +92,29 @@ def test_degenerate_box_is_reported_and_left_out(llava_box, answer):
     ],
 )
 def test_box_outside_the_picture_is_reported_and_left_out(llava_box, answer):
-    parsed = parse_boxes(answer, llava_box, 200, 100)
+    parsed = parse_boxes(answer, llava_box, whole(200, 100))
     assert parsed.boxes == ()
     assert parsed.problems == (f"box {answer} lies outside the picture",)
 
 
 def test_two_boxes_keep_their_order(llava_box):
     answer = "[0.50, 0.50, 0.75, 0.75] and [0.00, 0.00, 0.25, 0.25]"
-    assert corners(parse_boxes(answer, llava_box, 8, 8)) == [[4, 4, 6, 6], [0, 0, 2, 2]]
+    assert corners(parse_boxes(answer, llava_box, whole(8, 8))) == [[4, 4, 6, 6], [0, 0, 2, 2]]
 
 
 def test_good_box_beside_a_degenerate_one(llava_box):
-    parsed = parse_boxes("[0.5, 0.5, 0.1, 0.1] [0.0, 0.0, 0.5, 0.5]", llava_box, 8, 8)
+    parsed = parse_boxes("[0.5, 0.5, 0.1, 0.1] [0.0, 0.0, 0.5, 0.5]", llava_box, whole(8, 8))
     assert corners(parsed) == [[0, 0, 4, 4]]
     assert len(parsed.problems) == 1
 
 
 def test_text_around_the_box_does_not_matter(llava_box):
     answer = "Sure (see 3, 4): it is at [0.25,0.25 , 0.5,\n0.5]. Anything else?"
-    assert corners(parse_boxes(answer, llava_box, 8, 8)) == [[2, 2, 4, 4]]
+    assert corners(parse_boxes(answer, llava_box, whole(8, 8))) == [[2, 2, 4, 4]]
 
 
 def test_numbers_of_one_decimal_and_none(llava_box):
-    assert corners(parse_boxes("[0, 0.5, 1, 1.0]", llava_box, 8, 8)) == [[0, 4, 8, 8]]
+    assert corners(parse_boxes("[0, 0.5, 1, 1.0]", llava_box, whole(8, 8))) == [[0, 4, 8, 8]]
 
 
 @pytest.mark.parametrize(
@@ -127,26 +131,26 @@ def test_numbers_of_one_decimal_and_none(llava_box):
     ],
 )
 def test_malformed_answer_is_reported(llava_box, answer):
-    parsed = parse_boxes(answer, llava_box, 100, 100)
+    parsed = parse_boxes(answer, llava_box, whole(100, 100))
     assert parsed.boxes == ()
     assert parsed.problems == (f"malformed box {answer}",)
 
 
 @pytest.mark.parametrize("answer", ["", "I see no mug.", "0.1, 0.2, 0.3, 0.4"])
 def test_answer_without_a_box_is_reported(llava_box, answer):
-    parsed = parse_boxes(answer, llava_box, 100, 100)
+    parsed = parse_boxes(answer, llava_box, whole(100, 100))
     assert parsed.boxes == ()
     assert parsed.problems == ("the answer holds no box",)
 
 
 def test_malformed_box_beside_a_good_one_is_reported(llava_box):
-    parsed = parse_boxes("[0.0, 0.0, 0.5, 0.5] and [0.1, 0.2]", llava_box, 8, 8)
+    parsed = parse_boxes("[0.0, 0.0, 0.5, 0.5] and [0.1, 0.2]", llava_box, whole(8, 8))
     assert corners(parsed) == [[0, 0, 4, 4]]
     assert parsed.problems == ("malformed box [0.1, 0.2]",)
 
 
 def test_huge_numbers_do_not_break(llava_box):
-    parsed = parse_boxes(f"[0, 0, {'9' * 400}, 1]", llava_box, 10, 10)
+    parsed = parse_boxes(f"[0, 0, {'9' * 400}, 1]", llava_box, whole(10, 10))
     assert corners(parsed) == [[0, 0, 10, 10]]
 
 

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from gap_runtime.errors import BundleError, GapError, InputError
-from gap_runtime.pictures import load as image
-from gap_runtime.pictures.anyres import choose_canvas, mosaic_grid, newline_index
+from gap_runtime.pictures import limits
 from gap_runtime.pictures.load import (
     find_bucket,
     fitting_size,
     load_picture,
     make_pixels,
-    pad_to_square,
     to_rgb,
 )
+from gap_runtime.pictures.modes.anyres import choose_canvas, mosaic_grid, newline_index
+from gap_runtime.pictures.modes.pad import pad_to_square
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 ONE = Bucket(name="", canvas=None, grids=((2, 2),), strip=1, fixed=())
@@ -253,7 +253,7 @@ def test_picture_below_the_limit_is_not_taken_for_a_bomb(tmp_path):
 
 def test_thin_picture_that_would_be_padded_to_a_bomb_is_refused(tmp_path, monkeypatch):
     # 200 pixels wide and 2 high is a small file, but a canvas of 40,000 pixels.
-    monkeypatch.setattr(image, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 10_000)
     path = save(tmp_path, Image.new("RGB", (200, 2)))
     with pytest.raises(InputError, match="pixels"):
         make_pixels(load_picture(path), make_spec(side=4), ONE)
@@ -325,7 +325,7 @@ def test_stretch_mode_does_not_pad():
 
 
 def test_unknown_mode_is_refused(noise):
-    with pytest.raises(GapError, match="mode 'crop' is unknown; have pad, stretch, anyres, tiles"):
+    with pytest.raises(GapError, match="mode 'crop' is unknown; have anyres, pad, resize, str"):
         make_pixels(noise, make_spec(mode="crop"), ONE)
 
 

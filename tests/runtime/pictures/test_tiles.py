@@ -7,8 +7,7 @@ from PIL import Image
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.pictures.drawing import shade_patches
 from gap_runtime.pictures.load import find_bucket, fitting_size, make_pixels
-from gap_runtime.pictures.preprocess import Bucket, Preprocess
-from gap_runtime.pictures.tiles import (
+from gap_runtime.pictures.modes.tiles import (
     choose_tiles,
     count_views,
     list_canvases,
@@ -16,6 +15,7 @@ from gap_runtime.pictures.tiles import (
     shape_for,
     tile_cells,
 )
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 MEAN, STD = (0.5, 0.25, 0.0), (0.5, 0.25, 2.0)
 CANVASES = list_canvases(1, 12, 448)
@@ -136,7 +136,7 @@ def test_a_canvas_that_never_wins_is_refused():
 
 def test_too_large_a_picture_is_refused():
     picture = Image.new("RGB", (1, 60_000))
-    with pytest.raises(InputError, match="needs 1792x60000 pixels when cut into tiles"):
+    with pytest.raises(InputError, match="needs 1792x60000 pixels when it is resized"):
         make_tiles(picture, (1792, 1344), 448, MEAN, STD)
 
 

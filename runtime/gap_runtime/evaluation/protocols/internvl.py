@@ -20,7 +20,7 @@ from gap_runtime.evaluation.protocol import (
     judge_singles,
     round_singles,
 )
-from gap_runtime.pictures.boxes import Box, BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 
 SUMMARY: Final = "first [a,b,c,d], thousandths if they sum to 4, no unpadding; IoU >= t"
 STRICT: Final = False
@@ -28,7 +28,7 @@ FRAME: Final = "original"
 MEASURE: Final[Measure] = "iou"
 
 
-def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     parts = find_parts(answer)
@@ -38,7 +38,7 @@ def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judg
         return NO_BOX
     if len(numbers) != 4 or not are_coordinates(*numbers):
         return NO_BOX
-    width, height = size
+    width, height = picture.size
     x0, y0, x1, y1 = round_singles(*numbers)
     (two,) = round_singles(x0 + y0)
     (three,) = round_singles(two + x1)

@@ -14,7 +14,7 @@ import re
 from typing import Final
 
 from gap_runtime.evaluation.protocol import NO_BOX, Judgement, Measure, judge_corners
-from gap_runtime.pictures.boxes import Box, BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 
 SUMMARY: Final = "{<a><b><c><d>} at the start, hundredths; pixels counted (+1); IoU > t"
 STRICT: Final = True
@@ -24,12 +24,12 @@ _SCALE: Final = 100.0
 _FOUND: Final = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 
 
-def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     match = _FOUND.match(answer.replace("<unk>", "").replace(" ", "").strip())
     if match is None:
         return NO_BOX
     x0, y0, x1, y1 = (int(group) / _SCALE for group in match.groups())
-    width, height = size
+    width, height = picture.size
     return judge_corners((x0 * width, y0 * height, x1 * width, y1 * height), box, edge=1.0)

@@ -10,7 +10,7 @@ import re
 from typing import Final
 
 from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, Measure, judge_corners
-from gap_runtime.pictures.boxes import Box, BoxFormat, parse_boxes
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, parse_boxes
 
 SUMMARY: Final = "the model's own frame; exactly one usable box; IoU >= t"
 STRICT: Final = False
@@ -18,9 +18,9 @@ FRAME: Final = None
 MEASURE: Final[Measure] = "iou"
 
 
-def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
-    found = parse_boxes(answer, spec, *size).boxes
+    found = parse_boxes(answer, spec, picture).boxes
     if len(found) == 1:
         return judge_corners(found[0], box)
     # A box that is written properly and spans nothing is no box either, but another mistake.

@@ -22,7 +22,7 @@ from gap_runtime.evaluation.protocol import (
     are_coordinates,
     find_first,
 )
-from gap_runtime.pictures.boxes import Box, BoxFormat, unpad_box
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, place_corners
 
 SUMMARY: Final = "centre of the first box, or the first point, inside the true box; no IoU"
 STRICT: Final = False
@@ -32,7 +32,7 @@ _NUMBER: Final = r"(-?\d+(?:\.\d+)?)"
 _PAIR: Final = re.compile(rf"[\[(<{{]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])>}}]")
 
 
-def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     values = find_first(answer, spec)
     if values is None:
@@ -48,7 +48,7 @@ def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judg
         x0, y0, x1, y1 = values
         # The scripts take the centre whatever the order of the corners.
         status = BOX if x0 < x1 and y0 < y1 else DEGENERATE
-    x0, y0, x1, y1 = unpad_box(list(values), spec.frame, *size)
+    x0, y0, x1, y1 = place_corners(values, spec.frame, picture)
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     inside = box[0] <= x <= box[2] and box[1] <= y <= box[3]
     return Judgement(float(inside), status)

@@ -27,7 +27,7 @@ from gap_runtime.evaluation.protocol import (
     judge_singles,
     round_singles,
 )
-from gap_runtime.pictures.boxes import Box, BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 
 SUMMARY: Final = 'first "bbox_2d" in pixels of the picture resized to multiples of 28; IoU >= t'
 STRICT: Final = False
@@ -39,7 +39,7 @@ _FRACTION: Final = 1.1
 """The script takes a box whose numbers are all below this one for fractions of the picture."""
 
 
-def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     match = _FOUND.search(answer)
@@ -49,9 +49,10 @@ def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judg
     if not are_coordinates(x0, y0, x1, y1):
         return NO_BOX
     if max(x0, y0, x1, y1) <= _FRACTION:
-        x0, y0, x1, y1 = x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1]
+        width, height = picture.size
+        x0, y0, x1, y1 = x0 * width, y0 * height, x1 * width, y1 * height
     x0, y0, x1, y1 = round_singles(x0, y0, x1, y1)
-    return judge_singles((x0, y0, x1, y1), resize_box(box, size))
+    return judge_singles((x0, y0, x1, y1), resize_box(box, picture.size))
 
 
 def resize_box(box: Box, size: tuple[int, int]) -> Corners:

@@ -20,7 +20,7 @@ from gap_runtime.evaluation.protocol import (
     judge_singles,
     round_singles,
 )
-from gap_runtime.pictures.boxes import Box, BoxFormat, unpad_box
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, place_corners
 
 SUMMARY: Final = "first box in the model's own frame, not cut; IoU > t"
 STRICT: Final = True
@@ -28,11 +28,11 @@ FRAME: Final = None
 MEASURE: Final[Measure] = "iou"
 
 
-def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     values = find_first(answer, spec)
     if values is None:
         return NO_BOX
-    x0, y0, x1, y1 = round_singles(*unpad_box(list(values), spec.frame, *size))
+    x0, y0, x1, y1 = round_singles(*place_corners(values, spec.frame, picture))
     true = round_singles(*box)
     return judge_singles((x0, y0, x1, y1), (true[0], true[1], true[2], true[3]))

@@ -22,7 +22,7 @@ from gap_runtime.evaluation.protocol import (
     judge_singles,
     round_singles,
 )
-from gap_runtime.pictures.boxes import Box, BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 
 SUMMARY: Final = "exactly one [a,b,c,d], both boxes in the padded square; IoU > t"
 STRICT: Final = True
@@ -33,14 +33,14 @@ _BOX: Final = rf"{_NUMBER}(?:,{_NUMBER}){{3}}"
 _FOUND: Final = re.compile(rf"\[({_BOX}(?:;{_BOX})*)\]")
 
 
-def judge(answer: str, size: tuple[int, int], box: Box, spec: BoxFormat) -> Judgement:
+def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judgement:
     """Judge one answer."""
     del spec
     found = _FOUND.findall(answer)
     if len(found) != 1 or ";" in found[0]:
         return NO_BOX
     values = [float(number) for number in found[0].split(",")]
-    return judge_singles(_scale(values), _scale(pad_box(box, size)))
+    return judge_singles(_scale(values), _scale(pad_box(box, picture.size)))
 
 
 def pad_box(box: Box, size: tuple[int, int]) -> list[float]:

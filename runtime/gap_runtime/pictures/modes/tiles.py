@@ -22,8 +22,83 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from gap_runtime.errors import InputError
-from gap_runtime.pictures.anyres import MAX_PIXELS, normalize_views
+from gap_runtime.errors import BundleError, InputError
+from gap_runtime.pictures import limits
+from gap_runtime.pictures.boxes import PictureFrame
+from gap_runtime.pictures.cells import Cell
+from gap_runtime.pictures.pixels import normalize
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
+
+
+def is_usable(spec: Preprocess, buckets: tuple[Bucket, ...]) -> bool:
+    """Whether every bucket has one grid for each of its views, all alike."""
+    return bool(buckets) and all(
+        bucket.canvas is not None
+        and bucket.canvas in spec.canvases
+        and bucket.grids == buckets[0].grids[:1] * count_views(bucket.canvas, spec.side)
+        for bucket in buckets
+    )
+
+
+def pixel_shape(spec: Preprocess, bucket: Bucket) -> tuple[int, ...]:
+    """[1, views, 3, side, side]: the tiles, then the whole picture."""
+    return 1, count_views(_canvas(bucket), spec.side), 3, spec.side, spec.side
+
+
+def find_bucket(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]) -> Bucket:
+    """The bucket of the canvas whose aspect is nearest to the picture's.
+
+    Raises:
+        InputError: It is not there; the message names the one to export.
+    """
+    canvas = choose_tiles(size, spec.canvases)
+    for bucket in buckets:
+        if bucket.canvas == canvas:
+            return bucket
+    across, down = canvas[0] // spec.side, canvas[1] // spec.side
+    raise InputError(
+        f"a picture of {size[0]}x{size[1]} is cut into {across}x{down} tiles, and needs graphs "
+        f"for a canvas of {canvas[0]}x{canvas[1]}; have {', '.join(b.name for b in buckets)}; "
+        f"export with --set image.canvas={canvas[0]}x{canvas[1]}, or crop the picture to one of "
+        "those"
+    )
+
+
+def fitting_size(bucket: Bucket, spec: Preprocess) -> tuple[int, int]:
+    """(width, height) of a picture whose bucket this is.
+
+    Raises:
+        BundleError: There is no such picture: another canvas always wins.
+    """
+    shape = shape_for(_canvas(bucket), spec.canvases, spec.side)
+    if shape is None:
+        raise BundleError(
+            f"no picture fits bucket '{bucket.name}': another canvas always wins; export "
+            "without it"
+        )
+    return shape
+
+
+def make_pixels(picture: Image.Image, spec: Preprocess, bucket: Bucket) -> np.ndarray:
+    """Normalized pixels, float32 [1, views, 3, side, side]; see `make_tiles`."""
+    return make_tiles(picture, _canvas(bucket), spec.side, spec.mean, spec.std)
+
+
+def frame_picture(size: tuple[int, int], spec: Preprocess, bucket: Bucket) -> PictureFrame:
+    """The whole picture, stretched to the canvas."""
+    del spec
+    return PictureFrame(size=size, shown=(0, 0, *size), resized=_canvas(bucket))
+
+
+def find_cells(bucket: Bucket, spec: Preprocess) -> dict[int, Cell]:
+    """The tiles' tokens; behind them the whole picture comes once more, in coarser ones."""
+    return dict(enumerate(tile_cells(_canvas(bucket), bucket.grids[0], spec.side)))
+
+
+def _canvas(bucket: Bucket) -> tuple[int, int]:
+    # `is_usable` was asked when the manifest was read.
+    assert bucket.canvas is not None
+    return bucket.canvas
 
 
 def list_canvases(least: int, most: int, side: int) -> tuple[tuple[int, int], ...]:
@@ -90,13 +165,7 @@ def make_tiles(
     Raises:
         InputError: The picture would be too large while it is resized.
     """
-    width, height = picture.size
-    # Older Pillows widen all rows of a tall strip before they drop any.
-    if max(width, canvas[0]) * height > MAX_PIXELS:
-        raise InputError(
-            f"a picture of {width}x{height} needs {max(width, canvas[0])}x{height} pixels when "
-            f"cut into tiles, at most {MAX_PIXELS:,} in all; crop it or scale it down"
-        )
+    limits.require_room(picture.size, canvas)
     stretched = picture.resize(canvas, Image.Resampling.BICUBIC)
     views = [
         stretched.crop((left, top, left + side, top + side))
@@ -105,7 +174,7 @@ def make_tiles(
     ]
     if len(views) > 1:
         views.append(picture.resize((side, side), Image.Resampling.BICUBIC))
-    return normalize_views(views, mean, std)
+    return normalize(np.stack([np.asarray(view) for view in views]), mean, std)[None]
 
 
 def shape_for(
@@ -127,9 +196,7 @@ def shape_for(
     return None
 
 
-def tile_cells(
-    canvas: tuple[int, int], grid: tuple[int, int], side: int
-) -> list[tuple[float, float, float, float]]:
+def tile_cells(canvas: tuple[int, int], grid: tuple[int, int], side: int) -> list[Cell]:
     """Where the tokens of all tiles lie in the picture, as fractions, in their packed order.
 
     Args:

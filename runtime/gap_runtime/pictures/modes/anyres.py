@@ -21,15 +21,121 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 from PIL import Image
 
-from gap_runtime.errors import InputError
+from gap_runtime.errors import BundleError, InputError
+from gap_runtime.pictures import limits
+from gap_runtime.pictures.boxes import PictureFrame
+from gap_runtime.pictures.cells import find_cells
+from gap_runtime.pictures.pixels import normalize
+from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
-MAX_PIXELS: Final = 100_000_000
-"""Larger pictures are refused, and those that would be larger while they are resized."""
+__all__ = [
+    "choose_canvas",
+    "find_bucket",
+    "find_cells",
+    "fitting_size",
+    "frame_picture",
+    "is_usable",
+    "make_pixels",
+    "make_views",
+    "mosaic_grid",
+    "mosaic_index",
+    "newline_index",
+    "pixel_shape",
+]
+
+
+def is_usable(spec: Preprocess, buckets: tuple[Bucket, ...]) -> bool:
+    """Whether there are canvases, and each bucket is one of them with a view and a mosaic."""
+    # View 0 and a tile have the same square grid, whatever the canvas.
+    tile_grid = buckets[0].grids[0][0] if buckets else 0
+    return bool(spec.canvases) and all(
+        bucket.canvas in spec.canvases
+        and len(bucket.grids) == 2
+        and bucket.grids[0] == (tile_grid, tile_grid)
+        for bucket in buckets
+    )
+
+
+def pixel_shape(spec: Preprocess, bucket: Bucket) -> tuple[int, ...]:
+    """[1, views, 3, side, side]: the whole picture, then its tiles."""
+    width, height = _canvas(bucket)
+    return 1, 1 + width // spec.side * (height // spec.side), 3, spec.side, spec.side
+
+
+def find_bucket(size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]) -> Bucket:
+    """The bucket of the canvas and the mosaic that a picture of (width, height) has.
+
+    Raises:
+        InputError: It is not there; the message names the one to export.
+    """
+    width, height = size
+    canvas, mosaic = _place(size, spec, buckets[0].grids[0][0])
+    for bucket in buckets:
+        if (bucket.canvas, bucket.grids[-1]) == (canvas, mosaic):
+            return bucket
+    if 0 in mosaic:
+        raise InputError(
+            f"a picture of {width}x{height} is so thin that none of its tiles' tokens is left on "
+            f"a canvas of {canvas[0]}x{canvas[1]}; crop it"
+        )
+    wanted = f"{canvas[0]}x{canvas[1]}/{width}:{height}"
+    raise InputError(
+        f"a picture of {width}x{height} needs graphs for {mosaic[0]}x{mosaic[1]} tokens on a "
+        f"canvas of {canvas[0]}x{canvas[1]}; have {', '.join(b.name for b in buckets)}; export "
+        f"with --set image.canvas={wanted}, or crop the picture to one of those"
+    )
+
+
+def fitting_size(bucket: Bucket, spec: Preprocess) -> tuple[int, int]:
+    """(width, height) of a picture whose bucket this is.
+
+    Raises:
+        BundleError: There is no such picture: another canvas wins for all that have its grid.
+    """
+    canvas = _canvas(bucket)
+    (tile_grid, _), (rows, columns) = bucket.grids[0], bucket.grids[-1]
+    exact = (columns * spec.side // tile_grid, rows * spec.side // tile_grid)
+    # A smaller canvas may hold the exact size, and not the longest one that counts as much.
+    longest = (
+        min(-(-(columns + 1) * spec.side // tile_grid) - 1, canvas[0]),
+        min(-(-(rows + 1) * spec.side // tile_grid) - 1, canvas[1]),
+    )
+    for size in (exact, longest):
+        if _place(size, spec, tile_grid) == (canvas, (rows, columns)):
+            return size
+    raise BundleError(
+        f"no picture fits bucket '{bucket.name}': other canvases win for all of its shape; "
+        "export without it"
+    )
+
+
+def make_pixels(picture: Image.Image, spec: Preprocess, bucket: Bucket) -> np.ndarray:
+    """Normalized pixels, float32 [1, views, 3, side, side]; see `make_views`."""
+    return make_views(picture, _canvas(bucket), spec.side, spec.mean, spec.std)
+
+
+def frame_picture(size: tuple[int, int], spec: Preprocess, bucket: Bucket) -> PictureFrame:
+    """The whole picture, at its size on the canvas."""
+    del spec
+    return PictureFrame(size=size, shown=(0, 0, *size), resized=_fit_size(size, _canvas(bucket)))
+
+
+def _canvas(bucket: Bucket) -> tuple[int, int]:
+    # `is_usable` was asked when the manifest was read.
+    assert bucket.canvas is not None
+    return bucket.canvas
+
+
+def _place(
+    size: tuple[int, int], spec: Preprocess, tile_grid: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Canvas (width, height) and mosaic (rows, columns) of a picture of that (width, height)."""
+    canvas = choose_canvas(size, spec.canvases)
+    return canvas, mosaic_grid(size, canvas, tile_grid, spec.side)
 
 
 def choose_canvas(size: tuple[int, int], canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -138,13 +244,7 @@ def make_views(
     Raises:
         InputError: The picture is too large, or would be while it is resized.
     """
-    width, height = picture.size
-    # Older Pillows widen all rows of a tall strip before they drop any.
-    if max(width, canvas[0]) * height > MAX_PIXELS:
-        raise InputError(
-            f"a picture of {width}x{height} needs {max(width, canvas[0])}x{height} pixels when "
-            f"cut into tiles, at most {MAX_PIXELS:,} in all; crop it or scale it down"
-        )
+    limits.require_room(picture.size, canvas)
     whole = picture.resize((side, side), Image.Resampling.BICUBIC)
     framed = _frame_picture(picture, canvas)
     tiles = [
@@ -152,19 +252,7 @@ def make_views(
         for top in range(0, canvas[1], side)
         for left in range(0, canvas[0], side)
     ]
-    return normalize_views([whole, *tiles], mean, std)
-
-
-def normalize_views(
-    views: Sequence[Image.Image],
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> np.ndarray:
-    """Normalized pixels of views of one size, float32 [1, views, 3, height, width]."""
-    values = np.stack([np.asarray(view, dtype=np.float32) for view in views])
-    scaled = values * np.float32(1 / 255)
-    normalized = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return np.ascontiguousarray(normalized.transpose(0, 3, 1, 2)[None])
+    return normalize(np.stack([np.asarray(view) for view in (whole, *tiles)]), mean, std)[None]
 
 
 def _frame_picture(picture: Image.Image, canvas: tuple[int, int]) -> Image.Image:
