@@ -48,7 +48,6 @@ class ClipTower(nn.Module):
         layer: int,
         needs: frozenset[Feature],
         *,
-        depth: int,
         arrange: tuple[int, ...] | None = None,
         text_width: int | None = None,
     ) -> None:
@@ -58,8 +57,6 @@ class ClipTower(nn.Module):
             config: Of the whole tower.
             layer: Index of the hidden state that is wanted, as in `resolve_layer`.
             needs: By-products to compute.
-            depth: Blocks that stand for those up to the hidden state; fewer where the graph of
-                the others is copied from these.
             arrange: Which patches, of all views one after another, to give and in which order.
             text_width: Of CLIP's text features, where TEXT_PATCHES are needed.
         """
@@ -67,12 +64,12 @@ class ClipTower(nn.Module):
         used = copy.deepcopy(config)
         merges = bool(needs & {Feature.MERGE_ATTENTION, Feature.MERGE_KEYS})
         # Of the block after the patches only the norm and two projections are run.
-        used.num_hidden_layers = depth + (merges and layer < config.num_hidden_layers)
+        used.num_hidden_layers = layer + (merges and layer < config.num_hidden_layers)
         used._attn_implementation = "sdpa"  # noqa: SLF001 - the library's own switch
         self.vision_tower = CLIPVisionModel(used)
-        self.depth, self.needs = depth, needs
+        self.depth, self.needs = layer, needs
         self.order = arrange
-        for block in self.vision_tower.encoder.layers[depth:]:
+        for block in self.vision_tower.encoder.layers[layer:]:
             del block.layer_norm2, block.mlp, block.self_attn.v_proj, block.self_attn.out_proj
         if Feature.TEXT_PATCHES in needs:
             assert text_width is not None

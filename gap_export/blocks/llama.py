@@ -35,7 +35,6 @@ HEAD: Final = "lm_head.weight"
 LAYERS: Final = "language_model.layers"
 _TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
-_LAYER: Final = "layer"
 
 
 def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSpec:
@@ -73,7 +72,7 @@ def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSp
     has_bias = getattr(config, "attention_bias", False)
     return DecoderSpec(
         width=config.hidden_size,
-        layers=(_LAYER,) * config.num_hidden_layers,
+        layers=config.num_hidden_layers,
         cache_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
@@ -151,7 +150,7 @@ def smoothing_groups(spec: DecoderSpec) -> list[SmoothingGroup]:
     """
     sizes: LlamaSizes = spec.sizes
     groups = []
-    for k in range(len(spec.layers)):
+    for k in range(spec.layers):
         layer = f"{LAYERS}.{k}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         makers = {

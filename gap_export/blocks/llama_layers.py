@@ -186,7 +186,7 @@ class LlamaMlp(nn.Module):
 class _Stack(nn.Module):
     def __init__(self, spec: DecoderSpec, dialect: Dialect) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(LlamaLayer(spec, dialect) for _ in spec.layers)
+        self.layers = nn.ModuleList(LlamaLayer(spec, dialect) for _ in range(spec.layers))
         self.norm = _Norm(spec.width, spec.sizes.epsilon, dialect)
 
 

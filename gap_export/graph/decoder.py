@@ -106,7 +106,7 @@ def _caches(spec: DecoderSpec, capacity: int, dtype: Dtype) -> list[TensorSpec]:
             shape=(1, spec.cache_heads, capacity, spec.head_dim),
             meaning=f"{name.split('_')[1]}s so far, layer {int(name.rpartition('_')[2])}",
         )
-        for name in cache_names(len(spec.layers))
+        for name in cache_names(spec.layers)
     ]
 
 

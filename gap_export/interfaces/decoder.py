@@ -16,14 +16,13 @@ from gap_export.interfaces.dialect import Dialect
 class DecoderSpec:
     """The facts about one decoder that the rest of the export works with.
 
-    `layers` are its layers by kind, first to last; those of one kind are alike but for their
-    weights. `max_positions` is the number of position IDs that it was trained with,
+    `layers` is their number, `max_positions` that of the position IDs that it was trained with,
     `axes` how many of them a token has: 1, or one for each axis of a picture. `sizes` are the
     decoder's own business.
     """
 
     width: int
-    layers: tuple[str, ...]
+    layers: int
     cache_heads: int
     head_dim: int
     vocabulary: int

@@ -44,13 +44,11 @@ class ModelSpec:
     it that the visual tokens replace, None where the texts before and after the picture are
     encoded apart; `image_text` is None where it is that token, or nothing.
     `text` is CLIP's text tower where the checkpoint has one.
-    `tower_layers` are the tower's blocks up to its patches, by kind; those of one kind are alike
-    but for their weights. `library_config` is the family's own business.
+    `library_config` is the family's own business.
     """
 
     buckets: tuple[Bucket, ...]
     vision_width: int
-    tower_layers: tuple[str, ...]
     features: dict[Feature, tuple[int, ...]]
     text: TextSpec | None
     decoder: DecoderSpec
@@ -153,8 +151,8 @@ class Family(Protocol):
     def build_tower(self, spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
         """Pixels to patches [B, N, C] before the projector, and {Feature: by-product}.
 
-        Its blocks are `spec.tower_layers`, which may be fewer than the model has. Buffers that no
-        checkpoint holds get their values by a method `fill_constants()`, if it has one.
+        Buffers that no checkpoint holds get their values by a method `fill_constants()`, if it
+        has one.
         """
 
     def build_projector(self, spec: ModelSpec) -> nn.Module:

@@ -126,6 +126,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
     require_patches_alone(library, where)
+    resolve_layer(vision, library.vision_feature_layer, where)
     decoder = llama.read_decoder(text, where, is_tied=library.tie_word_embeddings)
     clip = checkpoint.parts.get("clip")
     text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
@@ -135,7 +136,6 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=(grid,), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
-        tower_layers=("block",) * resolve_layer(vision, library.vision_feature_layer, where),
         features=clip_features(vision, text_spec),
         text=text_spec,
         decoder=decoder,
@@ -192,9 +192,7 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
     config = spec.library_config
     layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
     text_width = spec.text.width if spec.text else None
-    return ClipTower(
-        config.vision_config, layer, needs, depth=len(spec.tower_layers), text_width=text_width
-    )
+    return ClipTower(config.vision_config, layer, needs, text_width=text_width)
 
 
 def build_projector(spec: ModelSpec) -> nn.Module:

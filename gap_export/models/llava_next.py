@@ -117,6 +117,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
     require_patches_alone(library, where)
+    resolve_layer(vision, library.vision_feature_layer, where)
     decoder = llama.read_decoder(text, where, is_tied=library.tie_word_embeddings)
     clip = checkpoint.parts.get("clip")
     text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
@@ -134,7 +135,6 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=_read_buckets(config.image.canvas, preprocess, vision.patch_size),
         vision_width=vision.hidden_size,
-        tower_layers=("block",) * resolve_layer(vision, library.vision_feature_layer, where),
         features=clip_features(vision, text_spec),
         text=text_spec,
         decoder=decoder,
@@ -183,7 +183,6 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
         config.vision_config,
         layer,
         needs,
-        depth=len(spec.tower_layers),
         arrange=(*range(whole[0] * whole[1]), *(int(index) for index in tiles)),
         text_width=spec.text.width if spec.text else None,
     )

@@ -17,7 +17,7 @@ import math
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -108,7 +108,6 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             Bucket(name="", canvas=None, grids=(_token_grid(tower),), strip=_STRIP, fixed=()),
         ),
         vision_width=_STRIP * tower.width,
-        tower_layers=("block",) * tower.layers,
         features={
             Feature.CLS_ATTENTION: (),
             Feature.COLUMN_ATTENTION: (),
@@ -167,8 +166,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
 
 def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
     """EVA as a whole."""
-    tower = replace(spec.library_config.tower, layers=len(spec.tower_layers))
-    return EvaTower(tower, bucket.strip, needs)
+    return EvaTower(spec.library_config.tower, bucket.strip, needs)
 
 
 def build_projector(spec: ModelSpec) -> nn.Module:

@@ -126,7 +126,6 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=((side, side),), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
-        tower_layers=("block",) * layer,
         features=clip_features(vision, text_spec),
         text=text_spec,
         decoder=decoder,
@@ -187,9 +186,7 @@ def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> n
     del bucket
     config = spec.library_config
     text_width = spec.text.width if spec.text else None
-    return ClipTower(
-        config.vision, config.layer, needs, depth=len(spec.tower_layers), text_width=text_width
-    )
+    return ClipTower(config.vision, config.layer, needs, text_width=text_width)
 
 
 def build_projector(spec: ModelSpec) -> nn.Module:

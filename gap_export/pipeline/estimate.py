@@ -170,8 +170,7 @@ def _run_prefill(plan: ExportPlan, mode: FakeTensorMode, decoder: nn.Module) -> 
     shape = (1, spec.cache_heads, plan.layout.capacity, spec.head_dim)
     with mode:
         caches = [
-            torch.empty(shape, dtype=getattr(torch, plan.dtype))
-            for _ in cache_names(len(spec.layers))
+            torch.empty(shape, dtype=getattr(torch, plan.dtype)) for _ in cache_names(spec.layers)
         ]
         inputs = (
             torch.empty(1, rows, spec.width),

@@ -108,7 +108,7 @@ class ExportPlan:
     def cache_bytes_per_slot(self) -> int:
         """Bytes of the KV cache per slot, all layers."""
         spec = self.spec.decoder
-        return 2 * len(spec.layers) * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
+        return 2 * spec.layers * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
 
     @property
     def ratios(self) -> tuple[float, ...]:

@@ -299,7 +299,7 @@ def _make_manifest(
         ratios=plan.entries,
         stages=tuple(stages),
         cache=CacheShape(
-            layers=len(spec.decoder.layers),
+            layers=spec.decoder.layers,
             heads=spec.decoder.cache_heads,
             head_dim=spec.decoder.head_dim,
             dtype=plan.dtype,

@@ -32,7 +32,7 @@ from gap_export.quantization.graph import quantize_graph
 from gap_export.tracing.graph import Traced
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
-from gap_export.tracing.repeat_layers import repeat_layer
+from gap_export.tracing.repeat_layers import trace_stack
 from gap_export.tracing.trace import trace
 from gap_export.weights.bind import bind_weights
 from gap_export.weights.plan import WeightPlan
@@ -41,10 +41,6 @@ from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, RatioEntry, Role,
 from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS
 from gap_runtime.pictures.preprocess import Bucket
 
-_TRACED_LAYERS: Final = 2
-"""Of a decoder: the first, and one that can follow itself."""
-_TRACED_TOWER_LAYERS: Final = 3
-"""Of a tower: besides these the last, whose input pruners look at."""
 _NOT_IN_GRAPHS: Final = frozenset(
     {
         "box",
@@ -81,11 +77,11 @@ def tower_key(plan: ExportPlan, bucket: Bucket) -> tuple[object, ...]:
 
 
 def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
-    """The tower's graph, the same for all ratios; traced with few blocks, as the decoder."""
+    """The tower's graph, the same for all ratios."""
     spec, needs = plan.spec, plan.tower_needs
-    few = replace(spec, tower_layers=spec.tower_layers[:_TRACED_TOWER_LAYERS])
-    traced = trace(
-        lambda: TowerStage(plan.family.build_tower(few, bucket, needs), needs),
+    return trace_stack(
+        lambda: TowerStage(plan.family.build_tower(spec, bucket, needs), needs),
+        f"tower.{plan.family.TOWER_LAYERS}",
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
@@ -93,8 +89,6 @@ def trace_tower(plan: ExportPlan, bucket: Bucket) -> Traced:
         outputs=tower_outputs(spec, bucket, needs, plan.dtype),
         finish=lambda stage: fill_constants(stage.tower),  # type: ignore[arg-type]
     )
-    more = len(spec.tower_layers) - len(few.tower_layers)
-    return repeat_layer(traced, f"tower.{plan.family.TOWER_LAYERS}", more)
 
 
 def pruning_key(plan: ExportPlan, entry: RatioEntry) -> tuple[object, ...]:
@@ -168,31 +162,19 @@ def decoder_key(plan: ExportPlan) -> tuple[object, ...]:
 
 
 def trace_decoder(plan: ExportPlan) -> Traced:
-    """The decoder's graph, the same for all ratios and position modes.
-
-    Traced with few layers; the others are like the last of these.
-    """
+    """The decoder's graph, the same for all ratios and position modes."""
     decoder, spec = plan.family.DECODER, plan.spec.decoder
-    few = replace(spec, layers=spec.layers[:_TRACED_LAYERS])
     tables = decoder.rotary_tables(spec, _positions(plan))
-    inputs = decoder_inputs(spec, plan.layout.capacity, plan.dtype)
-    outputs = decoder_outputs(spec, plan.layout.capacity, plan.dtype)
-    more = len(spec.layers) - len(few.layers)
-    traced = trace(
-        lambda: DecoderStage(decoder.build(few, plan.dialect, tables)),
+    capacity = plan.layout.capacity
+    return trace_stack(
+        lambda: DecoderStage(decoder.build(spec, plan.dialect, tables)),
+        f"decoder.{decoder.LAYERS}",
         dtype=plan.dtype,
         dialect=plan.dialect,
         opset=plan.target.opset,
-        inputs=inputs[: len(inputs) - 2 * more],
-        outputs=outputs[: len(outputs) - 2 * more],
-        nested=2 * len(few.layers),
-    )
-    return repeat_layer(
-        traced,
-        f"decoder.{decoder.LAYERS}",
-        more,
-        inputs=inputs[len(traced.inputs) :],
-        outputs=outputs[len(traced.outputs) :],
+        inputs=decoder_inputs(spec, capacity, plan.dtype),
+        outputs=decoder_outputs(spec, capacity, plan.dtype),
+        nested=2 * spec.layers,
     )
 
 

@@ -97,7 +97,7 @@ def measure_memory(
     sizes = {name: float_bytes(source) for name, source in sources.items()}
     largest = max(size for name, size in sizes.items() if name != embedding)
     decoder = spec.decoder
-    rows = 2 * len(decoder.layers) * decoder.cache_heads * decoder.head_dim
+    rows = 2 * decoder.layers * decoder.cache_heads * decoder.head_dim
     return MemoryNeed(
         folder=folder,
         weights=sum(sizes.values()),

@@ -9,7 +9,7 @@ as they are then; what was passed in is not to be used again. Who needs a graph 
 `copy()` first. In this order:
 
     trace            module -> graph, tidied
-    repeat_layer     few layers -> many
+    repeat_layers    few layers -> many
     join             tower, pruning stage -> vision graph
     quantize_graph   Gemm -> product that dequantizes
     keep_batch       Squeeze, Unsqueeze of the batch -> none

@@ -43,6 +43,7 @@ def trace(
     outputs: Sequence[TensorSpec],
     finish: Callable[[nn.Module], None] | None = None,
     nested: int | None = None,
+    before: Callable[[nn.Module, Sequence[Any]], None] | None = None,
 ) -> Traced:
     """Trace a module.
 
@@ -55,6 +56,7 @@ def trace(
         outputs: Outputs by position, with the dtypes and shapes that the graph must have.
         finish: Gives values to buffers; runs where memory is real.
         nested: How many of the last inputs the module takes as one list (None: no list).
+        before: Takes the module and its arguments before it is traced, and may change it.
 
     Raises:
         ExportError: torch.onnx could not trace it.
@@ -72,6 +74,9 @@ def trace(
         alone = len(examples) - nested
         arguments = (*examples[:alone], list(examples[alone:]))
         free = (*free[:alone], list(free[alone:]))
+    if before is not None:
+        with mode:
+            before(module, arguments)
     try:
         with mode, quiet(), _known_operators():
             program = torch.onnx.export(

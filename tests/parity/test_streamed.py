@@ -95,13 +95,13 @@ def test_every_pass_reads_every_matrix_once(case, tmp_path, read_sizes):
         run_once(model, plan)
         keys.append([key for key, _ in read_sizes])
     assert keys[0] == keys[1]
-    matrices = 7 * len(plan.spec.decoder.layers) + 1
+    matrices = 7 * plan.spec.decoder.layers + 1
     if case.name == "shikra":
         # Deltas and what they are added to have the same keys.
         matrices *= 2
     if case.name == "minigpt-v2":
         # Two of each layer have two matrices of LoRA.
-        matrices += 4 * len(plan.spec.decoder.layers)
+        matrices += 4 * plan.spec.decoder.layers
     assert len(keys[0]) == matrices
 
 
@@ -124,9 +124,7 @@ def test_a_part_of_the_weights_stays(tmp_path, tmp_path_factory, read_sizes):
         run_once(model, plan)
         read_sizes.clear()
         run_once(model, plan)
-        assert (
-            sum("q_proj" in key for key, _ in read_sizes) == len(plan.spec.decoder.layers) - less
-        )
+        assert sum("q_proj" in key for key, _ in read_sizes) == plan.spec.decoder.layers - less
 
 
 def test_the_table_is_read_row_by_row(case, tmp_path, read_sizes):

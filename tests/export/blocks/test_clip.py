@@ -27,7 +27,7 @@ def test_the_towers_score_is_the_librarys_attention():
     pixels = torch.randn(1, 3, 28, 28)
     layer = resolve_layer(config, -2, "config.json")
     needs = frozenset({Feature.CLS_ATTENTION, Feature.COLUMN_ATTENTION})
-    tower = ClipTower(config, layer, needs, depth=layer).eval()
+    tower = ClipTower(config, layer, needs).eval()
     missing, unexpected = tower.vision_tower.load_state_dict(library.state_dict(), strict=False)
     with torch.no_grad():
         patches, values = tower(pixels)

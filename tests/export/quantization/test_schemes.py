@@ -8,6 +8,7 @@ import torch
 from makers.checkpoints import edit_tensors
 from makers.families import ARCHITECTURES, export, find_family
 
+from gap_export.blocks.clip import resolve_layer
 from gap_export.errors import ExportError
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline import stages
@@ -136,7 +137,9 @@ def test_what_no_ratio_asks_for_is_not_used(pruner, tmp_path, tmp_path_factory):
     case = find_family("llava-next-mistral", tmp_path_factory)
     plan = case.plan(tmp_path / "b", pruner=pruner, prune__ratios=[0.0])
     assert "visual_projection.weight" not in plan.parameters.all
-    behind = f"{plan.family.TOWER_LAYERS}.{plan.spec.tower_layers}."
+    config = plan.spec.library_config
+    layer = resolve_layer(config.vision_config, config.vision_feature_layer, "config.json")
+    behind = f"{plan.family.TOWER_LAYERS}.{layer}."
     assert not any(name.startswith(behind) for name in plan.parameters.all)
     export(plan)
     used = {

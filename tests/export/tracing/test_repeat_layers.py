@@ -1,13 +1,35 @@
-"""Graphs continued from few layers against the same graphs traced whole."""
+"""Graphs whose alike layers are copied against the same graphs traced whole."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 from makers.families import find_family
 
 from gap_export.pipeline import stages
+from gap_export.tracing import repeat_layers
 
-LAYERS = 4
+LAYERS = 5
+
+
+@pytest.fixture
+def traced_layers(monkeypatch):
+    """Numbers of the layers that were copied, graph by graph."""
+    copied = []
+    find = repeat_layers.find_copies
+
+    def note(*arguments):
+        copied.append(find(*arguments))
+        return copied[-1]
+
+    monkeypatch.setattr(repeat_layers, "find_copies", note)
+    return copied
+
+
+def trace_whole(monkeypatch, trace):
+    with monkeypatch.context() as patch:
+        patch.setattr(repeat_layers, "find_copies", lambda *_: {})
+        return trace()
 
 
 @pytest.mark.parametrize(
@@ -19,59 +41,71 @@ LAYERS = 4
     ],
 )
 def test_copied_layers_are_what_tracing_gives(
-    family, target, tmp_path, tmp_path_factory, monkeypatch
+    family, target, tmp_path, tmp_path_factory, monkeypatch, traced_layers
 ):
     plan = find_family(family, tmp_path_factory).plan(tmp_path / "out", target=target)
     plan = with_layers(plan, LAYERS)
     continued = stages.trace_decoder(plan)
-    monkeypatch.setattr(stages, "_TRACED_LAYERS", LAYERS)
-    whole = stages.trace_decoder(plan)
+    whole = trace_whole(monkeypatch, lambda: stages.trace_decoder(plan))
 
+    assert sources(traced_layers) == [dict.fromkeys(range(2, LAYERS), 1)]
     assert describe(continued) == describe(whole)
     assert continued.parameters == whole.parameters
     assert (continued.inputs, continued.outputs) == (whole.inputs, whole.outputs)
 
 
 @pytest.mark.parametrize(
-    ("family", "target", "pruner"),
+    ("family", "target", "pruner", "copied"),
     [
-        ("llava", "cpu", "cls_attention"),
+        # The pruner looks into the last block, which is traced for itself then.
+        ("llava", "cpu", "cls_attention", range(2, 5)),
+        ("llava", "cpu", "random", range(2, 6)),
         # Its pruner looks into the block behind the last one.
-        ("llava-next-mistral", "cpu", "prumerge"),
-        ("minigpt-v2", "portable", "vispruner"),
+        ("llava-next-mistral", "cpu", "prumerge", range(2, 6)),
+        ("minigpt-v2", "portable", "vispruner", range(2, 5)),
     ],
 )
-def test_copied_blocks_of_a_tower(family, target, pruner, tmp_path, tmp_path_factory, monkeypatch):
+def test_copied_blocks_of_a_tower(
+    family, target, pruner, copied, tmp_path, tmp_path_factory, monkeypatch, traced_layers
+):
     plan = find_family(family, tmp_path_factory).plan(
         tmp_path / "out", target=target, pruner=pruner
     )
-    plan = replace(plan, spec=replace(plan.spec, tower_layers=("block",) * 6))
+    plan = with_blocks(plan, 6)
     bucket = plan.spec.buckets[0]
     continued = stages.trace_tower(plan, bucket)
-    monkeypatch.setattr(stages, "_TRACED_TOWER_LAYERS", 6)
-    whole = stages.trace_tower(plan, bucket)
+    whole = trace_whole(monkeypatch, lambda: stages.trace_tower(plan, bucket))
 
+    assert sources(traced_layers) == [dict.fromkeys(copied, 1)]
     assert describe(continued) == describe(whole)
     assert continued.parameters == whole.parameters
 
 
-def test_depth_is_not_traced(tmp_path, tmp_path_factory, monkeypatch):
-    trace, depths = stages.trace, []
-
-    def count_layers(build, **rest):
-        depths.append(len(build().decoder.language_model.layers))
-        return trace(build, **rest)
-
-    monkeypatch.setattr(stages, "trace", count_layers)
+def test_depth_is_not_traced(tmp_path, tmp_path_factory, traced_layers):
     plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out")
     traced = stages.trace_decoder(with_layers(plan, 40))
-    assert depths == [2]
+    assert sources(traced_layers) == [dict.fromkeys(range(2, 40), 1)]
     assert len(traced.inputs) == 4 + 2 * 40
 
 
+def sources(copied):
+    return [{number: each.source.number for number, each in layers.items()} for layers in copied]
+
+
 def with_layers(plan, count):
-    decoder = replace(plan.spec.decoder, layers=("layer",) * count)
+    decoder = replace(plan.spec.decoder, layers=count)
     return replace(plan, spec=replace(plan.spec, decoder=decoder))
+
+
+def with_blocks(plan, count):
+    """The plan of a model whose tower has so many blocks up to its patches."""
+    config = copy.deepcopy(plan.spec.library_config)
+    if hasattr(config, "tower"):
+        config.tower = replace(config.tower, layers=count)
+    else:
+        config.vision_config.num_hidden_layers = count + 1
+        config.vision_feature_layer = -2
+    return replace(plan, spec=replace(plan.spec, library_config=config))
 
 
 def describe(traced):
