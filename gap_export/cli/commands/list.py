@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any, Final
 
 from gap_runtime.cli.options import print_json
 from gap_runtime.errors import UnknownNameError, describe_unknown
+from gap_runtime.evaluation import describe_formats, describe_protocols
 from gap_runtime.registry import list_plugins, read_constant, read_summary
 
-SUMMARY: Final = "list models, pruners, targets and position modes"
-_KINDS: Final = ("models", "pruners", "targets", "positions")
+SUMMARY: Final = "list models, pruners, targets, position modes, formats of data and protocols"
+_KINDS: Final = ("models", "pruners", "targets", "positions", "formats", "protocols")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
         "pruners": _list_pruners,
         "targets": _list_targets,
         "positions": _list_positions,
+        "formats": lambda: _list_lines(describe_formats()),
+        "protocols": lambda: _list_lines(describe_protocols()),
     }
     for kind in options.kinds:
         if kind not in readers:
@@ -99,4 +103,8 @@ def _list_positions() -> list[dict[str, Any]]:
     """The position modes."""
     from gap_export.config import POSITION_LINES  # noqa: PLC0415
 
-    return [{"name": name, "description": line} for name, line in POSITION_LINES.items()]
+    return _list_lines(POSITION_LINES)
+
+
+def _list_lines(lines: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "description": line} for name, line in lines.items()]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gap_runtime.cli.options import add_counts, print_json
 from gap_runtime.errors import ConfigError
+from gap_runtime.evaluation import describe_formats, describe_protocols
 
 if TYPE_CHECKING:
     from gap_runtime.display import Display
@@ -33,14 +34,34 @@ class Evaluation:
     comparisons: tuple[Comparison, ...]
 
 
+class ListNames(argparse.Action):
+    """Prints what there is to choose from, as `--help` prints help."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:  # noqa: A002
+        """Take no value."""
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print and end."""
+        for kind, lines in (("formats", describe_formats()), ("protocols", describe_protocols())):
+            print(f"{kind}:")
+            width = max(map(len, lines))
+            for name, line in lines.items():
+                print(f"  {name:<{width}}  {line}")
+        parser.exit()
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What is asked, how answers are scored and where the work is done."""
+    from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL  # noqa: PLC0415
+
     parser.add_argument(
         "--data",
         required=True,
         metavar="SPEC",
         help="what to ask: SET:SPLIT@DIR (refcoco:val@DIR, ref-l4:all@DIR, "
-        "screenspot-v2:all@DIR), a file, or refshapes:test; see docs/evaluation.md",
+        "screenspot-v2:all@DIR), a file, or refshapes:test; ,format=NAME where it is not to be "
+        f"guessed ({', '.join(describe_formats())}); see docs/evaluation.md",
     )
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="folder of the pictures (default: the data's)"
@@ -49,7 +70,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         action="append",
         metavar="NAME",
-        help="how answers are scored; give it again for more (default: ours)",
+        help=f"how answers are scored: {', '.join(describe_protocols())}; give it again for more "
+        f"(default: {DEFAULT_PROTOCOL})",
+    )
+    parser.add_argument(
+        "--list", action=ListNames, help="list formats of data and protocols, a line each, and end"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N phrases only")
     parser.add_argument("--ray", action="store_true", help="work on a Ray cluster, by picture")

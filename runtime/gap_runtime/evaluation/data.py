@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import ConfigError, InputError
+from gap_runtime.evaluation import READERS
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.files import LINE_BYTES, read_json, read_lines, unreadable
 from gap_runtime.evaluation.parquet import read_columns
@@ -29,7 +30,6 @@ from gap_runtime.registry import list_plugins, load_plugin
 MOST: Final = 2_000_000
 """Phrases that are read at most: they are held in memory while they are asked."""
 
-_READERS: Final = "gap_runtime.evaluation.readers"
 _SETTINGS: Final = ("format", "by")
 _EXPECTED: Final = "expected a file, SET:SPLIT@PLACE or a generator such as refshapes:test"
 _NAMED: Final = re.compile(r"([a-z][a-z0-9+_-]*):([A-Za-z0-9_-]+)(?:@(.+))?")
@@ -148,13 +148,13 @@ def load_reader(name: str) -> Reader:
     Raises:
         UnknownNameError: There is none.
     """
-    reader: Reader = load_plugin(_READERS, name.replace("-", "_"), "format")
+    reader: Reader = load_plugin(READERS, name.replace("-", "_"), "format")
     return reader
 
 
 def _choose(source: Source, wanted: str, spec: str) -> tuple[str, Reader, Source]:
     """The reader of a source, and the source with the paths of files."""
-    names = [wanted.replace("-", "_")] if wanted else list_plugins(_READERS)
+    names = [wanted.replace("-", "_")] if wanted else list_plugins(READERS)
     readers = {name: load_reader(name) for name in names}
     if not source.paths:
         name = source.name.replace("-", "_")

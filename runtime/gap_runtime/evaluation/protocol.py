@@ -7,6 +7,7 @@ from struct import Struct
 from typing import Final, Literal, NamedTuple, Protocol
 
 from gap_runtime.errors import UnknownNameError, describe_unknown
+from gap_runtime.evaluation import PROTOCOLS
 from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 from gap_runtime.registry import list_plugins, load_plugin
 
@@ -18,7 +19,6 @@ Corners = tuple[float, float, float, float]
 Measure = Literal["iou", "point"]
 DEFAULT_PROTOCOL: Final = "ours"
 _SINGLES: Final = [Struct(f"{count}f") for count in range(7)]
-_PROTOCOLS: Final = "gap_runtime.evaluation.protocols"
 _LARGEST: Final = 1e15
 """Numbers beyond are no coordinates: whatever a script makes of them is wrong."""
 
@@ -67,7 +67,7 @@ class ScoringProtocol(Protocol):
 
 def list_protocols() -> list[str]:
     """Names of all protocols."""
-    return [name.replace("_", "-") for name in list_plugins(_PROTOCOLS)]
+    return [name.replace("_", "-") for name in list_plugins(PROTOCOLS)]
 
 
 def load_protocol(name: str) -> ScoringProtocol:
@@ -78,7 +78,7 @@ def load_protocol(name: str) -> ScoringProtocol:
     """
     if name not in list_protocols():
         raise UnknownNameError(describe_unknown("protocol", name, list_protocols()))
-    protocol: ScoringProtocol = load_plugin(_PROTOCOLS, name.replace("-", "_"), "protocol")
+    protocol: ScoringProtocol = load_plugin(PROTOCOLS, name.replace("-", "_"), "protocol")
     return protocol
 
 

@@ -10,6 +10,7 @@ import pytest
 from gap_export.cli import main as cli
 from gap_export.config import POSITION_MODES, list_configs
 from gap_runtime.cli import main as runtime_cli
+from gap_runtime.evaluation.protocol import list_protocols
 from gap_runtime.machines.target import list_targets
 from gap_runtime.registry import list_plugins, load_plugin
 
@@ -61,11 +62,13 @@ def test_list_says_what_there_is_with_a_line_from_its_own_file(run):
     code, out, _ = run("list", "--json")
     found = json.loads(out)
     assert code == 0
-    assert list(found) == ["models", "positions", "pruners", "targets"]
+    assert list(found) == ["formats", "models", "positions", "protocols", "pruners", "targets"]
     assert [model["name"] for model in found["models"]] == list_configs()
     assert [pruner["name"] for pruner in found["pruners"]] == list_plugins("gap_export.pruners")
     assert [target["name"] for target in found["targets"]] == list_targets()
     assert [mode["name"] for mode in found["positions"]] == list(POSITION_MODES)
+    assert [each["name"] for each in found["protocols"]] == list_protocols()
+    assert {"ref-l4", "screenspot-pro"} <= {each["name"] for each in found["formats"]}
     for pruner in found["pruners"]:
         module = load_plugin("gap_export.pruners", pruner["name"], "pruner")
         assert f"{pruner['description']}." == module.__doc__.splitlines()[0]

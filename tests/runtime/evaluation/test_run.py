@@ -14,7 +14,7 @@ from gap_runtime.display import Display, Pace, format_seconds
 from gap_runtime.errors import ConfigError, EngineError, InputError
 from gap_runtime.evaluation.answer import Answer, BundleAnswerer
 from gap_runtime.evaluation.data import open_data
-from gap_runtime.evaluation.protocol import load_protocol
+from gap_runtime.evaluation.protocol import list_protocols, load_protocol
 from gap_runtime.evaluation.results import Header, Subject, read_answers
 from gap_runtime.evaluation.run import describe_data, evaluate
 from gap_runtime.evaluation.spread import RayCluster
@@ -245,6 +245,20 @@ def test_a_bad_picture_does_not_stop_the_command(run, make_bundle, answer_with, 
     assert "nowhere.png: no such file" in err
     assert "answers that could not be had, in no figure: 4" in err
     assert {each["key"] for each in found["unasked"]} == {"3", "4"}
+
+
+def test_what_there_is_to_choose_from(capsys):
+    for option in ("--list", "--help"):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["evaluate", option])
+        assert not end.value.code
+        text = capsys.readouterr().out
+        for name in (*list_protocols(), "ref-l4", "reviewed", "screenspot-v2", "minigpt-v2"):
+            assert name in text
+        for name in list_protocols() if option == "--list" else ():
+            assert re.search(
+                rf"^  {name} +{re.escape(load_protocol(name).SUMMARY)}$", text, re.MULTILINE
+            )
 
 
 ERRORS = [
