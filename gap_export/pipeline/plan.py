@@ -5,56 +5,52 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from tokenizers import Tokenizer
 
-from gap_export.checkpoint.index import Checkpoint, open_checkpoint, open_part
-from gap_export.checkpoint.sources import PackedValues, TensorSource
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.sources import TensorSource
 from gap_export.checkpoint.tokenizer import read_tokenizer
 from gap_export.config import (
-    DTYPES,
     ExportConfig,
-    Method,
-    NamedConfig,
     PruneConfig,
     count_ratios,
-    resolve_family,
 )
-from gap_export.errors import CheckpointError
 from gap_export.graph.positions import keeps_raster_order
 from gap_export.interfaces.dialect import FUSED, Dialect
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import Feature, Pruner
-from gap_export.interfaces.pruner import load_pruner
-from gap_export.pipeline.parameters import HEAD, Parameters, list_parameters
+from gap_export.pipeline.model import Model, read_model
+from gap_export.pipeline.parameters import Parameters, list_parameters
+from gap_export.pipeline.precision import (
+    require_packable,
+    require_quantizable,
+    settle_quantization,
+    stored_dtype,
+)
 from gap_export.pipeline.prompt import plan_phrase, plan_prompt
 from gap_export.pipeline.request import ExportRequest
 from gap_export.quantization.awq import find_scaled
 from gap_export.quantization.scheme import (
     Scheme,
     choose_schemes,
-    packed_scheme,
 )
 from gap_export.quantization.values import quantize_sources
 from gap_export.reference.samples import Sample, read_samples
 from gap_export.weights.plan import WeightPlan, plan_weights
 from gap_runtime.bundle.manifest import (
     BundleLayout,
-    Part,
     PhraseInput,
     Prompt,
     Quantization,
     RatioEntry,
 )
 from gap_runtime.bundle.tensors import ITEM_BYTES
-from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
+from gap_runtime.errors import ConfigError
 from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.machines.target import ModelDtype, Target, load_target
 from gap_runtime.pictures.preprocess import Bucket
 from gap_runtime.registry import load_plugin
-
-_INT4_OPSET: Final = 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,38 +152,17 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     dialect = _load_dialect(target)
     model = read_model(request.named)
     config, spec = request.named.config, model.spec
-    _require_quantizable(request, target)
-    entries = tuple(
-        RatioEntry(
-            ratio=ratio,
-            bucket=bucket.name,
-            patches=bucket.patches,
-            kept=kept,
-            extra=_count_extra(model.pruner, config.prune, kept, bucket),
-        )
-        for bucket in spec.buckets
-        for ratio, kept in count_ratios(
-            config.prune,
-            bucket.patches,
-            len(bucket.fixed),
-            named_by=max(each.patches for each in spec.buckets),
-        )
-    )
+    require_quantizable(request, target)
+    entries = _settle_entries(model, config.prune)
     sources = model.family.find_weights(model.checkpoint, spec)
-    _require_packable(request, target, sources)
+    require_packable(request, target, sources)
     tokenizer = read_tokenizer(spec.tokenizer)
     prompt, prefix, suffix = plan_prompt(
         request.named, tokenizer, spec, reference=request.reference
     )
     layout = BundleLayout(prefix=prefix, suffix=suffix, answer=config.prompt.answer, capacity=0)
     capacity = max(layout.at(entry).capacity for entry in entries)
-    counts = "-".join(
-        f"{'-'.join(str(e.kept) for e in entries if e.bucket == b.name)}of{b.patches}"
-        for b in spec.buckets
-    )
-    out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
-    out = out.resolve() if out.is_symlink() else out
-    dtype = config.dtype or target.dtype or _stored_dtype(sources)
+    dtype = config.dtype or target.dtype or stored_dtype(sources)
     phrase = plan_phrase(model.pruner, spec.text, config.prune)
     needs = _tower_needs(model.pruner, phrase)
     pruned = {entry.bucket for entry in entries if _is_chosen(entry, config.prune)}
@@ -198,13 +173,11 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         {each.name: needs if each.name in pruned else frozenset() for each in spec.buckets},
         reads_clip=_reads_clip(phrase),
     )
-    quantization = _settle_quantization(request, sources)
+    quantization = settle_quantization(request, sources)
     schemes = choose_schemes(
         parameters.linear, sources, quantization, fuses=FUSED in dialect.OPERATORS
     )
-    samples: list[Sample] = []
-    if request.reference:
-        samples = read_samples(config.check.samples)
+    samples = read_samples(config.check.samples) if request.reference else []
     plan = ExportPlan(
         request=request,
         target=target,
@@ -226,95 +199,41 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         prompt=prompt,
         tokenizer=tokenizer,
         samples=samples,
-        out=out,
+        out=_settle_out(request, spec, entries),
     )
     for sample in samples:
         plan.encoder.encode_within(sample.phrase, plan.layout)
     return plan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A checkpoint, its family and the pruner that is asked for."""
-
-    checkpoint: Checkpoint
-    family_name: str
-    family: Family
-    pruner: Pruner
-    spec: ModelSpec
-
-
-def read_model(named: NamedConfig) -> Model:
-    """Open a configured checkpoint with its parts, and see that the pruner can be served.
-
-    Raises:
-        GapError: The checkpoint is broken, or lacks what the pruner needs.
-    """
-    config = named.config
-    family_name = config.family
-    parts_beside: frozenset[str] = frozenset()
-    if family_name:
-        family: Family = load_plugin("gap_export.models", family_name, "family")
-        usual = {**family.PARTS, **config.parts}
-        parts_beside = frozenset(Path(location).name for location in usual.values())
-    checkpoint = open_checkpoint(config.checkpoint, config.revision, ignored=parts_beside)
-    if not family_name:
-        family_name = resolve_family(checkpoint.folder)
-        family = load_plugin("gap_export.models", family_name, "family")
-    strategy = config.prune.name
-    pruner = load_pruner(config.prune.strategy)
-    source = config.prune.phrase or ("clip" if "clip" in family.PARTS else "embeddings")
-    reads_clip = Feature.TEXT in pruner.NEEDS and source == "clip"
-    unknown = sorted(set(config.parts) - set(family.PARTS))
-    if unknown:
-        raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
-    parts = _open_parts(checkpoint, family, config, reads_clip=reads_clip)
-    checkpoint = replace(checkpoint, parts=parts)
-    spec = family.read_spec(checkpoint, config)
-    if config.box.frame is not None:
-        spec = replace(spec, box=replace(spec.box, frame=config.box.frame))
-    given = set(spec.features) | {Feature.TOKENS, Feature.TEXT}
-    if not reads_clip:
-        given.add(Feature.TEXT_PATCHES)
-    lacking = sorted(need.value for need in pruner.NEEDS - given)
-    if reads_clip and spec.text is None:
-        raise ConfigError(
-            f"pruner '{strategy}' compares patches with the phrase through CLIP's text tower, "
-            f"which family '{family_name}' does not have; use --set prune.phrase=embeddings"
+def _settle_entries(model: Model, prune: PruneConfig) -> tuple[RatioEntry, ...]:
+    """Every ratio of every bucket as counts of tokens."""
+    return tuple(
+        RatioEntry(
+            ratio=ratio,
+            bucket=bucket.name,
+            patches=bucket.patches,
+            kept=kept,
+            extra=_count_extra(model.pruner, prune, kept, bucket),
         )
-    if lacking:
-        raise ConfigError(
-            f"pruner '{strategy}' needs {', '.join(lacking)}, which family '{family_name}' does "
-            "not give; choose another --pruner"
+        for bucket in model.spec.buckets
+        for ratio, kept in count_ratios(
+            prune,
+            bucket.patches,
+            len(bucket.fixed),
+            named_by=max(each.patches for each in model.spec.buckets),
         )
-    return Model(
-        checkpoint=checkpoint,
-        family_name=family_name,
-        family=family,
-        pruner=pruner,
-        spec=spec,
     )
 
 
-def _open_parts(
-    checkpoint: Checkpoint, family: Family, config: ExportConfig, *, reads_clip: bool
-) -> dict[str, Checkpoint]:
-    """The further checkpoints that a model is made of, by role."""
-    parts = {}
-    for role, location in (family.find_parts(checkpoint, text=reads_clip) | config.parts).items():
-        if not location:
-            continue
-        try:
-            parts[role] = open_part(location, checkpoint.folder, role)
-        except CheckpointError as error:
-            if role in config.parts or role in family.find_parts(checkpoint, text=False):
-                raise
-            # Only the phrase wants it, which can be read in another way.
-            raise CheckpointError(
-                f"{error}; or compare with the language model's own embeddings: "
-                "--set prune.phrase=embeddings"
-            ) from error
-    return parts
+def _settle_out(request: ExportRequest, spec: ModelSpec, entries: tuple[RatioEntry, ...]) -> Path:
+    """The bundle's folder: the one that was asked for, or one that is named by the counts."""
+    counts = "-".join(
+        f"{'-'.join(str(e.kept) for e in entries if e.bucket == b.name)}of{b.patches}"
+        for b in spec.buckets
+    )
+    out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
+    return out.resolve() if out.is_symlink() else out
 
 
 def _count_extra(pruner: Pruner, config: PruneConfig, kept: int, bucket: Bucket) -> int:
@@ -337,35 +256,6 @@ def _tower_needs(pruner: Pruner, phrase: PhraseInput | None) -> frozenset[Featur
     if not _reads_clip(phrase):
         later.add(Feature.TEXT_PATCHES)
     return pruner.NEEDS - later
-
-
-def _settle_quantization(
-    request: ExportRequest, sources: dict[str, TensorSource]
-) -> Quantization | None:
-    """What is quantized, and how; None for nothing."""
-    packed = _packed_values(sources)
-    if packed:
-        bits = max(each.bits for each in packed.values())
-        found: set[Part] = {"head" if name == HEAD else "decoder" for name in packed}
-        return Quantization(
-            weights="int8" if bits == 8 else "int4",
-            method="checkpoint",
-            parts=tuple(sorted(found)),
-        )
-    wanted = request.named.config.quantize
-    if wanted.weights is None:
-        return None
-    usual: Method = "awq" if wanted.weights == "int4" and request.reference else "nearest"
-    switches: dict[Part, bool] = {
-        "decoder": wanted.decoder,
-        "head": wanted.head,
-        "vision": wanted.vision,
-    }
-    return Quantization(
-        weights=wanted.weights,
-        method=wanted.method or usual,
-        parts=tuple(part for part, quantized in switches.items() if quantized),
-    )
 
 
 def _plan_weights(
@@ -405,66 +295,3 @@ def _load_dialect(target: Target) -> Dialect:
             f"have {have}"
         )
     return dialect
-
-
-def _require_quantizable(request: ExportRequest, target: Target) -> None:
-    """Refuse a quantization that the target's operators cannot say, or that lacks samples."""
-    wanted = request.named.config.quantize
-    if wanted.weights is None:
-        return
-    if not (wanted.decoder or wanted.head or wanted.vision):
-        raise ConfigError(
-            f"quantize.weights is {wanted.weights}, but quantize.decoder, quantize.head and "
-            "quantize.vision are all off; turn one on"
-        )
-    if wanted.weights == "int4" and target.opset < _INT4_OPSET:
-        raise ConfigError(
-            f"target '{target.name}': int4 weights need opset {_INT4_OPSET}, its dialect "
-            f"'{target.dialect}' is written in {target.opset}; use --quantize int8"
-        )
-    if wanted.method == "awq" and not request.reference:
-        raise ConfigError(
-            "quantize.method awq watches PyTorch answer the sample pictures, which "
-            "--no-reference leaves out; use --set quantize.method=nearest"
-        )
-
-
-def _packed_values(sources: dict[str, TensorSource]) -> dict[str, PackedValues]:
-    return {name: each.packed for name, each in sources.items() if each.packed is not None}
-
-
-def _require_packable(
-    request: ExportRequest, target: Target, sources: dict[str, TensorSource]
-) -> None:
-    """Refuse a checkpoint that came quantized in a way that the target cannot run."""
-    named, wanted = request.named.name, request.named.config.quantize
-    for name, packed in _packed_values(sources).items():
-        if wanted.weights is not None:
-            raise ConfigError(
-                f"{named}: quantize.weights is {wanted.weights}, but the checkpoint came "
-                f"quantized to {packed.bits} bits, which are kept as they are; leave it out, or "
-                "give the checkpoint that it was made from"
-            )
-        scheme = packed_scheme(packed, sources[name].shape[1])
-        if scheme.needs_blocks and target.opset < _INT4_OPSET:
-            raise ConfigError(
-                f"{named}: the checkpoint came quantized in blocks, which need opset "
-                f"{_INT4_OPSET}; target '{target.name}' is written in {target.opset}; give the "
-                "checkpoint that it was made from, with --quantize int8"
-            )
-        if scheme.has_zeros and not target.takes_zero_points:
-            raise ConfigError(
-                f"{named}: '{name}' came quantized with zero points, which engines of target "
-                f"'{target.name}' cannot take; give a GPTQ checkpoint made with sym=True, or the "
-                "one that it was made from, with --quantize int4"
-            )
-
-
-def _stored_dtype(sources: dict[str, TensorSource]) -> ModelDtype:
-    """The dtype that most of the model's bytes have: no conversion is the default."""
-    sizes: dict[str, int] = {}
-    for source in sources.values():
-        for tensor in source.inputs:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
-    floats = [dtype for dtype in DTYPES if dtype in sizes]
-    return max(floats, key=lambda dtype: sizes[dtype]) if floats else "float32"

@@ -148,6 +148,18 @@ def test_every_graph_file_is_looked_at():
     )
 
 
+def test_the_pipeline_says_what_is_decided_where():
+    """Each of its files in one line, and none of them longer than one reads through."""
+    room = ROOT / "gap_export" / "pipeline"
+    files = {path.stem: path for path in room.glob("[!_]*.py")}
+    listed = re.findall(
+        r"^ {4}(\w+) {2,}\S+", ast.get_docstring(parse(room / "__init__.py")), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(files)
+    lengths = {name: len(path.read_text("utf-8").splitlines()) for name, path in files.items()}
+    assert {name for name, length in lengths.items() if length > 400} == set()
+
+
 def test_tests_lie_where_a_reader_looks_for_them():
     """In folders named as the packages, in files that one can read through."""
     for tests, package in zip(("export", "runtime"), PACKAGES, strict=True):

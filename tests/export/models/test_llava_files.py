@@ -14,7 +14,7 @@ from gap_export.checkpoint.sources import make_tensor
 from gap_export.cli import main as cli
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError
-from gap_export.pipeline.plan import read_model
+from gap_export.pipeline.model import read_model
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"
 

@@ -10,7 +10,8 @@ from truths import published
 
 from gap_export.checkpoint.sources import make_tensor
 from gap_export.config import load_config
-from gap_export.pipeline.plan import plan_export, read_model
+from gap_export.pipeline.model import read_model
+from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_runtime import Bundle, Grounder
 from gap_runtime.bundle.hashes import hash_file

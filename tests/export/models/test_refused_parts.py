@@ -15,7 +15,7 @@ from tools.refusals import needs, refuse
 
 from gap_export.config import load_config
 from gap_export.errors import CheckpointError
-from gap_export.pipeline.plan import read_model
+from gap_export.pipeline.model import read_model
 from gap_runtime.errors import ConfigError, UnknownNameError
 
 

@@ -1,0 +1,99 @@
+"""Which model is exported: its checkpoint, family, parts, and the pruner that it can serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gap_export.checkpoint.index import Checkpoint, open_checkpoint, open_part
+from gap_export.config import ExportConfig, NamedConfig, resolve_family
+from gap_export.errors import CheckpointError
+from gap_export.interfaces.family import Family, ModelSpec
+from gap_export.interfaces.features import Feature, Pruner
+from gap_export.interfaces.pruner import load_pruner
+from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
+from gap_runtime.registry import load_plugin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A checkpoint, its family and the pruner that is asked for."""
+
+    checkpoint: Checkpoint
+    family_name: str
+    family: Family
+    pruner: Pruner
+    spec: ModelSpec
+
+
+def read_model(named: NamedConfig) -> Model:
+    """Open a configured checkpoint with its parts, and see that the pruner can be served.
+
+    Raises:
+        GapError: The checkpoint is broken, or lacks what the pruner needs.
+    """
+    config = named.config
+    family_name = config.family
+    parts_beside: frozenset[str] = frozenset()
+    if family_name:
+        family: Family = load_plugin("gap_export.models", family_name, "family")
+        usual = {**family.PARTS, **config.parts}
+        parts_beside = frozenset(Path(location).name for location in usual.values())
+    checkpoint = open_checkpoint(config.checkpoint, config.revision, ignored=parts_beside)
+    if not family_name:
+        family_name = resolve_family(checkpoint.folder)
+        family = load_plugin("gap_export.models", family_name, "family")
+    strategy = config.prune.name
+    pruner = load_pruner(config.prune.strategy)
+    source = config.prune.phrase or ("clip" if "clip" in family.PARTS else "embeddings")
+    reads_clip = Feature.TEXT in pruner.NEEDS and source == "clip"
+    unknown = sorted(set(config.parts) - set(family.PARTS))
+    if unknown:
+        raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
+    parts = _open_parts(checkpoint, family, config, reads_clip=reads_clip)
+    checkpoint = replace(checkpoint, parts=parts)
+    spec = family.read_spec(checkpoint, config)
+    if config.box.frame is not None:
+        spec = replace(spec, box=replace(spec.box, frame=config.box.frame))
+    given = set(spec.features) | {Feature.TOKENS, Feature.TEXT}
+    if not reads_clip:
+        given.add(Feature.TEXT_PATCHES)
+    lacking = sorted(need.value for need in pruner.NEEDS - given)
+    if reads_clip and spec.text is None:
+        raise ConfigError(
+            f"pruner '{strategy}' compares patches with the phrase through CLIP's text tower, "
+            f"which family '{family_name}' does not have; use --set prune.phrase=embeddings"
+        )
+    if lacking:
+        raise ConfigError(
+            f"pruner '{strategy}' needs {', '.join(lacking)}, which family '{family_name}' does "
+            "not give; choose another --pruner"
+        )
+    return Model(
+        checkpoint=checkpoint,
+        family_name=family_name,
+        family=family,
+        pruner=pruner,
+        spec=spec,
+    )
+
+
+def _open_parts(
+    checkpoint: Checkpoint, family: Family, config: ExportConfig, *, reads_clip: bool
+) -> dict[str, Checkpoint]:
+    """The further checkpoints that a model is made of, by role."""
+    parts = {}
+    for role, location in (family.find_parts(checkpoint, text=reads_clip) | config.parts).items():
+        if not location:
+            continue
+        try:
+            parts[role] = open_part(location, checkpoint.folder, role)
+        except CheckpointError as error:
+            if role in config.parts or role in family.find_parts(checkpoint, text=False):
+                raise
+            # Only the phrase wants it, which can be read in another way.
+            raise CheckpointError(
+                f"{error}; or compare with the language model's own embeddings: "
+                "--set prune.phrase=embeddings"
+            ) from error
+    return parts

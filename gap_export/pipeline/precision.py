@@ -1,0 +1,121 @@
+"""In which dtype and how many bits weights are stored, and what a target cannot run."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gap_export.checkpoint.sources import PackedValues, TensorSource
+from gap_export.config import DTYPES, Method
+from gap_export.pipeline.parameters import HEAD
+from gap_export.pipeline.request import ExportRequest
+from gap_export.quantization.scheme import packed_scheme
+from gap_runtime.bundle.manifest import Part, Quantization
+from gap_runtime.errors import ConfigError
+from gap_runtime.machines.target import ModelDtype, Target
+
+_INT4_OPSET: Final = 21
+
+
+def stored_dtype(sources: dict[str, TensorSource]) -> ModelDtype:
+    """The dtype that most of the model's bytes have: no conversion is the default."""
+    sizes: dict[str, int] = {}
+    for source in sources.values():
+        for tensor in source.inputs:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
+    floats = [dtype for dtype in DTYPES if dtype in sizes]
+    return max(floats, key=lambda dtype: sizes[dtype]) if floats else "float32"
+
+
+def settle_quantization(
+    request: ExportRequest, sources: dict[str, TensorSource]
+) -> Quantization | None:
+    """What is quantized, and how; None for nothing.
+
+    Args:
+        request: What was asked for.
+        sources: The model's tensors, which may have come quantized.
+    """
+    packed = _packed_values(sources)
+    if packed:
+        bits = max(each.bits for each in packed.values())
+        found: set[Part] = {"head" if name == HEAD else "decoder" for name in packed}
+        return Quantization(
+            weights="int8" if bits == 8 else "int4",
+            method="checkpoint",
+            parts=tuple(sorted(found)),
+        )
+    wanted = request.named.config.quantize
+    if wanted.weights is None:
+        return None
+    usual: Method = "awq" if wanted.weights == "int4" and request.reference else "nearest"
+    switches: dict[Part, bool] = {
+        "decoder": wanted.decoder,
+        "head": wanted.head,
+        "vision": wanted.vision,
+    }
+    return Quantization(
+        weights=wanted.weights,
+        method=wanted.method or usual,
+        parts=tuple(part for part, quantized in switches.items() if quantized),
+    )
+
+
+def require_quantizable(request: ExportRequest, target: Target) -> None:
+    """Refuse a quantization that the target's operators cannot say, or that lacks samples.
+
+    Raises:
+        ConfigError: It asks for one.
+    """
+    wanted = request.named.config.quantize
+    if wanted.weights is None:
+        return
+    if not (wanted.decoder or wanted.head or wanted.vision):
+        raise ConfigError(
+            f"quantize.weights is {wanted.weights}, but quantize.decoder, quantize.head and "
+            "quantize.vision are all off; turn one on"
+        )
+    if wanted.weights == "int4" and target.opset < _INT4_OPSET:
+        raise ConfigError(
+            f"target '{target.name}': int4 weights need opset {_INT4_OPSET}, its dialect "
+            f"'{target.dialect}' is written in {target.opset}; use --quantize int8"
+        )
+    if wanted.method == "awq" and not request.reference:
+        raise ConfigError(
+            "quantize.method awq watches PyTorch answer the sample pictures, which "
+            "--no-reference leaves out; use --set quantize.method=nearest"
+        )
+
+
+def require_packable(
+    request: ExportRequest, target: Target, sources: dict[str, TensorSource]
+) -> None:
+    """Refuse a checkpoint that came quantized in a way that the target cannot run.
+
+    Raises:
+        ConfigError: It did.
+    """
+    named, wanted = request.named.name, request.named.config.quantize
+    for name, packed in _packed_values(sources).items():
+        if wanted.weights is not None:
+            raise ConfigError(
+                f"{named}: quantize.weights is {wanted.weights}, but the checkpoint came "
+                f"quantized to {packed.bits} bits, which are kept as they are; leave it out, or "
+                "give the checkpoint that it was made from"
+            )
+        scheme = packed_scheme(packed, sources[name].shape[1])
+        if scheme.needs_blocks and target.opset < _INT4_OPSET:
+            raise ConfigError(
+                f"{named}: the checkpoint came quantized in blocks, which need opset "
+                f"{_INT4_OPSET}; target '{target.name}' is written in {target.opset}; give the "
+                "checkpoint that it was made from, with --quantize int8"
+            )
+        if scheme.has_zeros and not target.takes_zero_points:
+            raise ConfigError(
+                f"{named}: '{name}' came quantized with zero points, which engines of target "
+                f"'{target.name}' cannot take; give a GPTQ checkpoint made with sym=True, or the "
+                "one that it was made from, with --quantize int4"
+            )
+
+
+def _packed_values(sources: dict[str, TensorSource]) -> dict[str, PackedValues]:
+    return {name: each.packed for name, each in sources.items() if each.packed is not None}
