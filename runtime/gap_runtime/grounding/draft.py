@@ -88,7 +88,7 @@ class Drafter:
             self._gap = said[: len(said) - len(said.lstrip(" "))]
         else:
             said = self._gap
-        rest = _rest(self._form, said.strip(" ") if not token_ids else said.lstrip(" "))
+        rest = _find_rest(self._form, said.strip(" ") if not token_ids else said.lstrip(" "))
         if not rest or rest[0] == DIGIT:
             return ()
         shared: list[int] | None = None
@@ -105,6 +105,12 @@ class Drafter:
     def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
         return text
+
+
+def _find_rest(form: str, text: str) -> str:
+    """What the form still holds behind a text: one that fills it, or whose last words do."""
+    starts = [0, *(place for place, letter in enumerate(text) if place and letter == form[0])]
+    return next((rest for start in starts if (rest := _rest(form, text[start:]))), "")
 
 
 def _rest(form: str, text: str) -> str:

@@ -155,6 +155,22 @@ def test_who_answers_in_other_words_is_soon_left_alone():
     assert drafted[2:] == [0, 0, 0]
 
 
+def test_a_box_behind_other_words_is_drafted_too():
+    """As of models that say the phrase again before its box."""
+    tokenizer = make_tokenizer("▁[[")
+    form = "<box>[[###, ###, ###, ###]]<end>"
+    said = tokens_of(tokenizer, "<ref>red cup<ref>")
+    whole = tokens_of(tokenizer, "<ref>red cup<ref><box>[[12, 345, 67, 890]]<end>")
+    assert whole[: len(said)] == said
+    calls, _, accepted = replay(Drafter(tokenizer, form, BEFORE), whole)
+    assert accepted >= 15
+    assert calls <= len(whole) - accepted + 1
+    drafter = Drafter(tokenizer, form, BEFORE)
+    assert drafter.propose(tokens_of(tokenizer, "<ref>red cup"), 7) == []
+    forced = tokens_of(tokenizer, "<box>[[")
+    assert drafter.propose([*said, forced[0]], 7) == forced[1:]
+
+
 def test_an_answer_without_the_space_is_learnt():
     """The first one is drafted with a space in vain, the next ones as the model writes them."""
     tokenizer = make_tokenizer("▁[")
