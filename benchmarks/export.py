@@ -56,6 +56,9 @@ NAMES: Final = (
     "llava-next-mistral-7b",
     "shikra-7b",
     "minigpt-v2",
+    "internvl3-1b",
+    "internvl3-2b",
+    "internvl3-8b",
 )
 
 

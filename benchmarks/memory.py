@@ -11,15 +11,23 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.checkpoints import LLAMA_7B, LLAMA_13B, write_library
+from benchmarks.checkpoints import (
+    INTERNVL,
+    LLAMA_7B,
+    LLAMA_13B,
+    write_internvl,
+    write_library,
+)
 
+_write_llava: Final = partial(write_library, kind="llava")
 MODELS: Final = {
-    "llava-1.5-7b": ("LLaVA-1.5-7B", LLAMA_7B),
-    "llava-1.5-13b": ("LLaVA-1.5-13B", LLAMA_13B),
-}
+    "llava-1.5-7b": ("LLaVA-1.5-7B", _write_llava, LLAMA_7B),
+    "llava-1.5-13b": ("LLaVA-1.5-13B", _write_llava, LLAMA_13B),
+} | {name: (f"InternVL3-{name[-2:].upper()}", write_internvl, INTERNVL[name]) for name in INTERNVL}
 PRECISIONS: Final = {"float16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4"]}
 MACHINES: Final = {
     "Orin Nano, 8 GB": 8,
@@ -60,9 +68,9 @@ def main() -> None:
     print(f"| {' | '.join(['model', 'weights', 'bundle', 'to run', *MACHINES])} |")
     print("|" + "---|" * (4 + len(MACHINES)))
     with tempfile.TemporaryDirectory() as home:
-        for name, (model, text) in MODELS.items():
+        for name, (model, write, text) in MODELS.items():
             folder = Path(home) / name
-            write_library(folder, "llava", text, sparse=True)
+            write(folder, text=text, sparse=True)
             for precision, options in PRECISIONS.items():
                 print(make_row(model, precision, estimate(name, folder, options)), flush=True)
 

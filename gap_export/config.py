@@ -101,10 +101,13 @@ class ImageConfig:
     """Picture sizes, for families whose number of visual tokens depends on them.
 
     `canvas` lists canvases in pixels, each with the aspect of the pictures on it where that is
-    another one: `672x672/4:3,336x672`. One vision graph is made for each.
+    another one: `672x672/4:3,336x672`. One vision graph is made for each. `tiles` is how many
+    tiles a picture is cut into at most, for families that cut by aspect alone; as many as the
+    model's own processor does where it is null.
     """
 
     canvas: str | None = None
+    tiles: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -506,6 +509,7 @@ def _require_usable(config: ExportConfig, where: str) -> None:
         ("prompt.suffix", config.prompt.suffix, 1),
         ("prompt.answer", config.prompt.answer, 1),
         ("check.memory_mib", config.check.memory_mib, 0),
+        ("image.tiles", config.image.tiles, 1),
         ("vision.heads", config.vision.heads, 1),
         ("vision.side", config.vision.side, 1),
     ):

@@ -34,7 +34,9 @@ EMBEDDING: Final = "language_model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 LAYERS: Final = "language_model.layers"
 _TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
-_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", "dynamic")
+_GROWING: Final = "dynamic"
+"""Its frequencies are the default ones up to the trained number of positions."""
 
 
 def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSpec:
@@ -99,7 +101,13 @@ def rotary_tables(spec: DecoderSpec, positions: int) -> tuple[Tensor, ...]:
 
     The length must cover the unpruned sequence: position IDs outrun the cache's slots.
     """
-    rotary = LlamaRotaryEmbedding(spec.sizes.library_config)
+    config = spec.sizes.library_config
+    if config.rope_parameters.get("rope_type") == _GROWING and positions > spec.max_positions:
+        raise CheckpointError(
+            f"rope_type '{_GROWING}' is the same for every length up to {spec.max_positions} "
+            f"positions, this prompt and its answer take {positions}; export smaller pictures"
+        )
+    rotary = LlamaRotaryEmbedding(config)
     cosine, sine = rotary(torch.zeros(1, 1), torch.arange(positions)[None])
     half = cosine.shape[-1] // 2
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()

@@ -61,7 +61,7 @@ class Feature(Enum):
 class Geometry:
     """Where the tokens that may be removed lie: grids of (rows, columns), one after another.
 
-    A token is a horizontal strip of `strip` patches.
+    A token is made of `strip` patches, which lie behind one another in features by patch.
     """
 
     grids: tuple[tuple[int, int], ...]

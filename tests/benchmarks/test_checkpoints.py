@@ -6,6 +6,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from benchmarks import checkpoints
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 
 
 def test_both_forms_of_the_tokenizer_are_one(tmp_path):
@@ -51,3 +53,26 @@ def test_sizes_are_what_the_names_say():
         decoder = sum(size for key, size in sizes.items() if key.startswith("language_model."))
         counts[name] = [round(n / 1e6) for n in (decoder - table, decoder, sum(sizes.values()))]
     assert counts == {"llava-185m": [187, 220, 525], "llava-1.1b": [1035, 1100, 1410]}
+
+
+def test_tiled_models_have_as_many_parameters_as_published():
+    """0.9, 2.1 and 7.9 billion: heads are no copies of the embedding tables."""
+    counts = {
+        name: sum(np.prod(shape) for shape in checkpoints.internvl_shapes(text).values())
+        for name, text in checkpoints.INTERNVL.items()
+    }
+    assert {name: round(count / 1e8) / 10 for name, count in counts.items()} == {
+        "internvl3-1b": 0.9,
+        "internvl3-2b": 2.1,
+        "internvl3-8b": 7.9,
+    }
+
+
+def test_written_files_are_what_the_family_reads(tmp_path):
+    checkpoints.write_internvl(tmp_path / "m", checkpoints.INTERNVL["internvl3-1b"], sparse=True)
+    plan = plan_export(
+        make_request("internvl3-1b", checkpoint=tmp_path / "m", reference=False, target="standard")
+    )
+    assert [bucket.name for bucket in plan.spec.buckets] == ["1792x1344", "1344x1792"]
+    assert {bucket.patches for bucket in plan.spec.buckets} == {13 * 256}
+    assert plan.spec.vision_width == 4096

@@ -31,12 +31,18 @@ FAMILIES = (
     "llava-next-mistral",
     "shikra",
     "minigpt-v2",
+    "internvl3",
+    "internvl3.5",
 )
 ARCHITECTURES = tuple(
-    family for family in FAMILIES if family not in {"llava-original", "llava-next-vicuna"}
+    family
+    for family in FAMILIES
+    if family not in {"llava-original", "llava-next-vicuna", "internvl3.5"}
 )
 """Those whose graphs differ in more than sizes; the others are further files of the same."""
-CLIP_FAMILIES = tuple(family for family in FAMILIES if family != "minigpt-v2")
+CLIP_FAMILIES = tuple(
+    family for family in FAMILIES if family not in {"minigpt-v2", "internvl3", "internvl3.5"}
+)
 """Those whose tower is CLIP's."""
 PHRASE = "the red ring left of the blue box"
 READ_PHRASE = frozenset(
@@ -374,6 +380,62 @@ def _make_minigpt(home, head_dim):
     )
 
 
+def _make_internvl3(home, head_dim):
+    """Tiles of 3x3 tokens of 2x2 patches, in two buckets: three with the whole, and one alone."""
+    folder = originals.make_internvl(
+        home / "InternVL3-tiny-hf",
+        vision_width=3 * (head_dim or 12),
+        vision_heads=3,
+        vision_layers=4,
+        width=6 * (head_dim or 14),
+        heads=6,
+        kv_heads=2,
+        rope_type="dynamic",
+        most_tiles=3,
+        seed=11,
+    )
+    return _find_case(
+        home,
+        model=str(folder),
+        overrides={"image.canvas": "72x24,24x24"},
+        buckets=((4 * 9, 0), (9, 0)),
+        sizes=((150, 50), (60, 61)),
+        files=folder,
+    )
+
+
+def _make_internvl3_5(home, head_dim):
+    """One tile of 4x4 tokens for every picture; every norm that a config can ask for."""
+    folder = originals.make_internvl(
+        home / "InternVL3_5-tiny-HF",
+        text="qwen3",
+        image_size=56,
+        patch_size=7,
+        vision_width=5 * (head_dim or 8),
+        vision_heads=5,
+        head_norms=True,
+        norm_type="rms_norm",
+        attention_bias=False,
+        mean_pooling=False,
+        mask_token=True,
+        width=72,
+        heads=6,
+        kv_heads=3,
+        head_dim=head_dim or 16,
+        tied=True,
+        max_shard_size="100KB",
+        seed=12,
+    )
+    return _find_case(
+        home,
+        model=str(folder),
+        overrides={"image.tiles": 1},
+        buckets=((16, 0),),
+        sizes=((61, 90),),
+        files=folder,
+    )
+
+
 _MAKERS = {
     "llava": _make_llava,
     "llava-original": _make_llava_original,
@@ -381,4 +443,6 @@ _MAKERS = {
     "llava-next-mistral": _make_next_mistral,
     "shikra": _make_shikra,
     "minigpt-v2": _make_minigpt,
+    "internvl3": _make_internvl3,
+    "internvl3.5": _make_internvl3_5,
 }

@@ -24,7 +24,7 @@ MORE_RATIOS = (0, 0.25, 0.5, 0.9)
 """Of `make matrix`: the more a greedy pruner keeps, the longer its graph."""
 ALL = tuple(itertools.product(FAMILIES, PRUNERS, POSITION_MODES))
 ROTATED = tuple(
-    (ARCHITECTURES[j % 4], pruner, POSITION_MODES[(j + j // 4) % 4])
+    (ARCHITECTURES[j % len(ARCHITECTURES)], pruner, POSITION_MODES[j % len(POSITION_MODES)])
     for j, pruner in enumerate(PRUNERS)
 )
 """Every pruner once; `make matrix` has all combinations."""
@@ -105,11 +105,12 @@ def require_places(out, case, pruner, mode, ratios):
 
 def test_no_mode_family_pruner_or_rule_is_left_out():
     assert Counter(p for _, p, _ in ROTATED) == dict.fromkeys(PRUNERS, 1)
-    least = len(PRUNERS) // 4
-    assert min(Counter(f for f, _, _ in ROTATED)[each] for each in ARCHITECTURES) == least
-    # The first 16 pairs of a family and a mode are all there are.
-    assert len({(f, m) for f, _, m in ROTATED}) == min(len(ROTATED), 16)
-    assert min(Counter(m for _, _, m in ROTATED)[each] for each in POSITION_MODES) >= least - 1
+    families, modes = len(ARCHITECTURES), len(POSITION_MODES)
+    by_family, by_mode = Counter(f for f, _, _ in ROTATED), Counter(m for _, _, m in ROTATED)
+    assert min(by_family[each] for each in ARCHITECTURES) == len(PRUNERS) // families
+    # Their numbers have no common divisor, so the first pairs are all there are.
+    assert len({(f, m) for f, _, m in ROTATED}) == min(len(ROTATED), families * modes)
+    assert min(by_mode[each] for each in POSITION_MODES) >= len(PRUNERS) // modes
     assert {r for r, _, _ in ROTATED_RULES} == set(EXTRA_RULES)
     assert {p for _, p, _ in ROTATED_RULES} == set(EXTRA)
 

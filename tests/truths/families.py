@@ -18,8 +18,10 @@ from transformers import (
     AutoTokenizer,
     CLIPModel,
     CLIPVisionModel,
+    InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
@@ -115,7 +117,8 @@ class Seen:
 class FamilyTruth:
     """A family's vision side and decoder.
 
-    `project` makes visual tokens of patches; `decoder` are tensors in Hugging Face's names.
+    `project` makes visual tokens of patches; `decoder` are tensors in Hugging Face's names, and
+    `run` the library's own decoder where it is not Llama's: rows, position IDs and mask to logits.
     """
 
     look: Callable[..., Seen]
@@ -124,6 +127,7 @@ class FamilyTruth:
     heads: int
     theta: float = 1e4
     eps: float = 1e-5
+    run: Callable[..., torch.Tensor] | None = None
 
     def embed(self, ids):
         return self.decoder["model.embed_tokens.weight"][list(ids)].double()
@@ -146,6 +150,8 @@ class FamilyTruth:
 
     def logits(self, rows, position_ids, mask=None):
         """Logits [S, V] of embeddings [S, D]; causal by slot without a mask."""
+        if self.run is not None:
+            return self.run(rows, position_ids, mask)
         return published.llama_logits(
             self.decoder,
             rows,
@@ -338,6 +344,97 @@ def _minigpt(case):
     )
 
 
+# InternVL.
+
+
+def _internvl(heads):
+    def make(case):
+        model = InternVLForConditionalGeneration.from_pretrained(
+            case.files, dtype=torch.float64, attn_implementation="eager"
+        ).eval()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(case.files)
+        decoder = _library_decoder(case.files)
+        decoder.setdefault("lm_head.weight", decoder["model.embed_tokens.weight"])
+        tower, vision = model.model.vision_tower, model.config.vision_config
+        side, cell = vision.image_size[0] // vision.patch_size[0], 2
+
+        @torch.no_grad()
+        def look(pixels, size, phrase):
+            del size
+            views = torch.as_tensor(pixels).double()[0]
+            output = tower(views, output_hidden_states=True, output_attentions=True)
+            states, before = output.last_hidden_state, output.hidden_states[-2]
+            features = model.model.get_image_features(views, return_dict=True).pooler_output
+            tokens = features.flatten(0, 1)
+            order = [
+                view * side * side + (top + row) * side + left + column
+                for view in range(len(views))
+                for top in range(0, side, cell)
+                for left in range(0, side, cell)
+                for row in range(cell)
+                for column in range(cell)
+            ]
+            last = tower.encoder.layer[-1]
+            normed = last.layernorm_before(before)
+            queries = last.attention.q_norm(last.attention.q_proj(normed))[:, 0]
+            keys = last.attention.k_norm(last.attention.k_proj(normed))
+            # There is no block after the last one, which merging goes by then.
+            a = [
+                truth._one_head_attention(query.numpy(), view.numpy())
+                for query, view in zip(queries, keys, strict=True)
+            ]
+            attention = [
+                truth.cls_attention(view.numpy(), 0).scores for view in output.attentions[-1]
+            ]
+            similarity = [
+                truth.cls_similarity(view[0].numpy(), view[1:].numpy(), 0).scores
+                for view in states
+            ]
+            by_head = keys[:, 1:].unflatten(-1, (heads, -1)).mean(2).flatten(0, 1)
+            patches = states[:, 1:].flatten(0, 1)[order]
+            rows = decoder["model.embed_tokens.weight"][
+                tokenizer(phrase, add_special_tokens=False).input_ids
+            ].double()
+            return Seen(
+                tokens=tokens,
+                removable=list(range(len(tokens))),
+                attention=truth.pool(np.concatenate(attention)[order], cell**2),
+                similarity=truth.pool(np.concatenate(similarity)[order], cell**2),
+                column=truth.pool(
+                    output.attentions[-1].mean((1, 2))[:, 1:].flatten()[order].numpy(), cell**2
+                ),
+                keys=truth.pool(by_head[order].numpy(), cell**2),
+                merge_attention=truth.pool(np.concatenate(a)[order], cell**2),
+                merge_keys=truth.pool(keys[:, 1:].flatten(0, 1)[order].numpy(), cell**2),
+                patches=patches.reshape(len(tokens), -1),
+                text=torch.tensor(np.mean(truth.unit_rows(rows.numpy()), axis=0)),
+                text_patches=torch.tensor(np.array(truth.unit_rows(tokens.numpy()))),
+                text_sign=1,
+            )
+
+        @torch.no_grad()
+        def run(rows, position_ids, mask):
+            if mask is None:
+                mask = torch.full((len(rows), len(rows)), -torch.inf, dtype=torch.float64).triu(1)
+            hidden = model.model.language_model(
+                inputs_embeds=rows[None],
+                position_ids=position_ids[None],
+                attention_mask=mask[None, None],
+                use_cache=False,
+            ).last_hidden_state[0]
+            return model.lm_head(hidden)
+
+        return FamilyTruth(
+            look=look,
+            project=model.model.multi_modal_projector,
+            decoder=decoder,
+            heads=6,
+            run=run,
+        )
+
+    return make
+
+
 _MAKERS = {
     "llava": _llava,
     "llava-original": _llava_original,
@@ -345,6 +442,8 @@ _MAKERS = {
     "llava-next-mistral": _next(heads=9, theta=1e6),
     "shikra": _shikra,
     "minigpt-v2": _minigpt,
+    "internvl3": _internvl(heads=3),
+    "internvl3.5": _internvl(heads=5),
 }
 
 

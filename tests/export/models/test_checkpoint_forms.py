@@ -63,7 +63,7 @@ def test_llava_next_in_its_authors_layout(find, tmp_path, values):
         ("llama", "it is a part of a model alone"),
         ("qwen2_5_vl", "llava-next-vicuna-7b"),
         ("llava_onevision", "llava-next-vicuna-7b"),
-        ("internvl_chat", "llava-next-vicuna-7b"),
+        ("internvl_chat", "OpenGVLab/InternVL3-1B-hf"),
         ("paligemma", "llava-next-vicuna-7b"),
         ("bert", "gap-export list"),
     ],
@@ -74,7 +74,7 @@ def test_another_kind_of_model_is_told_the_families(tmp_path, model_type, advice
         load_config(str(tmp_path), {})
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'config.json'}: model_type '{model_type}' is none of")
-    assert "(llava, llava_next, minigpt_v2, shikra)" in message
+    assert "(internvl, llava, llava_next, minigpt_v2, shikra)" in message
     assert advice in message
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from tools.distances import furthest
 from transformers import (
     CLIPImageProcessorPil,
+    GotOcr2ImageProcessorPil,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
 )
@@ -191,6 +192,12 @@ def published_pixels(case, picture):
     if case.name.startswith("llava-next"):
         processor = LlavaNextImageProcessorPil.from_pretrained(case.files)
         return processor(picture, return_tensors="np")["pixel_values"]
+    if case.name.startswith("internvl"):
+        tiles = {"max_patches": 1} if case.name == "internvl3.5" else {}
+        processor = GotOcr2ImageProcessorPil.from_pretrained(
+            case.files, crop_to_patches=True, **tiles
+        )
+        return processor(picture, return_tensors="np")["pixel_values"][None]
     if case.name == "minigpt-v2":
         values = np.asarray(picture.resize((56, 56), Image.Resampling.BICUBIC)) / 255
         values = (values - originals.CLIP_MEAN) / originals.CLIP_STD
@@ -206,7 +213,7 @@ def published_pixels(case, picture):
 def test_pixels_are_those_of_the_published_processor(case, plan, eager, size):
     picture = make_picture(*size)
     buckets = plan.spec.buckets
-    if case.name.startswith("llava-next"):
+    if case.name.startswith(("llava-next", "internvl")):
         buckets = buckets[:1]
         picture = picture.resize(fitting_size(buckets[0], plan.spec.preprocess))
     expected = published_pixels(case, picture)

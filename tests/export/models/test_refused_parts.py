@@ -286,6 +286,7 @@ def test_every_family_is_refused_by_every_other(find):
         "llava-next-vicuna-7b": {"llava-next-vicuna", "llava-next-mistral"},
         "shikra-7b": {"shikra"},
         "minigpt-v2": {"minigpt-v2"},
+        "internvl3-1b": {"internvl3", "internvl3.5"},
     }
     parts = {
         "shikra-7b": {f"parts.{r}": str(find("shikra").place(r)) for r in ("base", "clip")},

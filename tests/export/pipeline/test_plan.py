@@ -105,9 +105,16 @@ def test_a_tensor_that_is_missing_or_transposed(
         (lambda data: data["vision_config"].update(model_type="siglip_vision_model"), "siglip"),
         (
             lambda data: data["text_config"].update(
-                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 256,
+                }
             ),
-            "dynamic",
+            "longrope",
         ),
     ],
 )

@@ -14,6 +14,7 @@ buffers, position numbers, heads nobody uses, a spare block, an optimizer, wrong
 | `make_adapter` | adapters of PEFT, from 0.4 to today |
 | `make_llava_lora`, `make_vicuna` | liuhaotian/llava-v1.5-7b-lora, lmsys/vicuna-7b-v1.5 |
 | `make_shikra` | shikras/shikra-7b-delta-v1, a LLaMA, openai/clip-vit-large-patch14 |
+| `make_internvl` | OpenGVLab/InternVL3-1B-hf, OpenGVLab/InternVL3_5-1B-HF |
 | `make_minigpt` | minigptv2_checkpoint.pth, LAVIS' eva_vit_g.pth, meta-llama/Llama-2-7b-chat-hf |
 """
 
@@ -26,6 +27,7 @@ from makers.originals.adapters import (
 )
 from makers.originals.clip import CLIP_MEAN, CLIP_STD, make_clip
 from makers.originals.files import read_folder
+from makers.originals.internvl import make_internvl
 from makers.originals.llava import make_llava_original
 from makers.originals.llava_next import make_llava_next
 from makers.originals.minigpt import MinigptFiles, make_minigpt
@@ -39,6 +41,7 @@ __all__ = [
     "ShikraFiles",
     "make_adapter",
     "make_clip",
+    "make_internvl",
     "make_llava_lora",
     "make_llava_next",
     "make_llava_original",

@@ -7,6 +7,16 @@ import json
 from pathlib import Path
 
 import sentencepiece
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from makers.originals.files import (
     write_json,
@@ -209,3 +219,48 @@ def make_tokenizer_json(folder, *, added=(), form="prepend", normalized=True, wh
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def make_byte_tokenizer(folder, *, special, marks, vocabulary=360):
+    """Write a small trained tokenizer in the files of Qwen2's, and return its special tokens.
+
+    Digits are tokens of their own, as Qwen's are.
+
+    Args:
+        folder: That exists.
+        special: Tokens behind the vocabulary.
+        marks: Names of some of them, which go into `tokenizer_config.json`.
+        vocabulary: Pieces, at least 256.
+    """
+    cut = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(cut), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sentences(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "extra_special_tokens": marks,
+        "model_max_length": 8192,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    return {token: tokenizer.token_to_id(token) for token in special}
