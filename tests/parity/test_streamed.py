@@ -93,7 +93,7 @@ def test_every_pass_reads_every_matrix_once(case, tmp_path, read_sizes):
     for _ in range(2):
         read_sizes.clear()
         run_once(model, plan)
-        keys.append([key for key, _ in read_sizes])
+        keys.append([key for key, _ in read_sizes if not key.endswith(".bias")])
     assert keys[0] == keys[1]
     matrices = 7 * plan.spec.decoder.layers + 1
     if case.name == "shikra":
