@@ -523,9 +523,9 @@ def _make_pieces() -> Iterator[str]:
     letters = string.ascii_lowercase
     singles = "\u2581" + letters + string.ascii_uppercase + string.digits + string.punctuation
     yield from singles
-    # Digits stay apart, as Llama's do.
+    # As Llama's: digits stay apart, and the mark of a space only begins a piece.
     joining = [each for each in singles if not each.isdigit()]
-    yield from map("".join, itertools.product(joining, repeat=2))
+    yield from map("".join, itertools.product(joining, joining[1:]))
     yield from map("".join, itertools.product(letters, repeat=3))
     yield from map("".join, itertools.product("\u2581" + string.ascii_uppercase, letters, letters))
 

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from gap_runtime.bundle.bundle import Bundle
     from gap_runtime.errors import GapError
-    from gap_runtime.grounding.grounder import Grounder, Grounding
+    from gap_runtime.grounding.grounder import Grounder
+    from gap_runtime.grounding.view import Grounding, View
     from gap_runtime.pictures.boxes import Box
 
 __version__ = "0.1.0"
-__all__ = ["Box", "Bundle", "GapError", "Grounder", "Grounding", "__version__"]
+__all__ = ["Box", "Bundle", "GapError", "Grounder", "Grounding", "View", "__version__"]
 
 _HOMES: Final = {
     "Box": "gap_runtime.pictures.boxes",
     "Bundle": "gap_runtime.bundle.bundle",
     "GapError": "gap_runtime.errors",
     "Grounder": "gap_runtime.grounding.grounder",
-    "Grounding": "gap_runtime.grounding.grounder",
+    "Grounding": "gap_runtime.grounding.view",
+    "View": "gap_runtime.grounding.view",
 }
 
 

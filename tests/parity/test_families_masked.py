@@ -67,7 +67,7 @@ def seen(oracle):
 def answer(grounder, picture, entry):
     """Logits [STEPS, V] of the graphs, and the inputs that led to them."""
     recorded = []
-    decoder = grounder._open_decoder()
+    decoder = grounder._open_cache().session
 
     class Recorder:
         fit = staticmethod(decoder.fit)
@@ -76,7 +76,7 @@ def answer(grounder, picture, entry):
             recorded.append(decoder.run(*arguments).copy())
             return recorded[-1]
 
-    grounder._decoder = Recorder()
+    grounder._open_cache().session = Recorder()
     values = grounder.run_stages(picture, PHRASE, entry, most=STEPS, draft=False)
     grounder._decoder = decoder
     return np.concatenate(recorded), values

@@ -71,7 +71,7 @@ def exported_answer(bundle_folder, phrase, drafter=None):
     grounder = Grounder(bundle, "onnxruntime:cpu")
     entry = bundle.manifest.ratios[0]
     recorded = []
-    decoder = grounder._open_decoder()
+    decoder = grounder._open_cache().session
 
     class Recorder:
         fit = staticmethod(decoder.fit)
@@ -80,7 +80,7 @@ def exported_answer(bundle_folder, phrase, drafter=None):
             recorded.append(decoder.run(*arguments).copy())
             return recorded[-1]
 
-    grounder._decoder = Recorder()
+    grounder._open_cache().session = Recorder()
     grounder._drafter = drafter
     values = grounder.run_stages(picture(), phrase, entry, most=STEPS)
     return np.concatenate(recorded), values, grounder.encoder.encode(phrase)
@@ -138,7 +138,7 @@ def test_decoding_on_with_the_slot_as_position_does_not_either(
     expected = oracle.answer(values.pixels, prompt.prefix, prompt.suffix, kept, 2).numpy()
     table = bundle.map_embedding()
     rows = splice_prompt(table, prompt.prefix, values.visual_tokens, prompt.suffix)
-    decoder = grounder._open_decoder()
+    decoder = grounder._open_cache().session
 
     def step(position):
         decoder.run(rows, values.position_ids[:, :length], 0, np.array([length - 1]))

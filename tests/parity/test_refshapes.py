@@ -142,7 +142,7 @@ def test_the_cache_is_written_in_place(refshapes_bundle):
     """Every decode step adds one slot and leaves the others' bytes alone."""
     bundle = Bundle.open(refshapes_bundle)
     grounder = Grounder(bundle, "onnxruntime:cpu")
-    decoder = grounder._open_decoder()
+    decoder = grounder._open_cache().session
     rng = np.random.default_rng(0)
     width = bundle.manifest.embedding.shape[1]
     last, only = np.array([8]), np.array([0])

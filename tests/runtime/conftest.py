@@ -310,7 +310,7 @@ class FakeStage:
 
 
 class FakeDecoder:
-    """Answers every prompt with one token and stops."""
+    """Answers every prompt, which has several rows, with one token and stops."""
 
     def __init__(self, token, calls):
         self.token, self.calls = token, calls
@@ -324,7 +324,7 @@ class FakeDecoder:
         assert min(logits_rows) >= 0
         self.calls.append((embeddings.copy(), position_ids, write_slot, logits_rows.tolist()))
         logits = np.zeros((len(logits_rows), 12), np.float32)
-        logits[:, self.token if write_slot == 0 else 10] = 1
+        logits[:, self.token if embeddings.shape[1] > 1 else 10] = 1
         return logits
 
 

@@ -35,7 +35,7 @@ class FakeCuda(types.ModuleType):
         )
         self.is_integrated, self.loads_driver, self.last_error = False, True, SUCCESS
         self.cudaMemcpyKind = types.SimpleNamespace(
-            cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2
+            cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
         )
         self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
@@ -100,6 +100,15 @@ class FakeCuda(types.ModuleType):
         self.require_inside(to, size)
         self.require_inside(source, size)
         self.submit(lambda: ctypes.memmove(to, source, size))
+        return (SUCCESS,)
+
+    def cudaMemcpy2DAsync(self, to, to_pitch, source, pitch, width, rows, kind, stream):
+        assert (kind, stream) == (3, 7)
+        assert width <= min(to_pitch, pitch)
+        self.require_inside(to, (rows - 1) * to_pitch + width)
+        self.require_inside(source, (rows - 1) * pitch + width)
+        for row in range(rows):
+            ctypes.memmove(to + row * to_pitch, source + row * pitch, width)
         return (SUCCESS,)
 
     def submit(self, work):

@@ -5,7 +5,7 @@ Types are imported for the type checker alone: who runs a graph loads nothing th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from gap_runtime.registry import list_plugins, load_plugin, read_constant, read_summary
 
@@ -74,6 +74,25 @@ class DecoderSession(Protocol):
             write_slot: Slot of the cache that row 0 is written to; the others follow.
             logits_rows: Rows whose logits are wanted, int64 [R], at most MOST_LOGITS.
         """
+
+
+class SavedSlots(Protocol):
+    """The first slots of a decoder's cache, outside of it."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+
+@runtime_checkable
+class SlotSaver(Protocol):
+    """A decoder session that can save slots of its cache, so that several pictures share it."""
+
+    def copy_slots(self, count: int) -> SavedSlots:
+        """A copy of the first slots."""
+
+    def put_slots(self, saved: Any) -> None:
+        """Make the first slots what they were when they were copied."""
 
 
 class Runner(Protocol):

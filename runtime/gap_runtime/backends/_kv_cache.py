@@ -6,6 +6,7 @@ The underscore keeps this file from being taken for a backend.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from gap_runtime.bundle.manifest import Stage
@@ -18,6 +19,15 @@ M = TypeVar("M")
 def cache_specs(stage: Stage) -> list[TensorSpec]:
     """The inputs of a decoder graph that are its cache; the output of each is `next_<name>`."""
     return [spec for spec in stage.inputs if spec.name.startswith("cache_")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCopy(Generic[M]):
+    """The first slots of every tensor, outside the cache; fits gap_runtime.backends.SavedSlots."""
+
+    count: int
+    tensors: dict[str, M]
+    size: int
 
 
 class KvCache(Generic[M]):

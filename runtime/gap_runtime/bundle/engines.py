@@ -126,9 +126,12 @@ def list_stages(bundle: Bundle, entries: tuple[RatioEntry, ...]) -> list[Stage]:
 
 
 def list_profiles(layout: BundleLayout, entries: tuple[RatioEntry, ...]) -> tuple[int, ...]:
-    """The decoder's row counts, ascending: drafts, the length of every prompt; then the step."""
+    """The decoder's row counts, ascending, and then the step.
+
+    Drafts, the text behind a picture that is known, the length of every prompt.
+    """
     prompts = {layout.at(entry).prompt for entry in entries}
-    return (*sorted(prompts | {MOST_LOGITS}), STEP_ROWS)
+    return (*sorted(prompts | {MOST_LOGITS, max(layout.suffix, MOST_LOGITS)}), STEP_ROWS)
 
 
 def engine_folder(bundle: Bundle, target: str, compute_capabilities: tuple[str, ...]) -> Path:

@@ -256,6 +256,25 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kept_pictures(parser: argparse.ArgumentParser, default: int = 256) -> None:
+    """How much memory pictures may have that are asked about again."""
+    parser.add_argument(
+        "--keep-pictures",
+        type=_read_mebibytes,
+        metavar="MIB",
+        default=default,
+        help="memory for what was computed of pictures that come again, in MiB; 0 keeps none "
+        f"(default {default})",
+    )
+
+
+def _read_mebibytes(text: str) -> int:
+    """A number of MiB, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}': expected MiB, a whole number of 0 or more")
+    return int(text)
+
+
 def open_bundle(options: argparse.Namespace, *, verify_all: bool = False) -> Bundle:
     """The bundle that is named on the command line."""
     from gap_runtime.bundle.bundle import Bundle  # noqa: PLC0415 - numpy only when a command runs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,18 +12,18 @@ from PIL import Image
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.evaluation.results import Subject
-from gap_runtime.grounding.grounder import Grounder, VisionOutput
+from gap_runtime.grounding.grounder import Grounder
+from gap_runtime.grounding.view import View
 from gap_runtime.pictures.boxes import PictureFrame
-from gap_runtime.pictures.load import find_bucket, frame_picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answer. `milliseconds` by stage, as if the phrase had been asked alone.
+    """An answer. `milliseconds` by stage; what the phrases of a picture share, the first one has.
 
     `frame` is what of the picture the model was shown; null where that is all of it.
 
-    `calls`, `drafted` and `accepted` as in gap_runtime.grounding.grounder.Grounding; 0 where
+    `calls`, `drafted` and `accepted` as in gap_runtime.grounding.view.Grounding; 0 where
     nobody counts them.
     """
 
@@ -54,61 +54,36 @@ class Answerer(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """A picture and what the vision stages gave of it, by ratio."""
-
-    picture: Image.Image
-    bucket: str
-    frame: PictureFrame
-    outputs: dict[float, VisionOutput]
-
-
 class BundleAnswerer:
     """A bundle on a backend; fits Answerer."""
 
-    def __init__(self, folder: Path, backend: str, *, draft: bool = True) -> None:
-        """Open the bundle; its graphs are loaded at the first question."""
-        self._grounder = Grounder(Bundle.open(folder), backend, draft=draft)
+    def __init__(
+        self, folder: Path, backend: str, *, draft: bool = True, keep_pictures: int = 0
+    ) -> None:
+        """Open the bundle; its graphs are loaded at the first question.
+
+        A view lasts until its last phrase, so pictures are kept only if they come again.
+        """
+        self._grounder = Grounder(
+            Bundle.open(folder), backend, draft=draft, keep_pictures=keep_pictures
+        )
 
     def look(self, picture: Image.Image) -> View:
         """Find the picture's bucket."""
-        manifest = self._grounder.bundle.manifest
-        bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
-        frame = frame_picture(picture.size, manifest.preprocess, bucket)
-        return View(picture=picture, bucket=bucket.name, frame=frame, outputs={})
+        return self._grounder.look(picture)
 
     def answer(self, view: View, phrase: str, ratio: float) -> Answer:
-        """Ask; the vision stages run once for all phrases where the pruner does not read them."""
-        grounder = self._grounder
-        entry = grounder.bundle.choose_ratio(ratio, view.bucket)
-        vision = view.outputs.get(ratio)
-        if vision is None or grounder.reads_phrase(entry):
-            # Before anything runs, so that a phrase of no use leaves nothing behind.
-            grounder.encoder.encode_within(phrase, grounder.bundle.manifest.layout)
-            other = next(iter(view.outputs.values()), None)
-            vision = _keep(grounder.run_vision(view.picture, phrase, entry, before=other))
-            view.outputs[ratio] = vision
-        values = grounder.run_stages(view.picture, phrase, entry, vision=vision)
+        """Ask; what all phrases of a picture share at a ratio is computed for the first one."""
+        found = view.ground(phrase, ratio=ratio)
         return Answer(
-            text=grounder.encoder.decode(values.decoded.token_ids),
+            text=found.answer,
             frame=view.frame,
-            token_ids=tuple(values.decoded.token_ids),
-            milliseconds=values.milliseconds,
-            calls=values.decoded.calls,
-            drafted=values.decoded.drafted,
-            accepted=values.decoded.accepted,
+            token_ids=found.token_ids,
+            milliseconds=found.milliseconds,
+            calls=found.calls,
+            drafted=found.drafted,
+            accepted=found.accepted,
         )
-
-
-def _keep(vision: VisionOutput) -> VisionOutput:
-    """A copy of what a session may write over at its next run."""
-    return replace(
-        vision,
-        visual_tokens=vision.visual_tokens.copy(),
-        kept_index=vision.kept_index.copy(),
-        position_ids=vision.position_ids.copy(),
-    )
 
 
 def describe_bundle(bundle: Bundle, backend: str) -> Subject:

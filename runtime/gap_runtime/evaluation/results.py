@@ -68,10 +68,10 @@ class Row:
     """An answer, or the problem because of which there is none.
 
     `size` is (width, height) of the picture, `box` the true one and `found` those of the answer in
-    the subject's own frame, all in pixels. `milliseconds` by stage are those of a phrase asked
-    alone: what several phrases of a picture share counts for each. `calls` of the decoder held
-    `drafted` tokens, of which `accepted` turned out right; all 0 where nobody counts them. `frame`
-    is what of the picture the model was shown, null where the subject's boxes do not depend on it.
+    the subject's own frame, all in pixels. `milliseconds` are by stage: what the phrases of a
+    picture share at a ratio, the first of them has. `calls` of the decoder held `drafted` tokens,
+    of which `accepted` turned out right; all 0 where nobody counts them. `frame` is what of the
+    picture the model was shown, null where the subject's boxes do not depend on it.
     """
 
     key: str

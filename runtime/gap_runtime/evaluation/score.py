@@ -62,9 +62,9 @@ class Score:
     95 % interval (Wilson), `mean_accuracy` the mean over 0.5 to 0.95. Where `measure` is `point`,
     `accuracy` is the share of points in the true box, and what needs an IoU is NaN. `unasked`
     phrases (a bad picture, a phrase too long) are in no other figure. `tokens` and `milliseconds`
-    are means per phrase, `median_ms` is of the whole of a phrase. `calls` of the decoder,
-    `drafted` tokens and those of them that were `accepted` are means too, 0 where nobody counted
-    them.
+    are means per phrase, `median_ms` is of the whole of a phrase, of several of a picture that of
+    a later one. `calls` of the decoder, `drafted` tokens and those of them that were `accepted`
+    are means too, 0 where nobody counted them.
     """
 
     protocol: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +14,7 @@ from PIL import Image
 from gap_runtime.backends import DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry
-from gap_runtime.grounding.grounder import Grounder
+from gap_runtime.grounding.grounder import Grounder, StageValues
 from gap_runtime.pictures.load import fitting_size
 from gap_runtime.pictures.preprocess import Bucket
 
@@ -23,7 +23,13 @@ _TOKENS: Final = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
-    """Medians at one ratio of a bucket. `prompt` counts the slots of the padded prefill."""
+    """Medians at one ratio of a bucket. `prompt` counts the slots of the longest prompt.
+
+    `prefill_ms` is that of the first phrase of a picture, `further_ms` that of another one, for
+    which the picture is known. `token_ms` is a step of one token. An answer of `tokens` took
+    `answer_ms` behind its prefill, by `calls` of the decoder, the prefill among them, which held
+    `drafted` tokens, of which `accepted` turned out right.
+    """
 
     ratio: float
     bucket: str
@@ -33,8 +39,14 @@ class BenchRow:
     preprocess_ms: float
     vision_ms: float
     prefill_ms: float
+    further_ms: float
     token_ms: float
     tokens_per_second: float
+    answer_ms: float
+    tokens: int
+    calls: int
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +69,7 @@ def bench_bundle(
     runs: int = 7,
     warmup: int = 2,
     ratios: Collection[float] | None = None,
+    draft: bool = True,
 ) -> BenchReport:
     """Time every ratio of a bundle, the ratios taking turns so that drift hits all alike.
 
@@ -66,21 +79,26 @@ def bench_bundle(
         runs: Timed runs per ratio and bucket.
         warmup: Untimed runs before them.
         ratios: Those of the bundle's that are timed; all by default.
+        draft: As in Grounder.
     """
-    grounder = Grounder(bundle, backend)
+    grounder = Grounder(bundle, backend, draft=draft, keep_pictures=0)
     pictures = {bucket.name: _noise(bundle, bucket) for bucket in bundle.manifest.buckets}
     entries = [each for each in bundle.manifest.ratios if ratios is None or each.ratio in ratios]
-    times: list[list[dict[str, float]]] = [[] for _ in entries]
+    runs_of: list[list[_Run]] = [[] for _ in entries]
     most = min(_TOKENS, bundle.manifest.layout.answer)
     for run in range(warmup + runs):
-        for entry, samples in zip(entries, times, strict=True):
-            picture = pictures[entry.bucket]
-            values = grounder.run_stages(picture, "the red circle", entry, most=most)
+        for entry, samples in zip(entries, runs_of, strict=True):
+            view = grounder.look(pictures[entry.bucket])
+            sample = _Run(
+                first=grounder.run_stages(view, "the red circle", entry),
+                further=grounder.run_stages(view, "the red ring", entry, most=1),
+                steps=grounder.run_stages(view, "the red circle", entry, most=most, draft=False),
+            )
             if run >= warmup:
-                samples.append(values.milliseconds)
+                samples.append(sample)
     rows = tuple(
         _make_row(bundle, entry, samples, most)
-        for entry, samples in zip(entries, times, strict=True)
+        for entry, samples in zip(entries, runs_of, strict=True)
     )
     return BenchReport(
         bundle=str(bundle.folder),
@@ -92,6 +110,15 @@ def bench_bundle(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A first phrase with its answer, a further one, and so many steps without drafts."""
+
+    first: StageValues
+    further: StageValues
+    steps: StageValues
+
+
 def _noise(bundle: Bundle, bucket: Bucket) -> Image.Image:
     """A picture that fits a bucket."""
     width, height = fitting_size(bucket, bundle.manifest.preprocess)
@@ -99,23 +126,29 @@ def _noise(bundle: Bundle, bucket: Bucket) -> Image.Image:
     return Image.fromarray(values)
 
 
-def _make_row(
-    bundle: Bundle, entry: RatioEntry, times: list[dict[str, float]], most: int
-) -> BenchRow:
-    def median(stage: str) -> float:
-        return statistics.median(sample[stage] for sample in times)
+def _make_row(bundle: Bundle, entry: RatioEntry, runs: list[_Run], most: int) -> BenchRow:
+    def median(values: Iterable[StageValues], stage: str) -> float:
+        return statistics.median(each.milliseconds[stage] for each in values)
 
+    firsts = [run.first for run in runs]
     # The first answer token comes with the prefill.
-    token_ms = median("decode") / max(most - 1, 1)
+    token_ms = median((run.steps for run in runs), "decode") / max(most - 1, 1)
+    answer = firsts[-1].decoded
     return BenchRow(
         ratio=entry.ratio,
         bucket=entry.bucket,
         kept=entry.kept,
         patches=entry.patches,
         prompt=bundle.manifest.layout.at(entry).prompt,
-        preprocess_ms=median("preprocess"),
-        vision_ms=median("vision"),
-        prefill_ms=median("prefill"),
+        preprocess_ms=median(firsts, "preprocess"),
+        vision_ms=median(firsts, "vision"),
+        prefill_ms=median(firsts, "prefill"),
+        further_ms=median((run.further for run in runs), "prefill"),
         token_ms=token_ms,
         tokens_per_second=1e3 / token_ms if token_ms else 0.0,
+        answer_ms=median(firsts, "decode"),
+        tokens=len(answer.token_ids),
+        calls=answer.calls,
+        drafted=answer.drafted,
+        accepted=answer.accepted,
     )

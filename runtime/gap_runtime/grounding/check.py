@@ -153,7 +153,7 @@ def check_bundle(
         raise CheckError(
             f"{bundle.folder}: no reference answers in it; export without --no-reference"
         )
-    grounder = Grounder(bundle, backend)
+    grounder = Grounder(bundle, backend, keep_pictures=0)
     arrays = np.load(bundle.folder / manifest.reference.arrays, allow_pickle=False)
     rows: list[CheckRow] = []
     for entry in manifest.ratios:
@@ -203,15 +203,13 @@ def _check_sample(
 ) -> Compared:
     manifest = grounder.bundle.manifest
     picture = load_picture(grounder.bundle.folder / sample.image)
-    vision = grounder.run_vision(picture, sample.phrase, entry)
-    values = grounder.run_stages(picture, sample.phrase, entry, vision=vision, draft=False)
-    drafted = grounder.run_stages(picture, sample.phrase, entry, vision=vision)
+    view = grounder.look(picture)
+    values = grounder.run_stages(view, sample.phrase, entry, draft=False)
+    drafted = grounder.run_stages(view, sample.phrase, entry)
     place = first_divergence(drafted.decoded.token_ids, values.decoded.token_ids)
     margin = None
     if place is not None:
-        again = grounder.run_stages(
-            picture, sample.phrase, entry, vision=vision, draft=False, most=place + 1
-        )
+        again = grounder.run_stages(view, sample.phrase, entry, draft=False, most=place + 1)
         chosen = drafted.decoded.token_ids[place : place + 1] or list(manifest.prompt.stop_ids)
         margin = find_margin(again.decoded.last_logits, chosen)
     answer = grounder.encoder.decode(values.decoded.token_ids)

@@ -59,6 +59,7 @@ def decode_greedily(
     prompt: np.ndarray,
     position_ids: np.ndarray,
     *,
+    held: int = 0,
     most: int,
     capacity: int,
     stop_ids: tuple[int, ...],
@@ -70,10 +71,12 @@ def decode_greedily(
     counts if it is the most likely one at its place; what comes after one that is not is lost.
 
     Args:
-        decoder: A session; its cache is overwritten from slot 0.
+        decoder: A session; its cache is written from slot `held` on.
         table: Token embeddings [V, D].
-        prompt: Embeddings [1, S, D].
-        position_ids: Of the prompt, int64 [A, S]; columns behind it are not looked at.
+        prompt: Embeddings [1, S, D] of what the cache does not hold.
+        position_ids: Of the whole prompt, int64 [A, held + S]; columns behind it are not looked
+            at.
+        held: Slots of the cache that hold the prompt's beginning already.
         most: Most tokens to decode.
         capacity: Slots of the cache.
         stop_ids: Token IDs that end the answer.
@@ -83,7 +86,7 @@ def decode_greedily(
         EngineError: The decoder gave values that are not finite.
     """
     began = time.perf_counter()
-    caller = _Caller(decoder, table, prompt, position_ids, capacity)
+    caller = _Caller(decoder, table, prompt, position_ids, held, capacity)
     answer: list[int] = []
     calls = drafted = accepted = 0
     while True:
@@ -145,11 +148,12 @@ class _Caller:
         table: np.ndarray,
         prompt: np.ndarray,
         position_ids: np.ndarray,
+        held: int,
         capacity: int,
     ) -> None:
         self._decoder, self._table, self._capacity = decoder, table, capacity
-        self._prompt = prompt
-        self._length = prompt.shape[1]
+        self._prompt, self._held = prompt, held
+        self._length = held + prompt.shape[1]
         self._positions = position_ids[:, : self._length]
         self._is_prefilled = False
 
@@ -164,7 +168,8 @@ class _Caller:
             known, slot = embedding_rows(self._table, [answer[-1]])[None], len(answer) - 1
             known_positions, slot = self._behind(slot, 1), self._length + slot
         else:
-            known, known_positions, slot = self._prompt, self._positions, 0
+            known, slot = self._prompt, self._held
+            known_positions = self._positions[:, slot:]
         self._is_prefilled = True
         count = known.shape[1]
         rows = self._decoder.fit(count + len(draft))

@@ -11,7 +11,6 @@ from PIL import Image
 
 from gap_runtime.backends import (
     DEFAULT_BACKEND,
-    DecoderSession,
     Runner,
     StageSession,
     open_backend,
@@ -29,33 +28,17 @@ from gap_runtime.bundle.manifest import (
 from gap_runtime.errors import BundleError, ConfigError, InputError
 from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
 from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
-from gap_runtime.pictures.boxes import Box, parse_boxes
+from gap_runtime.grounding.prompt_cache import PromptCache
+from gap_runtime.grounding.view import (
+    DEFAULT_KEPT_MIB,
+    Grounding,
+    KeptViews,
+    View,
+    VisionOutput,
+)
+from gap_runtime.pictures.boxes import parse_boxes
 from gap_runtime.pictures.load import find_bucket, frame_picture, make_pixels, open_picture
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grounding:
-    """Where a phrase is in a picture.
-
-    `problems` says what in the answer was no usable box. `kept_index` are the patches that
-    stayed, by slot. `milliseconds` is by stage: preprocess, vision, prefill, decode, total.
-    `calls` of the decoder, the prefill among them, held `drafted` tokens of which `accepted`
-    turned out right.
-    """
-
-    phrase: str
-    answer: str
-    boxes: tuple[Box, ...]
-    problems: tuple[str, ...]
-    ratio: float
-    kept: int
-    patches: int
-    kept_index: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    milliseconds: dict[str, float]
-    calls: int
-    drafted: int
-    accepted: int
+from gap_runtime.pictures.preprocess import Bucket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +54,6 @@ class StageValues:
     milliseconds: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisionOutput:
-    """What the vision stages gave of a picture at one ratio, and the pixels that they took."""
-
-    pixels: np.ndarray
-    visual_tokens: np.ndarray
-    kept_index: np.ndarray
-    position_ids: np.ndarray
-    preprocess_ms: float
-    vision_ms: float
-
-
 class Grounder:
     """A bundle loaded for use. Graphs are loaded at first need and kept."""
 
@@ -94,6 +65,7 @@ class Grounder:
         ratio: float | None = None,
         keep: int | None = None,
         draft: bool = True,
+        keep_pictures: int = DEFAULT_KEPT_MIB,
     ) -> None:
         """Load the tokenizer and map the embeddings.
 
@@ -105,6 +77,8 @@ class Grounder:
             keep: Or a count of visual tokens that stay.
             draft: Send what the form of an answer forces along with each token. It changes the
                 time that an answer takes; the answer only where two tokens tie.
+            keep_pictures: MiB for what was computed of the last pictures, which are known again
+                by their content; 0 keeps none. A View is kept by whoever has it.
 
         Raises:
             ConfigError: Unknown backend or ratio.
@@ -135,7 +109,9 @@ class Grounder:
         self._table = bundle.map_embedding()
         self._drafter = self.encoder.make_drafter(bundle.manifest.box.form) if draft else None
         self._stages: dict[str, StageSession] = {}
-        self._decoder: DecoderSession | None = None
+        self._cache: PromptCache | None = None
+        self._kept_bytes = keep_pictures * 2**20
+        self._views = KeptViews(self._kept_bytes)
         self._phrases: PhraseEncoder | None = None
         spec = bundle.manifest.phrase
         if spec is not None and spec.tokenizer is not None:
@@ -162,19 +138,40 @@ class Grounder:
             InputError: The picture or the phrase cannot be used.
             EngineError: The backend failed.
         """
-        if not isinstance(phrase, str):
-            raise InputError(f"a phrase of type {type(phrase).__name__}; expected a str")
+        _require_text(phrase)
+        return self.look(image).ground(phrase, ratio=ratio, keep=keep)
+
+    def look(self, image: str | Path | bytes | Image.Image | np.ndarray) -> View:
+        """Look at a picture that several phrases will be asked about: `view.ground(phrase)`.
+
+        Nothing runs yet. What all phrases share is computed for the first one.
+
+        Args:
+            image: As for `ground`.
+
+        Raises:
+            InputError: The picture cannot be used.
+        """
         picture = open_picture(image)
         manifest = self.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
+        return self._views.find(self._make_view(picture, bucket))
+
+    def _make_view(self, picture: Image.Image, bucket: Bucket) -> View:
+        frame = frame_picture(picture.size, self.bundle.manifest.preprocess, bucket)
+        return View(picture=picture, bucket=bucket.name, frame=frame, ask=self._ask)
+
+    def _ask(self, view: View, phrase: str, *, ratio: float | None, keep: int | None) -> Grounding:
+        """See View.ground."""
+        _require_text(phrase)
         if ratio is None and keep is None:
             keep = self._keep
             ratio = self.default_ratio.ratio if keep is None else None
-        entry = self.bundle.choose_ratio(ratio, bucket.name, keep=keep)
-        values = self.run_stages(picture, phrase, entry)
+        entry = self.bundle.choose_ratio(ratio, view.bucket, keep=keep)
+        values = self.run_stages(view, phrase, entry)
+        self._views.trim()
         answer = self.encoder.decode(values.decoded.token_ids)
-        frame = frame_picture(picture.size, manifest.preprocess, bucket)
-        parsed = parse_boxes(answer, manifest.box, frame)
+        parsed = parse_boxes(answer, self.bundle.manifest.box, view.frame)
         return Grounding(
             phrase=phrase,
             answer=answer,
@@ -193,42 +190,52 @@ class Grounder:
 
     def run_stages(
         self,
-        picture: Image.Image,
+        view: View | Image.Image,
         phrase: str,
         entry: RatioEntry,
         *,
         most: int | None = None,
-        vision: VisionOutput | None = None,
         draft: bool = True,
     ) -> StageValues:
-        """Run every stage on an RGB picture and keep what each gave.
+        """Run every stage and keep what each gave; of a view only what is not known of it yet.
 
         Args:
-            picture: RGB.
+            view: A picture that was looked at, or RGB.
             phrase: What to ground.
             entry: Of the picture's bucket.
             most: Tokens to decode, whether or not the answer ends before.
-            vision: What `run_vision` gave of this picture at this ratio, to be used instead.
             draft: False decodes token by token, however this was made.
         """
         manifest = self.bundle.manifest
+        if not isinstance(view, View):
+            view = self._make_view(view, manifest.bucket(entry.bucket))
+        # Before anything runs, so that a phrase of no use leaves nothing behind.
         prompt = self.encoder.encode_within(phrase, manifest.layout)
+        vision = view.outputs.get(entry)
+        is_new = vision is None
         if vision is None:
-            vision = self.run_vision(picture, phrase, entry)
-        decoder = self._open_decoder()
+            vision = self.run_vision(view.picture, phrase, entry, pixels=view.pixels)
+            view.pixels = vision.pixels
+            if not self.reads_phrase(entry):
+                view.put(entry, vision)
+        cache = self._open_cache()
         looked = time.perf_counter()
-        layout = manifest.layout.at(entry)
-        decoded = decode_greedily(
-            decoder,
-            self._table,
-            splice_prompt(self._table, prompt.prefix, vision.visual_tokens, prompt.suffix),
-            vision.position_ids,
-            most=layout.answer if most is None else most,
-            capacity=manifest.layout.capacity,
-            stop_ids=manifest.prompt.stop_ids if most is None else (),
-            drafter=self._drafter if draft else None,
-        )
+        with cache.begin(prompt.prefix, vision, prompt.suffix) as held:
+            rows = splice_prompt(self._table, prompt.prefix, vision.visual_tokens, prompt.suffix)
+            decoded = decode_greedily(
+                cache.session,
+                self._table,
+                rows[:, held:],
+                vision.position_ids,
+                held=held,
+                most=manifest.layout.answer if most is None else most,
+                capacity=manifest.layout.capacity,
+                stop_ids=manifest.prompt.stop_ids if most is None else (),
+                drafter=self._drafter if draft else None,
+            )
         answered_ms = (time.perf_counter() - looked) * 1e3
+        preprocess_ms = vision.preprocess_ms if is_new else 0.0
+        vision_ms = vision.vision_ms if is_new else 0.0
         return StageValues(
             prompt_ids=prompt.prefix + prompt.suffix,
             pixels=vision.pixels,
@@ -237,11 +244,11 @@ class Grounder:
             position_ids=vision.position_ids,
             decoded=decoded,
             milliseconds={
-                "preprocess": vision.preprocess_ms,
-                "vision": vision.vision_ms,
+                "preprocess": preprocess_ms,
+                "vision": vision_ms,
                 "prefill": decoded.prefill_ms,
                 "decode": decoded.decode_ms,
-                "total": vision.preprocess_ms + vision.vision_ms + answered_ms,
+                "total": preprocess_ms + vision_ms + answered_ms,
             },
         )
 
@@ -251,7 +258,7 @@ class Grounder:
         phrase: str,
         entry: RatioEntry,
         *,
-        before: VisionOutput | None = None,
+        pixels: np.ndarray | None = None,
     ) -> VisionOutput:
         """Run the stages before the decoder on an RGB picture.
 
@@ -259,7 +266,7 @@ class Grounder:
             picture: RGB.
             phrase: For a pruner that reads it, see `reads_phrase`.
             entry: Of the picture's bucket.
-            before: Of the same picture, whose pixels are used again.
+            pixels: Of the same picture, made before.
         """
         manifest = self.bundle.manifest
         stage = manifest.stage(VISION, entry)
@@ -267,23 +274,21 @@ class Grounder:
         reads_phrase = self.reads_phrase(entry)
         text = self._open(manifest.stage(TEXT)) if reads_phrase and self._phrases else None
         began = time.perf_counter()
-        if before is None:
+        if pixels is None:
             pixels = make_pixels(picture, manifest.preprocess, manifest.bucket(entry.bucket))
-        else:
-            pixels = before.pixels
         prepared = time.perf_counter()
         inputs = {"pixels": pixels}
         if reads_phrase:
             inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
         given = session.run(inputs)
         looked = time.perf_counter()
-        preprocess_ms = (prepared - began) * 1e3
+        # Copies of what a session may write over at its next run.
         return VisionOutput(
             pixels=pixels,
-            visual_tokens=given["visual_tokens"],
-            kept_index=given["kept_index"],
-            position_ids=given["position_ids"],
-            preprocess_ms=preprocess_ms if before is None else before.preprocess_ms,
+            visual_tokens=given["visual_tokens"].copy(),
+            kept_index=given["kept_index"].copy(),
+            position_ids=given["position_ids"].copy(),
+            preprocess_ms=(prepared - began) * 1e3,
             vision_ms=(looked - prepared) * 1e3,
         )
 
@@ -306,8 +311,22 @@ class Grounder:
             self._stages[stage.name] = self._backend.open_stage(self.bundle, stage, self._device)
         return self._stages[stage.name]
 
-    def _open_decoder(self) -> DecoderSession:
-        if self._decoder is None:
-            stage = self.bundle.manifest.stage(DECODER)
-            self._decoder = self._backend.open_decoder(self.bundle, stage, self._device)
-        return self._decoder
+    def _open_cache(self) -> PromptCache:
+        if self._cache is None:
+            manifest = self.bundle.manifest
+            session = self._backend.open_decoder(
+                self.bundle, manifest.stage(DECODER), self._device
+            )
+            self._cache = PromptCache(
+                session,
+                manifest.cache,
+                capacity=manifest.layout.capacity,
+                limit=self._kept_bytes,
+            )
+        return self._cache
+
+
+def _require_text(phrase: object) -> None:
+    """Refuse what is no phrase, before a picture is opened for it."""
+    if not isinstance(phrase, str):
+        raise InputError(f"a phrase of type {type(phrase).__name__}; expected a str")

@@ -34,12 +34,33 @@ def draw_grounding(
 
     Small pictures are enlarged so that the labels can be read.
     """
+    found = [(phrase, boxes)]
+    return draw_groundings(picture, spec, buckets, found, kept_index=kept_index, colour=colour)
+
+
+def draw_groundings(
+    picture: Image.Image,
+    spec: Preprocess,
+    buckets: tuple[Bucket, ...],
+    found: Sequence[tuple[str, tuple[Box, ...]]],
+    *,
+    kept_index: tuple[int, ...],
+    colour: tuple[int, int, int] = BOX_COLOUR,
+) -> Image.Image:
+    """As `draw_grounding`, for several phrases, each with its boxes."""
     canvas, scale = shade_patches(picture, spec, buckets, kept_index)
     draw = ImageDraw.Draw(canvas)
-    outline_boxes(canvas, boxes, scale, colour)
-    font = ImageFont.load_default(size=max(14, max(canvas.size) // 24))
-    anchor = (boxes[0].x0 * scale, boxes[0].y0 * scale) if boxes else (4.0, canvas.height - 4.0)
-    _draw_label(draw, phrase if boxes else f"{phrase}: no box", anchor, canvas.size, font, colour)
+    size = max(14, max(canvas.size) // 24)
+    font = ImageFont.load_default(size=size)
+    for _, boxes in found:
+        outline_boxes(canvas, boxes, scale, colour)
+    floor = canvas.height - 4.0
+    for phrase, boxes in found:
+        anchor = (boxes[0].x0 * scale, boxes[0].y0 * scale) if boxes else (4.0, floor)
+        label = phrase if boxes else f"{phrase}: no box"
+        _draw_label(draw, label, anchor, canvas.size, font, colour)
+        if not boxes:
+            floor -= 1.5 * size
     return canvas
 
 

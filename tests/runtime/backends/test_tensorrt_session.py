@@ -231,7 +231,7 @@ def test_a_grounder_takes_the_backend_by_name_and_folder(open_bundle):
     bundle, _, _ = open_bundle()
     for name in ("tensorrt", "tensorrt:rtx"):
         found = grounder.Grounder(bundle, name)
-        assert found._open_decoder().run(
+        assert found._open_cache().session.run(
             np.zeros((1, 1, 2), np.float32), np.zeros((1, 1), np.int64), 0, np.array([0])
         ).shape == (1, 12)
 

@@ -108,10 +108,6 @@ def misspelt_command(folder, _tmp_path):
     return ["grond", folder]
 
 
-def unquoted_phrase(folder, tmp_path):
-    return ["ground", folder, tmp_path / "photo.png", "the", "red", "mug"]
-
-
 def drawing_over_the_picture(folder, tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "photo.png")
     photo = tmp_path / "photo.png"
@@ -131,7 +127,6 @@ ERRORS = [
     (text_for_image, 2, "input", "notes.png: not a picture"),
     (empty_phrase, 2, "input", "the phrase is empty"),
     (long_phrase, 2, "input", "use a shorter phrase"),
-    (unquoted_phrase, 2, "input", "quote the phrase: 'the red mug'"),
     (drawing_over_the_picture, 2, "input", "link.png: is the picture itself"),
     (drawing_of_another_kind, 2, "input", "--draw writes .png or .jpg"),
     (unknown_ratio, 2, "config", "no ratio 0.9; have 0.5, 0.75"),

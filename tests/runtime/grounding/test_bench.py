@@ -102,14 +102,26 @@ def test_extra_token_counts_in_the_prompt(make_bundle, backend, with_extra):
 
 def test_phrase_is_told_where_it_is_read(make_bundle, backend, told_by_clip):
     bench_bundle(Bundle.open(make_bundle(**told_by_clip)), runs=2, warmup=0)
-    turn = ["vision-8", "text", "vision-4"]
+    # The second ratio's pruner reads each of the three phrases of a run.
+    turn = ["vision-8", *["text", "vision-4"] * 3]
     assert [name for name, _ in backend.calls] == turn * 2
 
 
 def test_answers_are_decoded_past_the_stop_token(make_bundle, backend):
     bench_bundle(Bundle.open(make_bundle()), runs=1, warmup=0)
-    # The layout has room for five; the fake would stop after one.
-    assert len(backend.decoded) == 2 * 5
+    # The layout has room for five; the fake would stop after one, as the answer before does. The
+    # further phrase between them is only prefilled.
+    assert len(backend.decoded) == 2 * (2 + 1 + 5)
+
+
+def test_a_further_phrase_computes_only_what_is_behind_the_picture(make_bundle, backend):
+    (row, _) = bench_bundle(Bundle.open(make_bundle()), runs=1, warmup=0).rows
+    rows = [embeddings.shape[1] for embeddings, *_ in backend.decoded]
+    # 1 token before the picture, 8 of it, 7 behind; the text before it is there at other ratios.
+    assert rows[:8] == [16, 1, 7, 7, 1, 1, 1, 1]
+    assert rows[8:] == [11, 1, 7, 7, 1, 1, 1, 1]
+    assert (row.tokens, row.calls, row.drafted, row.accepted) == (1, 2, 0, 0)
+    assert row.further_ms > 0
 
 
 def test_bench_for_people_names_the_buckets(make_bundle, tiled, answer_with, capsys):

@@ -25,9 +25,9 @@ def backend(answer_with):
 
 @pytest.fixture
 def make_grounder(make_bundle, backend):
-    """A function that opens a bundle with changes on the fake backend."""
+    """A function that opens a bundle with changes on the fake backend; it keeps no pictures."""
     assert backend.opened == []
-    return lambda **changes: Grounder(Bundle.open(make_bundle(**changes)))
+    return lambda **changes: Grounder(Bundle.open(make_bundle(**changes)), keep_pictures=0)
 
 
 def inputs_of(backend, name):

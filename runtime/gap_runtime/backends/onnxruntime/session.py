@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gap_runtime.backends._kv_cache import KvCache, cache_specs
+from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs
 from gap_runtime.backends.onnxruntime.providers import (
     CPU,
     CUDA,
@@ -100,6 +100,7 @@ class OnnxDecoder:
         self._on_gpu = self._session.get_providers()[0] != CPU
         self._is_plugin = bool(device) and _needs_plugin(self._ort, find_provider(device))
         self._on_host = self._find_host_inputs()
+        self._host_memory: dict[int, np.ndarray] = {}
         in_place = writes_in_place(device, bundle.manifest.target.opset)
         self._cache = self._make_cache(stage, in_place=in_place)
         specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
@@ -142,6 +143,29 @@ class OnnxDecoder:
             raise EngineError(f"onnxruntime could not run the decoder: {error}") from error
         self._cache.turn()
         return call.logits
+
+    def copy_slots(self, count: int) -> SlotCopy[np.ndarray]:
+        """A copy of the first slots on the host; see gap_runtime.backends.SlotSaver."""
+        tensors = {
+            name: self._look_into(value)[:, :, :count].copy()
+            for name, value in self._cache.inputs(self._cache.side).items()
+        }
+        size = sum(array.nbytes for array in tensors.values())
+        return SlotCopy(count=count, tensors=tensors, size=size)
+
+    def put_slots(self, saved: SlotCopy[np.ndarray]) -> None:
+        """Write slots back; see gap_runtime.backends.SlotSaver."""
+        for name, value in self._cache.inputs(self._cache.side).items():
+            array = self._look_into(value)
+            array[:, :, : saved.count] = saved.tensors[name]
+            if value.data_ptr() not in self._host_memory:
+                value.update_inplace(array)
+
+    def _look_into(self, value: Any) -> np.ndarray:
+        """A tensor of the cache: its own memory on the host, a copy of it elsewhere."""
+        memory = self._host_memory.get(value.data_ptr())
+        copied: np.ndarray = value.numpy() if memory is None else memory
+        return copied
 
     def _bind(self, rows: int, wanted: int) -> _Call:
         """Buffers for numbers of rows and logits, and a binding for each turn of the caches."""
@@ -193,9 +217,8 @@ class OnnxDecoder:
         try:
             return KvCache(
                 stage,
-                lambda spec: self._place(
-                    np.zeros(spec.fixed_shape(), spec.dtype),
-                    on_host=self._is_on_host(spec.name),
+                lambda spec: self._place_cache(
+                    spec.name, np.zeros(spec.fixed_shape(), spec.dtype)
                 ),
                 in_place=in_place,
             )
@@ -205,6 +228,14 @@ class OnnxDecoder:
                 f"no room for the KV cache of {len(specs)} tensors of shape "
                 f"{list(specs[0].shape)} where the decoder runs: {_first_words(error)}"
             ) from error
+
+    def _place_cache(self, name: str, array: np.ndarray) -> Any:
+        """A tensor of the cache where the graph reads it; on the host the array is its memory."""
+        on_host = not self._on_gpu or self._is_on_host(name)
+        value = self._place(array, on_host=on_host)
+        if on_host:
+            self._host_memory[value.data_ptr()] = array
+        return value
 
     def _place(self, array: np.ndarray, *, on_host: bool = False) -> Any:
         """A copy of an array where the graph runs, or the array itself on the host."""

@@ -120,6 +120,21 @@ class Device:
             "cudaMemcpyAsync", array.ctypes.data, memory.address, array.nbytes, kind, self.stream
         )
 
+    def copy_rows(
+        self,
+        to: DeviceMemory,
+        to_pitch: int,
+        source: DeviceMemory,
+        pitch: int,
+        *,
+        width: int,
+        rows: int,
+    ) -> None:
+        """Queue a copy on the device of the first `width` bytes of rows that lie a pitch apart."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        places = (to.address, to_pitch, source.address, pitch)
+        self.call("cudaMemcpy2DAsync", *places, width, rows, kind, self.stream)
+
     def synchronize(self) -> None:
         """Wait until all that was queued is done."""
         self.call("cudaStreamSynchronize", self.stream)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gap_runtime.backends._kv_cache import KvCache, cache_specs
+from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs
 from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemory
 from gap_runtime.backends.tensorrt.kernels import CompiledKernels
 from gap_runtime.backends.tensorrt.library import (
@@ -37,7 +37,7 @@ from gap_runtime.bundle.engines import (
     rebuild_command,
 )
 from gap_runtime.bundle.manifest import Stage
-from gap_runtime.bundle.tensors import MOST_LOGITS, TensorSpec
+from gap_runtime.bundle.tensors import ITEM_BYTES, MOST_LOGITS, TensorSpec
 from gap_runtime.errors import EngineError
 
 _SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_rows")
@@ -197,6 +197,10 @@ class TensorrtDecoder:
             lambda spec: self._engine.device.allocate(spec.count_bytes()),
             in_place=self._engine.record.is_cache_in_place,
         )
+        # Heads of a tensor of the cache, bytes of one of them and of a slot of it.
+        _, heads, slots, width = cache_specs(stage)[0].fixed_shape()
+        slot = width * ITEM_BYTES[cache_specs(stage)[0].dtype]
+        self._cache_layout = heads, slots * slot, slot
         self._calls: dict[int, _Call] = {}
         self._captures = True
 
@@ -235,6 +239,30 @@ class TensorrtDecoder:
         self._cache.turn()
         logits: np.ndarray = call.logits.host[: len(logits_rows)]
         return logits
+
+    def copy_slots(self, count: int) -> SlotCopy[DeviceMemory]:
+        """A copy of the first slots on the device; see gap_runtime.backends.SlotSaver."""
+        device = self._engine.device
+        heads, pitch, slot = self._cache_layout
+        size = heads * count * slot
+        tensors = {}
+        for name, memory in self._cache.inputs(self._cache.side).items():
+            tensors[name] = device.allocate(size)
+            device.copy_rows(
+                tensors[name], count * slot, memory, pitch, width=count * slot, rows=heads
+            )
+        device.synchronize()
+        return SlotCopy(count=count, tensors=tensors, size=size * len(tensors))
+
+    def put_slots(self, saved: SlotCopy[DeviceMemory]) -> None:
+        """Write slots back; see gap_runtime.backends.SlotSaver."""
+        heads, pitch, slot = self._cache_layout
+        width = saved.count * slot
+        for name, memory in self._cache.inputs(self._cache.side).items():
+            self._engine.device.copy_rows(
+                memory, pitch, saved.tensors[name], width, width=width, rows=heads
+            )
+        self._engine.device.synchronize()
 
     def _launch(self, call: _Call) -> None:
         """Queue one run: as a graph where there is one, or where one can be made now."""

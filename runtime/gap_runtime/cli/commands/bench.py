@@ -9,6 +9,7 @@ from gap_runtime.cli.options import (
     add_backend,
     add_bundle,
     add_chosen_counts,
+    add_draft,
     open_bundle,
     print_json,
 )
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_chosen_counts(parser)
     parser.add_argument("--runs", type=int, default=7, help="timed runs per ratio (default 7)")
     add_backend(parser)
+    add_draft(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
             options.backend,
             runs=options.runs,
             ratios=bundle.choose_ratios(options.ratios, options.keep),
+            draft=options.draft,
         )
     if options.json:
         print_json(dump_record(report))
@@ -50,6 +53,9 @@ def run(options: argparse.Namespace) -> int:
         print(
             f"ratio {row.ratio:g} ({bucket}{row.kept} of {row.patches}): "
             f"vision {row.vision_ms:.1f} ms, prefill of {row.prompt} {row.prefill_ms:.1f} ms, "
-            f"token {row.token_ms:.2f} ms ({row.tokens_per_second:.0f}/s)"
+            f"of a further phrase {row.further_ms:.1f} ms, "
+            f"token {row.token_ms:.2f} ms ({row.tokens_per_second:.0f}/s), "
+            f"answer of {row.tokens} tokens {row.answer_ms:.1f} ms by {row.calls} calls "
+            f"({row.accepted} of {row.drafted} drafted tokens right)"
         )
     return 0

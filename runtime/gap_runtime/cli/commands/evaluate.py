@@ -12,7 +12,13 @@ from gap_runtime.cli.evaluation import (
     read_request,
     run_evaluation,
 )
-from gap_runtime.cli.options import add_backend, add_bundle, add_draft, open_bundle
+from gap_runtime.cli.options import (
+    add_backend,
+    add_bundle,
+    add_draft,
+    add_kept_pictures,
+    open_bundle,
+)
 
 SUMMARY: Final = "measure how well it grounds the phrases of a data set"
 
@@ -23,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_evaluation_arguments(parser)
     add_backend(parser)
     add_draft(parser)
+    # Phrases come by picture, so that only a picture under several names comes again.
+    add_kept_pictures(parser, default=0)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,7 +59,11 @@ def run(options: argparse.Namespace) -> int:
         header=header,
         ratios=ratios,
         open_answerer=partial(
-            BundleAnswerer, bundle.folder.resolve(), options.backend, draft=options.draft
+            BundleAnswerer,
+            bundle.folder.resolve(),
+            options.backend,
+            draft=options.draft,
+            keep_pictures=options.keep_pictures,
         ),
     )
     return finish(options, display, data, answers, other)

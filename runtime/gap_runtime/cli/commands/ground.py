@@ -1,4 +1,4 @@
-"""`gap-runtime ground`: say where a phrase is in a picture."""
+"""`gap-runtime ground`: say where phrases are in a picture."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from gap_runtime.cli.options import (
     add_bundle,
     add_count,
     add_draft,
+    add_kept_pictures,
     open_bundle,
     print_json,
 )
 from gap_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from gap_runtime.bundle.bundle import Bundle
+    from PIL import Image
 
-SUMMARY: Final = "say where a phrase is in a picture"
+    from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.display import Display
+    from gap_runtime.grounding.view import Grounding
+
+SUMMARY: Final = "say where phrases are in a picture"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     parser.add_argument("image", metavar="IMAGE", help="picture file")
     parser.add_argument(
-        "phrase", nargs="+", metavar="PHRASE", help="what to look for: 'the red mug'"
+        "phrases",
+        nargs="+",
+        metavar="PHRASE",
+        help="what to look for, each in quotes: 'the red mug' 'the spoon'",
     )
     add_count(parser)
     parser.add_argument("--draw", metavar="OUT.png", type=Path, help="paint the result")
     add_backend(parser)
     add_draft(parser)
+    add_kept_pictures(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,45 +50,61 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.grounding.grounder import Grounder  # noqa: PLC0415
     from gap_runtime.pictures.load import load_picture  # noqa: PLC0415
 
-    phrase = " ".join(options.phrase)
-    if len(options.phrase) > 1:
-        raise InputError(f"the phrase came as several words; quote the phrase: '{phrase}'")
     picture = load_picture(options.image)
     bundle = open_bundle(options)
     if options.draw is not None:
         _require_drawable(options.draw, Path(options.image))
     grounder = Grounder(
-        bundle, options.backend, ratio=options.ratio, keep=options.keep, draft=options.draft
+        bundle,
+        options.backend,
+        ratio=options.ratio,
+        keep=options.keep,
+        draft=options.draft,
+        keep_pictures=options.keep_pictures,
     )
-    grounding = grounder.ground(picture, phrase)
+    view = grounder.look(picture)
+    found = [view.ground(phrase) for phrase in options.phrases]
     if options.draw is not None:
-        _draw(options.draw, picture, bundle, grounding)
+        _draw(options.draw, picture, bundle, found)
     if options.json:
-        print_json(
-            {
-                "answer": grounding.answer,
-                "boxes": [list(box) for box in grounding.boxes],
-                "problems": list(grounding.problems),
-                "phrase": grounding.phrase,
-                "ratio": grounding.ratio,
-                "kept": grounding.kept,
-                "patches": grounding.patches,
-                "kept_index": list(grounding.kept_index),
-                "milliseconds": grounding.milliseconds,
-                "calls": grounding.calls,
-                "drafted": grounding.drafted,
-                "accepted": grounding.accepted,
-            }
-        )
+        dumped = [_dump(grounding) for grounding in found]
+        print_json(dumped[0] if len(dumped) == 1 else dumped)
         return 0
-    for box in grounding.boxes:
-        print(" ".join(f"{value:.1f}" for value in box))
     display = Display()
-    for problem in grounding.problems:
-        display.say(f"no usable box: {problem} (answer: {grounding.answer!r})")
-    times = ", ".join(f"{name} {value:.0f} ms" for name, value in grounding.milliseconds.items())
-    display.say(f"{grounding.answer}  kept {grounding.kept} of {grounding.patches}; {times}")
+    for grounding in found:
+        _show(display, grounding, named=len(found) > 1)
     return 0
+
+
+def _dump(grounding: Grounding) -> dict[str, Any]:
+    """A grounding as plain data."""
+    return {
+        "answer": grounding.answer,
+        "boxes": [list(box) for box in grounding.boxes],
+        "problems": list(grounding.problems),
+        "phrase": grounding.phrase,
+        "ratio": grounding.ratio,
+        "kept": grounding.kept,
+        "patches": grounding.patches,
+        "kept_index": list(grounding.kept_index),
+        "milliseconds": grounding.milliseconds,
+        "calls": grounding.calls,
+        "drafted": grounding.drafted,
+        "accepted": grounding.accepted,
+    }
+
+
+def _show(display: Display, grounding: Grounding, *, named: bool) -> None:
+    """A line for every box, which begins with the phrase where there are several."""
+    start = f"{grounding.phrase}: " if named else ""
+    for box in grounding.boxes:
+        print(start + " ".join(f"{value:.1f}" for value in box))
+    for problem in grounding.problems:
+        display.say(f"{start}no usable box: {problem} (answer: {grounding.answer!r})")
+    times = ", ".join(f"{name} {value:.0f} ms" for name, value in grounding.milliseconds.items())
+    display.say(
+        f"{start}{grounding.answer}  kept {grounding.kept} of {grounding.patches}; {times}"
+    )
 
 
 def _require_drawable(path: Path, image: Path) -> None:
@@ -90,16 +115,21 @@ def _require_drawable(path: Path, image: Path) -> None:
         raise InputError(f"{path}: is the picture itself; give --draw another file")
 
 
-def _draw(path: Path, picture: Any, bundle: Bundle, grounding: Any) -> None:
-    from gap_runtime.pictures.drawing import draw_grounding  # noqa: PLC0415
+def _draw(path: Path, picture: Image.Image, bundle: Bundle, found: list[Grounding]) -> None:
+    from gap_runtime.pictures.drawing import draw_groundings  # noqa: PLC0415
 
-    painted = draw_grounding(
+    kept = {grounding.kept_index for grounding in found}
+    if len(kept) > 1:
+        raise InputError(
+            f"{path}: each phrase kept other patches, which one drawing cannot show; ask for one "
+            "phrase at a time"
+        )
+    painted = draw_groundings(
         picture,
         bundle.manifest.preprocess,
         bundle.manifest.buckets,
-        phrase=grounding.phrase,
-        boxes=grounding.boxes,
-        kept_index=grounding.kept_index,
+        [(grounding.phrase, grounding.boxes) for grounding in found],
+        kept_index=kept.pop(),
     )
     try:
         painted.save(path)

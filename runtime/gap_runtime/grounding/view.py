@@ -1,0 +1,158 @@
+"""A picture that was looked at: what all its phrases share, and how much of that is kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+from PIL import Image
+
+from gap_runtime.bundle.hashes import hash_bytes
+from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.pictures.boxes import Box, PictureFrame
+
+DEFAULT_KEPT_MIB: Final = 256
+"""Memory for pictures that may be asked about again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grounding:
+    """Where a phrase is in a picture.
+
+    `problems` says what in the answer was no usable box. `kept_index` are the patches that
+    stayed, by slot. `milliseconds` is by stage: preprocess, vision, prefill, decode, total; what
+    was there from an earlier phrase took none. `calls` of the decoder, the prefill among them,
+    held `drafted` tokens of which `accepted` turned out right.
+    """
+
+    phrase: str
+    answer: str
+    boxes: tuple[Box, ...]
+    problems: tuple[str, ...]
+    ratio: float
+    kept: int
+    patches: int
+    kept_index: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    milliseconds: dict[str, float]
+    calls: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class VisionOutput:
+    """What the vision stages gave of a picture at one ratio, and the pixels that they took.
+
+    `is_kept` says that the rows of the decoder's cache may be saved when another picture takes
+    their place; `rows` are those that were, as gap_runtime.grounding.prompt_cache has them.
+    """
+
+    pixels: np.ndarray
+    visual_tokens: np.ndarray
+    kept_index: np.ndarray
+    position_ids: np.ndarray
+    preprocess_ms: float
+    vision_ms: float
+    is_kept: bool = False
+    rows: Any = None
+
+    def count_bytes(self) -> int:
+        """Memory of what it holds, but for the pixels."""
+        arrays = (self.visual_tokens, self.kept_index, self.position_ids)
+        return sum(array.nbytes for array in arrays) + (self.rows.size if self.rows else 0)
+
+
+class Ask(Protocol):
+    """How a view has a phrase grounded."""
+
+    def __call__(
+        self, view: View, phrase: str, *, ratio: float | None, keep: int | None
+    ) -> Grounding:
+        """See View.ground."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class View:
+    """A picture that was looked at. What its phrases share is computed for the first of them.
+
+    `frame` is what of it the model is shown. `outputs` are by ratio, for pruners that do not read
+    the phrase.
+    """
+
+    picture: Image.Image
+    bucket: str
+    frame: PictureFrame
+    ask: Ask
+    pixels: np.ndarray | None = None
+    outputs: dict[RatioEntry, VisionOutput] = field(default_factory=dict)
+    is_kept: bool = False
+
+    def ground(
+        self, phrase: str, *, ratio: float | None = None, keep: int | None = None
+    ) -> Grounding:
+        """Ask where a phrase is in this picture.
+
+        Args:
+            phrase: What to ground.
+            ratio: Another of the bundle's ratios than the grounder's own.
+            keep: Or a count of visual tokens that stay.
+
+        Raises:
+            InputError: The phrase cannot be used.
+            EngineError: The backend failed.
+        """
+        return self.ask(self, phrase, ratio=ratio, keep=keep)
+
+    def put(self, entry: RatioEntry, output: VisionOutput) -> None:
+        """Keep what the vision stages gave for every phrase."""
+        output.is_kept = self.is_kept
+        self.outputs[entry] = output
+
+    def count_bytes(self) -> int:
+        """Memory of all that it holds."""
+        pixels = 0 if self.pixels is None else self.pixels.nbytes
+        own = 3 * self.picture.width * self.picture.height
+        return own + pixels + sum(each.count_bytes() for each in self.outputs.values())
+
+    def release(self) -> None:
+        """Give up the rows of the cache that were saved, and save no more."""
+        self.is_kept = False
+        for each in self.outputs.values():
+            each.is_kept, each.rows = False, None
+
+
+class KeptViews:
+    """The pictures that were asked about last, by their content, within some memory."""
+
+    def __init__(self, limit: int) -> None:
+        """Keep nothing yet.
+
+        Args:
+            limit: Bytes; 0 keeps no picture.
+        """
+        self._limit = limit
+        self._views: OrderedDict[str, View] = OrderedDict()
+
+    def find(self, view: View) -> View:
+        """The view of the same picture that is kept; else this one, which is kept from now on."""
+        if not self._limit:
+            return view
+        values = np.asarray(view.picture)
+        key = f"{values.shape} {hash_bytes(values.tobytes())}"
+        found = self._views.setdefault(key, view)
+        found.is_kept = True
+        self._views.move_to_end(key)
+        return found
+
+    def count_bytes(self) -> int:
+        """Memory of all that is kept."""
+        return sum(view.count_bytes() for view in self._views.values())
+
+    def trim(self) -> None:
+        """Give up the pictures that were not asked about for longest, as far as is needed."""
+        while self._views and self.count_bytes() > self._limit:
+            _, view = self._views.popitem(last=False)
+            view.release()

@@ -1,0 +1,335 @@
+"""What is computed once for phrases and pictures, on a backend that writes down all it does."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.cli.main import main
+from gap_runtime.errors import EngineError, InputError
+from gap_runtime.grounding.grounder import Grounder
+from gap_runtime.grounding.prompt_cache import PromptCache
+from gap_runtime.grounding.view import View, VisionOutput
+
+BOX_TOKEN = 11
+MUG, RED = "the mug", "the red mug"
+"""Six and seven tokens behind the picture."""
+
+
+def make_picture(shade):
+    return Image.new("RGB", (40, 40), (shade, 100, 50))
+
+
+@dataclasses.dataclass
+class Copied:
+    count: int
+    size: int
+
+
+@pytest.fixture
+def backend(answer_with, monkeypatch):
+    """The fake backend, whose decoder saves slots: `saved` and `put` are counts, in order."""
+    found = answer_with(BOX_TOKEN)
+    found.saved, found.put = [], []
+    open_decoder = found.open_decoder
+
+    def open_saver(*arguments):
+        decoder = open_decoder(*arguments)
+
+        def copy_slots(count):
+            found.saved.append(count)
+            # Two tensors of one head, two wide, in float32.
+            return Copied(count, 16 * count)
+
+        decoder.copy_slots = copy_slots
+        decoder.put_slots = lambda copied: found.put.append(copied.count)
+        return decoder
+
+    monkeypatch.setattr(found, "open_decoder", open_saver)
+    return found
+
+
+@pytest.fixture
+def make_grounder(make_bundle, backend):
+    """A function that opens a bundle on it."""
+    assert backend.opened == []
+    return lambda keep=256, **changes: Grounder(
+        Bundle.open(make_bundle(**changes)), keep_pictures=keep
+    )
+
+
+def prompts(backend):
+    """(first slot, rows) of every prefill: calls of several rows."""
+    calls = [(slot, rows.shape[1]) for rows, _, slot, _ in backend.decoded]
+    return [(slot, rows) for slot, rows in calls if rows > 1]
+
+
+def looks(backend):
+    return [name for name, _ in backend.calls]
+
+
+def test_a_further_phrase_computes_only_what_is_behind_the_picture(make_grounder, backend):
+    grounder = make_grounder()
+    view = grounder.look(make_picture(1))
+    assert backend.opened == []
+    first, second = view.ground(MUG), view.ground(RED)
+    assert looks(backend) == ["vision-8"]
+    # One token before the picture and eight of it.
+    assert prompts(backend) == [(0, 15), (9, 7)]
+    embeddings, positions, _, wanted = backend.decoded[2]
+    # Table row k is (2k, 2k + 1): "Where is the red mug ? ASSISTANT:".
+    assert embeddings.tolist() == [[[2 * k, 2 * k + 1] for k in (4, 5, 6, 7, 8, 9, 3)]]
+    assert positions.tolist() == [list(range(9, 16))]
+    assert wanted == [6]
+    # The answer goes on behind it.
+    assert backend.decoded[3][2] == 16
+    assert first.kept_index == second.kept_index
+    assert first.milliseconds["vision"] > 0
+    assert second.milliseconds["vision"] == second.milliseconds["preprocess"] == 0
+    parts = sum(ms for stage, ms in second.milliseconds.items() if stage != "total")
+    assert second.milliseconds["total"] >= parts
+
+
+def test_another_picture_or_ratio_finds_the_text_before_it(make_grounder, backend):
+    grounder = make_grounder(keep=0)
+    view = grounder.look(make_picture(1))
+    view.ground(MUG)
+    grounder.look(make_picture(2)).ground(MUG)
+    view.ground(MUG, ratio=0.75)
+    assert prompts(backend) == [(0, 15), (1, 14), (1, 10)]
+    assert looks(backend) == ["vision-8", "vision-8", "vision-4"]
+    # The pixels are those of the first look.
+    assert backend.calls[0][1]["pixels"] is backend.calls[2][1]["pixels"]
+
+
+def test_a_picture_that_comes_again_is_known_by_its_content(make_grounder, backend):
+    grounder = make_grounder()
+    values = np.asarray(make_picture(1))
+    for image in (make_picture(1), values, values.copy()):
+        grounder.ground(image, MUG)
+    assert looks(backend) == ["vision-8"]
+    grounder.ground(np.ascontiguousarray(values[:20]), MUG)
+    assert looks(backend) == ["vision-8", "vision-8"]
+
+
+def test_rows_of_a_picture_that_gave_way_are_put_back(make_grounder, backend):
+    grounder = make_grounder()
+    for shade in (1, 2, 1, 2, 2, 1):
+        grounder.ground(make_picture(shade), MUG)
+    assert looks(backend) == ["vision-8", "vision-8"]
+    # Each is saved once, when the other takes its place for the first time.
+    assert backend.saved == [9, 9]
+    assert backend.put == [9, 9, 9]
+    assert prompts(backend) == [(0, 15), (1, 14), (9, 6), (9, 6), (9, 6), (9, 6)]
+
+
+def test_without_memory_no_picture_is_kept(make_grounder, backend):
+    grounder = make_grounder(keep=0)
+    view = grounder.look(make_picture(1))
+    for _ in range(2):
+        view.ground(MUG)
+    for shade in (1, 2, 1):
+        grounder.ground(make_picture(shade), MUG)
+    # The view is its owner's; the others are looked at each time they come.
+    assert looks(backend) == ["vision-8"] * 4
+    assert backend.saved == backend.put == []
+
+
+def test_memory_stays_below_the_limit_over_many_pictures(make_grounder, backend, monkeypatch):
+    grounder = make_grounder(keep=1)
+    monkeypatch.setattr("gap_runtime.grounding.view.View.count_bytes", lambda _: 100_000)
+    most = []
+    for number in range(500):
+        grounder.ground(make_picture(number % 50), MUG)
+        most.append(grounder._views.count_bytes())
+    assert max(most) <= 2**20
+    assert most[-1] > 2**20 - 200_000
+    # Ten fit of fifty that take turns, so that each is looked at anew.
+    assert len(looks(backend)) == 500
+    for number in range(49, 44, -1):
+        grounder.ground(make_picture(number), MUG)
+    assert len(looks(backend)) == 500
+
+
+def test_what_a_view_holds_is_counted(make_grounder, backend):
+    grounder = make_grounder()
+    view = grounder.look(make_picture(1))
+    view.ground(MUG)
+    grounder.ground(make_picture(2), MUG)
+    assert backend.saved == [9]
+    # The picture, pixels of 8 x 8, 8 tokens two wide, 8 indices and 16 positions, 9 slots.
+    counted = [40 * 40 * 3, 3 * 8 * 8 * 4, 8 * 2 * 4, 8 * 8, 16 * 8, 9 * 16]
+    assert view.count_bytes() == sum(counted)
+
+
+def test_rows_larger_than_the_memory_are_not_saved(make_grounder, backend):
+    grounder = make_grounder(keep=8)
+    grounder._open_cache()._slot_bytes = 2**20
+    for shade in (1, 2, 1):
+        grounder.ground(make_picture(shade), MUG)
+    # 9 slots of a MiB each. The vision stages still ran once.
+    assert backend.saved == []
+    assert looks(backend) == ["vision-8"] * 2
+    assert prompts(backend) == [(0, 15), (1, 14), (1, 14)]
+
+
+def test_a_pruner_that_reads_the_phrase_looks_for_each(make_grounder, backend, told_by_clip):
+    view = make_grounder(**told_by_clip).look(make_picture(1))
+    for phrase in (MUG, MUG, RED):
+        view.ground(phrase, ratio=0.75)
+    assert looks(backend) == ["text", "vision-4"] * 3
+    assert prompts(backend) == [(0, 11), (1, 10), (1, 11)]
+    pixels = [inputs["pixels"] for name, inputs in backend.calls if name == "vision-4"]
+    assert pixels[0] is pixels[1] is pixels[2]
+
+
+def test_a_phrase_before_the_picture_is_not_taken_for_another(make_grounder, backend, manifest):
+    """The text before the picture need not be the same for every phrase."""
+    prompt = dataclasses.replace(
+        manifest.prompt, template="{phrase} <image> Where ? ASSISTANT:", image_token=None
+    )
+    view = make_grounder(prompt=prompt).look(make_picture(1))
+    for phrase in ("mug", "red", "red"):
+        view.ground(phrase)
+    assert prompts(backend) == [(0, 12), (0, 12), (9, 3)]
+
+
+def test_a_phrase_of_no_use_leaves_nothing_behind(make_grounder, backend):
+    view = make_grounder().look(make_picture(1))
+    for phrase in ("", "mug " * 30, 7):
+        with pytest.raises(InputError):
+            view.ground(phrase)
+    assert backend.calls == []
+    assert view.outputs == {}
+
+
+def test_after_a_call_that_failed_nothing_is_taken_for_known(make_grounder, backend):
+    grounder = make_grounder()
+    view = grounder.look(make_picture(1))
+    view.ground(MUG)
+    session = grounder._open_cache().session
+    run = session.run
+
+    def fail(*_):
+        raise EngineError("out of memory")
+
+    session.run = fail
+    with pytest.raises(EngineError):
+        view.ground(MUG)
+    session.run = run
+    view.ground(MUG)
+    assert prompts(backend) == [(0, 15), (0, 15)]
+
+
+class Sized:
+    """A session with profiles, as an engine has."""
+
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+    def fit(self, rows):
+        return min((size for size in self.sizes if size >= rows), default=None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held"),
+    [
+        ((1, 8, 16), [0, 9, 1]),
+        # No profile for the text alone, and none for a prompt behind its first token.
+        ((1, 16), [0, 0, 1]),
+        ((1, 15), [0, 0, 1]),
+        ((15, 16, 17, 18, 19, 20), [0, 0, 1]),
+    ],
+)
+def test_engines_compute_again_what_has_no_profile_behind_it(manifest, sizes, held):
+    cache = PromptCache(Sized(*sizes), manifest.cache, capacity=21, limit=0)
+
+    def make_output():
+        return VisionOutput(
+            pixels=np.zeros(0),
+            visual_tokens=np.zeros((1, 8, 2)),
+            kept_index=np.zeros((1, 8)),
+            position_ids=np.arange(16)[None],
+            preprocess_ms=0,
+            vision_ms=0,
+        )
+
+    first = make_output()
+    found = []
+    for output in (first, first, make_output()):
+        with cache.begin([2], output, [3] * 6) as slots:
+            found.append(slots)
+    assert found == held
+
+
+def test_other_positions_before_the_picture_are_other_rows(manifest):
+    cache = PromptCache(Sized(16), manifest.cache, capacity=99, limit=0)
+    found = []
+    for start in (0, 0, 5):
+        output = VisionOutput(
+            pixels=np.zeros(0),
+            visual_tokens=np.zeros((1, 8, 2)),
+            kept_index=np.zeros((1, 8)),
+            position_ids=np.arange(start, start + 16)[None],
+            preprocess_ms=0,
+            vision_ms=0,
+        )
+        with cache.begin([2], output, [3] * 6) as slots:
+            found.append(slots)
+    assert found == [0, 1, 0]
+
+
+def test_the_public_names():
+    import gap_runtime
+
+    assert gap_runtime.View is View
+
+
+def test_the_command_takes_several_phrases(make_bundle, backend, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    make_picture(1).save(photo)
+    command = ["ground", str(make_bundle()), str(photo), MUG, RED]
+    painted = tmp_path / "out.png"
+    assert main([*command, "--draw", str(painted), "--keep-pictures", "0"]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [f"{name}: 10.0 10.0 30.0 20.0" for name in (MUG, RED)]
+    assert looks(backend) == ["vision-8"]
+    assert Image.open(painted).size == (480, 480)
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["phrase"] for each in found] == [MUG, RED]
+    assert found[1]["milliseconds"]["vision"] == 0
+    assert main([*command[:-1], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["phrase"] == MUG
+    assert main([*command, "--keep-pictures", "much"]) == 2
+    assert "expected MiB, a whole number of 0 or more" in capsys.readouterr().err
+
+
+def test_one_drawing_cannot_show_other_patches_for_each_phrase(
+    make_bundle, backend, told_by_clip, tmp_path, capsys
+):
+    photo, painted = tmp_path / "photo.png", tmp_path / "out.png"
+    make_picture(1).save(photo)
+    open_stage = backend.open_stage
+
+    def open_unsteady(*arguments):
+        stage = open_stage(*arguments)
+        run = stage.run
+
+        def run_unsteadily(inputs):
+            given = run(inputs)
+            if "kept_index" in given:
+                given["kept_index"] = given["kept_index"] + len(backend.calls)
+            return given
+
+        stage.run = run_unsteadily
+        return stage
+
+    backend.open_stage = open_unsteady
+    command = ["ground", str(make_bundle(**told_by_clip)), str(photo), MUG, RED]
+    assert main([*command, "--ratio", "0.75", "--draw", str(painted)]) == 2
+    assert "each phrase kept other patches" in capsys.readouterr().err
+    assert main([*command, "--ratio", "0.5", "--draw", str(painted)]) == 0
