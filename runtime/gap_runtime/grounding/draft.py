@@ -21,6 +21,8 @@ from gap_runtime.bundle.tensors import MOST_LOGITS
 
 DIGIT: Final = "#"
 """A digit that is not known, in the form of an answer: `[0.##, 0.##, 0.##, 0.##]`."""
+PHRASE: Final = "{phrase}"
+"""The phrase that was asked for, in the form of an answer that repeats it."""
 LONGEST: Final = MOST_LOGITS - 1
 """Tokens of a draft at most: they follow the last token that is known."""
 _DIGITS: Final = "0123456789"
@@ -38,11 +40,11 @@ class Drafter:
 
         Args:
             tokenizer: The model's.
-            form: The usual answer, with DIGIT for a digit.
+            form: The usual answer, with DIGIT for a digit and PHRASE for the phrase.
             before: The end of the prompt, to which the answer is joined.
         """
         self._tokenizer = tokenizer
-        self._form = form
+        self._form, self._filled, self._phrase = form, form, ""
         self._before = before
         self._before_ids: list[int] = tokenizer.encode(before, add_special_tokens=False).ids
         self._before_text: str = self._decode(self._before_ids)
@@ -51,6 +53,13 @@ class Drafter:
         self._known: dict[tuple[int | str, ...], tuple[int, ...]] = {}
         self._trust: dict[tuple[int | str, ...], int] = {}
 
+    def about(self, phrase: str) -> Drafter:
+        """This drafter, for an answer about a phrase, which the form may repeat."""
+        if PHRASE in self._form and phrase != self._phrase:
+            self._phrase, self._filled = phrase, self._form.replace(PHRASE, phrase)
+            self._known = {}
+        return self
+
     def propose(self, token_ids: Sequence[int], most: int = LONGEST) -> list[int]:
         """Tokens that the form forces behind an answer so far; none where it forces nothing.
 
@@ -58,18 +67,29 @@ class Drafter:
             token_ids: The answer so far.
             most: There is room for so many; LONGEST is the limit in any case.
         """
-        key = self._key(token_ids)
-        if self._trust.get(key, _TRIES) <= 0:
+        if self._trust.get(self._place(token_ids), _TRIES) <= 0:
             return []
+        key = self._key(token_ids)
         if key not in self._known:
             self._known[key] = self._draft(token_ids)
         return list(self._known[key][: max(min(most, LONGEST), 0)])
 
     def learn(self, token_ids: Sequence[int], accepted: int) -> None:
         """Take in how many tokens were accepted of the draft behind an answer so far."""
-        key = self._key(token_ids)
-        trust = self._trust.get(key, _TRIES) + (1 if accepted else -1)
-        self._trust[key] = min(trust, _TRUST)
+        place = self._place(token_ids)
+        trust = self._trust.get(place, _TRIES) + (1 if accepted else -1)
+        self._trust[place] = min(trust, _TRUST)
+
+    def _place(self, token_ids: Sequence[int]) -> tuple[int | str, ...]:
+        """What earns trust: the place in the form, which is the same for every phrase."""
+        if PHRASE not in self._form:
+            return self._key(token_ids)
+        read = self._read(token_ids)
+        left = 0 if read is None else len(_find_rest(self._filled, read[1]))
+        behind = len(self._form.rpartition(PHRASE)[2])
+        if left > behind + len(self._phrase):
+            return ("before", self._gap, left - len(self._phrase))
+        return (PHRASE, min(left, behind + 1))
 
     def _key(self, token_ids: Sequence[int]) -> tuple[int | str, ...]:
         """The place in the form: digits that are tokens of their own are all alike."""
@@ -79,16 +99,13 @@ class Drafter:
     def _draft(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """The tokens that are the same whatever digits come later."""
         start = [*self._before_ids, *token_ids]
-        text = self._decode(start)
-        if not text.startswith(self._before_text):
+        read = self._read(token_ids)
+        if read is None:
             return ()
-        said = text[len(self._before_text) :]
-        if token_ids:
-            # The next answer of this model will begin as this one did.
-            self._gap = said[: len(said) - len(said.lstrip(" "))]
-        else:
-            said = self._gap
-        rest = _find_rest(self._form, said.strip(" ") if not token_ids else said.lstrip(" "))
+        # The next answer of this model will begin as this one did.
+        self._gap, answer = read
+        said = self._gap + answer
+        rest = _find_rest(self._filled, answer)
         if not rest or rest[0] == DIGIT:
             return ()
         shared: list[int] | None = None
@@ -101,6 +118,18 @@ class Drafter:
             ids = ids[len(start) :]
             shared = ids if shared is None else _shared(shared, ids)
         return tuple(shared or ())
+
+    def _read(self, token_ids: Sequence[int]) -> tuple[str, str] | None:
+        """The space that an answer so far begins with, and its text; None where it cannot be told.
+
+        An answer that has not begun will begin with the space that the last one had.
+        """
+        text = self._decode([*self._before_ids, *token_ids])
+        if not text.startswith(self._before_text):
+            return None
+        said = text[len(self._before_text) :]
+        answer = said.lstrip(" ")
+        return (said[: len(said) - len(answer)], answer) if token_ids else (self._gap, "")
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)

@@ -27,7 +27,12 @@ from gap_runtime.bundle.manifest import (
 )
 from gap_runtime.errors import BundleError, ConfigError, InputError
 from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
-from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
+from gap_runtime.grounding.prompt import (
+    PhraseEncoder,
+    PromptEncoder,
+    collapse,
+    load_tokenizer,
+)
 from gap_runtime.grounding.prompt_cache import PromptCache
 from gap_runtime.grounding.view import (
     DEFAULT_KEPT_MIB,
@@ -218,6 +223,7 @@ class Grounder:
             view.pixels = vision.pixels
             if not self.reads_phrase(entry):
                 view.put(entry, vision)
+        drafter = self._drafter.about(collapse(phrase)) if self._drafter and draft else None
         cache = self._open_cache()
         looked = time.perf_counter()
         with cache.begin(prompt.prefix, vision, prompt.suffix) as held:
@@ -231,7 +237,7 @@ class Grounder:
                 most=manifest.layout.answer if most is None else most,
                 capacity=manifest.layout.capacity,
                 stop_ids=manifest.prompt.stop_ids if most is None else (),
-                drafter=self._drafter if draft else None,
+                drafter=drafter,
             )
         answered_ms = (time.perf_counter() - looked) * 1e3
         preprocess_ms = vision.preprocess_ms if is_new else 0.0

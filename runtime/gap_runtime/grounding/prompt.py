@@ -77,7 +77,7 @@ class PromptEncoder:
             InputError: The phrase is empty, not text, or holds the image token or one without a
                 row in the embedding table.
         """
-        phrase = _collapse(phrase)
+        phrase = collapse(phrase)
         if not phrase:
             raise InputError(
                 "the phrase is empty; say what to look for, for example 'the red mug'"
@@ -113,7 +113,7 @@ class PromptEncoder:
 
     def encode_phrase(self, phrase: str) -> list[int]:
         """Token IDs of the phrase alone."""
-        ids: list[int] = self._tokenizer.encode(_collapse(phrase), add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(collapse(phrase), add_special_tokens=False).ids
         self._require_rows(ids)
         return ids
 
@@ -180,7 +180,7 @@ class PhraseEncoder:
         Raises:
             InputError: The phrase holds a special token, which would end it for CLIP.
         """
-        phrase = _collapse(phrase)
+        phrase = collapse(phrase)
         _require_plain(phrase, self._special)
         ids = self._tokenizer.encode(phrase).ids
         padded = np.full((1, self._spec.length), self._spec.end_id, np.int64)
@@ -188,7 +188,7 @@ class PhraseEncoder:
         return padded
 
 
-def _collapse(phrase: str) -> str:
+def collapse(phrase: str) -> str:
     """The phrase with single spaces, as every tokenizer here sees it."""
     return " ".join(phrase.split())
 

@@ -196,3 +196,59 @@ def test_a_place_that_was_right_before_is_not_given_up_for_two_misses():
     for _ in range(3):
         replay(drafter, tokens_of(tokenizer, " no ring"))
     assert drafter.propose([], 7) != []
+
+
+REF = "<ref>{phrase}<ref><box>[[##,##,##,##]]<box>"
+
+
+def make_words():
+    tokenizer = make_tokenizer("▁the", "▁red", "mug", "ref", "box")
+    return tokenizer, Drafter(tokenizer, REF, BEFORE)
+
+
+def refer(tokenizer, phrase):
+    return tokens_of(tokenizer, f"<ref>{phrase}<ref><box>[[12,34,56,78]]<box>")
+
+
+def test_a_phrase_that_the_form_repeats_is_drafted():
+    tokenizer, drafter = make_words()
+    answer = refer(tokenizer, "the red mug")
+    # Learnt from the first answer: it begins without a space.
+    replay(drafter.about("the red mug"), answer)
+    calls, drafted, accepted = replay(drafter.about("the red mug"), answer)
+    assert len(answer) == 33
+    # One for each of eight digits, and where more is forced than a draft holds; none in vain.
+    assert (calls, drafted, accepted) == (11, 23, 23)
+
+
+def test_what_was_learnt_of_a_place_holds_for_every_phrase():
+    tokenizer, drafter = make_words()
+    words = ("the red mug", "a dog", "the man on the left of it", "it", "a b c d e f", "the end")
+    for phrase in words:
+        answer = refer(tokenizer, phrase)
+        calls, drafted, accepted = replay(drafter.about(phrase), answer)
+        assert len(answer) <= calls + accepted
+    assert drafted == accepted
+    # Who says another thing instead is soon left alone there, and drafted before it.
+    for letter in "abcdefghijklmn":
+        answer = refer(tokenizer, "something")
+        calls, drafted, accepted = replay(drafter.about(f"the {letter} mug"), answer)
+    assert accepted >= 4
+    assert calls <= len(answer) - accepted + 1
+
+
+@pytest.mark.parametrize("phrase", ["#5", "{phrase}", "<ref>", "2 of 12", "[[1", "", "a  b"])
+def test_no_phrase_changes_the_answer(phrase):
+    tokenizer, drafter = make_words()
+    for said in ("the mug", "a b", "the mug", "[[1", "2 of 12"):
+        replay(drafter.about(phrase), refer(tokenizer, said))
+
+
+def test_memory_does_not_grow_with_phrases():
+    tokenizer, drafter = make_words()
+    sizes = []
+    for number in range(60):
+        phrase = "the " + "abcdefghij"[number // 10] + "abcdefghij"[number % 10]
+        replay(drafter.about(phrase), refer(tokenizer, phrase))
+        sizes.append(len(drafter._known) + len(drafter._trust))
+    assert max(sizes[30:]) <= max(sizes[:30])
