@@ -24,14 +24,14 @@ class ModePositions:
     """One mode's slots and position IDs.
 
     `visual_slots` are visual tokens by slot, -1 for an extra token. The IDs are those of the
-    text before the picture, of the visual slots, of the text after, and of the first token of the
-    answer.
+    text before the picture, of the visual slots on each axis, of the text after, and of the first
+    token of the answer; text has the same on every axis.
     """
 
     mode: str
     visual_slots: tuple[int, ...]
     prefix_ids: tuple[int, ...]
-    visual_ids: tuple[int, ...]
+    visual_ids: tuple[tuple[int, ...], ...]
     suffix_ids: tuple[int, ...]
     first_answer_id: int
 
@@ -90,16 +90,22 @@ def _map(
 ) -> ModePositions:
     prefix = plan.layout.prefix
     slots, ids = place_tokens(
-        prefix, entry.patches, suffix, chosen.order, mode, extra_place=chosen.extra_place
+        prefix,
+        entry.patches,
+        suffix,
+        chosen.order,
+        mode,
+        extra_place=chosen.extra_place,
+        grid=plan.spec.position_grid(plan.bucket(entry)),
     )
     visual = prefix + len(slots)
     return ModePositions(
         mode=mode,
         visual_slots=tuple(slots),
-        prefix_ids=tuple(ids[:prefix]),
-        visual_ids=tuple(ids[prefix:visual]),
-        suffix_ids=tuple(ids[visual:]),
-        first_answer_id=ids[-1] + 1,
+        prefix_ids=tuple(ids[0][:prefix]),
+        visual_ids=tuple(tuple(axis[prefix:visual]) for axis in ids),
+        suffix_ids=tuple(ids[0][visual:]),
+        first_answer_id=ids[0][-1] + 1,
     )
 
 
@@ -155,6 +161,12 @@ def _even_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
     return Chosen(
         order=[*reversed(even), *bucket.fixed], tokens={}, extra_place=index, scores=None
     )
+
+
+def name_axes(table: PositionTable) -> list[str]:
+    """What to call the axes of visual IDs; nothing where there is one."""
+    axes = len(table.modes[0].visual_ids)
+    return [""] if axes == 1 else [" by time", " by row", " by column"]
 
 
 def shorten(numbers: Sequence[int], most: int = 9) -> str:

@@ -1,10 +1,12 @@
 """The Llama decoder and those that differ from it in little; fits gap_export.interfaces.decoder.
 
-    type        biases                   norm of heads
-    llama       as configured            no
-    mistral     none                     no
-    qwen2       queries, keys, values    no
-    qwen3       as configured            yes
+    type               biases                   norm of heads    axes of positions
+    llama              as configured            no               1
+    mistral            none                     no               1
+    qwen2              queries, keys, values    no               1
+    qwen3              as configured            yes              1
+    qwen2_5_vl_text    queries, keys, values    no               3, frequencies in sections
+    qwen3_vl_text      as configured            yes              3, frequencies by turns
 
 None may have a window that a prompt outgrows, or rotary frequencies that change as it grows.
 """
@@ -33,28 +35,36 @@ from gap_export.interfaces.dialect import Dialect
 EMBEDDING: Final = "language_model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 LAYERS: Final = "language_model.layers"
-_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
+_TYPES: Final = {
+    1: ("llama", "mistral", "qwen2", "qwen3"),
+    3: ("qwen2_5_vl_text", "qwen3_vl_text"),
+}
+"""Of language models, by the axes of their positions."""
+_QUERY_BIASED: Final = frozenset({"qwen2", "qwen2_5_vl_text"})
+_HEAD_NORMED: Final = frozenset({"qwen3", "qwen3_vl_text"})
+_BY_TURNS: Final = frozenset({"qwen3_vl_text"})
 _ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", "dynamic")
 _GROWING: Final = "dynamic"
 """Its frequencies are the default ones up to the trained number of positions."""
 
 
-def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSpec:
+def read_decoder(config: Any, where: str, *, is_tied: bool = False, axes: int = 1) -> DecoderSpec:
     """The facts in a text config.
 
     Args:
         config: The library's.
         where: The file that it is from.
         is_tied: Whether something else says that the head is the embedding table.
+        axes: How many position IDs the family gives to a token.
 
     Raises:
         CheckpointError: The config asks for something that this decoder does not have.
     """
-    kind = config.model_type
-    if kind not in _TYPES:
+    kind, types = config.model_type, _TYPES[axes]
+    if kind not in types:
         raise CheckpointError(
             f"{where}: the language model is of type '{kind}', expected "
-            f"{', '.join(_TYPES[:-1])} or {_TYPES[-1]}"
+            f"{', '.join(types[:-1])} or {types[-1]}"
         )
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
@@ -72,28 +82,47 @@ def read_decoder(config: Any, where: str, *, is_tied: bool = False) -> DecoderSp
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{where}: rope_parameters.partial_rotary_factor, expected 1")
     has_bias = getattr(config, "attention_bias", False)
+    head_dim = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return DecoderSpec(
         width=config.hidden_size,
         layers=config.num_hidden_layers,
         cache_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         vocabulary=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        axes=1,
+        axes=axes,
         sizes=LlamaSizes(
             heads=config.num_attention_heads,
             mlp=config.intermediate_size,
             epsilon=config.rms_norm_eps,
-            query_bias=has_bias or kind == "qwen2",
+            query_bias=has_bias or kind in _QUERY_BIASED,
             output_bias=has_bias,
             mlp_bias=getattr(config, "mlp_bias", False),
-            has_head_norms=kind == "qwen3",
-            frequency_axes=(),
-            is_tied=is_tied or bool(config.tie_word_embeddings),
+            has_head_norms=kind in _HEAD_NORMED,
+            frequency_axes=() if axes == 1 else _read_axes(config, where, head_dim // 2),
+            is_tied=is_tied or bool(getattr(config, "tie_word_embeddings", False)),
             library_config=config,
         ),
     )
+
+
+def _read_axes(config: Any, where: str, frequencies: int) -> tuple[int, ...]:
+    """On which axis (time, row, column) a token's position turns each rotary frequency.
+
+    Sections lie one behind the other, or rows and columns take every third frequency in turn
+    until their sections are used up, and time has all others.
+    """
+    sections: list[int] = config.rope_parameters.get("mrope_section") or []
+    if len(sections) != 3 or sum(sections) != frequencies:
+        raise CheckpointError(
+            f"{where}: rope_parameters.mrope_section {sections}, expected three numbers that add "
+            f"up to {frequencies}"
+        )
+    if config.model_type not in _BY_TURNS:
+        return tuple(axis for axis, count in enumerate(sections) for _ in range(count))
+    return tuple(k % 3 if k < 3 * sections[k % 3] else 0 for k in range(frequencies))
 
 
 def rotary_tables(spec: DecoderSpec, positions: int) -> tuple[Tensor, ...]:

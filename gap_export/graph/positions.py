@@ -9,6 +9,17 @@
 s tokens before the picture, N visual tokens, K kept, t tokens after. The first new ID is one more
 than the last prompt token's, so the runtime counts on from there in every mode.
 
+Where a token has three IDs (time, row, column: rotary embedding of pictures, M-RoPE), text has
+the same number as all three, and the cell of visual token i in the picture's grid of R rows and C
+columns is its place:
+
+    mode              visual IDs: time, row, column                text after
+    gap, permuted     s, s + I[r] // C, s + I[r] mod C             s + max(R, C) + j
+    the compact ones  s + r as all three                           s + K + j
+
+So a kept token stays in its cell, and text goes on where it did before pruning. The extra token's
+rules hold as below with cells for indices; behind the last visual token is s + max(R, C).
+
 An extra token, made of removed ones, lies behind the kept ones. It is the last of the order in
 every mode but one, and counts as one more token wherever IDs are compact:
 
@@ -19,8 +30,9 @@ every mode but one, and counts as one more token wherever IDs are compact:
                       slots are in raster order it lies behind the last kept token up to c
 
 References:
-    Grounding-Aware Token Pruning, arXiv:2506.21873. The ablation modes' formulas and the rules
-    for extra tokens are ours.
+    Grounding-Aware Token Pruning, arXiv:2506.21873. The ablation modes' formulas, the rules
+    for extra tokens and what compact means with three axes are ours. Cells are those of
+    `get_rope_index` of Hugging Face's Qwen2-VL.
 """
 
 from __future__ import annotations
@@ -33,11 +45,14 @@ from torch import Tensor
 
 from gap_runtime.bundle.layout import TokenLayout
 
-# B batch (1), K kept, E extra (0 or 1), N visual tokens, S prompt slots.
+# A axes of positions, B batch (1), K kept, E extra (0 or 1), V visual slots, N visual tokens, S
+# prompt slots.
 
 _RASTER: Final = frozenset({"gap", "compact"})
 _COMPACT: Final = frozenset({"compact", "permuted-compact"})
 CENTROID: Final = "centroid"
+AXES: Final = 3
+"""Position IDs of a token where they are more than one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +61,12 @@ class Places:
 
     `slots_BV` says which token each visual slot holds, as an index into the kept ones in the
     pruner's order with the extra one behind them. `kept_BK` are the kept tokens by slot.
-    `position_ids_BS` covers all slots of the longest prompt.
+    `position_ids_AS` covers all slots of the longest prompt.
     """
 
     slots_BV: Tensor
     kept_BK: Tensor
-    position_ids_BS: Tensor
+    position_ids_AS: Tensor
 
 
 def keeps_raster_order(mode: str) -> bool:
@@ -66,6 +81,7 @@ def place_tokens(
     *,
     extra_rule: str | None,
     centroid_B: Tensor | None,
+    grid: tuple[int, int] | None = None,
 ) -> Places:
     """Slots and position IDs of a choice.
 
@@ -75,6 +91,7 @@ def place_tokens(
         mode: One of the modes above.
         extra_rule: One of the rules above, None where there is no extra token.
         centroid_B: Mean index of the extra token, int64, where the rule asks for it.
+        grid: Rows and columns of the picture where tokens have three IDs; None where one counts.
     """
     raster_BK, rank_BK = _sort(order)
     order_BK = torch.tensor([order]) if isinstance(order, tuple) else order
@@ -98,23 +115,44 @@ def place_tokens(
     return Places(
         slots_BV=slots_BV,
         kept_BK=raster_BK if keeps_raster_order(mode) else order_BK,
-        position_ids_BS=_number(layout, visual_BV, mode, extra_rule),
+        position_ids_AS=_number(layout, visual_BV, mode, extra_rule, grid),
     )
 
 
-def _number(layout: TokenLayout, visual_BV: Tensor, mode: str, extra_rule: str | None) -> Tensor:
-    """Position IDs of all slots, from the ascending indices of the visual ones."""
+def _number(
+    layout: TokenLayout,
+    visual_BV: Tensor,
+    mode: str,
+    extra_rule: str | None,
+    grid: tuple[int, int] | None,
+) -> Tensor:
+    """Position IDs of all slots [A, S], from the ascending indices of the visual ones."""
+    axes = 1 if grid is None else AXES
     if mode in _COMPACT:
-        return torch.arange(layout.prompt)[None]
-    start = layout.prefix + layout.patches + (extra_rule == "append")
+        return torch.cat([torch.arange(layout.prompt)[None]] * axes)
+    visual_AV, end = visual_BV, layout.patches
+    if grid is not None:
+        end = max(grid)
+        visual_AV = torch.index_select(torch.tensor(_lay_cells(*grid)), 1, visual_BV[0])
+    start = layout.prefix + end + (extra_rule == "append")
     return torch.cat(
         [
-            torch.arange(layout.prefix)[None],
-            layout.prefix + visual_BV,
-            start + torch.arange(layout.suffix)[None],
+            torch.cat([torch.arange(layout.prefix)[None]] * axes),
+            layout.prefix + visual_AV,
+            torch.cat([start + torch.arange(layout.suffix)[None]] * axes),
         ],
         dim=1,
     )
+
+
+def _lay_cells(rows: int, columns: int) -> list[list[int]]:
+    """Time, row and column of every visual token from the picture's start, and of one behind."""
+    count, behind = rows * columns, max(rows, columns)
+    return [
+        [0] * count + [behind],
+        [k // columns for k in range(count)] + [behind],
+        [k % columns for k in range(count)] + [behind],
+    ]
 
 
 def _sort(order: Tensor | tuple[int, ...]) -> tuple[Tensor, Tensor]:

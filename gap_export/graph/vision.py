@@ -12,7 +12,7 @@ The tower is the same for all ratios; the pruning stage is small.
     out
     visual_tokens  float32  [1, K+E, D]      kept and extra tokens, in slot order
     kept_index     int64    [1, K]           visual token that each kept slot holds
-    position_ids   int64    [1, s+K+E+T]     position of every slot of the longest prompt
+    position_ids   int64    [axes, s+K+E+T]  position of every slot of the longest prompt
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class PruneStage(nn.Module):
         fixed: tuple[int, ...],
         given: list[Feature],
         text_sign: int,
+        grid: tuple[int, int] | None,
     ) -> None:
         """Fix the kept count and the position mode.
 
@@ -141,12 +142,13 @@ class PruneStage(nn.Module):
             fixed: Indices of those that may not.
             given: Features that come as inputs, in order.
             text_sign: See VisionFeatures.
+            grid: Rows and columns that give tokens their positions; see `place_tokens`.
         """
         super().__init__()
         self.pruner, self.projector, self.fixed_tokens = pruner, projector, fixed_tokens
         self.config, self.layout, self.geometry = config, layout, geometry
         self.given, self.text_sign = given, text_sign
-        self.fixed = fixed
+        self.fixed, self.grid = fixed, grid
         kept_always = set(fixed)
         self.removable = [k for k in range(layout.patches) if k not in kept_always]
 
@@ -169,9 +171,10 @@ class PruneStage(nn.Module):
             mode,
             extra_rule=None if extra_BN is None else self.config.extra_token,
             centroid_B=self._centroid(extra_BN),
+            grid=self.grid,
         )
         visual_BVD = torch.index_select(tokens_BVD, 1, places.slots_BV[0])
-        return visual_BVD.float(), places.kept_BK, places.position_ids_BS
+        return visual_BVD.float(), places.kept_BK, places.position_ids_AS
 
     def _features(self, patches_BNC: Tensor, values: list[Tensor]) -> VisionFeatures:
         """What came in, and what follows from it."""

@@ -17,7 +17,7 @@ class DecoderSpec:
     """The facts about one decoder that the rest of the export works with.
 
     `layers` is their number, `max_positions` that of the position IDs that it was trained with,
-    `axes` how many of them a token has: 1, or one for each axis of a picture. `sizes` are the
+    `axes` how many of them a token has: 1, or 3 for time, row and column. `sizes` are the
     decoder's own business.
     """
 
@@ -54,13 +54,16 @@ class Decoder(Protocol):
     LAYERS: str
     """Path of the layers, whose numbers follow."""
 
-    def read_decoder(self, config: Any, where: str, *, is_tied: bool = False) -> DecoderSpec:
+    def read_decoder(
+        self, config: Any, where: str, *, is_tied: bool = False, axes: int = 1
+    ) -> DecoderSpec:
         """The facts in a library's config of the language model.
 
         Args:
             config: The library's.
             where: The file that it is from.
             is_tied: Whether something else says that the head is the embedding table.
+            axes: How many position IDs the family gives to a token.
 
         Raises:
             CheckpointError: The config asks for something that this decoder does not have.

@@ -62,6 +62,14 @@ class ModelSpec:
     prefix: int
     library_config: Any
 
+    def position_grid(self, bucket: Bucket) -> tuple[int, int] | None:
+        """Rows and columns that give a bucket's tokens their positions; None where one counts."""
+        if self.decoder.axes == 1:
+            return None
+        ((rows, columns),) = bucket.grids
+        assert not bucket.fixed
+        return rows, columns
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputStatistics:
@@ -113,7 +121,10 @@ class EagerModel(Protocol):
         """An empty cache of the library's own kind."""
 
     def run_decoder(self, embeddings: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        """Logits [V] of the last row; each row sees the cache and the rows before it."""
+        """Logits [V] of the last row; each row sees the cache and the rows before it.
+
+        `position_ids` are [axes, S].
+        """
 
     def observe(self) -> AbstractContextManager[Callable[[], dict[str, InputStatistics]]]:
         """Watch the inputs of the decoder's linear layers, by the canonical name of the weight."""

@@ -126,6 +126,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             fixed=bucket.fixed,
             given=[*sort_features(plan.tower_needs), *([Feature.TEXT] if phrase else [])],
             text_sign=-1 if plan.reads_clip else 1,
+            grid=spec.position_grid(bucket),
         ),
         dtype=plan.dtype,
         dialect=plan.dialect,

@@ -42,7 +42,8 @@ class Question:
 class EagerAnswer:
     """PyTorch's answer to one question.
 
-    `prompt_ids` are the tokens before and after the picture, `order` the patches by visual slot.
+    `prompt_ids` are the tokens before and after the picture, `order` the patches by visual slot,
+    `position_ids` one list for each axis.
     `token_margins` are the leads of the answer's tokens and of the stop token, see `_margin`.
     `scores` are the pruner's, by patch (None where it has none).
     """
@@ -50,7 +51,7 @@ class EagerAnswer:
     prompt_ids: list[int]
     visual_tokens: Tensor
     order: list[int]
-    position_ids: list[int]
+    position_ids: list[list[int]]
     logits: Tensor
     token_ids: list[int]
     token_margins: list[float]
@@ -156,6 +157,7 @@ class Reference:
             chosen.order,
             self.prune.positions if entry else "gap",
             extra_place=chosen.extra_place,
+            grid=self.spec.position_grid(question.bucket),
         )
         visual = torch.stack([chosen.tokens[token] for token in order])
         before, after = model.embed(question.prefix), model.embed(question.suffix)
@@ -165,7 +167,8 @@ class Reference:
         )
         token_ids: list[int] = []
         margins: list[float] = []
-        last, position = logits, position_ids[-1] + 1
+        # Text has the same number on every axis.
+        last, position = logits, position_ids[0][-1] + 1
         while len(token_ids) < self.answer_tokens:
             token = int(last.argmax())
             margins.append(_margin(last))
@@ -173,7 +176,8 @@ class Reference:
                 break
             token_ids.append(token)
             show(len(token_ids))
-            last = model.run_decoder(model.embed([token]), torch.tensor([position]), cache)
+            now = torch.full((len(position_ids), 1), position)
+            last = model.run_decoder(model.embed([token]), now, cache)
             position += 1
         return EagerAnswer(
             prompt_ids=question.prefix + question.suffix,

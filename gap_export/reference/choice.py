@@ -59,8 +59,9 @@ def place_tokens(
     mode: str,
     *,
     extra_place: float | None = None,
-) -> tuple[list[int], list[int]]:
-    """Visual tokens by slot and position IDs of all slots, as plain lists.
+    grid: tuple[int, int] | None = None,
+) -> tuple[list[int], list[list[int]]]:
+    """Visual tokens by slot, and position IDs of all slots on each axis, as plain lists.
 
     Args:
         before: Tokens before the picture.
@@ -69,19 +70,39 @@ def place_tokens(
         order: Kept tokens in the pruner's own order.
         mode: Position mode.
         extra_place: Where the extra token lies among the visual ones, None without one.
+        grid: Rows and columns of the picture where a token has three IDs, by time, row and
+            column; None where it has one.
 
     References:
-        Grounding-Aware Token Pruning, arXiv:2506.21873.
+        Grounding-Aware Token Pruning, arXiv:2506.21873; cells as in `get_rope_index` of
+        transformers' Qwen2-VL.
     """
     marks = sorted(order) if extra_place is None else sorted([*order, extra_place])
     raster = [EXTRA_INDEX if mark == extra_place else int(mark) for mark in marks]
     own = list(order) if extra_place is None else [*order, EXTRA_INDEX]
-    text_start = patches + (extra_place == patches)
     if mode in {"gap", "permuted"}:
-        visual_ids = [before + math.floor(mark) for mark in marks]
+        cells = [_find_cell(math.floor(mark), patches, grid) for mark in marks]
+        text_start = _find_cell(patches, patches, grid)[0] + (extra_place == patches)
     else:
-        visual_ids = [before + rank for rank in range(len(marks))]
+        cells = [(rank,) * (1 if grid is None else 3) for rank in range(len(marks))]
         text_start = len(marks)
     slots = raster if mode in {"gap", "compact"} else own
-    text_ids = [before + text_start + j for j in range(after)]
-    return slots, list(range(before)) + visual_ids + text_ids
+    ids = [
+        [
+            *range(before),
+            *(before + place for place in axis),
+            *(before + text_start + j for j in range(after)),
+        ]
+        for axis in zip(*cells, strict=True)
+    ]
+    return slots, ids
+
+
+def _find_cell(index: int, patches: int, grid: tuple[int, int] | None) -> tuple[int, ...]:
+    """How far a visual token lies behind the picture's start, on each axis."""
+    if grid is None:
+        return (index,)
+    if index == patches:
+        return (max(grid),) * 3
+    row, column = divmod(index, grid[1])
+    return 0, row, column

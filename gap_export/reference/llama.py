@@ -80,7 +80,10 @@ class EagerLlama:
 
     @torch.no_grad()
     def run_decoder(self, embeddings: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        """Logits [V] of the last row; each row sees the cache and the rows before it."""
+        """Logits [V] of the last row; each row sees the cache and the rows before it.
+
+        The library takes position IDs as [1, S], or as [axes, 1, S] where there are several.
+        """
         rows, seen = len(embeddings), cache.get_seq_length()
         # An explicit mask: without one the library takes gaps in the position IDs for the
         # borders of packed sequences.
@@ -88,7 +91,7 @@ class EagerLlama:
         mask = hidden.triu(seen + 1).to(self.dtype)[None, None]
         output = self._decoder(
             inputs_embeds=embeddings[None],
-            position_ids=position_ids[None],
+            position_ids=position_ids if len(position_ids) == 1 else position_ids[:, None],
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,

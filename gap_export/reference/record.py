@@ -106,7 +106,7 @@ def _arrays(key: str, answer: EagerAnswer) -> dict[str, np.ndarray]:
     arrays = {
         f"{key}/visual_tokens": _to_numpy(answer.visual_tokens)[None],
         f"{key}/kept_index": np.array([answer.order]),
-        f"{key}/position_ids": np.array([answer.position_ids]),
+        f"{key}/position_ids": np.array(answer.position_ids),
         f"{key}/logits": _to_numpy(answer.logits),
     }
     if answer.scores is not None:

@@ -48,6 +48,7 @@ def make_llava_checkpoint(
     vision_layers=3,
     vision_heads=4,
     vision_feature_layer=-2,
+    vision=None,
     text="llama",
     width=64,
     layers=2,
@@ -58,6 +59,7 @@ def make_llava_checkpoint(
     vocabulary=None,
     max_positions=512,
     rope_theta=10000.0,
+    sections=None,
     dtype="float32",
     tied=False,
     names="legacy",
@@ -76,6 +78,7 @@ def make_llava_checkpoint(
         vision_layers: Of the CLIP tower; the last one is not used with the feature layer -2.
         vision_heads: Of the CLIP tower.
         vision_feature_layer: Hidden state that the projector reads.
+        vision: Config of another tower, all of whose tokens are patches; CLIP's where None.
         text: Type of the decoder.
         width: Of the decoder.
         layers: Of the decoder.
@@ -86,6 +89,7 @@ def make_llava_checkpoint(
         vocabulary: Rows of the embedding table; what the tokenizer needs where None.
         max_positions: Of the decoder.
         rope_theta: Base of the rotary frequencies.
+        sections: How many of them are turned by time, row and column; None where one ID counts.
         dtype: That the weights are stored in.
         tied: Whether the head is the embedding table (and is left out of the files).
         names: Tensor names: `legacy` as llava-hf stores them (`language_model.model...`,
@@ -101,7 +105,8 @@ def make_llava_checkpoint(
     entries = json.loads((REFSHAPES / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in entries["added_tokens"]}
     fitting = math.ceil((1 + max(entries["model"]["vocab"].values())) / 32) * 32
-    vision = CLIPVisionConfig(
+    strategy = "default" if vision is None else "full"
+    vision = vision or CLIPVisionConfig(
         hidden_size=vision_width,
         intermediate_size=2 * vision_width,
         num_hidden_layers=vision_layers,
@@ -120,7 +125,8 @@ def make_llava_checkpoint(
         num_key_value_heads=kv_heads or heads,
         head_dim=head_dim or width // heads,
         max_position_embeddings=max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta}
+        | ({"mrope_section": sections} if sections else {}),
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],
         pad_token_id=ids["<pad>"],
@@ -131,7 +137,7 @@ def make_llava_checkpoint(
         text_config=text_config,
         image_token_index=ids["<image>"],
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         image_seq_length=(image_size // patch_size) ** 2,
         tie_word_embeddings=tied,
     )

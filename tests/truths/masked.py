@@ -11,7 +11,9 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 class MaskedLlava:
     """A checkpoint in float64, asked with some visual tokens hidden."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, number=None):
+        """Load it; `number(before, after)` gives the position IDs [A, S] of a whole prompt."""
+        self.number = number
         self.model = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager"
         ).eval()
@@ -34,6 +36,9 @@ class MaskedLlava:
         hidden[len(prefix) : len(prefix) + len(visual)] = True
         hidden[len(prefix) + torch.as_tensor(kept)] = False
         cache, logits = DynamicCache(), []
+        ids = torch.arange(len(rows))[None]
+        if self.number is not None:
+            ids = self.number(len(prefix), len(suffix))
         while True:
             seen = cache.get_seq_length()
             mask = torch.zeros(len(rows), seen + len(rows), dtype=torch.float64)
@@ -44,7 +49,7 @@ class MaskedLlava:
                 mask.fill_diagonal_(0.0)
             output = self.model.model.language_model(
                 inputs_embeds=rows[None],
-                position_ids=torch.arange(seen, seen + len(rows))[None],
+                position_ids=ids if len(ids) == 1 else ids[:, None],
                 attention_mask=mask[None, None],
                 past_key_values=cache,
                 use_cache=True,
@@ -52,4 +57,4 @@ class MaskedLlava:
             logits.append(self.model.lm_head(output.last_hidden_state[0, -1]))
             if len(logits) == steps:
                 return torch.stack(logits)
-            rows = embed(logits[-1].argmax()[None])
+            rows, ids = embed(logits[-1].argmax()[None]), ids[:, -1:] + 1

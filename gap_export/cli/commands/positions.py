@@ -27,7 +27,11 @@ def run(options: argparse.Namespace) -> int:
 
     display = Display()
     plan = survey(options, display)
-    from gap_export.analysis.positions import shorten, tabulate_positions  # noqa: PLC0415
+    from gap_export.analysis.positions import (  # noqa: PLC0415
+        name_axes,
+        shorten,
+        tabulate_positions,
+    )
     from gap_runtime.display import print_table  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
@@ -43,14 +47,17 @@ def run(options: argparse.Namespace) -> int:
             f"{each.example}",
             ["", *(mode.mode for mode in each.modes)],
             [
-                [name, *(shorten(getattr(mode, field)) for mode in each.modes)]
-                for name, field in (
-                    ("text before: IDs", "prefix_ids"),
-                    ("visual slots: tokens", "visual_slots"),
-                    ("visual slots: IDs", "visual_ids"),
-                    ("text after: IDs", "suffix_ids"),
-                )
-            ]
-            + [["first answer token: ID", *(str(mode.first_answer_id) for mode in each.modes)]],
+                ["text before: IDs", *(shorten(mode.prefix_ids) for mode in each.modes)],
+                ["visual slots: tokens", *(shorten(mode.visual_slots) for mode in each.modes)],
+                *(
+                    [
+                        f"visual slots: IDs{axis}",
+                        *(shorten(mode.visual_ids[k]) for mode in each.modes),
+                    ]
+                    for k, axis in enumerate(name_axes(each))
+                ),
+                ["text after: IDs", *(shorten(mode.suffix_ids) for mode in each.modes)],
+                ["first answer token: ID", *(str(mode.first_answer_id) for mode in each.modes)],
+            ],
         )
     return 0

@@ -96,7 +96,7 @@ def require_modes(mapping, order, weights=None, rule=None):
             prefix, mapping["patches"], suffix, order, mode["mode"], rule, weights
         )
         assert mode["visual_slots"] == [-1 if slot == truth.EXTRA else slot for slot in slots]
-        assert [*mode["prefix_ids"], *mode["visual_ids"], *mode["suffix_ids"]] == ids
+        assert [*mode["prefix_ids"], *mode["visual_ids"][0], *mode["suffix_ids"]] == ids
         assert mode["first_answer_id"] == first
 
 

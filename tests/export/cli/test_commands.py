@@ -121,7 +121,7 @@ def test_positions_are_the_oracles(run, tiny_llava, pruner, rule):
             )
             shown = [pruner_formulas.EXTRA if s == -1 else s for s in mode["visual_slots"]]
             assert shown == slots
-            assert mode["prefix_ids"] + mode["visual_ids"] + mode["suffix_ids"] == ids
+            assert mode["prefix_ids"] + mode["visual_ids"][0] + mode["suffix_ids"] == ids
             assert mode["first_answer_id"] == first
 
 

@@ -111,7 +111,8 @@ def case(request):
 
 
 def place(case, mode):
-    return place_tokens(BEFORE, PATCHES, AFTER, case.order, mode)
+    slots, (ids,) = place_tokens(BEFORE, PATCHES, AFTER, case.order, mode)
+    return slots, ids
 
 
 def test_gap_prefill_and_decode_are_masking(case):

@@ -114,7 +114,7 @@ def by_reference(case, mode):
     slots, ids = reference.place_tokens(
         case.before, case.patches, case.after, list(case.order), mode, extra_place=extra_place
     )
-    return [E if token == reference.EXTRA_INDEX else token for token in slots], ids
+    return [E if token == reference.EXTRA_INDEX else token for token in slots], ids[0]
 
 
 def by_mapping(case, mode, *, constant):
@@ -129,12 +129,12 @@ def by_mapping(case, mode, *, constant):
         extra_rule=case.rule,
         centroid_B=centroid,
     )
-    kinds = {places.slots_BV.dtype, places.kept_BK.dtype, places.position_ids_BS.dtype}
+    kinds = {places.slots_BV.dtype, places.kept_BK.dtype, places.position_ids_AS.dtype}
     assert kinds == {torch.int64}
     held = [*case.order, E]
     slots = [held[slot] for slot in places.slots_BV[0].tolist()]
     assert [token for token in slots if token != E] == places.kept_BK[0].tolist()
-    return slots, places.position_ids_BS[0].tolist()
+    return slots, places.position_ids_AS[0].tolist()
 
 
 class FixedPruner:
@@ -185,6 +185,7 @@ def run_stage(case, mode, *, constant=False):
         fixed=case.fixed,
         given=[],
         text_sign=1,
+        grid=None,
     )
     features = torch.tensor(removable, dtype=torch.float32)[None, :, None] + 1
     tokens, index, position_ids = stage(features, [])
