@@ -41,7 +41,7 @@ def refshapes_bundle(tmp_path_factory):
 
 SWEEP = (
     *("sweep", "refshapes", "--data", "refshapes:test", "--limit", "6", "--ratios", "0", "0.5"),
-    *("0.75", "--positions", "gap", "compact", "--pytorch", "--protocol", "ours"),
+    *("0.75", "--positions", "gap", "compact", "--pytorch", "--protocol", "frame"),
     *("--protocol", "shikra", "--gallery", "2", "--backend", "onnxruntime:cpu"),
 )
 

@@ -51,7 +51,7 @@ def test_the_report_shows_what_was_asked_for(report):
     assert len(report.graphics) == 1 + 3
     assert "cls_attention" in report.graphics[0]["aria-label"]
     assert len(report.images) == 4
-    for part in ("the protocol ours", "0 of 30 answers", "McNemar", "drawn at random (seed 0)"):
+    for part in ("the protocol frame", "0 of 30 answers", "McNemar", "drawn at random (seed 0)"):
         assert part in report.words, part
 
 
@@ -71,7 +71,7 @@ def test_published_figures_are_marked_and_stand_apart(swept):
 def test_figures_of_the_page_are_those_of_the_tables(report, swept):
     data = json.loads((swept / "report.json").read_text(encoding="utf-8"))
     for row in data["cells"]:
-        if row["protocol"] == "ours" and row["side"] == "exported":
+        if row["protocol"] == "frame" and row["side"] == "exported":
             shown = (
                 f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
             )

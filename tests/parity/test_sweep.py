@@ -48,7 +48,7 @@ def test_every_cell_is_there_once(swept):
         (*cell, side, protocol)
         for cell in cells
         for side in ("exported", "pytorch")
-        for protocol in ("ours", "shikra")
+        for protocol in ("frame", "shikra")
     )
     assert {row["phrases"] for row in rows} == {"6"}
     sizes = {(r["pruner"], r["ratio"]): (r["kept"], r["prompt_tokens"]) for r in rows}

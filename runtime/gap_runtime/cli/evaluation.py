@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,20 +115,23 @@ def read_data(options: argparse.Namespace) -> Data:
         InputError: A file that cannot be used.
     """
     from gap_runtime.evaluation.data import open_data  # noqa: PLC0415 - libraries when a command runs
-    from gap_runtime.evaluation.protocol import load_protocol  # noqa: PLC0415
+    from gap_runtime.evaluation.protocol import RENAMED, load_protocol  # noqa: PLC0415
 
     if options.workers is not None and (not options.ray or options.workers < 1):
         raise ConfigError(f"--workers {options.workers}: goes with --ray, at least 1")
     for name in options.protocol or ():
         load_protocol(name)
+        if name in RENAMED:
+            print(f"note: --protocol {name} is now --protocol {RENAMED[name]}", file=sys.stderr)
     return open_data(options.data, images=options.images, limit=options.limit)
 
 
 def choose_protocols(options: argparse.Namespace) -> list[str]:
     """Names of the protocols, each once."""
-    from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL  # noqa: PLC0415
+    from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL, RENAMED  # noqa: PLC0415
 
-    return list(dict.fromkeys(options.protocol or [DEFAULT_PROTOCOL]))
+    asked = options.protocol or [DEFAULT_PROTOCOL]
+    return list(dict.fromkeys(RENAMED.get(name, name) for name in asked))
 
 
 def open_cluster(options: argparse.Namespace) -> Spread | None:

@@ -17,7 +17,9 @@ DEGENERATE: Final = "degenerate"
 Corners = tuple[float, float, float, float]
 """x0, y0, x1, y1 in whatever frame a script compares them."""
 Measure = Literal["iou", "point"]
-DEFAULT_PROTOCOL: Final = "ours"
+DEFAULT_PROTOCOL: Final = "frame"
+RENAMED: Final = {"ours": "frame"}
+"""Old names, accepted for this release, and the new ones."""
 _SINGLES: Final = [Struct(f"{count}f") for count in range(7)]
 _LARGEST: Final = 1e15
 """Numbers beyond are no coordinates: whatever a script makes of them is wrong."""
@@ -71,11 +73,12 @@ def list_protocols() -> list[str]:
 
 
 def load_protocol(name: str) -> ScoringProtocol:
-    """A protocol by its name.
+    """A protocol by its name, or by its old one.
 
     Raises:
         UnknownNameError: There is none.
     """
+    name = RENAMED.get(name, name)
     if name not in list_protocols():
         raise UnknownNameError(describe_unknown("protocol", name, list_protocols()))
     protocol: ScoringProtocol = load_plugin(PROTOCOLS, name.replace("-", "_"), "protocol")

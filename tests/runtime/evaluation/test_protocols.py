@@ -29,7 +29,7 @@ PADDED = "[0.25, 0.375, 0.5, 0.625]"
 
 CASES = [
     # The frame: the same answer is right in one and half right in the other.
-    ("ours", PADDED, 1.0, "box"),
+    ("frame", PADDED, 1.0, "box"),
     ("lmms-eval", PADDED, 0.5, "box"),
     ("lmms-eval", OWN, 1.0, "box"),
     ("internvl", OWN, 1.0, "box"),
@@ -37,7 +37,7 @@ CASES = [
     ("shikra", "[0.250,0.250,0.500,0.750]", 0.5, "box"),
     ("minigpt-v2", "{<25><25><50><75>}", 1.0, "box"),
     # Read in the square, the box is y 0 to 100 of the picture: cut, half of it is the true one.
-    ("ours", OWN, 0.5, "box"),
+    ("frame", OWN, 0.5, "box"),
     # Pixels counted: 51 * 26 of 51 * 51, where 50 * 25 of 50 * 50 would be half.
     ("minigpt-v2", "{<25><25><50><50>}", 1326 / 2601, "box"),
     ("minigpt-v2", "{<25><25><25><75>}", 51 / 2601, "degenerate"),
@@ -46,7 +46,7 @@ CASES = [
     ("internvl", "[1, 1, 1, 0.9]", 0.0, "degenerate"),
     ("lmms-eval", "[250, 250, 500, 750]", 0.0, "box"),
     # Reversed corners.
-    ("ours", "[0.5, 0.375, 0.25, 0.625]", 0.0, "degenerate"),
+    ("frame", "[0.5, 0.375, 0.25, 0.625]", 0.0, "degenerate"),
     ("lmms-eval", "[0.5, 0.25, 0.25, 0.75]", 0.0, "degenerate"),
     ("internvl", "[0.5, 0.25, 0.25, 0.75]", 0.0, "degenerate"),
     ("shikra", "[0.500,0.375,0.250,0.625]", 0.0, "degenerate"),
@@ -59,16 +59,16 @@ CASES = [
     ("shikra", "[-0.1,0.375,0.5,0.625]", 0.0, "unparsable"),
     ("minigpt-v2", "{<-5><25><50><75>}", 0.0, "unparsable"),
     # Cut at the edge: x 0 to 100, of which half is the true box.
-    ("ours", "[-0.1, 0.375, 0.5, 0.625]", 0.5, "box"),
+    ("frame", "[-0.1, 0.375, 0.5, 0.625]", 0.5, "box"),
     # Two boxes: the first one, or none.
     ("lmms-eval", f"{OWN} and [0, 0, 0.1, 0.1]", 1.0, "box"),
     ("internvl", f"{OWN} and [0, 0, 0.1, 0.1]", 1.0, "box"),
     ("shikra", "[0.250,0.375,0.500,0.625] [0.000,0.000,0.100,0.100]", 0.0, "unparsable"),
     ("shikra", "[0.250,0.375,0.500,0.625;0.000,0.000,0.100,0.100]", 0.0, "unparsable"),
-    ("ours", f"{PADDED} [0, 0.3, 0.1, 0.4]", 0.0, "unparsable"),
+    ("frame", f"{PADDED} [0, 0.3, 0.1, 0.4]", 0.0, "unparsable"),
     ("minigpt-v2", "{<25><25><50><75>}<delim>{<0><0><10><10>}", 1.0, "box"),
     # Text around the box.
-    ("ours", f"It is at {PADDED}.", 1.0, "box"),
+    ("frame", f"It is at {PADDED}.", 1.0, "box"),
     ("lmms-eval", f"It is at {OWN}.", 1.0, "box"),
     ("internvl", f"It is at {OWN}.", 1.0, "box"),
     ("internvl", f"The [small] one: {OWN}", 0.0, "unparsable"),
@@ -108,7 +108,7 @@ CASES = [
     # Spaces, which one script does not expect.
     ("shikra", PADDED, 0.0, "unparsable"),
     # No box, no number, too many numbers.
-    *((name, "", 0.0, "unparsable") for name in ("lmms-eval", "internvl", "shikra", "ours")),
+    *((name, "", 0.0, "unparsable") for name in ("lmms-eval", "internvl", "shikra", "frame")),
     ("minigpt-v2", "", 0.0, "unparsable"),
     ("internvl", "[a, b, c, d]", 0.0, "unparsable"),
     ("internvl", "[nan, 0, 1, 1]", 0.0, "unparsable"),
@@ -116,8 +116,8 @@ CASES = [
     ("internvl", "[1e38, 0, 1e38, 1]", 0.0, "unparsable"),
     ("lmms-eval", "[0.1, 0.2, 0.3]", 0.0, "unparsable"),
     ("lmms-eval", "[0, 0, 0, 0]", 0.0, "degenerate"),
-    ("ours", "[0, 0, 0, 0]", 0.0, "degenerate"),
-    ("ours", "[0, 0, 0.4, 0.2]", 0.0, "degenerate"),
+    ("frame", "[0, 0, 0, 0]", 0.0, "degenerate"),
+    ("frame", "[0, 0, 0.4, 0.2]", 0.0, "degenerate"),
     ("minigpt-v2", "{<1000><0><10><10>}", 0.0, "unparsable"),
 ]
 
@@ -133,7 +133,7 @@ def test_cases_by_hand(llava_box, name, answer, iou, status):
 @pytest.mark.parametrize(
     ("name", "answer", "counts"),
     [
-        ("ours", OWN, True),
+        ("frame", OWN, True),
         ("lmms-eval", PADDED, True),
         ("internvl", "[0.25, 0.25, 0.5, 0.5]", True),
         ("shikra", "[0.250,0.375,0.500,0.500]", False),
@@ -161,13 +161,13 @@ def test_a_half_by_counted_pixels_is_not_above_it(llava_box):
 
 def test_ours_reads_the_frame_of_the_model(llava_box):
     own = dataclasses.replace(llava_box, frame="original")
-    ours = load_protocol("ours")
-    assert ours.judge(OWN, whole(SIZE), TRUE, own).iou == 1.0
-    assert ours.judge(PADDED, whole(SIZE), TRUE, own).iou == 0.5
+    frame = load_protocol("frame")
+    assert frame.judge(OWN, whole(SIZE), TRUE, own).iou == 1.0
+    assert frame.judge(PADDED, whole(SIZE), TRUE, own).iou == 0.5
 
 
 def test_a_square_picture_has_one_frame(llava_box):
-    for name in ("ours", "lmms-eval", "internvl"):
+    for name in ("frame", "lmms-eval", "internvl"):
         judged = load_protocol(name).judge(
             OWN, whole((100, 100)), (25.0, 25.0, 50.0, 75.0), llava_box
         )
@@ -223,7 +223,7 @@ def test_stretching_both_boxes_changes_no_iou():
 
 def test_protocols_by_name():
     assert list_protocols() == [
-        *("internvl", "lmms-eval", "minigpt-v2", "ours", "point", "qwen25", "ref-l4", "shikra")
+        *("frame", "internvl", "lmms-eval", "minigpt-v2", "point", "qwen25", "ref-l4", "shikra")
     ]
     for name in list_protocols():
         protocol = load_protocol(name)
@@ -232,8 +232,8 @@ def test_protocols_by_name():
         assert protocol.MEASURE in {"iou", "point"}
     with pytest.raises(UnknownNameError, match="did you mean lmms-eval"):
         load_protocol("lmms_eval")
-    with pytest.raises(UnknownNameError, match="have internvl"):
-        load_protocol("../ours")
+    with pytest.raises(UnknownNameError, match="have frame"):
+        load_protocol("../frame")
 
 
 def test_arithmetic_of_32_bits_is_numpys():

@@ -165,7 +165,7 @@ def test_boxes_in_pixels_of_a_resized_picture_are_scored_from_the_file(
     for row in rows:
         width, height = row.size
         assert list(row.found) == [(width / 2, 0, width, height / 2)]
-        judged = load_protocol("ours").judge(row.answer, row.frame, row.found[0], box)
+        judged = load_protocol("frame").judge(row.answer, row.frame, row.found[0], box)
         assert judged.iou == 1.0
 
 
@@ -210,13 +210,17 @@ def test_the_command(run, make_bundle, answer_with, pictures, tmp_path):
     # It is there, so that only --resume goes on; nothing is asked again.
     assert run(*command)[0] == 2
     code, text, err = run(
-        *command, "--resume", "--protocol", "ours", "--protocol", "lmms-eval", "--compare", out
+        *command, "--resume", "--protocol", "frame", "--protocol", "lmms-eval", "--compare", out
     )
     assert code == 0
     assert "4 of 4 answers were there already" in err
     assert len(backend.decoded) == 4 * 2
     for part in ("lmms-eval", "100.0 %", "McNemar p", "95 %", "medium"):
         assert part in text
+    # The old name of a protocol, with a line that says the new one.
+    code, text, err = run(*command, "--resume", "--protocol", "ours", "--json")
+    assert {score["protocol"] for score in json.loads(text)["scores"]} == {"frame"}
+    assert "note: --protocol ours is now --protocol frame" in err
     code, text, _ = run(*command[:-2], "--ratio", "0.75", "--limit", "1", "--json")
     assert [(s["ratio"], s["phrases"]) for s in json.loads(text)["scores"]] == [(0.75, 1)]
 
@@ -263,7 +267,7 @@ def test_what_there_is_to_choose_from(capsys):
 
 ERRORS = [
     (["--data", "nowhere.jsonl"], "input", "no such file"),
-    (["--data", "refshapes:test", "--protocol", "mine"], "unknown-name", "have internvl"),
+    (["--data", "refshapes:test", "--protocol", "mine"], "unknown-name", "have frame"),
     (["--data", "refshapes:test", "--ratio", "0.1"], "config", "no ratio 0.1; have 0.5, 0.75"),
     (["--data", "refshapes:test", "--resume"], "config", "name it with --out"),
     (["--data", "refshapes:test", "--workers", "2"], "config", "goes with --ray"),

@@ -22,7 +22,7 @@ from gap_runtime.evaluation.results import (
 )
 from gap_runtime.evaluation.score import compare_rows, mcnemar_p, score_rows, wilson_interval
 
-OURS = load_protocol("ours")
+FRAME = load_protocol("frame")
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_figures(llava_box):
         failed(7),
         make_row(8, ratio=0.0),
     ]
-    unpruned, pruned = score_rows(rows, "ours", OURS, llava_box)
+    unpruned, pruned = score_rows(rows, "frame", FRAME, llava_box)
     assert (unpruned.ratio, unpruned.phrases, unpruned.accuracy) == (0.0, 1, 1.0)
-    assert (pruned.protocol, pruned.ratio) == ("ours", 0.5)
+    assert (pruned.protocol, pruned.ratio) == ("frame", 0.5)
     assert (pruned.phrases, pruned.unasked, pruned.hits) == (6, 1, 4)
     assert pruned.accuracy == pytest.approx(4 / 6)
     assert (pruned.accuracy_25, pruned.accuracy_75) == pytest.approx((4 / 6, 2 / 6))
@@ -98,7 +98,7 @@ def test_figures(llava_box):
 
 
 def test_nothing_asked_gives_no_numbers(llava_box):
-    (score,) = score_rows([failed(1)], "ours", OURS, llava_box)
+    (score,) = score_rows([failed(1)], "frame", FRAME, llava_box)
     assert (score.phrases, score.unasked, score.hits) == (0, 1, 0)
     assert math.isnan(score.accuracy)
     assert (score.low, score.high, score.sizes) == (0.0, 1.0, ())
@@ -130,8 +130,8 @@ def test_two_files_phrase_by_phrase(header):
         Answers(header=header, rows=tuple(this)),
         Answers(header=header, rows=tuple(other)),
         "other.jsonl",
-        "ours",
-        OURS,
+        "frame",
+        FRAME,
     )
     assert (found.phrases, found.only_this, found.only_other) == (4, 1, 2)
     assert (found.accuracy, found.other_accuracy) == (0.5, 0.75)
@@ -145,7 +145,7 @@ def test_ratios_are_paired(header):
         return Answers(header=header, rows=tuple(make_row(1, ratio=r) for r in ratios))
 
     def pairs(this, other):
-        found = compare_rows(this, other, "other.jsonl", "ours", OURS)
+        found = compare_rows(this, other, "other.jsonl", "frame", FRAME)
         return [(each.ratio, each.other_ratio) for each in found]
 
     assert pairs(answers(0.0, 0.5), answers(0.5, 0.25, 0.0)) == [(0.0, 0.0), (0.5, 0.5)]
@@ -158,10 +158,10 @@ def test_answers_to_other_phrases_are_not_compared(header):
     this = Answers(header=header, rows=(make_row(1),))
     other = Answers(header=header, rows=(make_row(1, box=(0.0, 0.0, 5.0, 5.0)),))
     with pytest.raises(InputError, match="'1' is another phrase or box there"):
-        compare_rows(this, other, "other.jsonl", "ours", OURS)
+        compare_rows(this, other, "other.jsonl", "frame", FRAME)
     other = Answers(header=header, rows=(make_row(2),))
     with pytest.raises(InputError, match="no phrase in common"):
-        compare_rows(this, other, "other.jsonl", "ours", OURS)
+        compare_rows(this, other, "other.jsonl", "frame", FRAME)
 
 
 def write(path, header, *rows, resume=False):
@@ -316,7 +316,7 @@ def test_classes_of_size_are_by_share(llava_box):
         make_row(k, box=(0.0, 0.0, 100.0, 100 * share), answer="x")
         for k, share in enumerate(shares)
     ]
-    (score,) = score_rows(rows, "ours", OURS, llava_box)
+    (score,) = score_rows(rows, "frame", FRAME, llava_box)
     assert [(s.size, s.phrases) for s in score.sizes] == [
         ("small", 1),
         ("medium", 2),
