@@ -334,7 +334,7 @@ def _is_none(value: Any) -> bool:
 def _hash(tensor: Tensor) -> str:
     with unset_fake_temporarily():
         data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(data.tobytes()).hexdigest()
 
 
 def _find_like(result: Any, arguments: Sequence[Any], given: Sequence[int]) -> int | None:

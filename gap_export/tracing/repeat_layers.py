@@ -160,6 +160,7 @@ def repeat_layers(traced: Traced, stack: str, copies: Mapping[int, Copy]) -> Tra
     parameters = set(traced.parameters)
     for stub in [node for node in graph if node.domain == _DOMAIN]:
         hidden, place = stub.inputs[0], stub
+        assert hidden is not None
         for number in stub.attributes[_RUN].as_ints():
             copy, path = copies[number], f"{stack}.{number}"
             source = copy.source.number
