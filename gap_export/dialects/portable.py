@@ -16,7 +16,7 @@ from gap_export.interfaces.dialect import Rows, merge_heads, slot_causal_mask, s
 # B batch (1), S rows, H query heads, G key/value heads, R query heads of a key head, L cache
 # slots, D width, d head width, E = H * d, F = G * d.
 
-OPSETS: Final = frozenset({18, 19, 20})
+OPSETS: Final = frozenset({18, 19, 20, 21})
 OPERATORS: Final = frozenset(
     [
         "Abs",
@@ -39,6 +39,7 @@ OPERATORS: Final = frozenset(
         "Gather",
         "GatherElements",
         "GatherND",
+        "Gelu",
         "Gemm",
         "Greater",
         "GreaterOrEqual",
@@ -81,7 +82,10 @@ OPERATORS: Final = frozenset(
         "Where",
     ]
 )
-"""Operators that TensorRT 10.3's parser reads; none with control flow or open sizes."""
+"""Operators that TensorRT 10.3's parser reads; none with control flow or open sizes.
+
+Gelu is of opset 20, so that no graph for TensorRT 10.3, which reads 19, has it.
+"""
 
 _HIDDEN: Final = -1e30
 _FLOAT: Final = 1  # onnx.TensorProto.FLOAT

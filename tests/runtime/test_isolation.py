@@ -17,6 +17,7 @@ MASKED = (
     "tensorrt",
     "tensorrt_rtx",
     "onnxruntime",
+    "openvino",
 )
 # Python's modules that Windows does not have: targets/rtx.toml is for Windows too.
 UNIX_ALONE = ("fcntl", "grp", "pwd", "resource", "termios")

@@ -1,0 +1,216 @@
+"""OpenVINO: graphs as they are on a CPU, an Intel GPU or an Intel NPU.
+
+`openvino` is the CPU; `openvino:gpu`, `openvino:gpu.1`, `openvino:npu` are devices by OpenVINO's
+own names. It computes in the bundle's dtype: float32 in float32, bfloat16 where the device has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+
+from gap_runtime.backends._kv_cache import KvCache
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.engines import provider_cache
+from gap_runtime.bundle.manifest import DECODER, Stage
+from gap_runtime.bundle.tensors import MOST_LOGITS, TensorSpec
+from gap_runtime.errors import BackendMissingError, EngineError
+from gap_runtime.machines.threads import read_threads
+
+_CPU: Final = "CPU"
+_PRECISIONS: Final = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_CAPABILITIES: Final = {"f16": "FP16", "bf16": "BF16"}
+"""What OpenVINO says a device has that computes so; every device has float32."""
+_LARGEST_OPSET: Final = 21
+"""A decoder of a later one writes its cache with TensorScatter, which OpenVINO does not read."""
+
+
+class OpenvinoStage:
+    """A vision or text graph that OpenVINO compiled."""
+
+    def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
+        """Load the graph."""
+        _, compiled = _compile(bundle, stage, device)
+        self._request = compiled.create_infer_request()
+        self._role = stage.role
+        self._names = [spec.name for spec in stage.outputs]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for the stage's inputs by name."""
+        try:
+            self._request.infer(inputs, share_inputs=True)
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO could not run the {self._role} graph: {_first_words(error)}"
+            ) from error
+        return {name: self._request.get_tensor(name).data.copy() for name in self._names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """Arrays for one number of rows and of logits, and OpenVINO's tensors on the same memory."""
+
+    arrays: dict[str, np.ndarray]
+    tensors: dict[str, Any]
+    logits: np.ndarray
+
+
+class OpenvinoDecoder:
+    """A decoder graph that OpenVINO compiled, its cache in two places that change sides."""
+
+    def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
+        """Load the graph and make an empty cache."""
+        self._ov, compiled = _compile(bundle, stage, device)
+        specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
+        self._width = int(specs["embeddings"].shape[-1])
+        self._axes = int(specs["position_ids"].shape[0])
+        self._vocabulary = int(specs["logits"].shape[-1])
+        self._cache: KvCache[Any] = KvCache(stage, self._allocate, in_place=False)
+        # A request each: what is bound to it stays, but for the few inputs of a call.
+        self._requests = [compiled.create_infer_request() for _ in range(self._cache.sides)]
+        for side, request in enumerate(self._requests):
+            for name, tensor in (self._cache.inputs(side) | self._cache.outputs(side)).items():
+                request.set_tensor(name, tensor)
+        self._calls: dict[tuple[int, int], _Call] = {}
+
+    def fit(self, rows: int) -> int:
+        """Any number of rows will do."""
+        return rows
+
+    def run(
+        self,
+        embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        write_slot: int,
+        logits_rows: np.ndarray,
+    ) -> np.ndarray:
+        """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
+        sizes = embeddings.shape[1], len(logits_rows)
+        call = self._calls.get(sizes)
+        if call is None:
+            call = self._prepare(*sizes)
+            # Prompts have many lengths: the buffers of the last one are kept, no more.
+            self._calls = {key: c for key, c in self._calls.items() if key[0] <= MOST_LOGITS}
+            self._calls[sizes] = call
+        call.arrays["embeddings"][:] = embeddings
+        call.arrays["position_ids"][:] = position_ids
+        call.arrays["write_slot"][0] = write_slot
+        call.arrays["logits_rows"][:] = logits_rows
+        request = self._requests[self._cache.side]
+        try:
+            for name, tensor in call.tensors.items():
+                request.set_tensor(name, tensor)
+            request.infer()
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO could not run the decoder: {_first_words(error)}"
+            ) from error
+        self._cache.turn()
+        return call.logits
+
+    def _prepare(self, rows: int, wanted: int) -> _Call:
+        """Arrays for numbers of rows and of logits."""
+        arrays: dict[str, np.ndarray] = {
+            "embeddings": np.zeros((1, rows, self._width), np.float32),
+            "position_ids": np.zeros((self._axes, rows), np.int64),
+            "write_slot": np.zeros(1, np.int64),
+            "logits_rows": np.zeros(wanted, np.int64),
+        }
+        logits = np.zeros((wanted, self._vocabulary), np.float32)
+        tensors = {
+            name: self._ov.Tensor(array, shared_memory=True)
+            for name, array in (arrays | {"logits": logits}).items()
+        }
+        return _Call(arrays=arrays, tensors=tensors, logits=logits)
+
+    def _allocate(self, spec: TensorSpec) -> Any:
+        """A tensor of zeros."""
+        shape = list(spec.fixed_shape())
+        if spec.dtype == "bfloat16":
+            # numpy has none: OpenVINO's own memory, filled through its bytes.
+            return self._ov.Tensor(
+                np.zeros(shape, np.uint16), self._ov.Shape(shape), self._ov.Type.bf16
+            )
+        return self._ov.Tensor(np.zeros(shape, spec.dtype), shared_memory=True)
+
+
+def open_stage(bundle: Bundle, stage: Stage, device: str) -> OpenvinoStage:
+    """Load a vision or text graph."""
+    return OpenvinoStage(bundle, stage, device)
+
+
+def open_decoder(bundle: Bundle, stage: Stage, device: str) -> OpenvinoDecoder:
+    """Load the decoder graph and make an empty cache."""
+    return OpenvinoDecoder(bundle, stage, device)
+
+
+def _import_openvino() -> ModuleType:
+    try:
+        return import_module("openvino")
+    except ImportError as error:
+        raise BackendMissingError(
+            "openvino is not installed; pip install 'gap-runtime[openvino]'"
+        ) from error
+
+
+def _compile(bundle: Bundle, stage: Stage, device: str) -> tuple[ModuleType, Any]:
+    """OpenVINO, and a graph that it compiled for a device.
+
+    Raises:
+        BackendMissingError: OpenVINO is not installed.
+        EngineError: It has no such device, or cannot read or compile the graph.
+    """
+    path = bundle.folder / stage.file
+    opset = bundle.manifest.target.opset
+    if stage.role == DECODER and opset > _LARGEST_OPSET:
+        raise EngineError(
+            f"{path}: OpenVINO reads decoders of opset {_LARGEST_OPSET} at most, found {opset}; "
+            "export with --target openvino"
+        )
+    ov = _import_openvino()
+    core = ov.Core()
+    wanted = device.upper() or _CPU
+    if wanted.partition(".")[0] not in {each.partition(".")[0] for each in core.available_devices}:
+        raise EngineError(
+            f"OpenVINO finds no device {wanted}, only {', '.join(core.available_devices)}; "
+            "install its driver, or take --backend openvino for the CPU"
+        )
+    try:
+        settings = _choose_settings(core, bundle, wanted)
+        model = core.read_model(str(path))
+        return ov, core.compile_model(model, wanted, settings)
+    except RuntimeError as error:
+        raise EngineError(
+            f"{path}: OpenVINO {ov.__version__.partition('-')[0]} cannot load it on {wanted}: "
+            f"{_first_words(error)}"
+        ) from error
+
+
+def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
+    """How a graph is compiled: for one caller at a time, in the bundle's own precision."""
+    precision = _PRECISIONS[bundle.manifest.dtype]
+    capability = _CAPABILITIES.get(precision)
+    if capability and capability not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        precision = "f32"
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    if device == _CPU:
+        threads = read_threads()
+        return settings if threads is None else settings | {"INFERENCE_NUM_THREADS": threads}
+    # Compiling for these takes minutes; for the CPU a copy of the weights is all that it saves.
+    folder = provider_cache(bundle, f"openvino-{device.lower()}")
+    return settings if folder is None else settings | {"CACHE_DIR": str(folder)}
+
+
+def _first_words(error: RuntimeError) -> str:
+    """The end of OpenVINO's message, which begins with its own source files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return " ".join((said or lines or ["it gave no reason"])[-1].split())[:300]
