@@ -37,7 +37,7 @@ def resolve_backend(name: str) -> str:
 
 def describe_backends() -> str:
     """Every backend with a line from its own file and its short names, for help."""
-    parts = []
+    parts = ["auto: the fastest for the bundle, as bench --all measured it"]
     for name in list_plugins(BACKENDS):
         short = ", ".join(read_constant(BACKENDS, name, "SHORT_NAMES") or {})
         parts.append(f"{name}: {read_summary(BACKENDS, name)}" + (f" ({short})" if short else ""))

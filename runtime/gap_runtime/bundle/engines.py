@@ -149,8 +149,7 @@ def provider_cache(bundle: Bundle, runtime: str) -> Path | None:
         bundle: The opened bundle.
         runtime: Of the backend and its device, for example `onnxruntime-tensorrt`.
     """
-    named = sorted((name, entry.blake3) for name, entry in bundle.manifest.files.items())
-    leaf = f"{runtime}-{hash_bytes(json.dumps(named).encode())[:12]}"
+    leaf = f"{runtime}-{identify_files(bundle)}"
     beside = Path.home() / ".cache" / "gap-runtime" / bundle.manifest.name
     for folder in (bundle.folder.resolve() / ENGINES / leaf, beside / leaf):
         try:
@@ -160,6 +159,12 @@ def provider_cache(bundle: Bundle, runtime: str) -> Path | None:
         if os.access(folder, os.W_OK):
             return folder
     return None
+
+
+def identify_files(bundle: Bundle) -> str:
+    """A short name of a bundle that changes with any of its files."""
+    named = sorted((name, entry.blake3) for name, entry in bundle.manifest.files.items())
+    return hash_bytes(json.dumps(named).encode())[:12]
 
 
 def find_engine_folder(bundle: Bundle, name: str, backend: str) -> Path:

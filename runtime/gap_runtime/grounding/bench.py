@@ -14,6 +14,7 @@ from PIL import Image
 from gap_runtime.backends import DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.grounding.fastest import choose_backend
 from gap_runtime.grounding.grounder import Grounder, StageValues
 from gap_runtime.pictures.load import fitting_size
 from gap_runtime.pictures.preprocess import Bucket
@@ -81,6 +82,7 @@ def bench_bundle(
         ratios: Those of the bundle's that are timed; all by default.
         draft: As in Grounder.
     """
+    backend = choose_backend(bundle, backend)
     grounder = Grounder(bundle, backend, draft=draft, keep_pictures=0)
     pictures = {bucket.name: _noise(bundle, bucket) for bucket in bundle.manifest.buckets}
     entries = [each for each in bundle.manifest.ratios if ratios is None or each.ratio in ratios]
@@ -117,6 +119,14 @@ class _Run:
     first: StageValues
     further: StageValues
     steps: StageValues
+
+
+def request_ms(report: BenchReport) -> float:
+    """Milliseconds of a request, picture to answer, as the sum over all rows of a report."""
+    return sum(
+        row.preprocess_ms + row.vision_ms + row.prefill_ms + (_TOKENS - 1) * row.token_ms
+        for row in report.rows
+    )
 
 
 def _noise(bundle: Bundle, bucket: Bucket) -> Image.Image:

@@ -18,6 +18,7 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry, Reference, ReferenceSample
 from gap_runtime.errors import CheckError
 from gap_runtime.grounding.boxless import BoxCount, count_boxes
+from gap_runtime.grounding.fastest import choose_backend
 from gap_runtime.grounding.grounder import Grounder, StageValues
 from gap_runtime.pictures.boxes import Box, iou, parse_boxes
 from gap_runtime.pictures.load import frame_picture, load_picture
@@ -153,6 +154,7 @@ def check_bundle(
         raise CheckError(
             f"{bundle.folder}: no reference answers in it; export without --no-reference"
         )
+    backend = choose_backend(bundle, backend)
     grounder = Grounder(bundle, backend, keep_pictures=0)
     arrays = np.load(bundle.folder / manifest.reference.arrays, allow_pickle=False)
     rows: list[CheckRow] = []

@@ -27,6 +27,7 @@ from gap_runtime.bundle.manifest import (
 )
 from gap_runtime.errors import BundleError, ConfigError, InputError
 from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
+from gap_runtime.grounding.fastest import choose_backend
 from gap_runtime.grounding.prompt import (
     PhraseEncoder,
     PromptEncoder,
@@ -76,8 +77,8 @@ class Grounder:
 
         Args:
             bundle: An opened bundle.
-            backend: `onnxruntime`, `onnxruntime:cpu` or `onnxruntime:cuda`.
-                Or a backend itself.
+            backend: A name as `onnxruntime`, `onnxruntime:cuda` or `openvino`; `auto` for the one
+                that was the fastest when `bench --all` measured it. Or a backend itself.
             ratio: One of the bundle's ratios; the first one it was exported with by default.
             keep: Or a count of visual tokens that stay.
             draft: Send what the form of an answer forces along with each token. It changes the
@@ -97,9 +98,10 @@ class Grounder:
         self.bundle = bundle
         self.default_ratio = bundle.choose_ratio(ratio, keep=keep)
         self._keep = keep
-        self._backend, self._device = (
-            open_backend(backend) if isinstance(backend, str) else (backend, "")
-        )
+        if isinstance(backend, str):
+            self._backend, self._device = open_backend(choose_backend(bundle, backend))
+        else:
+            self._backend, self._device = backend, ""
         prompt = bundle.manifest.prompt
         if prompt.tokenizer is None:
             raise BundleError(

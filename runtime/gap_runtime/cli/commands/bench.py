@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gap_runtime.cli.options import (
     add_backend,
@@ -15,6 +15,9 @@ from gap_runtime.cli.options import (
 )
 from gap_runtime.errors import ConfigError
 
+if TYPE_CHECKING:
+    from gap_runtime.display import Display
+
 SUMMARY: Final = "time every stage at every ratio"
 
 
@@ -23,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     add_chosen_counts(parser)
     parser.add_argument("--runs", type=int, default=7, help="timed runs per ratio (default 7)")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="time a request on every backend that is there; --backend auto takes the fastest",
+    )
     add_backend(parser)
     add_draft(parser)
 
@@ -36,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     if options.runs < 1:
         raise ConfigError(f"--runs {options.runs}: at least 1 is needed")
     display = Display()
+    if options.all:
+        return _time_all(options, display)
     with display.step("timing"):
         bundle = open_bundle(options)
         report = bench_bundle(
@@ -58,4 +68,30 @@ def run(options: argparse.Namespace) -> int:
             f"answer of {row.tokens} tokens {row.answer_ms:.1f} ms by {row.calls} calls "
             f"({row.accepted} of {row.drafted} drafted tokens right)"
         )
+    return 0
+
+
+def _time_all(options: argparse.Namespace, display: Display) -> int:
+    """A line for every backend, the fastest first."""
+    from gap_runtime.grounding.bench import bench_bundle, request_ms  # noqa: PLC0415
+    from gap_runtime.grounding.fastest import time_backends  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
+    bundle = open_bundle(options)
+    ratios = bundle.choose_ratios(options.ratios, options.keep)
+
+    def measure(backend: str) -> float:
+        with display.step(f"timing {backend}"):
+            return request_ms(bench_bundle(bundle, backend, runs=options.runs, ratios=ratios))
+
+    timed = time_backends(bundle, measure)
+    if options.json:
+        print_json(dump_record(timed))
+        return 0
+    for each in timed:
+        if each.milliseconds is None:
+            print(f"{each.backend}: {each.problem}")
+        else:
+            print(f"{each.backend}: {each.milliseconds:.1f} ms")
+    display.say(f"--backend auto takes {timed[0].backend} for this bundle from now on")
     return 0

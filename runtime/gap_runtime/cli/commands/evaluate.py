@@ -40,9 +40,11 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.evaluation.answer import BundleAnswerer, describe_bundle  # noqa: PLC0415
     from gap_runtime.evaluation.results import Header  # noqa: PLC0415
     from gap_runtime.evaluation.run import describe_data  # noqa: PLC0415
+    from gap_runtime.grounding.fastest import choose_backend  # noqa: PLC0415
 
     display = Display()
     bundle = open_bundle(options)
+    options.backend = choose_backend(bundle, options.backend)
     open_backend(options.backend)
     ratios = bundle.choose_ratios(options.ratios, options.keep)
     with display.step("reading the data"):
