@@ -207,9 +207,10 @@ def _advise(bundle: Bundle, wanted: str, backend: str) -> str:
         if target.dialect == own.dialect and target.opset >= own.opset
     ]
     if fitting:
+        others = f" (or {', '.join(fitting[1:])})" if fitting[1:] else ""
         return (
             f"target '{own.name}' builds none; build them for a machine that does: "
-            f"{build_command(bundle, fitting[0])} (or {', '.join(fitting[1:])})"
+            f"{build_command(bundle, fitting[0])}{others}"
         )
     return (
         f"the graphs of target '{own.name}' are for {own.backend} alone; use --backend "

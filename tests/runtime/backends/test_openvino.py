@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from gap_runtime.backends import open_backend, openvino
+from gap_runtime.backends import SlotSaver, open_backend, openvino
 from gap_runtime.backends.openvino.missing import find_missing
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER, VISION
@@ -110,6 +110,23 @@ def test_every_call_reads_what_all_before_it_wrote(library, bundle):
     ((_, device, settings),) = library.compiled
     assert (device, settings["INFERENCE_PRECISION_HINT"]) == ("CPU", "f32")
     assert "CACHE_DIR" not in settings
+
+
+@pytest.mark.usefixtures("library")
+def test_slots_are_put_back(bundle):
+    """At any side of the cache, whatever was written there meanwhile."""
+    decoder = openvino.open_decoder(bundle, bundle.manifest.stage(DECODER), "")
+    ones, ids = np.ones((1, 2, 2), np.float32), np.zeros((1, 2), int)
+    decoder.run(ones, ids, 0, np.array([1]))
+    saved = decoder.copy_slots(2)
+    assert isinstance(decoder, SlotSaver)
+    assert saved.size == sum(2 * 2 * 4 for _ in ("key", "value"))
+    for others in range(1, 4):
+        for _ in range(others):
+            decoder.run(7 * ones, ids, 0, np.array([1]))
+        decoder.put_slots(saved)
+        found = decoder.run(ones[:, :1], ids[:, :1], 2, np.array([0]))
+        assert found[0, 0] == 3 * 6
 
 
 @pytest.mark.usefixtures("library")

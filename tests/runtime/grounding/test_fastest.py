@@ -104,8 +104,14 @@ class SimpleRows:
                 preprocess_ms=1.0,
                 vision_ms=2.0,
                 prefill_ms=3.0,
+                further_ms=1.0,
                 token_ms=token,
                 tokens_per_second=1e3 / token,
+                answer_ms=1.0,
+                tokens=1,
+                calls=1,
+                drafted=0,
+                accepted=0,
             )
             for ratio in ratios
         ]

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gap_runtime.backends._kv_cache import KvCache
+from gap_runtime.backends._kv_cache import KvCache, SlotCopy
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import provider_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
@@ -59,6 +59,14 @@ class _Call:
     logits: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Memory:
+    """An array of the cache, bfloat16 as uint16, and OpenVINO's tensor on the same memory."""
+
+    array: np.ndarray
+    tensor: Any
+
+
 class OpenvinoDecoder:
     """A decoder graph that OpenVINO compiled, its cache in two places that change sides."""
 
@@ -69,12 +77,12 @@ class OpenvinoDecoder:
         self._width = int(specs["embeddings"].shape[-1])
         self._axes = int(specs["position_ids"].shape[0])
         self._vocabulary = int(specs["logits"].shape[-1])
-        self._cache: KvCache[Any] = KvCache(stage, self._allocate, in_place=False)
+        self._cache: KvCache[_Memory] = KvCache(stage, self._allocate, in_place=False)
         # A request each: what is bound to it stays, but for the few inputs of a call.
         self._requests = [compiled.create_infer_request() for _ in range(self._cache.sides)]
         for side, request in enumerate(self._requests):
-            for name, tensor in (self._cache.inputs(side) | self._cache.outputs(side)).items():
-                request.set_tensor(name, tensor)
+            for name, memory in (self._cache.inputs(side) | self._cache.outputs(side)).items():
+                request.set_tensor(name, memory.tensor)
         self._calls: dict[tuple[int, int], _Call] = {}
 
     def fit(self, rows: int) -> int:
@@ -112,6 +120,18 @@ class OpenvinoDecoder:
         self._cache.turn()
         return call.logits
 
+    def copy_slots(self, count: int) -> SlotCopy[np.ndarray]:
+        """A copy of the first slots; see gap_runtime.backends.SlotSaver."""
+        memories = self._cache.inputs(self._cache.side)
+        tensors = {name: each.array[:, :, :count].copy() for name, each in memories.items()}
+        size = sum(array.nbytes for array in tensors.values())
+        return SlotCopy(count=count, tensors=tensors, size=size)
+
+    def put_slots(self, saved: SlotCopy[np.ndarray]) -> None:
+        """Write slots back; see gap_runtime.backends.SlotSaver."""
+        for name, each in self._cache.inputs(self._cache.side).items():
+            each.array[:, :, : saved.count] = saved.tensors[name]
+
     def _prepare(self, rows: int, wanted: int) -> _Call:
         """Arrays for numbers of rows and of logits."""
         arrays: dict[str, np.ndarray] = {
@@ -127,15 +147,17 @@ class OpenvinoDecoder:
         }
         return _Call(arrays=arrays, tensors=tensors, logits=logits)
 
-    def _allocate(self, spec: TensorSpec) -> Any:
+    def _allocate(self, spec: TensorSpec) -> _Memory:
         """A tensor of zeros."""
-        shape = list(spec.fixed_shape())
+        shape = spec.fixed_shape()
         if spec.dtype == "bfloat16":
-            # numpy has none: OpenVINO's own memory, filled through its bytes.
-            return self._ov.Tensor(
-                np.zeros(shape, np.uint16), self._ov.Shape(shape), self._ov.Type.bf16
-            )
-        return self._ov.Tensor(np.zeros(shape, spec.dtype), shared_memory=True)
+            # numpy has none: the array holds its bits.
+            array = np.zeros(shape, np.uint16)
+            tensor = self._ov.Tensor(array, self._ov.Shape(shape), self._ov.Type.bf16)
+        else:
+            array = np.zeros(shape, spec.dtype)
+            tensor = self._ov.Tensor(array, shared_memory=True)
+        return _Memory(array=array, tensor=tensor)
 
 
 def open_stage(bundle: Bundle, stage: Stage, device: str) -> OpenvinoStage:
