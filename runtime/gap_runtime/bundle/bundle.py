@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from gap_runtime.bundle.hashes import hash_file, read_blocks
+from gap_runtime.bundle.hashes import hash_bytes, hash_file, read_blocks
 from gap_runtime.bundle.layout import is_ratio, suggest_ratio
 from gap_runtime.bundle.manifest import FileEntry, Manifest, RatioEntry
 from gap_runtime.bundle.validation import read_manifest
@@ -171,6 +172,12 @@ def embedding_rows(table: np.ndarray, token_ids: list[int]) -> np.ndarray:
     if rows.dtype == np.uint16:
         return (rows.astype(np.uint32) << 16).view(np.float32)
     return rows.astype(np.float32, copy=False)
+
+
+def identify_files(bundle: Bundle) -> str:
+    """A short name of a bundle that changes with any of its files."""
+    named = sorted((name, entry.blake3) for name, entry in bundle.manifest.files.items())
+    return hash_bytes(json.dumps(named).encode())[:12]
 
 
 def describe_file(path: Path) -> FileEntry:

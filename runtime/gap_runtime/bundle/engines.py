@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.bundle import Bundle, identify_files
 from gap_runtime.bundle.files import write_whole
 from gap_runtime.bundle.hashes import hash_bytes, hash_file
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
@@ -159,12 +159,6 @@ def provider_cache(bundle: Bundle, runtime: str) -> Path | None:
         if os.access(folder, os.W_OK):
             return folder
     return None
-
-
-def identify_files(bundle: Bundle) -> str:
-    """A short name of a bundle that changes with any of its files."""
-    named = sorted((name, entry.blake3) for name, entry in bundle.manifest.files.items())
-    return hash_bytes(json.dumps(named).encode())[:12]
 
 
 def find_engine_folder(bundle: Bundle, name: str, backend: str) -> Path:

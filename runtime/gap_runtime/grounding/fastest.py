@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from gap_runtime.backends import BACKENDS, DEFAULT_BACKEND
-from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.engines import identify_files
+from gap_runtime.bundle.bundle import Bundle, identify_files
 from gap_runtime.bundle.files import write_whole
 from gap_runtime.errors import ConfigError, EngineError
 from gap_runtime.registry import list_plugins
