@@ -57,6 +57,10 @@ class Truth:
     def __init__(self, answer):
         self.answer, self.accepted = answer, 0
 
+    def about(self, phrase):
+        assert phrase == " ".join(phrase.split())
+        return self
+
     def propose(self, token_ids, most):
         return self.answer[len(token_ids) :][: min(most, 2)]
 

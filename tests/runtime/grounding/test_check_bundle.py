@@ -85,6 +85,10 @@ def test_a_bundle_with_an_extra_token_is_checked_with_it(
 class EndDrafter:
     """Drafts the end of the answer behind its first token."""
 
+    def about(self, phrase):
+        assert phrase == " ".join(phrase.split())
+        return self
+
     def propose(self, token_ids, most):
         return [10][:most] if len(token_ids) == 1 else []
 
