@@ -24,15 +24,18 @@ def cls_attention(query_VC: Tensor, key_VTC: Tensor, heads: int) -> Tensor:
     return torch.softmax(logits_VHT, dim=-1).mean(dim=1)[:, 1:]
 
 
-def column_attention(query_VTC: Tensor, key_VTC: Tensor, heads: int) -> Tensor:
+def column_attention(
+    query_VTC: Tensor, key_VTC: Tensor, heads: int, *, leading: int = 1
+) -> Tensor:
     """[V, P]: attention that each patch receives, mean over heads and over all tokens of a view.
 
-    Needs the whole attention map, which the block itself does without.
+    `leading` tokens stand before the patches. Needs the whole attention map, which the block
+    itself does without.
     """
     query_VHTd = _split(query_VTC, heads).permute(0, 2, 1, 3)
     key_VHdT = _split(key_VTC, heads).permute(0, 2, 3, 1)
     logits_VHTT = query_VHTd @ key_VHdT * query_VHTd.shape[-1] ** -0.5
-    return torch.softmax(logits_VHTT, dim=-1).mean(dim=2).mean(dim=1)[:, 1:]
+    return torch.softmax(logits_VHTT, dim=-1).mean(dim=2).mean(dim=1)[:, leading:]
 
 
 def merge_attention(query_VC: Tensor, key_VTC: Tensor) -> Tensor:
@@ -52,9 +55,9 @@ def cls_similarity(states_VTC: Tensor) -> Tensor:
     return (unit_VTC[:, 1:] @ unit_VTC[:, 0, :, None])[..., 0]
 
 
-def mean_keys(key_VTC: Tensor, heads: int) -> Tensor:
-    """[V, P, d]: keys of the patches, mean over heads."""
-    return _split(key_VTC[:, 1:], heads).mean(dim=2)
+def mean_keys(key_VTC: Tensor, heads: int, *, leading: int = 1) -> Tensor:
+    """[V, P, d]: keys of the patches, mean over heads; `leading` tokens stand before them."""
+    return _split(key_VTC[:, leading:], heads).mean(dim=2)
 
 
 def _split(x_VC: Tensor, heads: int) -> Tensor:

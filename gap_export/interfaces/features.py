@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -55,6 +55,12 @@ class Feature(Enum):
 
     TEXT_PATCHES = "text_patches"
     """[B, N, W]: patches in the space of the phrase."""
+
+
+CLS_FEATURES: Final = frozenset(
+    {Feature.CLS_ATTENTION, Feature.CLS_SIMILARITY, Feature.MERGE_ATTENTION}
+)
+"""What only a tower with a CLS token can give."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +123,9 @@ class EagerVision:
 
     `patches` [N, C] and `tokens` [N, D] stand before and behind the projector. `hidden_states`
     [V, T, C] and `attentions` [V, H, T, T] are by layer, `queries` and `keys` [V, T, C] the
-    outputs of each block's projections. `layer` is the index of the hidden state that the
-    patches are taken from. `arrange` brings [V, T - 1, ...] into the order of the patches.
+    outputs of each block's projections. `leading` of the T tokens stand before the patches: 1 in
+    a tower with a CLS token, otherwise 0. `layer` is the index of the hidden state that the
+    patches are taken from. `arrange` brings [V, T - leading, ...] into the order of the patches.
     `text` [W] and `text_patches` [N, W] are None for pruners that need no phrase.
     """
 
@@ -128,6 +135,7 @@ class EagerVision:
     attentions: tuple[Tensor, ...]
     queries: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
+    leading: int
     layer: int
     geometry: Geometry
     arrange: Callable[[Tensor], Tensor]
@@ -136,9 +144,13 @@ class EagerVision:
     text_sign: int
 
     def by_token(self, values: Tensor) -> Tensor:
-        """Values by view and patch [V, T - 1, ...] as means by token [N, ...]."""
+        """Values by view and patch [V, T - leading, ...] as means by token [N, ...]."""
         arranged = self.arrange(values)
         return arranged.reshape(-1, self.geometry.strip, *arranged.shape[1:]).mean(dim=1)
+
+    def without_leading(self, values: Tensor) -> Tensor:
+        """Values by view and tower token [V, T, ...] of the patches alone."""
+        return values[:, self.leading :]
 
     @property
     def merge_block(self) -> int:

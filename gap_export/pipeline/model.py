@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gap_export.checkpoint.index import Checkpoint, open_checkpoint, open_part
-from gap_export.config import ExportConfig, NamedConfig, resolve_family
+from gap_export.config import PRUNERS, ExportConfig, NamedConfig, resolve_family
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import Family, ModelSpec
-from gap_export.interfaces.features import Feature, Pruner
+from gap_export.interfaces.features import CLS_FEATURES, Feature, Pruner
 from gap_export.interfaces.pruner import load_pruner
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
-from gap_runtime.registry import load_plugin
+from gap_runtime.registry import list_plugins, load_plugin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,8 @@ def read_model(named: NamedConfig) -> Model:
     if lacking:
         raise ConfigError(
             f"pruner '{strategy}' needs {', '.join(lacking)}, which family '{family_name}' does "
-            "not give; choose another --pruner"
+            f"not give{_explain_lack(pruner, spec)}; choose another --pruner: "
+            f"{', '.join(_list_served(given))}"
         )
     return Model(
         checkpoint=checkpoint,
@@ -76,6 +77,18 @@ def read_model(named: NamedConfig) -> Model:
         pruner=pruner,
         spec=spec,
     )
+
+
+def _explain_lack(pruner: Pruner, spec: ModelSpec) -> str:
+    """Why a tower does not give what a pruner needs, where that is for the lack of CLS."""
+    if not pruner.NEEDS & CLS_FEATURES or spec.features.keys() & CLS_FEATURES:
+        return ""
+    return ", as its vision tower has no CLS token"
+
+
+def _list_served(given: set[Feature]) -> list[str]:
+    """The pruners that need nothing else than this."""
+    return [name for name in list_plugins(PRUNERS) if given >= load_pruner(name).NEEDS]
 
 
 def _open_parts(

@@ -32,6 +32,6 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     """The same from the tower's own attention map; ties go to the lower index."""
     del config
     attention = vision.attentions[vision.layer - 1]
-    scores = vision.by_token(attention.double().mean(dim=(1, 2))[:, 1:])
+    scores = vision.by_token(vision.without_leading(attention.double().mean(dim=(1, 2))))
     order = torch.sort(scores, descending=True, stable=True).indices
     return EagerChoice(order=tuple(order[:kept].tolist()), scores=tuple(scores.tolist()))

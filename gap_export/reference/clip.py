@@ -13,15 +13,22 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
 from gap_export.interfaces.features import EagerVision, Geometry
 
-# V views, T tokens of a view (CLS first), N visual tokens, C width, D decoder width, W text width.
+# V views, T tokens of a view (CLS first where there is one), N visual tokens, C width, D decoder
+# width, W text width.
 
 
 class EagerClip:
-    """A vision tower."""
+    """A vision tower of CLIP's kind."""
 
-    def __init__(self, tower: CLIPVisionModel, layer: int) -> None:
-        """Wrap a loaded tower; `layer` is the hidden state that patches are taken from."""
-        self._tower, self._layer = tower.eval(), layer
+    def __init__(self, tower: CLIPVisionModel, layer: int, *, leading: int = 1) -> None:
+        """Wrap a loaded tower.
+
+        Args:
+            tower: The library's, whose blocks are named as CLIP's.
+            layer: The hidden state that patches are taken from.
+            leading: Tokens before the patches: 1 for CLIP's CLS.
+        """
+        self._tower, self._layer, self._leading = tower.eval(), layer, leading
 
     @torch.no_grad()
     def look(
@@ -38,14 +45,14 @@ class EagerClip:
             views: Pixels [V, 3, H, W].
             project: Patches [N, C] to visual tokens [N, D].
             geometry: Of the tokens that may be removed.
-            arrange: [V, T - 1, ...] to the patches [N, ...] in their order.
+            arrange: [V, T - leading, ...] to the patches [N, ...] in their order.
         """
         dtype = next(self._tower.parameters()).dtype
         with _recorded(self._tower) as (queries, keys):
             output = self._tower(
                 views.to(dtype), output_hidden_states=True, output_attentions=True
             )
-        patches = arrange(output.hidden_states[self._layer][:, 1:])
+        patches = arrange(output.hidden_states[self._layer][:, self._leading :])
         return EagerVision(
             patches=patches,
             tokens=project(patches),
@@ -53,6 +60,7 @@ class EagerClip:
             attentions=output.attentions,
             queries=tuple(queries),
             keys=tuple(keys),
+            leading=self._leading,
             layer=self._layer,
             geometry=geometry,
             arrange=arrange,

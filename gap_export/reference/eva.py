@@ -76,6 +76,7 @@ class EagerEva:
             attentions=tuple(attentions),
             queries=tuple(queries),
             keys=tuple(keys),
+            leading=1,
             layer=self._layers,
             geometry=geometry,
             arrange=arrange,

@@ -69,6 +69,7 @@ class EagerInternVit:
             attentions=tuple(output.attentions),
             queries=tuple(queries),
             keys=tuple(keys),
+            leading=1,
             layer=self._layer,
             geometry=geometry,
             arrange=arrange,

@@ -43,7 +43,7 @@ def merge_nearest_eagerly(
     if len(order) == len(attention):
         return EagerChoice(order=order, scores=given)
     patches = vision.patches.double()
-    keys = vision.by_token(vision.keys[vision.merge_block][:, 1:].double())
+    keys = vision.by_token(vision.without_leading(vision.keys[vision.merge_block]).double())
     directions = torch.stack([key / key.norm().clamp(min=1e-12) for key in keys])
     rows = []
     for center in order:

@@ -84,6 +84,7 @@ class Scene:
             attentions=self.attentions,
             queries=self.queries,
             keys=self.keys,
+            leading=1,
             layer=self.layer,
             geometry=self.geometry,
             arrange=self.arrange,

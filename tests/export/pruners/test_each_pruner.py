@@ -141,6 +141,7 @@ def vision_of_map(attention):
         attentions=(attention[None],),
         queries=(),
         keys=(),
+        leading=1,
         layer=1,
         geometry=Geometry(grids=((1, len(nothing)),)),
         arrange=lambda values: values[0],
