@@ -63,7 +63,7 @@ def answer(folder):
     bundle = Bundle.open(folder)
     grounder = Grounder(bundle, "onnxruntime:cpu")
     recorded = []
-    decoder = grounder._open_decoder()
+    decoder = grounder._open_cache().session
 
     class Recorder:
         fit = staticmethod(decoder.fit)
@@ -72,7 +72,7 @@ def answer(folder):
             recorded.append(decoder.run(*arguments).copy())
             return recorded[-1]
 
-    grounder._decoder, grounder._drafter = Recorder(), None
+    grounder._open_cache().session, grounder._drafter = Recorder(), None
     values = grounder.run_stages(
         make_picture(90, 61, seed=2), "the café mug", bundle.manifest.ratios[0], most=STEPS
     )
