@@ -386,7 +386,8 @@ def test_a_folder_of_another_model_type(tmp_path, model_type):
     folder = model_folder(tmp_path / "mine", model_type)
     message = refusal(folder)
     assert str(folder / "config.json") in message
-    assert f"model_type '{model_type}' is none of the families that there are (llava, " in message
+    assert f"model_type '{model_type}' is none of the families that there are (" in message
+    assert "llava, llava_next" in message
 
 
 def test_a_folder_without_a_config(tmp_path):
