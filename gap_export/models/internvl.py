@@ -84,7 +84,7 @@ _BOX: Final = BoxFormat(
     pattern=rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]",
     scale=1000.0,
     frame="original",
-    form="<box>[[###, ###, ###, ###]]</box>",
+    form="<ref>{phrase}</ref><box>[[###, ###, ###, ###]]</box>",
 )
 _LAST_NORM: Final = r"vision_tower\.layernorm\."
 """Of a tower whose patches are taken before it."""

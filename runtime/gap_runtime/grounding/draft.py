@@ -137,9 +137,15 @@ class Drafter:
 
 
 def _find_rest(form: str, text: str) -> str:
-    """What the form still holds behind a text: one that fills it, or whose last words do."""
+    """What the form still holds behind a text: one that fills it, or whose last words do.
+
+    An answer may also leave out what the form has before its box.
+    """
+    head = form.partition(DIGIT)[0]
+    forms = [form[place:] for place, letter in enumerate(head) if letter == form[0]]
     starts = [0, *(place for place, letter in enumerate(text) if place and letter == form[0])]
-    return next((rest for start in starts if (rest := _rest(form, text[start:]))), "")
+    pairs = ((each, text[start:]) for each in forms for start in starts)
+    return next((rest for each, behind in pairs if (rest := _rest(each, behind))), "")
 
 
 def _rest(form: str, text: str) -> str:

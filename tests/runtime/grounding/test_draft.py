@@ -171,6 +171,16 @@ def test_a_box_behind_other_words_is_drafted_too():
     assert drafter.propose([*said, forced[0]], 7) == forced[1:]
 
 
+def test_an_answer_may_leave_out_what_stands_before_its_box():
+    tokenizer = make_tokenizer("▁[[")
+    drafter = Drafter(tokenizer, "<ref>{phrase}<end><box>[[###, ###]]<end>", BEFORE).about("a cup")
+    box = tokens_of(tokenizer, "<box>[[12, 345]]<end>")
+    assert drafter.propose(box[:2], 7) == box[2:7]
+    whole = tokens_of(tokenizer, "<ref>a cup<end><box>[[12, 345]]<end>")
+    assert drafter.propose(whole[:2], 7) == whole[2:9]
+    assert replay(drafter, box)[2] >= 9
+
+
 def test_an_answer_without_the_space_is_learnt():
     """The first one is drafted with a space in vain, the next ones as the model writes them."""
     tokenizer = make_tokenizer("▁[")
