@@ -43,6 +43,7 @@ SWEEP = (
     *("sweep", "refshapes", "--data", "refshapes:test", "--limit", "6", "--ratios", "0", "0.5"),
     *("0.75", "--positions", "gap", "compact", "--pytorch", "--protocol", "frame"),
     *("--protocol", "shikra", "--gallery", "2", "--backend", "onnxruntime:cpu"),
+    *("--within", "100"),
 )
 
 

@@ -51,6 +51,11 @@ def test_the_report_shows_what_was_asked_for(report):
     assert len(report.graphics) == 1 + 3
     assert "cls_attention" in report.graphics[0]["aria-label"]
     assert len(report.images) == 4
+    for part in (
+        *("What the figures are of", "padded-square", "nobody is known to publish figures on it"),
+        "0.75 removed is the most within 100 points of the unpruned model",
+    ):
+        assert part in report.words, part
     for part in ("the protocol frame", "0 of 30 answers", "McNemar", "drawn at random (seed 0)"):
         assert part in report.words, part
 

@@ -73,6 +73,12 @@ def test_the_json_holds_what_the_tables_hold(swept):
     unpruned = next(row for row in data["cells"] if row["pruner"] == "unpruned")
     assert unpruned["accuracy"] == unpruned["hits"] / 6 > 0.6
     assert data["published"][0]["gap"] == 51.42
+    # Nothing can lose more than 100 points.
+    assert [(each["pruner"], each["ratio"]) for each in data["advice"]] == [
+        ("cls_attention", 0.75)
+    ]
+    assert {cell["frame"] for cell in data["cells"]} == {"padded-square"}
+    assert {(cell["set"], cell["split"]) for cell in data["cells"]} == {("refshapes", "test")}
 
 
 def test_weights_lie_on_disk_once(swept):

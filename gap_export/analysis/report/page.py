@@ -30,7 +30,9 @@ from gap_export.analysis.report.sections import (
     tabulate_protocols,
 )
 from gap_export.analysis.report.tables import (
+    Advice,
     Tables,
+    advise,
     flatten_cells,
     flatten_pairs,
     flatten_parts,
@@ -65,17 +67,21 @@ def require_libraries() -> None:
     _import_jinja()
 
 
-def write_report(sweep: Sweep, protocols: Sequence[str], *, pictures: int) -> Report:
+def write_report(
+    sweep: Sweep, protocols: Sequence[str], *, pictures: int, within: float | None = None
+) -> Report:
     """Write the page and the tables into the sweep's folder.
 
     Args:
         sweep: Finished.
         protocols: How answers are scored; the plots show the first.
         pictures: Of the worst disagreements, and as many random ones.
+        within: Points of accuracy that may be lost, to recommend ratios by.
     """
     tables = make_tables(sweep, protocols)
     data = sweep.plan.request.data
     cells, pairs = flatten_cells(tables.cells, data), flatten_pairs(tables.pairs)
+    advice = [] if within is None else advise(tables, within)
     figures = {
         "sweep": describe_sweep(sweep.plan),
         "protocols": list(protocols),
@@ -85,6 +91,7 @@ def write_report(sweep: Sweep, protocols: Sequence[str], *, pictures: int) -> Re
         "comparisons": pairs,
         "published": dump_record(tables.published),
         "left_out": list(sweep.plan.left_out),
+        "advice": [{**dump_record(each), "words": each.describe()} for each in advice],
     }
     out = sweep.plan.request.out
     for name, rows in (
@@ -97,7 +104,7 @@ def write_report(sweep: Sweep, protocols: Sequence[str], *, pictures: int) -> Re
     text = json.dumps(_finite(figures), indent=1, allow_nan=False)
     write_page(out / "report.json", text + "\n")
     path = out / REPORT_FILE
-    write_page(path, make_page(_title(sweep), _render(sweep, tables, pictures)))
+    write_page(path, make_page(_title(sweep), _render(sweep, tables, pictures, advice)))
     return Report(path=path, figures=figures)
 
 
@@ -124,7 +131,7 @@ def _title(sweep: Sweep) -> str:
     return f"{request.named.name}: accuracy after pruning"
 
 
-def _render(sweep: Sweep, tables: Tables, pictures: int) -> str:
+def _render(sweep: Sweep, tables: Tables, pictures: int, advice: Sequence[Advice]) -> str:
     """The page's body."""
     jinja2 = _import_jinja()
     environment = jinja2.Environment(
@@ -162,6 +169,7 @@ def _render(sweep: Sweep, tables: Tables, pictures: int) -> str:
         positions=safe(tabulate_pairs(tables, "positions")),
         pruning=safe(tabulate_pairs(tables, "pruning")),
         protocols=safe(tabulate_protocols(tables)),
+        advice=[each.describe() for each in advice],
         basis=safe(tabulate_basis(tables, request.data)),
         parts=safe(tabulate_parts(tables)),
         reason=reason,

@@ -141,6 +141,66 @@ def make_tables(sweep: Sweep, protocols: Sequence[str]) -> Tables:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """The largest ratio of a pruner that loses at most so many points of accuracy.
+
+    `ratio` is None where every one loses more. `lost` points are those of that ratio, or else the
+    least of any; `high` is the end of their 95 % interval: above `within`, more phrases are
+    needed to be sure.
+    """
+
+    pruner: str
+    positions: str
+    within: float
+    ratio: float | None
+    lost: float
+    high: float
+
+    def describe(self) -> str:
+        """It in words."""
+        name = f"{self.pruner}, {self.positions}"
+        if self.ratio is None:
+            return (
+                f"{name}: every ratio loses more than {self.within:g} points, at least "
+                f"{self.lost:.1f}"
+            )
+        sure = "" if self.high <= self.within else "; ask more phrases to be sure"
+        return (
+            f"{name}: {self.ratio:g} removed is the most within {self.within:g} points of the "
+            f"unpruned model ({self.lost:.1f} lost, 95 % up to {self.high:.1f}{sure})"
+        )
+
+
+def advise(tables: Tables, within: float) -> list[Advice]:
+    """Advice for every pruner, the one that may remove most first; main protocol, all labels."""
+    mode = MAIN_MODE if MAIN_MODE in tables.modes or not tables.modes else tables.modes[0]
+    by_pruner: dict[str, list[Comparison]] = {}
+    for pair in tables.pairs:
+        found = pair.comparison
+        if (pair.kind, pair.positions) == ("pruning", mode) and (
+            (found.protocol, found.labels) == (tables.protocols[0], PUBLISHED)
+        ):
+            by_pruner.setdefault(pair.pruner, []).append(found)
+    advice = []
+    for pruner, comparisons in by_pruner.items():
+        fitting = [each for each in comparisons if each.find_loss()[0] <= within]
+        best = max(fitting, key=lambda each: each.ratio, default=None)
+        shown = best or min(comparisons, key=lambda each: each.find_loss()[0])
+        lost, _, high = shown.find_loss()
+        advice.append(
+            Advice(
+                pruner=pruner,
+                positions=mode,
+                within=within,
+                ratio=None if best is None else best.ratio,
+                lost=lost,
+                high=high,
+            )
+        )
+    return sorted(advice, key=lambda each: (-(each.ratio or 0.0), each.lost))
+
+
 def read_published() -> tuple[Published, ...]:
     """The paper's figures."""
     data = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))

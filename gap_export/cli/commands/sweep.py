@@ -64,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 6; 0: none, then the report holds nothing of the data's pictures)",
     )
     parser.add_argument(
+        "--within",
+        type=float,
+        metavar="POINTS",
+        help="recommend the largest ratio of each pruner that loses at most so many points of "
+        "accuracy against no pruning",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the sweep (default: MODEL-sweep)"
     )
     parser.add_argument(
@@ -85,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
     display = Display()
     if options.gallery < 0:
         raise ConfigError(f"--gallery {options.gallery}: at least 0 is needed")
+    _require_unpruned(options)
     with display.step("reading the data"):
         data = read_data(options)
     open_backend(options.backend)
@@ -99,12 +107,26 @@ def run(options: argparse.Namespace) -> int:
         display.say(f"note: {note}")
     sweep = run_sweep(plan, display, spread=open_cluster(options))
     with display.step("writing the report"):
-        report = write_report(sweep, choose_protocols(options), pictures=options.gallery)
+        report = write_report(
+            sweep, choose_protocols(options), pictures=options.gallery, within=options.within
+        )
+    for each in report.figures["advice"]:
+        display.say(each["words"])
     if options.json:
         print_json(report.figures)
     else:
         print(report.path)
     return 0
+
+
+def _require_unpruned(options: argparse.Namespace) -> None:
+    """Refuse a recommendation that would have nothing to compare with."""
+    if options.within is None:
+        return
+    if not 0 <= options.within <= 100:  # NaN is neither
+        raise ConfigError(f"--within {options.within:g}: expected points of accuracy, 0 to 100")
+    if options.ratios and 0 not in options.ratios and not options.keep:
+        raise ConfigError("--within: compares with no pruning; add 0 to --ratio")
 
 
 def _make_request(options: argparse.Namespace, data: Data) -> SweepRequest:

@@ -240,6 +240,7 @@ def finish(
 def dump_evaluation(found: Evaluation) -> dict[str, Any]:
     """An evaluation as plain data."""
     from gap_runtime.evaluation.published import list_standings  # noqa: PLC0415
+    from gap_runtime.evaluation.score import SIGNIFICANT  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     header, data = found.answers.header, found.data
@@ -258,7 +259,14 @@ def dump_evaluation(found: Evaluation) -> dict[str, Any]:
             {**dump_record(each), "published": dump_record(list_standings(each, data))}
             for each in found.scores
         ],
-        "comparisons": dump_record(found.comparisons),
+        "comparisons": [
+            {
+                **dump_record(each),
+                "significant": each.p < SIGNIFICANT,
+                "words": each.describe(),
+            }
+            for each in found.comparisons
+        ],
         "unasked": [
             {"key": row.key, "ratio": row.ratio, "problem": row.problem}
             for row in found.answers.rows
@@ -416,6 +424,9 @@ def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
             for each in comparisons
         ],
     )
+    for each in comparisons:
+        ratios = f"{each.ratio:g} against {each.other_ratio:g}"
+        print(f"{each.protocol}, {each.labels} labels, ratio {ratios}: {each.describe()}")
 
 
 def _percent(share: float) -> str:

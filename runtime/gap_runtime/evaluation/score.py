@@ -24,6 +24,9 @@ _THRESHOLDS: Final = (0.25, 0.5, 0.75, 0.9)
 _MEAN_OVER: Final = tuple(percent / 100 for percent in range(50, 100, 5))
 """Thresholds that the mean accuracy is over, as in COCO."""
 
+SIGNIFICANT: Final = 0.05
+"""Below this p, a difference is called significant."""
+
 PUBLISHED: Final = "published"
 """The labels as the data have them."""
 REVIEWED: Final = "reviewed"
@@ -117,6 +120,37 @@ class Comparison:
     only_other: int
     p: float
     differing: int
+
+    def describe(self) -> str:
+        """What the figures say, in words."""
+        if not self.phrases:
+            return "no phrase to compare"
+        if not self.differing:
+            return f"the same answers to all {self.phrases:,} phrases: no difference"
+        apart = self.only_this - self.only_other
+        points = abs(100 * apart / self.phrases)
+        right = f"{self.only_this:,} right here only, {self.only_other:,} right there only"
+        if not apart:
+            return f"as many right ({right}): no difference"
+        what = f"{points:.1f} points {'better' if apart > 0 else 'worse'} ({right})"
+        if self.p < SIGNIFICANT:
+            return f"{what}: significant, p = {self.p:.2g}"
+        return f"{what}: not significant, p = {self.p:.2g}; it may be chance, ask more phrases"
+
+    def find_loss(self) -> tuple[float, float, float]:
+        """Points of accuracy lost against the other, and the ends of the 95 % interval.
+
+        The interval is that of paired answers, by the normal distribution.
+
+        References:
+            A. Agresti, Categorical Data Analysis, 2013, section 11.1.
+        """
+        lost, count = self.only_other - self.only_this, self.phrases
+        if not count:
+            return math.nan, math.nan, math.nan
+        spread = math.sqrt(max(self.only_this + self.only_other - lost * lost / count, 0.0))
+        low, high = lost - _Z * spread, lost + _Z * spread
+        return 100 * lost / count, 100 * low / count, 100 * high / count
 
 
 @dataclass(frozen=True, slots=True)

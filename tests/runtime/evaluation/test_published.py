@@ -264,6 +264,7 @@ def test_the_command_names_what_every_row_is_of(
     text = capsys.readouterr().out
     for part in (
         *("refcoco:val (split by unc), 4 of 10,834 published phrases", "reviewed", "frame"),
+        "point, published labels, ratio 0.5 against 0.5: the same answers to all 4 phrases",
         *("Acc@0.5 or in the box", "beside which published figures", "no, theirs: protocol"),
     ):
         assert part in text

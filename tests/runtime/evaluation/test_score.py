@@ -20,7 +20,13 @@ from gap_runtime.evaluation.results import (
     dump_row,
     read_answers,
 )
-from gap_runtime.evaluation.score import compare_rows, mcnemar_p, score_rows, wilson_interval
+from gap_runtime.evaluation.score import (
+    Comparison,
+    compare_rows,
+    mcnemar_p,
+    score_rows,
+    wilson_interval,
+)
 
 FRAME = load_protocol("frame")
 
@@ -119,6 +125,55 @@ def test_mcnemar():
     by_sum = sum(math.comb(300, k) for k in range(121)) * 2 / 2**300
     assert mcnemar_p(120, 180) == pytest.approx(by_sum)
     assert 0 <= mcnemar_p(20_000, 21_000) < 1e-5
+
+
+def make_comparison(only_this, only_other, *, phrases=100, differing=20):
+    return Comparison(
+        protocol="shikra",
+        labels="published",
+        ratio=0.5,
+        other_ratio=0.0,
+        other="o",
+        phrases=phrases,
+        accuracy=0.5,
+        other_accuracy=0.5,
+        only_this=only_this,
+        only_other=only_other,
+        p=mcnemar_p(only_this, only_other),
+        differing=differing,
+    )
+
+
+@pytest.mark.parametrize(
+    ("comparison", "words"),
+    [
+        (
+            make_comparison(0, 8),
+            "8.0 points worse (0 right here only, 8 right there only): significant",
+        ),
+        (make_comparison(9, 1), "8.0 points better"),
+        (make_comparison(1, 3), "2.0 points worse (1 right here only, 3 right there only): not"),
+        (make_comparison(3, 3), "as many right (3 right here only, 3 right there only): no diff"),
+        (make_comparison(0, 0, differing=0), "the same answers to all 100 phrases: no difference"),
+        (make_comparison(0, 0, phrases=0), "no phrase to compare"),
+    ],
+)
+def test_a_comparison_in_words(comparison, words):
+    assert comparison.describe().startswith(words)
+
+
+def test_significance_is_that_of_the_test():
+    # Six to none is p = 0.03, five to none 0.06.
+    assert ": significant, p = 0.031" in make_comparison(6, 0).describe()
+    assert "not significant, p = 0.062; it may be chance" in make_comparison(5, 0).describe()
+
+
+def test_what_is_lost_and_its_interval():
+    # By hand: 8 of 100 lost; the deviation is the root of 12 - 64 / 100, by 100.
+    lost, low, high = make_comparison(2, 10).find_loss()
+    assert (lost, low, high) == pytest.approx((8.0, 1.394, 14.606), abs=1e-3)
+    assert make_comparison(0, 0).find_loss() == (0.0, 0.0, 0.0)
+    assert all(map(math.isnan, make_comparison(0, 0, phrases=0).find_loss()))
 
 
 def test_two_files_phrase_by_phrase(header):
