@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from gap_runtime.evaluation.results import Answers, Header
     from gap_runtime.evaluation.run import Open, Spread
     from gap_runtime.evaluation.score import Comparison, Score
+    from gap_runtime.report.evaluation_page import PageTable
 
 _NAMED = 5
 """Bad pictures that are named; the rest is in the file."""
+_SHOWN = 12
+"""Pictures of what failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,19 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER.jsonl",
         help="compare with these answers phrase by phrase (McNemar's test)",
     )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write all tables as one page, with pictures of what failed under the first protocol",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=int,
+        metavar="N",
+        default=_SHOWN,
+        help=f"pictures in that page (default: {_SHOWN}; 0: none of the data's)",
+    )
 
 
 def read_data(options: argparse.Namespace) -> Data:
@@ -151,6 +167,7 @@ def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
         InputError: A file that cannot be used.
     """
     from gap_runtime.evaluation.results import read_answers  # noqa: PLC0415
+    from gap_runtime.report.page import require_writable  # noqa: PLC0415
 
     if options.resume and options.out is None:
         raise ConfigError("--resume: which file? name it with --out")
@@ -158,6 +175,10 @@ def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
         raise ConfigError(
             f"{options.out}: exists; go on with it by --resume, or give another --out"
         )
+    if options.gallery < 0:
+        raise ConfigError(f"--gallery {options.gallery}: at least 0 is needed")
+    if options.html is not None:
+        require_writable(options.html)
     other = None if options.compare is None else read_answers(options.compare)
     return read_data(options), other
 
@@ -233,6 +254,10 @@ def finish(
         print_json(dump_evaluation(found))
     else:
         _show(found)
+    if options.html is not None:
+        with display.step("writing the page"):
+            _write_page(found, options.html, protocols[0], pictures=options.gallery)
+        display.say(f"report: {options.html}")
     _name_problems(display, answers, options.out)
     return 0
 
@@ -288,15 +313,71 @@ def _name_problems(display: Display, answers: Answers, out: Path | None) -> None
 def _show(found: Evaluation) -> None:
     from gap_runtime.display import print_table  # noqa: PLC0415
 
+    for table in _make_tables(found):
+        print_table(table.title, table.header, table.rows)
+    for line in _list_words(found):
+        print(line)
+
+
+def _write_page(found: Evaluation, path: Path, protocol: str, *, pictures: int) -> None:
+    """The same tables as a page, with pictures of what failed under a protocol."""
+    from gap_runtime.evaluation.failures import find_failures, load_failures  # noqa: PLC0415
+    from gap_runtime.evaluation.protocol import UNPARSABLE, load_protocol  # noqa: PLC0415
+    from gap_runtime.report.evaluation_page import (  # noqa: PLC0415
+        PageFailure,
+        make_evaluation_page,
+    )
+    from gap_runtime.report.page import write_page  # noqa: PLC0415
+
+    judge = load_protocol(protocol)
+    failures = find_failures(found.answers, judge, found.data)
+
+    def name(ratio: float, iou: float, status: str, *, wrong_label: bool) -> str:
+        overlap = f"IoU {iou:.2f}" if judge.MEASURE == "iou" else "outside the box"
+        what = "no box" if status == UNPARSABLE else overlap
+        doubt = ", its label was found wrong" if wrong_label else ""
+        return f"{ratio:g} removed, {what}{doubt}"
+
+    shown = (
+        PageFailure(
+            phrase=each.row.phrase,
+            what=name(each.row.ratio, each.iou, each.status, wrong_label=each.wrong_label),
+            answer=each.row.answer or "",
+            picture=picture,
+            found=each.row.found,
+            true=each.row.box,
+        )
+        for each, picture in load_failures(failures, found.data, pictures)
+        if each.row.box is not None
+    )
     subject = found.answers.header.subject
-    print_table(
-        f"{subject.name} ({subject.strategy}, positions {subject.positions}) on {subject.engine}, "
-        f"{found.data.describe()}",
-        [
+    about = (
+        f"Pruner {subject.strategy}, positions {subject.positions}, on {subject.engine}; "
+        f"{found.data.describe()}. What failed is said by the protocol {protocol}."
+    )
+    page = make_evaluation_page(
+        f"{subject.name} on {found.data.name}",
+        [about, *found.data.notes, *_list_words(found)],
+        _make_tables(found),
+        shown,
+        wrong=len(failures),
+    )
+    write_page(path, page)
+
+
+def _make_tables(found: Evaluation) -> list[PageTable]:
+    """Everything but pictures, for the terminal and for the page."""
+    from gap_runtime.report.evaluation_page import PageTable  # noqa: PLC0415
+
+    subject = found.answers.header.subject
+    scores = PageTable(
+        title=f"{subject.name} ({subject.strategy}, positions {subject.positions}) on "
+        f"{subject.engine}, {found.data.describe()}",
+        header=[
             *("protocol", "frame", "labels", "ratio", "phrases", _name_accuracy(found), "95 %"),
             *("@0.25", "@0.75", "mean IoU", "unparsable", "degenerate", "tokens", "calls", "ms"),
         ],
-        [
+        rows=[
             [
                 each.protocol,
                 each.frame,
@@ -317,34 +398,27 @@ def _show(found: Evaluation) -> None:
             for each in found.scores
         ],
     )
-    _show_groups(found)
-    if found.comparisons:
-        _show_comparisons(found.comparisons)
-    _show_standings(found)
+    tables = [scores, *_make_groups(found), _make_comparisons(found), _make_standings(found)]
+    return [table for table in tables if table.rows]
 
 
-def _show_groups(found: Evaluation) -> None:
+def _make_groups(found: Evaluation) -> list[PageTable]:
     """Accuracy by size of the true box, and by the parts that the data have."""
-    from gap_runtime.display import print_table  # noqa: PLC0415
+    from gap_runtime.report.evaluation_page import PageTable  # noqa: PLC0415
 
     accuracy = _name_accuracy(found)
     sizes = [
         (score, size.size, size, size.mean_iou) for score in found.scores for size in score.sizes
     ]
     parts = [(score, part.part, part, None) for score in found.scores for part in score.parts]
-    for title, name, rows in (
-        (f"{accuracy} by the true box's share of the picture", "size", sizes),
-        (f"{accuracy} by part of the data", "part", parts),
-    ):
-        if not rows:
-            continue
-        print_table(
-            title,
-            [
+    return [
+        PageTable(
+            title=title,
+            header=[
                 *("protocol", "labels", "ratio", name, "phrases", accuracy, "95 %"),
                 *(("mean IoU",) if name == "size" else ()),
             ],
-            [
+            rows=[
                 [
                     score.protocol,
                     score.labels,
@@ -358,12 +432,17 @@ def _show_groups(found: Evaluation) -> None:
                 for score, label, group, mean_iou in rows
             ],
         )
+        for title, name, rows in (
+            (f"{accuracy} by the true box's share of the picture", "size", sizes),
+            (f"{accuracy} by part of the data", "part", parts),
+        )
+    ]
 
 
-def _show_standings(found: Evaluation) -> None:
-    """Published figures on the same set, by row; nothing where nobody publishes any."""
-    from gap_runtime.display import print_table  # noqa: PLC0415
+def _make_standings(found: Evaluation) -> PageTable:
+    """Published figures on the same set, by row; empty where nobody publishes any."""
     from gap_runtime.evaluation.published import list_standings  # noqa: PLC0415
+    from gap_runtime.report.evaluation_page import PageTable  # noqa: PLC0415
 
     # Ratios differ in what could not be asked, if in anything.
     ratios: dict[tuple[str, str, str, tuple[str, ...]], list[str]] = {}
@@ -371,43 +450,39 @@ def _show_standings(found: Evaluation) -> None:
         for standing in list_standings(each, found.data):
             key = (each.protocol, each.labels, standing.who, standing.reasons)
             ratios.setdefault(key, []).append(f"{each.ratio:g}")
-    if ratios:
-        print_table(
-            "beside which published figures a row may be put (prompts are the model's own)",
-            ["protocol", "labels", "ratio", "published by", "compares"],
+    return PageTable(
+        title="beside which published figures a row may be put (prompts are the model's own)",
+        header=["protocol", "labels", "ratio", "published by", "compares"],
+        rows=[
             [
-                [
-                    *(protocol, labels, ", ".join(those), who),
-                    f"no, theirs: {', '.join(reasons)}" if reasons else "yes",
-                ]
-                for (protocol, labels, who, reasons), those in ratios.items()
-            ],
-        )
+                *(protocol, labels, ", ".join(those), who),
+                f"no, theirs: {', '.join(reasons)}" if reasons else "yes",
+            ]
+            for (protocol, labels, who, reasons), those in ratios.items()
+        ],
+    )
 
 
 def _name_accuracy(found: Evaluation) -> str:
     """What the accuracy is called: of boxes, of points, or of both in one table."""
     measures = {each.measure for each in found.scores}
-    points = "in the box"
-    return (
-        "Acc@0.5"
-        if measures == {"iou"}
-        else points
-        if measures == {"point"}
-        else f"Acc@0.5 or {points}"
-    )
+    if measures == {"point"}:
+        return "in the box"
+    return "Acc@0.5" if "point" not in measures else "Acc@0.5 or in the box"
 
 
-def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
-    from gap_runtime.display import print_table  # noqa: PLC0415
+def _make_comparisons(found: Evaluation) -> PageTable:
+    """The paired comparison; empty where nothing was to be compared."""
+    from gap_runtime.report.evaluation_page import PageTable  # noqa: PLC0415
 
-    print_table(
-        f"against {comparisons[0].other}, phrase by phrase",
-        [
+    other = found.comparisons[0].other if found.comparisons else ""
+    return PageTable(
+        title=f"against {other}, phrase by phrase",
+        header=[
             *("protocol", "labels", "ratio", "its ratio", "phrases", "Acc@0.5", "its Acc@0.5"),
             *("only here", "only there", "McNemar p", "other answers"),
         ],
-        [
+        rows=[
             [
                 each.protocol,
                 each.labels,
@@ -421,12 +496,18 @@ def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
                 f"{each.p:.2g}",
                 each.differing,
             ]
-            for each in comparisons
+            for each in found.comparisons
         ],
     )
-    for each in comparisons:
-        ratios = f"{each.ratio:g} against {each.other_ratio:g}"
-        print(f"{each.protocol}, {each.labels} labels, ratio {ratios}: {each.describe()}")
+
+
+def _list_words(found: Evaluation) -> list[str]:
+    """What the comparisons say."""
+    return [
+        f"{each.protocol}, {each.labels} labels, ratio {each.ratio:g} against "
+        f"{each.other_ratio:g} of {each.other}: {each.describe()}"
+        for each in found.comparisons
+    ]
 
 
 def _percent(share: float) -> str:

@@ -71,7 +71,7 @@ def shade_patches(
     kept_index: Collection[int],
 ) -> tuple[Image.Image, int]:
     """A copy of the picture with removed patches shaded, and by how much it was enlarged."""
-    canvas, scale = _enlarge(picture)
+    canvas, scale = enlarge(picture)
     kept = set(kept_index)
     places = _find_patches(picture, spec, buckets)
     shaded = {token: _SHADE for token in places if token not in kept}
@@ -85,7 +85,7 @@ def draw_heat(
     shares: Mapping[int, float],
 ) -> Image.Image:
     """A copy of the picture in which a patch is the darker the smaller its share, in [0, 1]."""
-    canvas, scale = _enlarge(picture)
+    canvas, scale = enlarge(picture)
     places = _find_patches(picture, spec, buckets)
     red, green, blue, _ = _SHADE
     tints = {
@@ -149,7 +149,7 @@ def _draw_dashes(
         draw.rectangle((max(x1 - width + 1, x0), y, x1, end), fill=colour)
 
 
-def _enlarge(picture: Image.Image) -> tuple[Image.Image, int]:
+def enlarge(picture: Image.Image) -> tuple[Image.Image, int]:
     """The picture at a size at which labels can be read, and by how much it was enlarged."""
     scale = max(1, math.ceil(_LEAST_SIDE / max(picture.size)))
     size = (picture.width * scale, picture.height * scale)

@@ -264,7 +264,45 @@ def test_the_command_names_what_every_row_is_of(
     text = capsys.readouterr().out
     for part in (
         *("refcoco:val (split by unc), 4 of 10,834 published phrases", "reviewed", "frame"),
-        "point, published labels, ratio 0.5 against 0.5: the same answers to all 4 phrases",
+        "point, published labels, ratio 0.5 against 0.5 of out.jsonl: the same answers to all 4",
         *("Acc@0.5 or in the box", "beside which published figures", "no, theirs: protocol"),
     ):
         assert part in text
+
+
+def test_a_page_with_pictures_of_what_failed(
+    capsys, make_bundle, answer_with, reviewed_file, tmp_path
+):
+    # The answer's box is another one than the true box.
+    answer_with(11)
+    data = json.loads(reviewed_file.read_text())
+    for k in (1, 3):
+        data["annotations"][k]["bbox"] = [0, 0, 3, 3]
+        data["images"][k]["caption"] = "the mug"
+    data["images"][1]["caption"] = "the red mug"
+    reviewed_file.write_text(json.dumps(data))
+    page = tmp_path / "page.html"
+    command = [
+        *("evaluate", str(make_bundle()), "--data", f"refcoco:val@{reviewed_file.parent}"),
+        *("--protocol", "ref-l4", "--html", str(page)),
+    ]
+    assert cli.main(command) == 0
+    assert f"report: {page}" in capsys.readouterr().err
+    text = page.read_text(encoding="utf-8")
+    assert "2 phrases were answered wrong at one ratio at least; 2 of them" in text
+    assert text.count("<figure>") == 2
+    # The phrase whose label is wrong comes last.
+    assert text.index("0.5 removed, IoU 0.00<") < text.index("its label was found wrong")
+    assert text.count("<code>[0.25,0.25,0.75,0.50]</code>") == 2
+    for part in ("refcoco:val (split by unc), 4 of 10,834", "published by", "reviewed"):
+        assert part in text
+    assert "<script" not in text
+    # No picture of the data, where none is wanted.
+    assert cli.main([*command, "--gallery", "0"]) == 0
+    assert "<figure>" not in page.read_text(encoding="utf-8")
+    for more, part in (
+        (["--gallery", "-1"], "--gallery -1: at least 0"),
+        (["--html", str(tmp_path)], "is a folder"),
+    ):
+        assert cli.main([*command, *more]) == 2
+        assert part in capsys.readouterr().err
