@@ -84,13 +84,16 @@ class PruneConfig:
 class PromptConfig:
     """The question. Counts are tokens.
 
-    `template` holds the image token and `{phrase}`; the family's own where it is null.
+    `template` holds the image token and `{phrase}`; the checkpoint's or the family's own where it
+    is null. `yields`: it gives way to the checkpoint's own chat template where that has other
+    marks around a question, as model files for published models do.
     `prefix` matters only for a checkpoint without a tokenizer; it is counted otherwise.
     `suffix` is the most tokens after the picture; where it is null, the template's own and
     room for a phrase.
     """
 
     template: str | None = None
+    yields: bool = False
     prefix: int | None = None
     suffix: int | None = None
     answer: int = 64
@@ -207,6 +210,8 @@ def load_config(
         raise ConfigError(f"{_KEEP} and {_RATIOS} are two ways to say one thing; give one")
     for key, value in overrides.items():
         _assign(data, key, value)
+    if "prompt.template" in overrides and "prompt.yields" not in overrides:
+        _assign(data, "prompt.yields", value=False)
     _settle_counts(data, overrides, where)
     _settle_names(data)
     config = load_record(ExportConfig, data, where)

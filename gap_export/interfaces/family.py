@@ -44,7 +44,8 @@ class ModelSpec:
     it that the visual tokens replace, None where the texts before and after the picture are
     encoded apart; `image_text` is None where it is that token, or nothing.
     `text` is CLIP's text tower where the checkpoint has one.
-    `library_config` is the family's own business.
+    `library_config` is the family's own business. `notes` are lines for people about what was
+    chosen for this checkpoint.
     """
 
     buckets: tuple[Bucket, ...]
@@ -61,6 +62,7 @@ class ModelSpec:
     template: str
     prefix: int
     library_config: Any
+    notes: tuple[str, ...] = ()
 
     def position_grid(self, bucket: Bucket) -> tuple[int, int] | None:
         """Rows and columns that give a bucket's tokens their positions; None where one counts."""

@@ -19,6 +19,7 @@ from transformers import LlavaImageProcessorPil as LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from gap_export.blocks import llama
+from gap_export.blocks.chat import choose_prompt
 from gap_export.blocks.clip import (
     ClipTower,
     build_clip_text,
@@ -32,7 +33,6 @@ from gap_export.blocks.clip import (
 from gap_export.blocks.hf_config import (
     FRACTION_BOX,
     IGNORED,
-    choose_template,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -81,11 +81,12 @@ NEIGHBOURS: Final = {
     r"^clip": "it is a part of a model alone: name the model and give the part with "
     "--set parts.clip=FOLDER",
 }
-_TEMPLATE: Final = (
-    "USER: <image>\nPlease provide the bounding box coordinate of the region this sentence "
-    "describes: {phrase} ASSISTANT:"
+_QUESTION: Final = (
+    "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
 )
-_TEMPLATES: Final = dict.fromkeys(("llama", "mistral"), _TEMPLATE)
+_TEMPLATES: Final = dict.fromkeys(("llama", "mistral"), f"USER: <image>\n{_QUESTION} ASSISTANT:")
+_FRAMED: Final = "<im_start><image><im_end>"
+"""What stands for the picture where `mm_use_im_start_end` is on."""
 _SHORT_PREFIX: Final = 5
 _ORIGINAL_NAMES: Final = (
     (re.compile(r"^model\.mm_projector\.0\."), "multi_modal_projector.linear_1."),
@@ -133,15 +134,27 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     grid = (vision.image_size // vision.patch_size,) * 2
     processor = checkpoint.parts["clip"] if original else base
     mean, std = read_normalization(processor, vision.image_size)
+    image_token_id = None if original else find_image_token(data, library.image_token_id)
+    prompt = choose_prompt(
+        base,
+        question=_QUESTION,
+        templates=_TEMPLATES,
+        text=text,
+        image_token_id=image_token_id,
+        config=config.prompt,
+    )
+    added = _added_tokens(data) if original else ()
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=(grid,), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
         features=clip_features(vision, text_spec),
         text=text_spec,
         decoder=decoder,
-        tokenizer=TokenizerFiles(folder=base.folder, rule="pieces" if original else "file"),
-        image_text=None,
-        image_token_id=None if original else find_image_token(data, library.image_token_id),
+        tokenizer=TokenizerFiles(
+            folder=base.folder, rule="pieces" if original else "file", added=added
+        ),
+        image_text=_FRAMED if added else None,
+        image_token_id=image_token_id,
         stop_ids=find_stop_ids(base, text.eos_token_id),
         # Always padded: the library's default crops, which moves the box frame.
         preprocess=Preprocess(
@@ -153,9 +166,10 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             canvases=(),
         ),
         box=FRACTION_BOX,
-        template=choose_template(_TEMPLATES, text, config.prompt.template, where),
+        template=prompt.template,
         prefix=_SHORT_PREFIX,
         library_config=library,
+        notes=prompt.notes,
     )
 
 
@@ -228,6 +242,14 @@ def load_eager(
 def _is_original(data: dict[str, Any]) -> bool:
     """Whether a config is of the layout that the authors published."""
     return "mm_hidden_size" in data and "text_config" not in data
+
+
+def _added_tokens(data: dict[str, Any]) -> tuple[str, ...]:
+    """What the authors' code adds to a tokenizer so that the picture can be framed; else none."""
+    if not data.get("mm_use_im_start_end"):
+        return ()
+    patch = ("<im_patch>",) if data.get("mm_use_im_patch_token", True) else ()
+    return (*patch, "<im_start>", "<im_end>")
 
 
 def _read_library(data: dict[str, Any], where: str) -> LlavaConfig:

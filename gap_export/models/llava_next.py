@@ -25,6 +25,7 @@ from transformers import LlavaNextImageProcessorPil as NextProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
 from gap_export.blocks import llama
+from gap_export.blocks.chat import choose_prompt
 from gap_export.blocks.clip import (
     ClipTower,
     build_clip_text,
@@ -37,7 +38,6 @@ from gap_export.blocks.clip import (
 from gap_export.blocks.hf_config import (
     FRACTION_BOX,
     IGNORED,
-    choose_template,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -85,11 +85,12 @@ NEIGHBOURS: Final = {
     ),
 }
 _NEWLINE: Final = "image_newline"
+_QUESTION: Final = (
+    "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
+)
 _TEMPLATES: Final = {
-    "llama": "USER: <image>\nPlease provide the bounding box coordinate of the region this "
-    "sentence describes: {phrase} ASSISTANT:",
-    "mistral": "[INST] <image>\nPlease provide the bounding box coordinate of the region this "
-    "sentence describes: {phrase} [/INST]",
+    "llama": f"USER: <image>\n{_QUESTION} ASSISTANT:",
+    "mistral": f"[INST] <image>\n{_QUESTION} [/INST]",
 }
 _PREFIX: Final = 5
 _BUCKET: Final = re.compile(r"(\d+)x(\d+)(?:/(\d+):(\d+))?")
@@ -132,6 +133,15 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     preprocess = Preprocess(
         mode="anyres", side=side, fill=(0, 0, 0), mean=mean, std=std, canvases=canvases
     )
+    image_token_id = find_image_token(data, library.image_token_id)
+    prompt = choose_prompt(
+        checkpoint,
+        question=_QUESTION,
+        templates=_TEMPLATES,
+        text=text,
+        image_token_id=image_token_id,
+        config=config.prompt,
+    )
     return ModelSpec(
         buckets=_read_buckets(config.image.canvas, preprocess, vision.patch_size),
         vision_width=vision.hidden_size,
@@ -140,13 +150,14 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         decoder=decoder,
         tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=None,
-        image_token_id=find_image_token(data, library.image_token_id),
+        image_token_id=image_token_id,
         stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
         preprocess=preprocess,
         box=FRACTION_BOX,
-        template=choose_template(_TEMPLATES, text, config.prompt.template, where),
+        template=prompt.template,
         prefix=_PREFIX,
         library_config=library,
+        notes=prompt.notes,
     )
 
 

@@ -74,6 +74,8 @@ def export(
     replaced = require_replaceable(plan.out)
     if replaced is not None:
         display.say(f"note: {plan.out} holds a bundle, which is replaced: {replaced}")
+    for note in plan.spec.notes:
+        display.say(f"note: {note}")
     require_readable(plan)
     require_memory(plan)
     need, kept = measure_reference(plan), None

@@ -88,6 +88,8 @@ def _dry_run(display: Display, request: ExportRequest, *, as_json: bool) -> int:
     replaced = require_replaceable(plan.out)
     if replaced is not None:
         display.say(f"note: {plan.out} holds a bundle, which would be replaced: {replaced}")
+    for note in plan.spec.notes:
+        display.say(f"note: {note}")
     _show_plan(display, plan)
     with display.step("estimating memory"):
         found = estimate(plan)
@@ -194,5 +196,7 @@ def _plan_facts(plan: ExportPlan) -> dict[str, Any]:
         "checkpoint": str(plan.checkpoint.folder),
         "weights_bytes": plan.weights_bytes,
         "cache_bytes": plan.layout.capacity * plan.cache_bytes_per_slot,
+        "prompt": plan.prompt.template,
+        "notes": list(plan.spec.notes),
         "config": dump_record(plan.config),
     }
