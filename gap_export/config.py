@@ -49,10 +49,10 @@ _KEEP: Final = "prune.keep"
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 _FAMILIES: Final = "gap_export.models"
-_NO_WAY: Final = (
+NO_WAY: Final = (
     "`gap-export list` shows their models, and CONTRIBUTING.md says how a family is added"
 )
-"""What to do about a `model_type` that no family has a word for."""
+"""What to do about a model that no family has a word for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -483,7 +483,7 @@ def describe_model_type(found: str) -> str:
     ways = (read_constant(_FAMILIES, name, "NEIGHBOURS") or {} for name in names)
     advice = next(
         (text for way in ways for pattern, text in way.items() if re.search(pattern, found)),
-        _NO_WAY,
+        NO_WAY,
     )
     return (
         f"model_type '{found}' is none of the families that there are ({', '.join(names)}); "

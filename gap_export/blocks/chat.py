@@ -101,7 +101,7 @@ def _read_own(folder: Path, question: str, image_id: int, notes: list[str]) -> s
     files = TokenizerFiles(folder=folder)
     if found is None or not files.exists:
         return None
-    tokenizer, reason = load_library_tokenizer(folder), ""
+    tokenizer, reason = _load_tokenizer(folder), ""
     image_token = str(tokenizer.convert_ids_to_tokens(image_id) or IMAGE_FIELD)
     asked = {"type": "text", "text": question}
     for content in ([{"type": "image"}, asked], f"{image_token}\n{question}"):
@@ -117,6 +117,16 @@ def _read_own(folder: Path, question: str, image_id: int, notes: list[str]) -> s
         reason = "it does not give the picture once and the phrase behind it"
     notes.append(f"{folder}: its chat template cannot be used ({reason:.160})")
     return None
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return load_library_tokenizer(folder)
+    except Exception as error:  # so it is with broken files
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be read ({reason:.160}); download it again"
+        ) from error
 
 
 def _render(tokenizer: Any, chat_template: str, content: Any) -> str:

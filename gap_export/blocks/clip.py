@@ -25,6 +25,7 @@ from gap_export.blocks.scores import (
 )
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes, match_tensors, stored
+from gap_export.config import NO_WAY
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import ModelSpec, TextSpec
 from gap_export.interfaces.features import Feature
@@ -183,9 +184,13 @@ def read_clip(part: Checkpoint) -> tuple[CLIPVisionConfig, CLIPTextConfig | None
         whole = parse_config(lambda: CLIPConfig.from_dict(data), where, "CLIP")
         vision, text = whole.vision_config, whole.text_config
         text.projection_dim = vision.projection_dim = whole.projection_dim
-    else:
+    elif data.get("model_type") in {None, "clip_vision_model"}:
         vision = parse_config(lambda: CLIPVisionConfig.from_dict(data), where, "CLIP")
         text = None
+    else:
+        raise CheckpointError(
+            f"{where}: model_type '{data['model_type']}', expected clip; {NO_WAY}"
+        )
     require_clip_tower(vision, where)
     return vision, text
 

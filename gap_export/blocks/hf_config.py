@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.config import describe_model_type, find_family
+from gap_export.config import NO_WAY, describe_model_type, find_family
 from gap_export.errors import CheckpointError
 from gap_runtime.pictures.boxes import BoxFormat
 
@@ -91,7 +91,8 @@ def require_clip_tower(vision: Any, where: str) -> None:
     """
     if vision.model_type != "clip_vision_model":
         raise CheckpointError(
-            f"{where}: vision_config.model_type '{vision.model_type}', expected clip_vision_model"
+            f"{where}: vision_config.model_type '{vision.model_type}', expected "
+            f"clip_vision_model; {NO_WAY}"
         )
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(vision, name), int):
@@ -111,7 +112,7 @@ def require_patches_alone(config: Any, where: str) -> None:
     if config.vision_feature_select_strategy != "default":
         raise CheckpointError(
             f"{where}: vision_feature_select_strategy '{config.vision_feature_select_strategy}' "
-            "keeps the CLS token among the patches; expected 'default'"
+            f"keeps the CLS token among the patches; expected 'default'; {NO_WAY}"
         )
     if not isinstance(config.vision_feature_layer, int):
         raise CheckpointError(
@@ -129,6 +130,27 @@ def refuse_quantized(data: dict[str, Any], where: str) -> None:
         raise CheckpointError(
             f"{where}: the checkpoint is quantized; give the one that it was made from"
         )
+
+
+def choose_template(templates: dict[str, str], text: Any, wanted: str | None, where: str) -> str:
+    """The prompt that a model was trained with, by the type of its language model.
+
+    Args:
+        templates: Those that are known.
+        text: The language model's config.
+        wanted: What the user asks for, which needs no known one.
+        where: The file that the config is from.
+
+    Raises:
+        CheckpointError: None is known, and none is given.
+    """
+    known = wanted or templates.get(text.model_type)
+    if known is None:
+        raise CheckpointError(
+            f"{where}: no prompt is known for a language model of type '{text.model_type}'; give "
+            "the one that it was trained with: --set prompt.template='<image> ... {phrase}'"
+        )
+    return known
 
 
 def find_image_token(data: dict[str, Any], default: int) -> int:

@@ -26,6 +26,7 @@ from gap_export.checkpoint.sources import (
     linear_weights,
     shapes_of,
 )
+from gap_export.config import NO_WAY
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.decoder import DecoderSpec, SmoothingGroup
 from gap_export.interfaces.dialect import Dialect
@@ -64,7 +65,7 @@ def read_decoder(config: Any, where: str, *, is_tied: bool = False, axes: int = 
     if kind not in types:
         raise CheckpointError(
             f"{where}: the language model is of type '{kind}', expected "
-            f"{', '.join(types[:-1])} or {types[-1]}"
+            f"{', '.join(types[:-1])} or {types[-1]}; {NO_WAY}"
         )
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:

@@ -66,7 +66,9 @@ class Adapter:
 def is_partial(checkpoint: Checkpoint) -> bool:
     """Whether a folder holds changes to a model instead of one: LoRA, or no layer at all."""
     keys = checkpoint.tensors.keys() | checkpoint.unreadable.keys()
-    return any(".lora_" in key for key in keys) or not any(".layers." in key for key in keys)
+    if any(".lora_" in key for key in keys):
+        return True
+    return bool(keys) and not any(".layers." in key for key in keys)
 
 
 def find_base(checkpoint: Checkpoint, usual: str) -> str:
@@ -74,6 +76,18 @@ def find_base(checkpoint: Checkpoint, usual: str) -> str:
     settings = checkpoint.read_json(ADAPTER_CONFIG) or {}
     config = checkpoint.read_json("config.json") or {}
     return str(settings.get("base_model_name_or_path") or config.get("_name_or_path") or usual)
+
+
+def describe_unmerged(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Lines for people about an adapter that lies beside a whole model's weights."""
+    if is_partial(checkpoint) or not (checkpoint.folder / ADAPTER_CONFIG).is_file():
+        return ()
+    files = sorted(checkpoint.folder.glob("adapter_model.*"))
+    return tuple(
+        f"{file}: an adapter beside the weights of a whole model, which is not merged; if it is "
+        f"to be, --set parts.adapter={file}"
+        for file in files[-1:]
+    )
 
 
 def choose_base(checkpoint: Checkpoint) -> Checkpoint:

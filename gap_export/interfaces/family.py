@@ -45,7 +45,8 @@ class ModelSpec:
     encoded apart; `image_text` is None where it is that token, or nothing.
     `text` is CLIP's text tower where the checkpoint has one.
     `library_config` is the family's own business. `notes` are lines for people about what was
-    chosen for this checkpoint.
+    chosen for this checkpoint. `template` is the configured one where one is configured that does
+    not yield.
     """
 
     buckets: tuple[Bucket, ...]

@@ -47,11 +47,13 @@ from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.adapter import (
     add_adapters,
     choose_base,
+    describe_unmerged,
     find_base,
     is_partial,
     read_adapters,
     replace_values,
 )
+from gap_export.checkpoint.differences import refuse_differences
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
@@ -120,6 +122,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     data = checkpoint.require_json("config.json")
     require_model_type(data, "llava", where)
     original, base = _is_original(data), choose_base(checkpoint)
+    refuse_differences(base)
     read_packing(base.require_json("config.json"), str(base.folder / "config.json"))
     # How an adapter's base was loaded for training is no matter.
     data = without_quantization(data)
@@ -169,7 +172,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         template=prompt.template,
         prefix=_SHORT_PREFIX,
         library_config=library,
-        notes=prompt.notes,
+        notes=(*prompt.notes, *describe_unmerged(checkpoint)),
     )
 
 
@@ -267,7 +270,10 @@ def _read_original(checkpoint: Checkpoint, data: dict[str, Any], where: str) -> 
         )
     kind = data.get("mm_projector_type")
     if kind != "mlp2x_gelu":
-        raise CheckpointError(f"{where}: mm_projector_type '{kind}', expected mlp2x_gelu")
+        raise CheckpointError(
+            f"{where}: mm_projector_type '{kind}', expected mlp2x_gelu, which LLaVA-1.5 has; give "
+            "one of those, for example llava-hf/llava-1.5-7b-hf"
+        )
     clip = checkpoint.require_part("clip")
     vision, _ = read_clip(clip)
     if vision.hidden_size != data["mm_hidden_size"]:

@@ -49,7 +49,12 @@ from gap_export.blocks.hf_config import (
     require_patches_alone,
 )
 from gap_export.blocks.projector import Projector
-from gap_export.checkpoint.adapter import add_adapters, read_adapters, replace_values
+from gap_export.checkpoint.adapter import (
+    add_adapters,
+    describe_unmerged,
+    read_adapters,
+    replace_values,
+)
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
@@ -157,7 +162,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         template=prompt.template,
         prefix=_PREFIX,
         library_config=library,
-        notes=prompt.notes,
+        notes=(*prompt.notes, *describe_unmerged(checkpoint)),
     )
 
 

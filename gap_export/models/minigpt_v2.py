@@ -32,6 +32,7 @@ from gap_export.blocks.eva import EvaShape, EvaTower
 from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
 from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.adapter import add_pair
+from gap_export.checkpoint.differences import refuse_differences
 from gap_export.checkpoint.index import Checkpoint, TensorLocation
 from gap_export.checkpoint.sources import (
     TensorSource,
@@ -99,6 +100,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         ConfigError: `vision.heads` or `vision.side` do not fit the tower.
     """
     language = checkpoint.require_part("language")
+    refuse_differences(language)
     where = str(language.folder / "config.json")
     data = language.require_json("config.json")
     text = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
@@ -131,7 +133,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             canvases=(),
         ),
         box=_BOX,
-        template=_TEMPLATE,
+        template=config.prompt.template or _TEMPLATE,
         prefix=_PREFIX,
         library_config=_Config(tower, text, _read_lora(checkpoint)),
     )

@@ -39,7 +39,8 @@ from gap_export.blocks.hf_config import (
     require_model_type,
 )
 from gap_export.blocks.projector import Projector
-from gap_export.checkpoint.index import Checkpoint, read_tensor
+from gap_export.checkpoint.differences import holds_differences
+from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import (
     TensorSource,
     expected_shapes,
@@ -80,7 +81,6 @@ _PREFIX: Final = 38
 _PATCH_TOKEN: Final = "<im_patch>"
 _FRAME: Final = ("<im_start>", "<im_end>")
 _PROJECTOR: Final = "model.mm_projector"
-_LEAST_NORM: Final = 0.25
 _WHITE: Final = (255, 255, 255)
 _STOP_ID: Final = 2
 """The config on the hub names others, which are wrong."""
@@ -91,7 +91,7 @@ def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
     del text
     data = checkpoint.require_json("config.json")
     parts = {"clip": str(data.get("mm_vision_tower") or PARTS["clip"])}
-    if _holds_differences(checkpoint):
+    if holds_differences(checkpoint):
         parts["base"] = PARTS["base"]
     return parts
 
@@ -102,7 +102,6 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     Raises:
         CheckpointError: The config describes something that this family does not have.
     """
-    del config
     where = str(checkpoint.folder / "config.json")
     data = checkpoint.require_json("config.json")
     require_model_type(data, "shikra", where)
@@ -142,7 +141,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             canvases=(),
         ),
         box=dataclasses.replace(FRACTION_BOX, form=_FORM),
-        template=_TEMPLATE,
+        template=config.prompt.template or _TEMPLATE,
         prefix=_PREFIX,
         library_config=_Config(vision, text, layer),
     )
@@ -240,37 +239,22 @@ def _own_name(key: str) -> str:
     return llama.llama_name(key)
 
 
-def _holds_differences(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are differences to a base's, by their values.
-
-    Rotary buffers of equal models differ by nothing at all. Where a saver left them out, the last
-    norm tells: its weights lie far from zero in a model and around it in a difference.
-    """
-    buffers = [
-        tensor for key, tensor in checkpoint.tensors.items() if key.endswith("rotary_emb.inv_freq")
-    ]
-    if buffers:
-        return not any(bool(read_tensor(tensor).any()) for tensor in buffers)
-    norm = checkpoint.tensors.get("model.norm.weight")
-    return norm is not None and abs(float(read_tensor(norm).float().mean())) < _LEAST_NORM
-
-
 def _require_one_whole(checkpoint: Checkpoint, base: Checkpoint | None) -> None:
     """Refuse differences without a base, a whole model with one, and differences as a base."""
     where = checkpoint.hub_id or checkpoint.folder
-    if base is None and _holds_differences(checkpoint):
+    if base is None and holds_differences(checkpoint):
         raise CheckpointError(
             f"{where}: holds differences to LLaMA's weights, not a model; give the LLaMA that "
             "they were made from: --set parts.base=DIR"
         )
     if base is None:
         return
-    if not _holds_differences(checkpoint):
+    if not holds_differences(checkpoint):
         raise CheckpointError(
             f"{where}: holds a whole model, to which {base.folder} would be added; leave the base "
             "out: --set parts.base="
         )
-    if _holds_differences(base):
+    if holds_differences(base):
         raise CheckpointError(
             f"{base.folder}: holds differences, not a model, expected LLaMA's weights; give them: "
             "--set parts.base=DIR"

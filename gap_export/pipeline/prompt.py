@@ -28,7 +28,7 @@ def plan_prompt(
     """The prompt record and the numbers of tokens before and (at most) after the image.
 
     Args:
-        named: Its template and numbers win over the family's.
+        named: Its numbers win over the family's.
         tokenizer: Of the language model, None where the checkpoint has none.
         spec: The model's template, and what stands for the picture in it.
         reference: Whether PyTorch will be asked, which a tokenizer is needed for.
@@ -38,7 +38,9 @@ def plan_prompt(
         ConfigError: The shortest prompt is longer than the configured one may be.
     """
     config = named.config.prompt
-    template = config.template or spec.template
+    # One that yields has been weighed against the checkpoint's own by the family.
+    given = None if config.yields else config.template
+    template = given or spec.template
     if tokenizer is None:
         if reference:
             raise CheckpointError(

@@ -32,8 +32,9 @@ _TURNS: Final = {
 def load_picture(path: str | Path, *, turned: bool = True) -> Image.Image:
     """A picture file as upright 8-bit RGB.
 
-    Grey, palette, alpha, CMYK and 16-bit pictures are converted as the models' own processors
-    do: alpha is dropped, 16 bits keep their upper eight.
+    Grey, palette, alpha and CMYK pictures are converted as the models' own processors do: alpha is
+    dropped. 16-bit pictures keep their upper eight bits, where those processors make all but the
+    darkest white.
 
     Args:
         path: The file.

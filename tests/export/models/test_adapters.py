@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from makers import originals
+from makers import damage, originals
 from makers.checkpoints import edit_tensors
 from makers.families import export
 from safetensors.torch import load_file, save_file
@@ -378,3 +378,31 @@ def test_an_adapter_given_as_the_model(find, tmp_path):
 
 def test_other_families_have_no_adapter(find, tmp_path):
     refuse(find("shikra"), tmp_path / "b", UnknownNameError, parts__adapter="x")
+
+
+def test_an_adapter_beside_whole_weights_is_told(find, tmp_path):
+    """The library would take it, with the base that it names, if it were given this folder."""
+    case = find("llava").copy(tmp_path / "home")
+    adapter = originals.make_adapter(tmp_path / "lora", case.place())
+    for path in adapter.iterdir():
+        path.rename(case.place() / path.name)
+    plan, file = case.plan(tmp_path / "a"), case.place() / "adapter_model.safetensors"
+    (note,) = plan.spec.notes
+    assert note.startswith(f"{file}: an adapter beside the weights of a whole model")
+    merged = case.plan(tmp_path / "b", parts__adapter=str(file))
+    assert sum(source.make is not None for source in merged.sources.values()) > 5
+
+
+@pytest.mark.parametrize("name", ["llava-original", "minigpt-v2"])
+def test_differences_where_a_model_is_wanted(find, tmp_path, name):
+    case = find(name).copy(tmp_path / "home")
+    role = "language" if name == "minigpt-v2" else ""
+
+    def zero(tensors):
+        for key in tensors:
+            if key.endswith("inv_freq"):
+                tensors[key] = torch.zeros_like(tensors[key])
+
+    damage.edit(case.place(role), zero)
+    message = refuse(case, tmp_path / "b", CheckpointError)
+    assert message.startswith(f"{case.place(role)}: holds differences to another model's weights")

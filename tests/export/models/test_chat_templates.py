@@ -175,6 +175,14 @@ def test_a_chat_template_that_cannot_be_used(find, tmp_path, template, reason):
     assert note.startswith(f"{case.place()}: its chat template cannot be used ({reason}")
 
 
+def test_a_broken_tokenizer_beside_a_chat_template(find, tmp_path):
+    case = find("llava-next-vicuna").copy(tmp_path / "home")
+    put(case.place(), "chat_template.json", VICUNA)
+    (case.place() / "tokenizer.json").write_text('{"version": ', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be read"):
+        case.plan(tmp_path / "b")
+
+
 def test_a_language_model_that_no_prompt_is_known_for(find, tmp_path):
     case = find("llava").copy(tmp_path / "home")
     edit(case.place() / "config.json", lambda data: data["text_config"].update(model_type="qwen3"))
@@ -226,4 +234,4 @@ def test_a_frame_that_the_table_has_no_rows_for(find, tmp_path):
     edit(case.place() / "config.json", lambda data: data.update(mm_use_im_start_end=True))
     with pytest.raises(CheckpointError) as caught:
         case.plan(tmp_path / "b")
-    assert "the prompt holds '<im_start>', token 401" in str(caught.value)
+    assert "the prompt holds '<im_start>', token 400" in str(caught.value)

@@ -45,6 +45,31 @@ def test_the_authors_later_code_calls_it_llava_llama(find, tmp_path):
     }
 
 
+@pytest.mark.parametrize("files", ["bin", "safetensors"])
+def test_what_the_authors_later_code_saves(find, tmp_path, files):
+    """The tower inside, bfloat16, today's files and no buffers in them."""
+    case = find("llava-original")
+    folder = originals.make_llava_original(
+        tmp_path / "llava-later",
+        case.place("clip"),
+        model_type="llava_llama",
+        files=files,
+        dtype="bfloat16",
+        with_vision_tower=True,
+        width=60,
+        heads=6,
+        layers=3,
+    )
+    plan = replace(case, model=str(folder)).plan(tmp_path / "b")
+    stored = originals.read_folder(folder)
+    tower = "encoder.layers.1.mlp.fc1.weight"
+    for name, key in (
+        (f"vision_tower.{tower}", f"model.vision_tower.vision_tower.vision_model.{tower}"),
+        ("language_model.layers.2.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"),
+    ):
+        assert torch.equal(make_tensor(plan.sources[name]), stored[key])
+
+
 @pytest.mark.parametrize(
     "values", [{"image_aspect_ratio": "anyres"}, {"mm_patch_merge_type": "spatial_unpad"}]
 )

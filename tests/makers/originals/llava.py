@@ -26,6 +26,7 @@ def make_llava_original(
     feature_layer=-2,
     with_vision_tower=False,
     model_type="llava",
+    files="bin",
     dtype="float16",
     spread=SPREAD,
     seed=0,
@@ -47,6 +48,7 @@ def make_llava_original(
         with_vision_tower: Whether a vision tower is stored too. Its weights are **not** those of
             the CLIP folder, as where it was trained with the rest.
         model_type: `llava`, or `llava_llama` as the authors' later code writes.
+        files: `bin`, or `safetensors` without buffers, as their later code saves.
         dtype: That the weights are stored in (rotary buffers are float32 always).
         spread: Standard deviation of the weights.
         seed: Of the weights.
@@ -74,8 +76,10 @@ def make_llava_original(
             vision["intermediate_size"],
             "model.vision_tower.vision_tower.vision_model.",
         )
-    tensors = cast(tensors, dtype) | rotary_buffers(layers, width // heads)
-    save_tensors(folder, tensors, "bin", shards=2)
+    tensors = cast(tensors, dtype)
+    if files == "bin":
+        tensors |= rotary_buffers(layers, width // heads)
+    save_tensors(folder, tensors, files, shards=2)
     # The hub has the projector a second time, in a file that no index names.
     torch.save(cast(bridge, dtype), folder / "mm_projector.bin")
     config = llama_config(
