@@ -174,9 +174,11 @@ def find_stop_ids(checkpoint: Checkpoint, configured: int | list[int] | None) ->
 
 
 def read_normalization(
-    checkpoint: Checkpoint, side: int
+    checkpoint: Checkpoint, side: int | None
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of the image processor, CLIP's where there is none.
+
+    `side` is that of the tower's pictures, which the processor must make; None for any size.
 
     Raises:
         CheckpointError: The processor does something that the runtime does not.
@@ -190,7 +192,7 @@ def read_normalization(
         raise CheckpointError(f"{where}: resample {data['resample']}, expected 3 (bicubic)")
     if abs((data.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
         raise CheckpointError(f"{where}: rescale_factor {data['rescale_factor']}, expected 1/255")
-    for name in ("size", "crop_size"):
+    for name in ("size", "crop_size") if side is not None else ():
         sizes = data.get(name) or side
         if set(sizes.values() if isinstance(sizes, dict) else [sizes]) != {side}:
             raise CheckpointError(f"{where}: {name} {sizes}, but the vision tower takes {side}")

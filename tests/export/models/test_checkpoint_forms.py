@@ -15,6 +15,7 @@ from gap_export.config import load_config, resolve_family
 from gap_export.errors import CheckpointError
 from gap_export.models import shikra as family
 from gap_runtime.errors import UnknownNameError
+from gap_runtime.registry import list_plugins
 
 
 def edit_config(folder, **values):
@@ -86,7 +87,7 @@ def test_llava_next_in_its_authors_layout(find, tmp_path, values):
     [
         ("llava_mistral", "llava-hf/llava-v1.6-mistral-7b-hf"),
         ("llama", "it is a part of a model alone"),
-        ("qwen2_5_vl", "llava-next-vicuna-7b"),
+        ("qwen3_vl", "llava-next-vicuna-7b"),
         ("llava_onevision", "llava-next-vicuna-7b"),
         ("internvl_chat", "OpenGVLab/InternVL3-1B-hf"),
         ("paligemma", "llava-next-vicuna-7b"),
@@ -99,7 +100,7 @@ def test_another_kind_of_model_is_told_the_families(tmp_path, model_type, advice
         load_config(str(tmp_path), {})
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'config.json'}: model_type '{model_type}' is none of")
-    assert "(internvl, llava, llava_next, minigpt_v2, shikra)" in message
+    assert f"({', '.join(list_plugins('gap_export.models'))})" in message
     assert advice in message
 
 

@@ -1,0 +1,226 @@
+"""Qwen2.5-VL's vision tower as a graph: windows in most blocks, full attention in a few.
+
+Patches lie window by window while the blocks run, and the 2 x 2 that make one visual token lie one
+behind the other; the order is undone before anything is scored or kept. Where both sides of the
+picture are multiples of a window's, all windows are equal, and attention within them is attention
+of a batch. Parameter names are those of a Hugging Face checkpoint below `visual`.
+
+References:
+    Qwen2.5-VL Technical Report, arXiv:2502.13923.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# B batch (1), N patches, M visual tokens (N / 4), W windows, n patches of a window, C width,
+# D decoder width, H heads, d head width.
+
+MERGE: Final = 2
+"""Patches to a side of a visual token."""
+STRIP: Final = MERGE * MERGE
+_EPSILON: Final = 1e-6
+_FRAMES: Final = 2
+"""A still picture stands twice, as patches span two frames."""
+
+
+class QwenTower(nn.Module):
+    """All blocks for pictures of one size; the norm behind them is the merger's."""
+
+    def __init__(self, config: Any, grid: tuple[int, int]) -> None:
+        """Declare the parameters.
+
+        Args:
+            config: The library's, of the tower.
+            grid: Rows and columns of patches, multiples of a window's.
+        """
+        super().__init__()
+        side = config.window_size // config.patch_size
+        self.config, self.grid, self.window = config, grid, side
+        self.order = order_patches(grid, side)
+        windows = grid[0] * grid[1] // side**2
+        full = set(config.fullatt_block_indexes)
+        self.visual = nn.Module()
+        self.visual.patch_embed = _PatchEmbedding(config)
+        self.visual.blocks = nn.ModuleList(
+            _Block(config, 1 if k in full else windows) for k in range(config.depth)
+        )
+        shape = (grid[0] * grid[1], config.hidden_size // config.num_heads // 2)
+        self.register_buffer("cosine", torch.empty(shape), persistent=False)
+        self.register_buffer("sine", torch.empty(shape), persistent=False)
+
+    cosine: Tensor
+    sine: Tensor
+
+    def fill_constants(self) -> None:
+        """Give values to the cosines and sines of every patch, which no checkpoint holds."""
+        width = self.config.hidden_size // self.config.num_heads // 2
+        base = self.config.rope_parameters["rope_theta"]
+        frequency = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float) / width))
+        place_N = torch.tensor(self.order)
+        row_N, column_N = place_N // self.grid[1], place_N % self.grid[1]
+        angle_Nd = torch.cat([row_N[:, None] * frequency, column_N[:, None] * frequency], dim=1)
+        self.cosine, self.sine = angle_Nd.cos(), angle_Nd.sin()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, dict[Any, Tensor]]:
+        """Tokens before the merger [B, M, 4 C] in raster order; there are no by-products."""
+        visual: Any = self.visual
+        states_NC = torch.index_select(visual.patch_embed(pixels), 0, torch.tensor(self.order))
+        for block in visual.blocks:
+            states_NC = block(states_NC, self.cosine, self.sine)
+        tokens_MC = states_NC.reshape(len(self.order) // STRIP, -1)
+        back_M = torch.tensor(undo_order(self.order, self.grid))
+        return torch.index_select(tokens_MC, 0, back_M)[None], {}
+
+
+class QwenMerger(nn.Module):
+    """What makes a visual token of four patches: their norm and two linear layers."""
+
+    def __init__(self, config: Any) -> None:
+        """Declare the parameters."""
+        super().__init__()
+        wide = config.hidden_size * STRIP
+        merger = nn.Module()
+        merger.ln_q = _Norm(config.hidden_size)
+        merger.mlp = nn.Sequential(
+            nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, config.out_hidden_size)
+        )
+        self.visual = nn.Module()
+        self.visual.merger = merger
+        self.width = config.hidden_size
+
+    def forward(self, patches_BKC: Tensor) -> Tensor:
+        """Visual tokens [B, K, D] of tokens [B, K, 4 C]."""
+        merger: Any = self.visual.merger
+        batch, tokens, wide = patches_BKC.shape
+        normed = merger.ln_q(patches_BKC.reshape(batch, tokens, STRIP, self.width))
+        output_BKD: Tensor = merger.mlp(normed.reshape(batch, tokens, wide))
+        return output_BKD
+
+
+def order_patches(grid: tuple[int, int], window: int) -> tuple[int, ...]:
+    """Patches in the order of the blocks, as places in the raster.
+
+    Window by window, in each token by token, in each of those its 2 x 2 patches, all by rows.
+
+    Args:
+        grid: Rows and columns of patches.
+        window: Patches to a side of a window.
+    """
+    rows, columns = grid
+    tokens = window // MERGE
+    return tuple(
+        (top + MERGE * y + dy) * columns + left + MERGE * x + dx
+        for top in range(0, rows, window)
+        for left in range(0, columns, window)
+        for y in range(tokens)
+        for x in range(tokens)
+        for dy in range(MERGE)
+        for dx in range(MERGE)
+    )
+
+
+def undo_order(order: tuple[int, ...], grid: tuple[int, int]) -> list[int]:
+    """Where each visual token of the raster lies in the order of the blocks."""
+    columns = grid[1]
+    places = [
+        first // columns // MERGE * (columns // MERGE) + first % columns // MERGE
+        for first in order[::STRIP]
+    ]
+    back = [0] * len(places)
+    for k, place in enumerate(places):
+        back[place] = k
+    return back
+
+
+class _PatchEmbedding(nn.Module):
+    """A convolution whose steps are as wide as its kernel: one product for every patch."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        size = (_FRAMES, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        weight = self.proj.weight
+        side = weight.shape[-1]
+        rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
+        cut = pixels.to(weight.dtype).reshape(3, rows, side, columns, side)
+        frame = cut.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, 1, side, side)
+        both_NP = torch.cat([frame] * _FRAMES, dim=2).flatten(1)
+        return functional.linear(both_NP, weight.flatten(1))
+
+
+class _Block(nn.Module):
+    """One block; attention within `windows` equal runs of patches."""
+
+    def __init__(self, config: Any, windows: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _Norm(config.hidden_size), _Norm(config.hidden_size)
+        self.attn = _Attention(config, windows)
+        self.mlp = _Mlp(config)
+
+    def forward(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
+        x_NC = x_NC + self.attn(self.norm1(x_NC), cosine_Nd, sine_Nd)
+        output: Tensor = x_NC + self.mlp(self.norm2(x_NC))
+        return output
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: Any, windows: int) -> None:
+        super().__init__()
+        self.heads, self.windows = config.num_heads, windows
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
+        patches, width = x_NC.shape
+        query, key, value = self.qkv(x_NC).split(width, dim=1)
+        turned = (self._rotate(each, cosine_Nd, sine_Nd) for each in (query, key))
+        parts = (*turned, value.reshape(patches, self.heads, -1))
+        query_WHnd, key_WHnd, value_WHnd = (
+            each.reshape(self.windows, patches // self.windows, self.heads, -1).transpose(1, 2)
+            for each in parts
+        )
+        mixed_WHnd = functional.scaled_dot_product_attention(query_WHnd, key_WHnd, value_WHnd)
+        output: Tensor = self.proj(mixed_WHnd.transpose(1, 2).reshape(patches, width))
+        return output
+
+    def _rotate(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
+        """Rotary embedding by row and column, in float32."""
+        wide_NHd = x_NC.reshape(x_NC.shape[0], self.heads, -1).float()
+        half = wide_NHd.shape[-1] // 2
+        first, second = wide_NHd[..., :half], wide_NHd[..., half:]
+        cosine, sine = cosine_Nd[:, None], sine_Nd[:, None]
+        turned = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat(turned, dim=-1).to(x_NC.dtype)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner)
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(functional.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))
+        return output
+
+
+class _Norm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        mean = (wide * wide).mean(dim=-1, keepdim=True)
+        return self.weight * (wide / torch.sqrt(mean + _EPSILON)).to(x.dtype)

@@ -1,0 +1,159 @@
+"""Qwen2.5-VL: graphs and positions against the library's own model, windows and all."""
+
+import numpy as np
+import pytest
+import torch
+from makers.families import make_picture, make_samples
+from makers.qwen import TEMPLATE, make_qwen_checkpoint
+from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+from truths.axes import count_positions
+
+from gap_export.tracing import repeat_layers
+from gap_runtime import Bundle, Grounder
+from gap_runtime.errors import ConfigError
+from gap_runtime.grounding.check import check_bundle
+
+STEPS = 4
+# Of 112 x 168 and 168 x 112 pixels: 28 pixels to a token, 2 x 2 tokens to a window.
+GRIDS = {(90, 61): (4, 6), (61, 90): (6, 4)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    home = tmp_path_factory.mktemp("qwen")
+    make_samples(home / "samples", make_picture(90, 61))
+    return make_qwen_checkpoint(home / "model", seed=5)
+
+
+def settings(checkpoint, **more):
+    return {
+        "check__samples": str(checkpoint.parent / "samples"),
+        "prompt__template": TEMPLATE,
+        "prompt__answer": STEPS,
+        "image__canvas": "168x112,112x168",
+        "prune__strategy": "divprune",
+        "prune__ratios": [0.47],
+        **more,
+    }
+
+
+class MaskedQwen:
+    """The library's model in float64 on the full sequence, with pruned keys masked out."""
+
+    def __init__(self, folder):
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager"
+        ).eval()
+
+    @torch.no_grad()
+    def answer(self, pixels, grid, prefix, suffix, kept, steps):
+        rows, columns = grid
+        # The library's order of patches: token by token, 2 x 2 patches each, two frames.
+        cut = torch.as_tensor(pixels, dtype=torch.float64)[0]
+        cut = cut.unfold(1, 14, 14).unfold(2, 14, 14)
+        cut = cut.reshape(3, rows, 2, columns, 2, 14, 14).permute(1, 3, 2, 4, 0, 5, 6)
+        flat = torch.stack([cut, cut], dim=5).reshape(4 * rows * columns, -1)
+        sizes = torch.tensor([[1, 2 * rows, 2 * columns]])
+        visual = self.model.model.visual(flat, grid_thw=sizes).pooler_output
+        embed = self.model.get_input_embeddings()
+        states = torch.cat([embed(torch.tensor(prefix)), visual, embed(torch.tensor(suffix))])
+        hidden = torch.zeros(len(states), dtype=torch.bool)
+        hidden[len(prefix) : len(prefix) + len(visual)] = True
+        hidden[len(prefix) + torch.as_tensor(kept)] = False
+        ids = count_positions(len(prefix), grid, len(suffix))
+        cache, logits = DynamicCache(), []
+        while True:
+            seen = cache.get_seq_length()
+            mask = torch.zeros(len(states), seen + len(states), dtype=torch.float64)
+            mask += torch.full_like(mask, -1e30).triu(seen + 1)
+            mask[:, : len(hidden)] += hidden * -1e30
+            if not seen:
+                mask.fill_diagonal_(0.0)
+            output = self.model.model.language_model(
+                inputs_embeds=states[None],
+                position_ids=ids[:, None],
+                attention_mask=mask[None, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits.append(self.model.lm_head(output.last_hidden_state[0, -1]))
+            if len(logits) == steps:
+                return torch.stack(logits)
+            states, ids = embed(logits[-1].argmax()[None]), ids[:, -1:] + 1
+
+
+def answer(folder, size):
+    """Logits [STEPS, V] of the graphs for a picture of a size, and all on the way to them."""
+    bundle = Bundle.open(folder)
+    grounder = Grounder(bundle, "onnxruntime:cpu")
+    recorded, decoder = [], grounder._open_decoder()
+
+    class Recorder:
+        fit = staticmethod(decoder.fit)
+
+        def run(self, *arguments):
+            recorded.append(decoder.run(*arguments).copy())
+            return recorded[-1]
+
+    grounder._decoder, grounder._drafter = Recorder(), None
+    rows, columns = GRIDS[size]
+    name = f"{28 * columns}x{28 * rows}"
+    entry = next(each for each in bundle.manifest.ratios if each.bucket == name)
+    values = grounder.run_stages(make_picture(*size, seed=2), "the mug", entry, most=STEPS)
+    return np.concatenate(recorded), values, grounder.encoder.encode("the mug")
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_gap_is_masking(checkpoint, export, tmp_path, target):
+    folder = export(checkpoint, tmp_path / "b", target=target, **settings(checkpoint))
+    oracle = MaskedQwen(checkpoint)
+    for size, grid in GRIDS.items():
+        found, values, prompt = answer(folder, size)
+        kept, before = values.kept_index[0].tolist(), len(prompt.prefix)
+        ids = count_positions(before, grid, len(prompt.suffix))
+        behind = range(before + grid[0] * grid[1], ids.shape[1])
+        left = [*range(before), *(before + k for k in kept), *behind]
+        np.testing.assert_array_equal(values.position_ids[:, : len(left)], ids[:, left])
+        expected = oracle.answer(values.pixels, grid, prompt.prefix, prompt.suffix, kept, STEPS)
+        difference = np.abs(found - expected.numpy()).max()
+        assert difference < 1e-4 * expected.abs().max()
+        assert found.argmax(axis=1).tolist() == expected.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("more", [{"prune__ratios": [0.0, 0.9]}, {"quantize__weights": "int8"}])
+def test_the_bundle_is_checked(checkpoint, export, tmp_path, more):
+    folder = export(checkpoint, tmp_path / "b", reference=True, **settings(checkpoint, **more))
+    assert check_bundle(Bundle.open(folder), "onnxruntime:cpu").passed
+
+
+def test_a_head_that_is_the_embedding_table(export, tmp_path):
+    make_samples(tmp_path / "samples", make_picture(90, 61))
+    folder = make_qwen_checkpoint(tmp_path / "model", tied=True, full=(0,), seed=3)
+    export(folder, tmp_path / "b", **settings(folder))
+
+
+def test_windows_and_full_attention_are_kinds_of_blocks(checkpoint, export, tmp_path, monkeypatch):
+    copied, find = [], repeat_layers.find_copies
+    monkeypatch.setattr(
+        repeat_layers,
+        "find_copies",
+        lambda *given: copied.append(find(*given)) or copied[-1],
+    )
+    folder = make_qwen_checkpoint(tmp_path / "model", depth=9, full=(2, 5, 8), seed=4, layers=2)
+    export(
+        folder, tmp_path / "b", reference=False, **settings(checkpoint, image__canvas="168x112")
+    )
+    towers = [
+        {number: each.source.number for number, each in found.items()}
+        for found in copied
+        if len(found) > 1
+    ]
+    assert towers == [{3: 1, 4: 1, 5: 2, 6: 1, 7: 1, 8: 2}]
+
+
+@pytest.mark.parametrize(
+    ("canvas", "part"), [("100x112", "use 112x112"), ("large", "expected WIDTHxHEIGHT")]
+)
+def test_sizes_that_windows_do_not_divide(checkpoint, export, tmp_path, canvas, part):
+    with pytest.raises(ConfigError, match=part):
+        export(checkpoint, tmp_path / "b", **settings(checkpoint, image__canvas=canvas))
