@@ -86,7 +86,7 @@ def answer(folder, size):
     """Logits [STEPS, V] of the graphs for a picture of a size, and all on the way to them."""
     bundle = Bundle.open(folder)
     grounder = Grounder(bundle, "onnxruntime:cpu")
-    recorded, decoder = [], grounder._open_decoder()
+    recorded, decoder = [], grounder._open_cache().session
 
     class Recorder:
         fit = staticmethod(decoder.fit)
@@ -95,7 +95,7 @@ def answer(folder, size):
             recorded.append(decoder.run(*arguments).copy())
             return recorded[-1]
 
-    grounder._decoder, grounder._drafter = Recorder(), None
+    grounder._open_cache().session, grounder._drafter = Recorder(), None
     rows, columns = GRIDS[size]
     name = f"{28 * columns}x{28 * rows}"
     entry = next(each for each in bundle.manifest.ratios if each.bucket == name)
