@@ -11,8 +11,7 @@ PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,\
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := build/demo
-SAMPLE := refshapes/samples/test-006.png
-PHRASE := the top yellow circle
+SAMPLES := refshapes/samples-256
 PHRASES := 100
 
 .PHONY: setup demo test lint unit device matrix effect results train clean
@@ -29,11 +28,11 @@ $(STAMP): pyproject.toml runtime/pyproject.toml
 
 demo: $(STAMP)
 	@mkdir -p $(DEMO)
-	$(BIN)/gap-export refshapes --ratio 0,0.5 --out $(DEMO)/gap
-	$(BIN)/gap-export refshapes --ratio 0.5 --positions compact --out $(DEMO)/compact
+	$(BIN)/gap-export refshapes-256 --ratio 0,0.75 --out $(DEMO)/gap
+	$(BIN)/gap-export refshapes-256 --ratio 0.75 --positions compact --out $(DEMO)/compact
 	$(BIN)/gap-runtime check $(DEMO)/gap
-	$(BIN)/gap-runtime ground $(DEMO)/gap $(SAMPLE) "$(PHRASE)" --ratio 0.5 --draw $(DEMO)/ground.png
-	$(BIN)/python refshapes/demo.py $(DEMO)/gap $(DEMO)/compact --out $(DEMO)/demo.png
+	$(BIN)/gap-runtime ground $(DEMO)/gap $(SAMPLES)/$(SAMPLE) "$(PHRASE)" --ratio 0.75 --draw $(DEMO)/ground.png
+	$(BIN)/python refshapes/demo.py $(DEMO)/gap $(DEMO)/compact --samples $(SAMPLES) --out $(DEMO)/demo.png
 
 test: lint unit device
 

@@ -1,6 +1,6 @@
 """The demo's picture: PyTorch's and ONNX's boxes, unpruned, with GAP and with compact IDs.
 
-    python refshapes/demo.py GAP_BUNDLE COMPACT_BUNDLE --out demo.png
+    python refshapes/demo.py GAP_BUNDLE COMPACT_BUNDLE --samples FOLDER --out demo.png
 
 PyTorch's boxes are the answers that were recorded into the bundles at export.
 """
@@ -57,25 +57,25 @@ def draw_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Im
 def main() -> None:
     """Draw the sheet and print the table."""
     parser = argparse.ArgumentParser(description="draw what pruning does to grounding")
-    parser.add_argument("gap", type=Path, help="bundle with ratios 0 and 0.5")
-    parser.add_argument("compact", type=Path, help="bundle with compact position IDs at 0.5")
+    parser.add_argument("gap", type=Path, help="bundle without pruning and with a ratio")
+    parser.add_argument("compact", type=Path, help="the same ratio with compact position IDs")
+    parser.add_argument("--samples", type=Path, required=True, help="folder with samples.json")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     gap, compact = Bundle.open(options.gap), Bundle.open(options.compact)
-    cells = [("unpruned", gap, 0.0), ("GAP", gap, 0.5), ("compact IDs", compact, 0.5)]
+    ratio = max(entry.ratio for entry in gap.manifest.ratios)
+    cells = [("unpruned", gap, 0.0), ("GAP", gap, ratio), ("compact IDs", compact, ratio)]
     grounders = {id(bundle): Grounder(bundle, "onnxruntime:cpu") for bundle in (gap, compact)}
-    samples = json.loads(
-        (Path(__file__).with_name("samples") / "samples.json").read_text(encoding="utf-8")
-    )
+    samples = json.loads((options.samples / "samples.json").read_text(encoding="utf-8"))
     rows, panels = [], []
     assert gap.manifest.reference is not None
     names = list(dict.fromkeys(s.sample for s in gap.manifest.reference.samples))
     for name, entry in zip(names, samples, strict=True):
         truth = Box(*entry["box"])
-        for title, bundle, ratio in cells:
-            eager = recorded(bundle, name, ratio or None)
+        for title, bundle, removed in cells:
+            eager = recorded(bundle, name, removed or None)
             picture = load_picture(bundle.folder / eager.image)
-            exported = grounders[id(bundle)].ground(picture, eager.phrase, ratio=ratio)
+            exported = grounders[id(bundle)].ground(picture, eager.phrase, ratio=removed)
             share = f"{exported.kept} of {exported.patches}"
             rows.append(
                 [

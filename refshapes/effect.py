@@ -1,7 +1,7 @@
 """What position IDs do to a pruned model: accuracy on the held-out split, PyTorch and ONNX.
 
-    python refshapes/effect.py [--expressions 1000] [--ratio 0.5] [--pruner cls_attention]
-                               [--out build/effect.json]
+    python refshapes/effect.py [--model refshapes-256] [--expressions 1000] [--ratio 0.75]
+                               [--pruner NAME] [--out build/effect.json]
 
 Every expression is put to the checkpoint in PyTorch and to exported graphs in onnxruntime:
 without pruning, and pruned with GAP, compact and permuted position IDs. Scored by the protocol
@@ -54,20 +54,21 @@ def ask(name: str, data: Data, subject: Subject, request: ExportRequest, who: Op
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="accuracy by position mode, PyTorch and ONNX")
+    parser.add_argument("--model", choices=("refshapes-256", "refshapes"), default="refshapes-256")
     parser.add_argument("--expressions", type=int, default=1000)
-    parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--pruner", default="cls_attention")
+    parser.add_argument("--ratio", type=float, default=0.75)
+    parser.add_argument("--pruner", help="by default the model's own")
     parser.add_argument("--out", type=Path, default=Path("build/effect.json"))
     options = parser.parse_args()
     folder = options.out.parent / "effect"
-    data = open_data("refshapes:test", limit=options.expressions)
+    data = open_data(f"{options.model}:test", limit=options.expressions)
     protocol = load_protocol(DEFAULT_PROTOCOL)
     accuracy: dict[str, dict[str, float]] = {"pytorch": {}, "onnxruntime": {}}
     differing: dict[str, int] = {}
     for mode in MODES:
         # Pruners that read the phrase compare it with the model's own embeddings: it has no CLIP.
         request = make_request(
-            "refshapes",
+            options.model,
             ratios=0.0 if mode == "unpruned" else options.ratio,
             pruner=options.pruner,
             positions="gap" if mode == "unpruned" else mode,
@@ -99,8 +100,9 @@ def main() -> None:
         differing[mode] = compared.differing
     result = {
         "n": len(data.expressions),
+        "model": options.model,
         "ratio": options.ratio,
-        "pruner": options.pruner,
+        "pruner": plan.config.prune.strategy,
         **accuracy,
         "differing_answers": differing,
     }

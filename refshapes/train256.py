@@ -8,6 +8,7 @@ continues from there when started again.
 As in `train.py` the model can only locate through the language model's position IDs: the vision
 tower's position embedding is frozen at zero, and one rotary frequency has the period of the patch
 grid. Neither the model nor the auxiliary heads, which are dropped afterwards, see pruned input.
+At last the tower alone learns where CLS looks, its features kept: what the pruners go by.
 
 What makes it train on one core: pictures of few rows first (16 x 4 patches, then 16 x 8, then
 16 x 16; the width and with it the rotary base stay), many questions packed behind a picture, a
@@ -17,6 +18,7 @@ forward pass of its own that computes nothing twice (`forward`), and Muon for th
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import signal
 import time
@@ -72,7 +74,8 @@ class Stage:
     `centre` for where the phrase's object is, `edge` for where
     in a patch its object's sides are, `bind` for the attention from a question to its object,
     `look` for that from CLS to all objects. With `lower`, every third step has pictures of 4, 8
-    or 12 rows.
+    or 12 rows. `hidden` is the largest share of a picture's patches that an attention head of the
+    language model does not see; which ones is another draw for every picture, head and layer.
     """
 
     rows: int = GRID
@@ -88,15 +91,19 @@ class Stage:
     edge: float = 0.2
     bind: float = 0.3
     look: float = 0.2
+    hidden: float = 0.0
     lower: bool = False
 
 
-STEPS: Final = 3625
+STEPS: Final = 4325
+GAZE: Final = 400
+"""Steps behind them that train the tower alone."""
 _FULL: Final = Stage()
 _HALF: Final = Stage(rows=8, pictures=6, questions=6, most=5, look=0.05)
 _LOW: Final = Stage(rows=4, pictures=8, questions=4, most=3, repeats=0.2, plain=0.8, look=0.05)
 _UNBOUND: Final = replace(_LOW, kind=0.15, centre=0.1, edge=0.0, bind=0.0)
 _FEW: Final = replace(_UNBOUND, pictures=12, least=1, repeats=0.0, plain=1.0, rate=2e-3)
+_GAZE: Final = Stage(pictures=8, questions=1)
 CURRICULUM: Final = (
     (400, replace(_FEW, pictures=16, questions=3, most=1)),
     (750, _FEW),
@@ -107,7 +114,8 @@ CURRICULUM: Final = (
     (2320, replace(_FULL, look=0.05)),
     (2767, _FULL),
     (3502, replace(_FULL, lower=True)),
-    (STEPS, replace(_FULL, lower=True, look=0.6)),
+    (3625, replace(_FULL, lower=True, look=0.6)),
+    (STEPS, replace(_FULL, hidden=0.8)),
 )
 """(until this step, how)."""
 RATES: Final = (
@@ -117,12 +125,17 @@ RATES: Final = (
     (2435, 0.977),
     (3501, 0.154),
     (3502, 0.097),
+    (3625, 0),
+    (3675, 0.3),
     (STEPS, 0),
 )
 """(step, share of the full learning rates), straight lines between."""
 SETTLING: Final = 3256
 """From this step on attention is dropped: no answer hangs on single tokens."""
 DROPOUT: Final = 0.15
+GAZE_RATE: Final = 1.5e-3
+KEPT: Final = 6.0
+"""Weight of what the tower's features change, as a share of their variance."""
 ADAM_RATE: Final = 2e-3
 SAVE_EVERY: Final = 180
 """Seconds between two saved states."""
@@ -254,6 +267,7 @@ class Batch:
     edges: Tensor  # [B, N, 4] where the box's left, top, right, bottom side is; 0 is not here
     content: Tensor  # [B, CLASSES] share of the objects' patches
     touched: Tensor  # [B, N] share of the attention that a patch should have from CLS
+    outlines: Tensor  # [B, N] the same, most of all where a corner of an object's box is
 
 
 def format_box(box: tuple[int, int, int, int], width: int, height: int) -> str:
@@ -362,6 +376,9 @@ class BatchMaker:
             labels[k, len(prompt) - 1 : total - 1] = answer
             ends[k] = prompt.index(self.question_mark) - 1
         touched = np.minimum(touched, 1)
+        # A patch with a corner of a box says most of where the box is: two sides of four.
+        sides = np.minimum((edges > 0).sum(axis=-1), 2)
+        outlines = touched * (0.1 + sides**2.5).astype(np.float32)
         return Batch(
             patches=torch.from_numpy(patches),
             rows=rows,
@@ -375,6 +392,7 @@ class BatchMaker:
             edges=torch.from_numpy(edges),
             content=torch.from_numpy(content / content.sum(axis=1, keepdims=True)),
             touched=torch.from_numpy(touched / touched.sum(axis=1, keepdims=True)),
+            outlines=torch.from_numpy(outlines / outlines.sum(axis=1, keepdims=True)),
         )
 
 
@@ -404,6 +422,19 @@ def see(tower: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, attention.softmax(dim=-1).mean(dim=1)[:, 1:]
 
 
+class Hidden:
+    """Which patches a head of one layer does not see: a draw for every picture and head."""
+
+    def __init__(self, pictures: int, patches: int, most: float) -> None:
+        self.share = torch.rand(pictures, HEADS, 1, 1) * most
+        self.patches = patches
+
+    def __call__(self, total: int) -> Tensor:
+        """True where hidden, [B, H, 1, S]; the text before the picture never is."""
+        drawn = torch.rand(*self.share.shape[:2], 1, self.patches) < self.share
+        return functional.pad(drawn, (total - self.patches, 0))
+
+
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [..., L, d]; cos and sin [L, d / 2]."""
     first, second = states.chunk(2, dim=-1)
@@ -421,6 +452,7 @@ def think(
     said: Tensor,
     frequencies: Tensor,
     dropout: float = 0.0,
+    hidden: Hidden | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Llama's layers over pictures and the questions behind each, every question by itself.
 
@@ -430,6 +462,7 @@ def think(
         said: Embeddings of the questions, [B, Q, T, D], each at positions from S.
         frequencies: Of the rotary pairs, [d / 2].
         dropout: Of the attention.
+        hidden: Which patches each head does not see.
 
     Returns:
         The states after each layer, of pictures and of questions, and the attention of each
@@ -442,6 +475,8 @@ def think(
     cos, sin = angles.cos(), angles.sin()
     cos_seen, sin_seen, cos_said, sin_said = cos[:start], sin[:start], cos[start:], sin[start:]
     later = torch.full((slots, slots), float("-inf")).triu(1)
+    own = torch.eye(start, dtype=torch.bool)
+    causal = torch.ones(start, start, dtype=torch.bool).tril()
     scale = HEAD_DIM**-0.5
     all_seen, all_said, all_focus = [], [], []
     for index, layer in enumerate(layers):
@@ -472,6 +507,9 @@ def think(
         # All questions of a picture against it at once: [B, H, Q * T, S].
         flat = asked.transpose(1, 2).flatten(2, 3)
         outside = flat @ key.transpose(-1, -2)
+        unseen = None if hidden is None else hidden(start)
+        if unseen is not None:
+            outside = outside.masked_fill(unseen, float("-inf"))
         inside = (asked @ own_key.transpose(-1, -2) + later).transpose(1, 2).flatten(2, 3)
         weights = torch.cat([outside, inside], dim=-1).softmax(dim=-1)
         all_focus.append(weights[:, 0, :, :start].unflatten(1, (questions, slots)))
@@ -484,8 +522,10 @@ def think(
         all_said.append(said)
         if index < len(layers) - 1:
             query = rotate(query, cos_seen, sin_seen)
+            # A patch always sees itself.
+            mask = None if unseen is None else (~unseen | own) & causal
             mixed = functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, dropout_p=dropout
+                query, key, value, mask, is_causal=mask is None, dropout_p=dropout
             )
             seen = finish(seen, mixed)
             all_seen.append(seen)
@@ -565,7 +605,7 @@ class Trainer:
 
     def stage(self, step: int) -> Stage:
         """The part of the curriculum of a step."""
-        stage = next(stage for until, stage in CURRICULUM if step < until)
+        stage = next((stage for until, stage in CURRICULUM if step < until), _GAZE)
         if stage.lower and step % 3 == 2:
             third = step // 3 % 3
             return replace(stage, rows=4 + 4 * third, most=(3, 4, 6)[third], questions=5)
@@ -614,6 +654,7 @@ class Trainer:
         visual = projector.linear_2(functional.gelu(projector.linear_1(features[:, 1:])))
         embed = llava.language_model.embed_tokens
         pictures, prefix = len(batch.patches), len(self.batches.prefix)
+        stage = self.stage(self.step)
         before = embed(self.batches.prefix).expand(pictures, -1, -1)
         all_seen, all_said, all_focus = think(
             llava.language_model.layers,
@@ -621,6 +662,7 @@ class Trainer:
             embed(batch.token_ids),
             self.frequencies,
             dropout,
+            Hidden(pictures, visual.shape[1], stage.hidden) if stage.hidden else None,
         )
         asked = batch.labels != IGNORED
         hidden = norm(all_said[-1][asked], llava.language_model.norm.weight)
@@ -645,7 +687,6 @@ class Trainer:
         bind = bind_loss([focus[..., prefix:] for focus in all_focus[2:5]], batch)
         edge = edge_loss(self.heads.vision_edge(features[:, 1:]), batch.edges)
         edge = edge + edge_loss(self.heads.patch_edge(all_seen[2][:, prefix:]), batch.edges)
-        stage = self.stage(self.step)
         total = answer + 0.05 * place + stage.centre * (third + fourth) + stage.bind * bind
         total = (
             total
@@ -698,6 +739,43 @@ class Trainer:
         self.step += 1
         return parts
 
+    def begin_gaze(self) -> None:
+        """From here on the tower alone is trained, to look as it should and show what it did."""
+        tower = self.model.model.vision_tower
+        self.before = copy.deepcopy(tower).requires_grad_(requires_grad=False)
+        looking = [p for name, p in tower.named_parameters() if self.reads(name, p)]
+        self.gaze = torch.optim.AdamW(looking, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def reads(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of the tower is in use, and not frozen."""
+        last = f"layers.{self.model.config.vision_config.num_hidden_layers - 1}."
+        return parameter.requires_grad and last not in name and "post_layernorm" not in name
+
+    def gaze_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """How far CLS looks from the outlines of objects, and what its features changed by."""
+        features, looked = see(self.model.model.vision_tower, batch.patches)
+        with torch.no_grad():
+            wanted, _ = see(self.before, batch.patches)
+        attention = -(batch.outlines * (looked + 1e-9).log()).sum(dim=1).mean()
+        changed = (features - wanted)[:, 1:].square().mean() / wanted[:, 1:].var()
+        parts = {"cls": attention, "changed": changed}
+        return attention + KEPT * changed, {name: part.detach() for name, part in parts.items()}
+
+    def update_gaze(self) -> dict[str, Tensor]:
+        """One step of the tower alone."""
+        if self.step == STEPS:
+            self.begin_gaze()
+        total, parts = self.gaze_loss(self.draw(self.step))
+        self.gaze.zero_grad()
+        total.backward()
+        group = self.gaze.param_groups[0]
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+        done = self.step - STEPS
+        group["lr"] = GAZE_RATE * min(1, done / 50) * (1 - done / GAZE)
+        self.gaze.step()
+        self.step += 1
+        return parts
+
     def run(self) -> None:
         """Train from the saved state, or from the start, to the end; then write the folder."""
         if self.state_file.exists():
@@ -707,8 +785,9 @@ class Trainer:
         signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
         began = saved = time.monotonic()
         sums: dict[str, Tensor] = {}
-        while self.step < STEPS and not stop:
-            for name, value in self.update().items():
+        while self.step < STEPS + GAZE and not stop:
+            update = self.update if self.step < STEPS else self.update_gaze
+            for name, value in update().items():
                 sums[name] = sums.get(name, 0) + value / 50
             if self.step % 50 == 0:
                 shown = "  ".join(f"{name} {float(value):.3f}" for name, value in sums.items())
@@ -732,6 +811,8 @@ class Trainer:
             "muon": self.muon.buffers,
             "random": torch.get_rng_state(),
         }
+        if self.step > STEPS:
+            state |= {"before": self.before.state_dict(), "gaze": self.gaze.state_dict()}
         beside = self.state_file.with_suffix(".new")
         torch.save(state, beside)
         beside.replace(self.state_file)
@@ -745,6 +826,10 @@ class Trainer:
         self.heads.load_state_dict(state["heads"])
         self.adam.load_state_dict(state["adam"])
         self.muon.buffers = state["muon"]
+        if self.step > STEPS:
+            self.begin_gaze()
+            self.before.load_state_dict(state["before"])
+            self.gaze.load_state_dict(state["gaze"])
         torch.set_rng_state(state["random"])
 
     def write(self) -> None:
