@@ -34,7 +34,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 _BLOCK_BYTES: Final = 64 * 2**20
 _SHARD_BYTES: Final = 5 * 10**9
-_CLIP_TEXT: Final = {
+CLIP_TEXT: Final = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_attention_heads": 12,
@@ -309,10 +309,10 @@ def write_clip(folder: Path, side: int) -> None:
             "model_type": "clip",
             "projection_dim": 768,
             "vision_config": vision,
-            "text_config": _CLIP_TEXT,
+            "text_config": CLIP_TEXT,
         },
     )
-    shapes = clip_shapes(vision, "vision_model.") | clip_shapes(_CLIP_TEXT, "text_model.")
+    shapes = clip_shapes(vision, "vision_model.") | clip_shapes(CLIP_TEXT, "text_model.")
     shapes |= {
         "visual_projection.weight": (768, 1024),
         "text_projection.weight": (768, 768),
@@ -394,10 +394,25 @@ def internvl_shapes(text: dict[str, Any]) -> Shapes:
     return shapes | llama_shapes(text, "language_model.model.", "language_model.lm_head.weight")
 
 
+def shikra_config() -> dict[str, Any]:
+    """config.json of shikra-7b-delta-v1."""
+    delta = LLAMA_7B | {"model_type": "shikra", "vocab_size": 32003, "rms_norm_eps": 1e-6}
+    return delta | {"mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+
+
+def lora_shapes() -> Shapes:
+    """Tensors of minigptv2_checkpoint.pth."""
+    shapes: Shapes = {"llama_proj.weight": (4096, 5632), "llama_proj.bias": (4096,)}
+    for layer in range(32):
+        for part in ("q_proj", "v_proj"):
+            name = f"llama_model.base_model.model.model.layers.{layer}.self_attn.{part}"
+            shapes |= {f"{name}.lora_A.weight": (64, 4096), f"{name}.lora_B.weight": (4096, 64)}
+    return shapes
+
+
 def write_shikra(folder: Path) -> None:
     """Differences, base and CLIP in three folders."""
-    delta = LLAMA_7B | {"model_type": "shikra", "vocab_size": 32003, "rms_norm_eps": 1e-6}
-    delta |= {"mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+    delta = shikra_config()
     write_json(folder / "shikra-7b-delta-v1", "config.json", delta)
     shapes = llama_shapes(delta, "model.", "lm_head.weight")
     shapes |= {"model.mm_projector.weight": (4096, 1024), "model.mm_projector.bias": (4096,)}
@@ -410,13 +425,8 @@ def write_shikra(folder: Path) -> None:
 
 def write_minigpt(folder: Path) -> None:
     """The published checkpoint, EVA and Llama-2 in one folder."""
-    shapes: Shapes = {"llama_proj.weight": (4096, 5632), "llama_proj.bias": (4096,)}
-    for layer in range(32):
-        for part in ("q_proj", "v_proj"):
-            name = f"llama_model.base_model.model.model.layers.{layer}.self_attn.{part}"
-            shapes |= {f"{name}.lora_A.weight": (64, 4096), f"{name}.lora_B.weight": (4096, 64)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_torch(folder / "minigptv2_checkpoint.pth", shapes, "float32", wrap="model")
+    write_torch(folder / "minigptv2_checkpoint.pth", lora_shapes(), "float32", wrap="model")
     write_torch(folder / "eva_vit_g.pth", eva_shapes(), "float16")
     write_json(folder / "Llama-2-7b-chat-hf", "config.json", LLAMA_7B)
     shapes = llama_shapes(LLAMA_7B, "model.", "lm_head.weight")

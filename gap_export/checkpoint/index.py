@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gap_export.config import describe_folder
 from gap_export.errors import CheckpointError
@@ -149,12 +149,27 @@ class _FileIndex:
     unreadable: dict[str, str]
 
 
+class Fetch(Protocol):
+    """Another way than a download to come by a checkpoint that is not on this machine."""
+
+    def __call__(self, location: str, revision: str | None, advice: str) -> Path | None:
+        """Its folder; None where it is not known."""
+
+
 def open_checkpoint(
-    location: str, revision: str | None = None, *, ignored: frozenset[str] = frozenset()
+    location: str,
+    revision: str | None = None,
+    *,
+    ignored: frozenset[str] = frozenset(),
+    fetch: Fetch | None = None,
 ) -> Checkpoint:
     """Index a folder's weight files, or one file, downloading the folder if it is a hub id.
 
-    Files named in `ignored` are other parts of the model that lie in the same folder.
+    Args:
+        location: A folder, a file or a hub id.
+        revision: Commit, branch or tag on the hub.
+        ignored: Names of other parts of the model that lie in the same folder.
+        fetch: Asked for what is not on this machine, before the hub is.
 
     Raises:
         CheckpointError: No such folder or file, the hub cannot be reached, or a weight file is
@@ -163,9 +178,12 @@ def open_checkpoint(
     path = Path(location).expanduser()
     if path.exists():
         return _index_path(path, revision, ignored)
-    if not _is_hub_id(location):
-        raise CheckpointError(f"{location}: no such checkpoint folder or file")
     advice = "a local checkpoint folder works too: gap-export FOLDER, or --checkpoint FOLDER"
+    folder = None if fetch is None else fetch(location, revision, advice)
+    if folder is not None:
+        return _index_files(folder, _weight_files(folder), location, folder.name)
+    if not is_hub_id(location):
+        raise CheckpointError(f"{location}: no such checkpoint folder or file")
     return _index_hub(location, revision, advice)
 
 
@@ -174,14 +192,14 @@ def locate_checkpoint(location: str, revision: str | None = None) -> Path | None
     path = Path(location).expanduser()
     if path.exists():
         return path
-    return _find_snapshot(location, revision) if _is_hub_id(location) else None
+    return find_snapshot(location, revision) if is_hub_id(location) else None
 
 
 def locate_part(location: str, beside: Path) -> Path | None:
     """Where `open_part` finds a part on this machine; None where it would download."""
     found = next((place for place in _part_places(location, beside) if place.exists()), None)
-    if found is None and _is_hub_id(location):
-        return _find_snapshot(location, None)
+    if found is None and is_hub_id(location):
+        return find_snapshot(location, None)
     return found
 
 
@@ -193,7 +211,7 @@ def list_files(place: Path) -> list[Path]:
     return sorted(found | {place} if place.is_file() else found)
 
 
-def open_part(location: str, beside: Path, role: str) -> Checkpoint:
+def open_part(location: str, beside: Path, role: str, *, fetch: Fetch | None = None) -> Checkpoint:
     """Index a checkpoint that another one names as its part.
 
     Args:
@@ -201,6 +219,7 @@ def open_part(location: str, beside: Path, role: str) -> Checkpoint:
             last component may be enough in the latter two; or a hub id.
         beside: Folder of the checkpoint that names the part.
         role: What the part is to that checkpoint.
+        fetch: Asked for what is not on this machine, before the hub is.
 
     Raises:
         CheckpointError: Nothing is found, or it cannot be indexed.
@@ -211,9 +230,21 @@ def open_part(location: str, beside: Path, role: str) -> Checkpoint:
             return _index_path(place, None)
     looked = ", ".join(map(str, places)) or "nothing"
     advice = f"looked for {looked}; give it with --set parts.{role}=DIR"
-    if not _is_hub_id(location):
+    folder = None if fetch is None else fetch(location, None, advice)
+    if folder is not None:
+        return _index_files(folder, _weight_files(folder), location, folder.name)
+    if not is_hub_id(location):
         raise CheckpointError(f"{location or repr(location)}: no such part '{role}'; {advice}")
     return _index_hub(location, None, advice)
+
+
+def list_weight_files(folder: Path) -> list[str]:
+    """Names of a folder's weight files.
+
+    Raises:
+        CheckpointError: There are none, or shards are missing.
+    """
+    return list(_weight_files(folder))
 
 
 def cut_rows(tensor: TensorLocation, start: int, stop: int) -> TensorLocation:
@@ -448,13 +479,13 @@ def _read_header(path: Path, shown: Path) -> _FileIndex:
     return _FileIndex(tensors=tensors, unreadable=unreadable)
 
 
-def _is_hub_id(location: str) -> bool:
+def is_hub_id(location: str) -> bool:
     """Whether a location that is no path here may be a repository on the hub."""
     is_file = Path(location).suffix in {".safetensors", ".bin", ".pth", ".pt"}
     return "/" in location and not location.startswith((".", "/", "~")) and not is_file
 
 
-def _find_snapshot(hub_id: str, revision: str | None) -> Path | None:
+def find_snapshot(hub_id: str, revision: str | None) -> Path | None:
     """The folder of a hub repository in the local cache; None where it is not there.
 
     Written out here, because the library's own function takes long to import.

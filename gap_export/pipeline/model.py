@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gap_export.checkpoint.index import Checkpoint, open_checkpoint, open_part
+from gap_export.checkpoint.index import Checkpoint, Fetch, open_checkpoint, open_part
 from gap_export.config import PRUNERS, ExportConfig, NamedConfig, resolve_family
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import Family, ModelSpec
@@ -26,8 +26,12 @@ class Model:
     spec: ModelSpec
 
 
-def read_model(named: NamedConfig) -> Model:
+def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
     """Open a configured checkpoint with its parts, and see that the pruner can be served.
+
+    Args:
+        named: The configuration.
+        fetch: See `plan_export`.
 
     Raises:
         GapError: The checkpoint is broken, or lacks what the pruner needs.
@@ -39,7 +43,9 @@ def read_model(named: NamedConfig) -> Model:
         family: Family = load_plugin("gap_export.models", family_name, "family")
         usual = {**family.PARTS, **config.parts}
         parts_beside = frozenset(Path(location).name for location in usual.values())
-    checkpoint = open_checkpoint(config.checkpoint, config.revision, ignored=parts_beside)
+    checkpoint = open_checkpoint(
+        config.checkpoint, config.revision, ignored=parts_beside, fetch=fetch
+    )
     if not family_name:
         family_name = resolve_family(checkpoint.folder)
         family = load_plugin("gap_export.models", family_name, "family")
@@ -50,7 +56,7 @@ def read_model(named: NamedConfig) -> Model:
     unknown = sorted(set(config.parts) - set(family.PARTS))
     if unknown:
         raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
-    parts = _open_parts(checkpoint, family, config, reads_clip=reads_clip)
+    parts = _open_parts(checkpoint, family, config, fetch, reads_clip=reads_clip)
     checkpoint = replace(checkpoint, parts=parts)
     spec = family.read_spec(checkpoint, config)
     if config.box.frame is not None:
@@ -92,7 +98,12 @@ def _list_served(given: set[Feature]) -> list[str]:
 
 
 def _open_parts(
-    checkpoint: Checkpoint, family: Family, config: ExportConfig, *, reads_clip: bool
+    checkpoint: Checkpoint,
+    family: Family,
+    config: ExportConfig,
+    fetch: Fetch | None,
+    *,
+    reads_clip: bool,
 ) -> dict[str, Checkpoint]:
     """The further checkpoints that a model is made of, by role."""
     parts = {}
@@ -100,7 +111,7 @@ def _open_parts(
         if not location:
             continue
         try:
-            parts[role] = open_part(location, checkpoint.folder, role)
+            parts[role] = open_part(location, checkpoint.folder, role, fetch=fetch)
         except CheckpointError as error:
             if role in config.parts or role in family.find_parts(checkpoint, text=False):
                 raise

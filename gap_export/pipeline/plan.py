@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.index import Checkpoint, Fetch
 from gap_export.checkpoint.sources import TensorSource
 from gap_export.checkpoint.tokenizer import read_tokenizer
 from gap_export.config import (
@@ -142,15 +142,19 @@ class ExportPlan:
         return next(bucket for bucket in self.spec.buckets if bucket.name == entry.bucket)
 
 
-def plan_export(request: ExportRequest) -> ExportPlan:
+def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPlan:
     """Read configs and indices and settle every number, without tracing or writing.
+
+    Args:
+        request: What to export.
+        fetch: How to come by what is not on this machine, other than by downloading all of it.
 
     Raises:
         GapError: Anything about the request or the checkpoint that cannot work.
     """
     target = load_target(request.target)
     dialect = _load_dialect(target)
-    model = read_model(request.named)
+    model = read_model(request.named, fetch)
     config, spec = request.named.config, model.spec
     require_quantizable(request, target)
     entries = _settle_entries(model, config.prune)

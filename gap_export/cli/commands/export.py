@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 from gap_export.cli.options import add_export_arguments, read_request
@@ -80,11 +81,25 @@ def make_bundle(
 def _dry_run(display: Display, request: ExportRequest, *, as_json: bool) -> int:
     """What would be made, and the memory and disk that it would take; the exit code."""
     with display.step("loading libraries"):
-        from gap_export.pipeline.estimate import estimate  # noqa: PLC0415 - loads torch
-        from gap_export.pipeline.plan import plan_export  # noqa: PLC0415
-        from gap_export.pipeline.staging import require_replaceable  # noqa: PLC0415
-        from gap_runtime.records import dump_record  # noqa: PLC0415
-    plan = plan_export(request)
+        from gap_export.checkpoint.shapes import ShapeSource  # noqa: PLC0415
+        from gap_export.pipeline.plan import plan_export  # noqa: PLC0415 - loads torch
+    with TemporaryDirectory(prefix="gap-export-shapes-") as home:
+        source, config = ShapeSource(Path(home)), request.named.config
+        if source.is_packaged(config.checkpoint, config.revision):
+            display.say(
+                f"note: {config.checkpoint} is not on this machine; its shapes are known, its "
+                "tokenizer is not, so the prompt is counted as the family has it"
+            )
+            request = replace(request, reference=False)
+        return _show_dry_run(display, plan_export(request, source), as_json=as_json)
+
+
+def _show_dry_run(display: Display, plan: ExportPlan, *, as_json: bool) -> int:
+    """Show a plan and what it takes; the exit code."""
+    from gap_export.pipeline.estimate import estimate  # noqa: PLC0415
+    from gap_export.pipeline.staging import require_replaceable  # noqa: PLC0415
+    from gap_runtime.records import dump_record  # noqa: PLC0415
+
     replaced = require_replaceable(plan.out)
     if replaced is not None:
         display.say(f"note: {plan.out} holds a bundle, which would be replaced: {replaced}")
@@ -193,7 +208,7 @@ def _plan_facts(plan: ExportPlan) -> dict[str, Any]:
         "ratios": dump_record(plan.entries),
         "layout": dump_record(plan.layout),
         "dtype": plan.dtype,
-        "checkpoint": str(plan.checkpoint.folder),
+        "checkpoint": plan.checkpoint.hub_id or str(plan.checkpoint.folder),
         "weights_bytes": plan.weights_bytes,
         "cache_bytes": plan.layout.capacity * plan.cache_bytes_per_slot,
         "prompt": plan.prompt.template,

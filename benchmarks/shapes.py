@@ -1,0 +1,96 @@
+"""Names and shapes of the models of export_configs/, for `--dry-run` without network.
+
+python -m benchmarks.shapes          # writes gap_export/checkpoint/shapes.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from benchmarks.checkpoints import (
+    CLIP_TEXT,
+    LLAMA_7B,
+    LLAMA_13B,
+    MISTRAL_7B,
+    Shapes,
+    clip_shapes,
+    eva_shapes,
+    library_config,
+    library_shapes,
+    llama_shapes,
+    lora_shapes,
+    shikra_config,
+    vision_config,
+)
+from gap_export.checkpoint.shapes import SHAPES_FILE
+
+
+def make_shapes() -> dict[str, Any]:
+    """What is known of each checkpoint, by the location that configurations name."""
+    found = {}
+    for location, kind, text in (
+        ("llava-hf/llava-1.5-7b-hf", "llava", LLAMA_7B),
+        ("llava-hf/llava-1.5-13b-hf", "llava", LLAMA_13B),
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava_next", LLAMA_7B),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", "llava_next", MISTRAL_7B),
+    ):
+        wide = text | {"vocab_size": 32064}
+        found[location] = _describe(library_shapes(kind, wide), library_config(kind, wide))
+    for location, side in (
+        ("openai/clip-vit-large-patch14", 224),
+        ("openai/clip-vit-large-patch14-336", 336),
+    ):
+        vision = vision_config(side)
+        config = {"model_type": "clip", "projection_dim": 768}
+        config |= {"vision_config": vision, "text_config": CLIP_TEXT}
+        shapes = clip_shapes(vision, "vision_model.") | clip_shapes(CLIP_TEXT, "text_model.")
+        shapes |= {"visual_projection.weight": (768, 1024), "text_projection.weight": (768, 768)}
+        found[location] = _describe(shapes | {"logit_scale": ()}, config)
+    delta = shikra_config()
+    shapes = llama_shapes(delta, "model.", "lm_head.weight")
+    shapes |= {"model.mm_projector.weight": (4096, 1024), "model.mm_projector.bias": (4096,)}
+    found["shikras/shikra-7b-delta-v1"] = _describe(shapes, delta)
+    base = LLAMA_7B | {"rms_norm_eps": 1e-6}
+    llama = llama_shapes(LLAMA_7B, "model.", "lm_head.weight")
+    # By its last norm a family tells a model from differences to one.
+    found["huggyllama/llama-7b"] = _describe(llama, base) | {"ones": ["model.norm.weight"]}
+    found["meta-llama/Llama-2-7b-chat-hf"] = _describe(llama, LLAMA_7B)
+    found["minigpt-v2"] = _describe(lora_shapes(), dtype="float32")
+    found["eva_vit_g.pth"] = _describe(eva_shapes())
+    return found
+
+
+def _describe(
+    shapes: Shapes, config: dict[str, Any] | None = None, dtype: str = "float16"
+) -> dict[str, Any]:
+    """A checkpoint with the names of layers drawn together, `{n}` for the numbers below n."""
+    counts: dict[str, int] = {}
+    together: dict[str, list[int]] = {}
+    for name, shape in shapes.items():
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1)
+        counts[pattern] = counts.get(pattern, 0) + 1
+        assert together.setdefault(pattern, list(shape)) == list(shape), name
+    tensors = {
+        pattern.replace("{}", f"{{{counts[pattern]}}}"): shape
+        for pattern, shape in together.items()
+    }
+    files = {} if config is None else {"config.json": config}
+    return {"dtype": dtype, "files": files, "tensors": tensors}
+
+
+def dump_shapes() -> str:
+    """The file's text: a line for each tensor."""
+    text = json.dumps(make_shapes(), indent=1)
+    return re.sub(r"\[\s+([\d,\s]*?)\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    SHAPES_FILE.write_text(dump_shapes(), encoding="utf-8")
+    print(SHAPES_FILE)
+
+
+if __name__ == "__main__":
+    main()
