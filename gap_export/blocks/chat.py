@@ -122,7 +122,7 @@ def _read_own(folder: Path, question: str, image_id: int, notes: list[str]) -> s
 def _load_tokenizer(folder: Path) -> Any:
     try:
         return load_library_tokenizer(folder)
-    except Exception as error:  # so it is with broken files
+    except Exception as error:  # so it is with broken tokenizers
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be read ({reason:.160}); download it again"

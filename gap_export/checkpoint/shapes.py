@@ -137,7 +137,7 @@ def _write_ones(path: Path, entry: Mapping[str, Any]) -> None:
 
 def expand_names(tensors: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Shapes by name, of shapes by names in which `{n}` stands for 0 to n - 1."""
-    found = {}
+    found: dict[str, list[int]] = {}
     for name, shape in tensors.items():
         before, brace, rest = name.partition("{")
         count, _, after = rest.partition("}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from gap_runtime.cli.options import print_json
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    readers = {
+    readers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "models": _list_models,
         "pruners": _list_pruners,
         "targets": _list_targets,
@@ -106,5 +106,5 @@ def _list_positions() -> list[dict[str, Any]]:
     return _list_lines(POSITION_LINES)
 
 
-def _list_lines(lines: Mapping[str, str]) -> list[dict[str, Any]]:
+def _list_lines(lines: Mapping[Any, str]) -> list[dict[str, Any]]:
     return [{"name": name, "description": line} for name, line in lines.items()]

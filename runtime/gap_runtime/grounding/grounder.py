@@ -98,6 +98,7 @@ class Grounder:
         self.bundle = bundle
         self.default_ratio = bundle.choose_ratio(ratio, keep=keep)
         self._keep = keep
+        self._backend: Runner
         if isinstance(backend, str):
             self._backend, self._device = open_backend(choose_backend(bundle, backend))
         else:
