@@ -12,6 +12,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := build/demo
 SAMPLES := refshapes/samples-256
+SAMPLE := test-027.png
+PHRASE := the triangle below the cross
 PHRASES := 100
 
 .PHONY: setup demo test lint unit device matrix effect results train clean

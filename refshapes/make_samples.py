@@ -14,7 +14,7 @@ from gap_runtime.evaluation import refshapes, refshapes256
 
 # (index in the test split, question): a square, a wide and a tall picture.
 CHOSEN: Final = ((6, 1), (8, 0), (4, 1))
-CHOSEN_256: Final = ((27, 0), (22, 2), (56, 4))
+CHOSEN_256: Final = ((27, 0), (22, 1), (56, 4))
 
 
 def main() -> None:
