@@ -66,9 +66,9 @@ class Adapter:
 def is_partial(checkpoint: Checkpoint) -> bool:
     """Whether a folder holds changes to a model instead of one: LoRA, or no layer at all."""
     keys = checkpoint.tensors.keys() | checkpoint.unreadable.keys()
-    if any(".lora_" in key for key in keys):
-        return True
-    return bool(keys) and not any(".layers." in key for key in keys)
+    # PEFT calls everything that it saves a part of its `base_model`, whole layers too.
+    layers = (key for key in keys if ".layers." in key and not key.startswith("base_model."))
+    return bool(keys) and all(".lora_" in key for key in layers)
 
 
 def find_base(checkpoint: Checkpoint, usual: str) -> str:

@@ -83,7 +83,7 @@ def load(plan, kept):
 
 def run_once(model, plan, rows=3):
     embeddings = torch.zeros(rows, plan.spec.decoder.width)
-    return model.run_decoder(embeddings, torch.arange(rows), model.start_cache())
+    return model.run_decoder(embeddings, torch.arange(rows)[None], model.start_cache())
 
 
 def test_every_pass_reads_every_matrix_once(case, tmp_path, read_sizes):

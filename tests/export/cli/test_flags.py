@@ -59,10 +59,11 @@ def test_the_flags_of_gap_export_are_these():
 
 EVALUATE = {
     *("--data", "--images", "--protocol", *COUNTS, "--limit", "--out", "--resume", "--compare"),
-    *("--ray", "--workers"),
+    *("--ray", "--workers", "--list", "--html", "--gallery"),
 }
 SWEEP_FLAGS = {
     *("--data", "--images", "--protocol", "--limit", "--ray", "--workers", *COUNTS),
+    *("--list", "--within"),
     *("--pruners", "--positions", "--pytorch", "--gallery", "--out", "--resume", "--backend"),
     *("--extra-token", "--dtype", "--target", "--checkpoint", "--set", "--json"),
     *("-v", "--verbose"),
@@ -92,8 +93,11 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
     commands = find_parsers(runtime_cli.PROGRAM)
     assert {name: (positionals(p), flags(p) - HELP) for name, p in commands.items()} == {
         "ground": (
-            ["bundle", "image", "phrase"],
-            {"--json", "--ratio", "--keep", "--draw", "--backend", "--no-draft"},
+            ["bundle", "image", "phrases"],
+            {
+                *("--json", "--ratio", "--keep", "--draw", "--backend", "--no-draft"),
+                "--keep-pictures",
+            },
         ),
         "check": (["bundle"], {"--json", *COUNTS, "--backend", "--html"}),
         "info": (["bundle"], {"--json"}),
@@ -104,9 +108,12 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
                 *("--set", "--force"),
             },
         ),
-        "doctor": ([], {"--json"}),
-        "bench": (["bundle"], {"--json", *COUNTS, "--runs", "--backend"}),
-        "evaluate": (["bundle"], {"--json", "--backend"} | EVALUATE),
+        "doctor": ([], {"--json", "--all"}),
+        "bench": (["bundle"], {"--json", *COUNTS, "--runs", "--backend", "--all", "--no-draft"}),
+        "evaluate": (
+            ["bundle"],
+            {"--json", "--backend", "--no-draft", "--keep-pictures"} | EVALUATE,
+        ),
     }
 
 

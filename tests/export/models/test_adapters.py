@@ -115,7 +115,7 @@ def test_pytorch_has_the_adapter_too(find, tmp_path, name, memory):
     other = plain.family.load_eager(plain.checkpoint, plain.spec, "float32")
     rows = model.embed([5, 6, 7])
     assert torch.equal(rows, other.embed([5, 6, 7]))
-    positions = torch.arange(3)
+    positions = torch.arange(3)[None]
     logits = model.run_decoder(rows, positions, model.start_cache())
     before = other.run_decoder(rows, positions, other.start_cache())
     assert float((logits - before).abs().max()) > 1e-2
@@ -191,7 +191,7 @@ def test_the_authors_lora_folder_in_pytorch(lora, tmp_path):
         each.family.load_eager(each.checkpoint, each.spec, "float32") for each in (plan, whole)
     ]
     logits = [
-        model.run_decoder(model.embed([5, 6, 7]), torch.arange(3), model.start_cache())
+        model.run_decoder(model.embed([5, 6, 7]), torch.arange(3)[None], model.start_cache())
         for model in models
     ]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)

@@ -268,7 +268,7 @@ def test_lora_under_an_adapters_name(find, tmp_path):
     ]
     rows = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
     first, second = (
-        model.run_decoder(rows, torch.arange(3), model.start_cache()) for model in models
+        model.run_decoder(rows, torch.arange(3)[None], model.start_cache()) for model in models
     )
     assert torch.equal(first, second)
     name = "language_model.layers.2.self_attn.v_proj.weight"
