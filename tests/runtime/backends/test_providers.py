@@ -44,6 +44,9 @@ class FakeValue:
         self.array[...] = array
         self.updates += 1
 
+    def data_ptr(self):
+        return self.array.ctypes.data
+
 
 class FakeBinding:
     def __init__(self):
