@@ -200,7 +200,7 @@ def test_force_and_dry_run_look_at_the_checkpoint(monkeypatch, option):
     class AskedError(Exception):
         pass
 
-    def plan_export(_):
+    def plan_export(*_):
         raise AskedError
 
     monkeypatch.setattr("gap_export.pipeline.plan.plan_export", plan_export)
