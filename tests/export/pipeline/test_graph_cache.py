@@ -37,13 +37,14 @@ class DoneError(Exception):
 def only_built(monkeypatch):
     """The modules are built and finished, and not traced."""
 
-    def build_only(build, *, finish=None, **_):
+    def build_only(build, *_, finish=None, **__):
         module = build()
         if finish is not None:
             finish(module)
         raise DoneError
 
     monkeypatch.setattr(stages, "trace", build_only)
+    monkeypatch.setattr(stages, "trace_stack", build_only)
 
 
 def arguments_of(plan):
