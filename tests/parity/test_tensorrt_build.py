@@ -114,7 +114,8 @@ def test_one_engine_for_several_gpus_and_both_ratios(bundle):
     record = build_bundle(bundle, "8.6", "12.0")["decoder"]
     assert record.compute_capabilities == ("8.6", "12.0")
     prompts = sorted(bundle.manifest.layout.at(entry).prompt for entry in bundle.manifest.ratios)
-    assert record.profiles == (8, *prompts, 1)
+    suffix = bundle.manifest.layout.suffix
+    assert record.profiles == (8, suffix, *prompts, 1)
 
 
 def refuse(bundle, *texts):
@@ -241,4 +242,5 @@ def test_llava_at_its_true_widths(tmp_path, monkeypatch):
     require_layers(bundle, records)
     # Weights that are all zero and alike are stored once, so an engine is smaller than the model.
     assert records["decoder"].size > 500_000_000
-    assert records["decoder"].profiles == (8, bundle.manifest.layout.capacity - 64, 1)
+    layout = bundle.manifest.layout
+    assert records["decoder"].profiles == (8, layout.suffix, layout.capacity - 64, 1)
