@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
 from gap_export.interfaces.features import EagerVision, Geometry
+from gap_export.reference.recorded import record_outputs
 
 # V views, T tokens of a view (CLS first where there is one), N visual tokens, C width, D decoder
 # width, W text width.
@@ -48,7 +47,8 @@ class EagerClip:
             arrange: [V, T - leading, ...] to the patches [N, ...] in their order.
         """
         dtype = next(self._tower.parameters()).dtype
-        with _recorded(self._tower) as (queries, keys):
+        attentions = [block.self_attn for block in self._tower.encoder.layers]
+        with record_outputs((a.q_proj, a.k_proj) for a in attentions) as (queries, keys):
             output = self._tower(
                 views.to(dtype), output_hidden_states=True, output_attentions=True
             )
@@ -98,21 +98,3 @@ class EagerClipText:
         """Normed patches [N, C] in the space of text features [N, W]."""
         projected: Tensor = self._model.visual_projection(patches)
         return projected
-
-
-@contextmanager
-def _recorded(tower: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """What the query and key projections of every block give while the tower runs."""
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    handles = []
-    for block in tower.encoder.layers:
-        for module, record in ((block.self_attn.q_proj, queries), (block.self_attn.k_proj, keys)):
-            handles.append(
-                module.register_forward_hook(lambda _m, _i, out, record=record: record.append(out))
-            )
-    try:
-        yield queries, keys
-    finally:
-        for handle in handles:
-            handle.remove()

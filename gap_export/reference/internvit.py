@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gap_export.interfaces.features import EagerVision, Geometry
+from gap_export.reference.recorded import record_outputs
 
 # V views, T tokens of a view (CLS first), P patches of a view, N visual tokens, C width, D decoder
 # width, c patches along a cell's side.
@@ -50,7 +50,9 @@ class EagerInternVit:
     ) -> EagerVision:
         """All that pruners may ask for of the views [V, 3, H, W] of a picture."""
         dtype = next(self._tower.parameters()).dtype
-        with _recorded(self._tower) as (queries, keys):
+        attentions = [block.attention for block in self._tower.encoder.layer]
+        # Behind their norms, where there are any.
+        with record_outputs((a.q_norm, a.k_norm) for a in attentions) as (queries, keys):
             output = self._tower(
                 pixel_values=views.to(dtype), output_hidden_states=True, output_attentions=True
             )
@@ -101,22 +103,3 @@ def pack_cells(cell: int) -> Callable[[Tensor], Tensor]:
         )
 
     return pack
-
-
-@contextmanager
-def _recorded(tower: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Queries and keys of every block while the tower runs, behind their norms if it has any."""
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    handles = []
-    for block in tower.encoder.layer:
-        attention = block.attention
-        for module, record in ((attention.q_norm, queries), (attention.k_norm, keys)):
-            handles.append(
-                module.register_forward_hook(lambda _m, _i, out, record=record: record.append(out))
-            )
-    try:
-        yield queries, keys
-    finally:
-        for handle in handles:
-            handle.remove()

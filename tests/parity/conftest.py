@@ -1,10 +1,16 @@
 """Bundles that several parity tests read; made once."""
 
+import shutil
+import sys
+
+import onnxruntime
 import pytest
 from tools.places import load_runtime_helper
 
 import gap_export
 from gap_export.cli import main as cli
+from gap_runtime import Bundle
+from gap_runtime.cli.main import main
 
 
 def export_bundle(
@@ -65,3 +71,35 @@ def swept(tmp_path_factory):
 def pages():
     """The module page_reader.py of the runtime's tests."""
     return load_runtime_helper("page_reader")
+
+
+@pytest.fixture
+def build_computed(monkeypatch, tmp_path):
+    """A function that builds engines of a copy of a bundle, which onnxruntime computes.
+
+    It gives the copy and the made-up device.
+    """
+
+    def put(folder, *, is_in_place):
+        sessions = {}
+
+        def compute(path, inputs):
+            if path not in sessions:
+                providers = ["CPUExecutionProvider"]
+                sessions[path] = onnxruntime.InferenceSession(path, providers=providers)
+            names = [each.name for each in sessions[path].get_outputs()]
+            return dict(zip(names, sessions[path].run(names, inputs), strict=True))
+
+        shutil.copytree(folder, tmp_path / "built")
+        bundle = Bundle.open(tmp_path / "built")
+        fakes = load_runtime_helper("fake_tensorrt")
+        gpu = fakes.FakeCuda()
+        trt = fakes.FakeTensorrt("tensorrt", "10.16.1", gpu, compute)
+        trt.add_bundle(bundle, is_in_place=is_in_place)
+        monkeypatch.setitem(sys.modules, "tensorrt", trt)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        assert main(["build", str(bundle.folder), "--target", "rtx"]) == 0
+        return bundle, gpu
+
+    return put

@@ -4,56 +4,20 @@ The library and the device are made up (tests/runtime/fake_tensorrt.py), the num
 is copied, bound and kept between calls decides whether PyTorch's answers come out.
 """
 
-import shutil
-import sys
-
-import onnxruntime
 import pytest
-from tools.places import load_runtime_helper
 
-from gap_runtime import Bundle
 from gap_runtime.cli.main import main
 from gap_runtime.grounding.check import check_bundle
 
-fakes = load_runtime_helper("fake_tensorrt")
 
-
-@pytest.fixture
-def install(monkeypatch, tmp_path):
-    """A function that copies a bundle, builds its engines and gives it with the made-up device."""
-
-    def put(folder, *, is_in_place):
-        sessions = {}
-
-        def compute(path, inputs):
-            if path not in sessions:
-                providers = ["CPUExecutionProvider"]
-                sessions[path] = onnxruntime.InferenceSession(path, providers=providers)
-            names = [each.name for each in sessions[path].get_outputs()]
-            return dict(zip(names, sessions[path].run(names, inputs), strict=True))
-
-        shutil.copytree(folder, tmp_path / "b")
-        bundle = Bundle.open(tmp_path / "b")
-        gpu = fakes.FakeCuda()
-        trt = fakes.FakeTensorrt("tensorrt", "10.16.1", gpu, compute)
-        trt.add_bundle(bundle, is_in_place=is_in_place)
-        monkeypatch.setitem(sys.modules, "tensorrt", trt)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        assert main(["build", str(bundle.folder), "--target", "rtx"]) == 0
-        return bundle, gpu
-
-    return put
-
-
-def test_float32_with_the_cache_in_place(install, export, tmp_path):
+def test_float32_with_the_cache_in_place(build_computed, export, tmp_path):
     out = export(
         "refshapes",
         tmp_path / "exported",
         target="standard",
         prune__ratios=[0.0, 0.25, 0.5, 0.75],
     )
-    bundle, gpu = install(out, is_in_place=True)
+    bundle, gpu = build_computed(out, is_in_place=True)
     report = check_bundle(bundle, "tensorrt")
     assert report.passed
     assert {row.ratio for row in report.rows} == {0.0, 0.25, 0.5, 0.75}
@@ -63,11 +27,11 @@ def test_float32_with_the_cache_in_place(install, export, tmp_path):
 
 
 @pytest.mark.parametrize(("target", "is_in_place"), [("rtx", True), ("jetson-orin-jp6", False)])
-def test_float16_in_both_dialects(install, export, tmp_path, target, is_in_place):
+def test_float16_in_both_dialects(build_computed, export, tmp_path, target, is_in_place):
     out = export(
         "refshapes", tmp_path / "exported", target=target, dtype="float16", prune__ratios=[0.5]
     )
-    bundle, gpu = install(out, is_in_place=is_in_place)
+    bundle, gpu = build_computed(out, is_in_place=is_in_place)
     report = check_bundle(bundle, "tensorrt:rtx")
     assert report.passed
     assert bundle.manifest.dtype == "float16"

@@ -1,17 +1,10 @@
 """Phrases on a picture that is known get the bits that they would get alone, on every cache."""
 
-import shutil
-import sys
-
-import onnxruntime
 import pytest
-from tools.places import load_runtime_helper
 
 from gap_runtime import Bundle, Grounder
-from gap_runtime.cli.main import main
 from gap_runtime.evaluation.refshapes import draw_scene
 
-fakes = load_runtime_helper("fake_tensorrt")
 PHRASES = ("the red circle", "the blue square", "the ring left of the green triangle")
 
 
@@ -61,38 +54,12 @@ def test_a_known_picture_changes_no_bit(export, tmp_path, target, settings):
     require_same(Bundle.open(out), "onnxruntime:cpu")
 
 
-@pytest.fixture
-def build(monkeypatch, tmp_path):
-    """A function that builds engines of a bundle, which onnxruntime computes."""
-
-    def put(folder, *, is_in_place):
-        sessions = {}
-
-        def compute(path, inputs):
-            if path not in sessions:
-                providers = ["CPUExecutionProvider"]
-                sessions[path] = onnxruntime.InferenceSession(path, providers=providers)
-            names = [each.name for each in sessions[path].get_outputs()]
-            return dict(zip(names, sessions[path].run(names, inputs), strict=True))
-
-        shutil.copytree(folder, tmp_path / "built")
-        bundle = Bundle.open(tmp_path / "built")
-        gpu = fakes.FakeCuda()
-        trt = fakes.FakeTensorrt("tensorrt", "10.16.1", gpu, compute)
-        trt.add_bundle(bundle, is_in_place=is_in_place)
-        monkeypatch.setitem(sys.modules, "tensorrt", trt)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        assert main(["build", str(bundle.folder), "--target", "rtx"]) == 0
-        return bundle
-
-    return put
-
-
 @pytest.mark.parametrize(("target", "is_in_place"), [("standard", True), ("portable", False)])
-def test_engines_give_the_same_on_both_caches(export, build, tmp_path, target, is_in_place):
+def test_engines_give_the_same_on_both_caches(
+    export, build_computed, tmp_path, target, is_in_place
+):
     out = export("refshapes", tmp_path / "b", target=target, prune__ratios=[0.0, 0.5])
-    bundle = build(out, is_in_place=is_in_place)
+    bundle, _ = build_computed(out, is_in_place=is_in_place)
     grounder = require_same(bundle, "tensorrt:rtx")
     session = grounder._open_cache().session
     assert session._cache.sides == (1 if is_in_place else 2)
