@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
 from gap_export.interfaces.features import EagerVision, Geometry
-from gap_export.reference.recorded import record_outputs
+from gap_export.reference.hooks import record_outputs
 
 # V views, T tokens of a view (CLS first where there is one), N visual tokens, C width, D decoder
 # width, W text width.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gap_export.interfaces.features import EagerVision, Geometry
-from gap_export.reference.recorded import record_outputs
+from gap_export.reference.hooks import record_outputs
 
 # V views, T tokens of a view (CLS first), P patches of a view, N visual tokens, C width, D decoder
 # width, c patches along a cell's side.
