@@ -77,7 +77,7 @@ def test_the_page_says_what_graphs_take_and_give(name, tmp_path, tmp_path_factor
     # The page has the first layer; the others are counted on.
     inputs = decoder_inputs(decoder, plan.layout.capacity, "float16")
     outputs = decoder_outputs(decoder, plan.layout.capacity, "float16")
-    more = 2 * (len(decoder.layers) - 1)
+    more = 2 * (decoder.layers - 1)
     assert [spec.name for spec in outputs[3:]] == [f"next_{spec.name}" for spec in inputs[6:]]
     require_as_written("Decoder", inputs[:-more], outputs[:-more], sizes, "float16")
     if spec.text:
