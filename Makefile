@@ -1,6 +1,7 @@
 # make setup   .venv with everything for use and development
 # make demo    export, check, ground and draw the embedded model
 # make test    lint, types, layers, tests, and the runtime alone in clean environments
+# make docs     all pages as a site, in build/site; a broken link is an error
 # make matrix  parity of every family, pruner and position mode (about half an hour)
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
 # make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
@@ -16,7 +17,7 @@ SAMPLE := test-027.png
 PHRASE := the triangle below the cross
 PHRASES := 100
 
-.PHONY: setup demo test lint unit device matrix effect results train clean
+.PHONY: setup demo test lint unit device docs matrix effect results train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -50,6 +51,11 @@ unit: $(STAMP)
 
 device: $(STAMP)
 	bash tests/device.sh
+
+# mkdocs is for the pages alone, so it is no part of the setup.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ./runtime --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix

@@ -1,4 +1,4 @@
-"""What fits where: the table of the README, by `gap-export MODEL --dry-run` on true shapes.
+"""What fits where: the table of docs/targets.md, by `gap-export MODEL --dry-run` on true shapes.
 
     python -m benchmarks.memory
 

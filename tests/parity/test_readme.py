@@ -15,7 +15,14 @@ from gap_runtime.registry import list_plugins
 
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"),
-    *("docs/models.md", "docs/pruners.md", "docs/targets.md", "docs/jetson.md"),
+    *(
+        "docs/exporting.md",
+        "docs/first-steps.md",
+        "docs/models.md",
+        "docs/pruners.md",
+        "docs/targets.md",
+        "docs/jetson.md",
+    ),
     "docs/evaluation.md",
 ]
 COMMANDS = {"gap-export": export_cli.PROGRAM.run, "gap-runtime": runtime_cli.PROGRAM.run}
