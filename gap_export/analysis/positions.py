@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gap_export.config import POSITION_MODES
+from gap_export.config.records import POSITION_MODES
 from gap_export.interfaces.family import geometry_of
 from gap_export.interfaces.features import VisionFeatures
 from gap_export.pipeline.asking import open_reference

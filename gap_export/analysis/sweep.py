@@ -18,13 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_export.analysis.evaluation import EagerAnswerer, describe_plan, open_answerer
-from gap_export.config import (
-    POSITION_MODES,
-    PRUNERS,
-    NamedConfig,
-    is_pruner_file,
-    resolve_pruner,
-)
+from gap_export.config.pruners import PRUNERS, is_pruner_file, resolve_pruner
+from gap_export.config.records import POSITION_MODES, NamedConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.fingerprint import describe_pruner

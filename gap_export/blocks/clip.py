@@ -25,7 +25,7 @@ from gap_export.blocks.scores import (
 )
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes, match_tensors, stored
-from gap_export.config import NO_WAY
+from gap_export.config.families import NO_WAY
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import ModelSpec, TextSpec
 from gap_export.interfaces.features import Feature

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.config import NO_WAY, describe_model_type, find_family
+from gap_export.config.families import NO_WAY, describe_model_type, find_family
 from gap_export.errors import CheckpointError
 from gap_runtime.pictures.boxes import BoxFormat
 

@@ -26,7 +26,7 @@ from gap_export.checkpoint.sources import (
     linear_weights,
     shapes_of,
 )
-from gap_export.config import NO_WAY
+from gap_export.config.families import NO_WAY
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.decoder import DecoderSpec, SmoothingGroup
 from gap_export.interfaces.dialect import Dialect

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gap_export.checkpoint.index import ADAPTER_CONFIG, Checkpoint, TensorLocation
 from gap_export.checkpoint.sources import TensorSource, require_shape
-from gap_export.config import DTYPES
+from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
 
 BASE: Final = "base"

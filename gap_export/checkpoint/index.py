@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from gap_export.config import describe_folder
+from gap_export.config.families import describe_folder
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
 

@@ -37,7 +37,7 @@ from gap_export.checkpoint.sources import (
     require_shape,
     stored,
 )
-from gap_export.config import DTYPES
+from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
 
 # I inputs, O outputs, G groups.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gap_export.checkpoint.index import Checkpoint, TensorLocation, cut_rows, read_tensor
-from gap_export.config import DTYPES
+from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
 
 Make = Callable[..., Tensor]

@@ -13,13 +13,13 @@ from gap_runtime.cli.program import Program, UsualCommand
 
 
 def _takes(word: str) -> bool:
-    from gap_export.config import is_model  # noqa: PLC0415 - not for a command that is named
+    from gap_export.config.files import is_model  # noqa: PLC0415 - not for a command that is named
 
     return is_model(word)
 
 
 def _list_models() -> Iterable[str]:
-    from gap_export.config import list_configs  # noqa: PLC0415
+    from gap_export.config.shipped import list_configs  # noqa: PLC0415
 
     return list_configs()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gap_runtime.cli.options import add_counts, add_old_name
 
 if TYPE_CHECKING:
-    from gap_export.config import NamedConfig
+    from gap_export.config.records import NamedConfig
     from gap_export.pipeline.plan import ExportPlan
     from gap_export.pipeline.request import ExportRequest
     from gap_runtime.display import Display
@@ -84,7 +84,7 @@ _SETTINGS: Final = {
 
 def read_config(options: argparse.Namespace) -> NamedConfig:
     """The model's configuration with the parsed options over it, those that the command has."""
-    from gap_export.config import load_config, parse_override  # noqa: PLC0415
+    from gap_export.config.load import load_config, parse_override  # noqa: PLC0415
 
     given = vars(options)
     overrides: dict[str, Any] = dict(parse_override(text) for text in options.overrides)

@@ -22,7 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.graph.positions import CENTROID, keeps_raster_order, place_tokens
 from gap_export.interfaces.decoder import DecoderSpec
 from gap_export.interfaces.family import ModelSpec, geometry_of

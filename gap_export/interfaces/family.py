@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource
 from gap_export.checkpoint.tokenizer import TokenizerFiles
-from gap_export.config import ExportConfig
+from gap_export.config.records import ExportConfig
 from gap_export.interfaces.decoder import Decoder, DecoderSpec
 from gap_export.interfaces.features import EagerVision, Feature, Geometry
 from gap_runtime.pictures.boxes import BoxFormat

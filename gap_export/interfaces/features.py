@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 
 # B batch (1), N visual tokens that may be removed, P patches (N times the strip), K kept,
 # C patch width, D decoder width, W text width, V views of the picture, T tokens of a view,

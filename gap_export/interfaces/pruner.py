@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final, cast
 
-from gap_export.config import PRUNERS, is_pruner_file
+from gap_export.config.pruners import PRUNERS, is_pruner_file
 from gap_export.interfaces.features import Feature, Pruner
 from gap_runtime.errors import ConfigError
 from gap_runtime.registry import load_plugin

@@ -43,7 +43,7 @@ from gap_export.checkpoint.sources import (
 )
 from gap_export.checkpoint.tokenizer import TokenizerFiles
 from gap_export.checkpoint.torch_file import read_settings
-from gap_export.config import ExportConfig
+from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature

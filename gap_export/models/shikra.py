@@ -49,7 +49,7 @@ from gap_export.checkpoint.sources import (
     stored,
 )
 from gap_export.checkpoint.tokenizer import TokenizerFiles, read_added_tokens
-from gap_export.config import ExportConfig
+from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from gap_export.checkpoint.index import list_files, locate_checkpoint, locate_part
-from gap_export.config import NamedConfig, PruneConfig, is_pruner_file
+from gap_export.config.pruners import is_pruner_file
+from gap_export.config.records import NamedConfig, PruneConfig
 from gap_export.pipeline.request import ExportRequest
 from gap_export.pipeline.result import ExportResult
 from gap_export.reference.samples import SAMPLES_FILE, find_samples, read_samples

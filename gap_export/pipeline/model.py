@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gap_export.checkpoint.index import Checkpoint, Fetch, open_checkpoint, open_part
-from gap_export.config import PRUNERS, ExportConfig, NamedConfig, resolve_family
+from gap_export.config.families import resolve_family
+from gap_export.config.pruners import PRUNERS
+from gap_export.config.records import ExportConfig, NamedConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import CLS_FEATURES, Feature, Pruner

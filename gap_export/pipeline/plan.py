@@ -11,11 +11,8 @@ from tokenizers import Tokenizer
 from gap_export.checkpoint.index import Checkpoint, Fetch
 from gap_export.checkpoint.sources import TensorSource
 from gap_export.checkpoint.tokenizer import read_tokenizer
-from gap_export.config import (
-    ExportConfig,
-    PruneConfig,
-    count_ratios,
-)
+from gap_export.config.counts import count_ratios
+from gap_export.config.records import ExportConfig, PruneConfig
 from gap_export.graph.positions import keeps_raster_order
 from gap_export.interfaces.dialect import FUSED, Dialect
 from gap_export.interfaces.family import Family, ModelSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from gap_export.checkpoint.sources import PackedValues, TensorSource
-from gap_export.config import DTYPES, Method
+from gap_export.config.records import DTYPES, Method
 from gap_export.pipeline.parameters import HEAD
 from gap_export.pipeline.request import ExportRequest
 from gap_export.quantization.scheme import packed_scheme

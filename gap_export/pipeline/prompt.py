@@ -9,7 +9,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, find_added, read_tokenizer
-from gap_export.config import NamedConfig, PruneConfig
+from gap_export.config.records import NamedConfig, PruneConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import ModelSpec, TextSpec
 from gap_export.interfaces.features import Feature, Pruner

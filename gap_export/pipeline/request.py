@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gap_export.config import NamedConfig, load_config
+from gap_export.config.load import load_config
+from gap_export.config.records import NamedConfig
 from gap_runtime.errors import ConfigError
 
 BRINGS: Final = ("copy", "link")

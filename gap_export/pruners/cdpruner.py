@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 # B batch (1), N visual tokens, D token width, W text width, S steps so far.

@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 PUBLISHED_AS: Final = "FasterVLM"

@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final = frozenset({Feature.COLUMN_ATTENTION})

@@ -15,10 +15,8 @@ from typing import Final
 
 import torch
 
-from gap_export.blocks.selection import (
-    merge_nearest,
-)
-from gap_export.config import PruneConfig
+from gap_export.blocks.selection import merge_nearest
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 from gap_export.reference.selection import attend_as_one, count_outliers, merge_nearest_eagerly
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final[frozenset[Feature]] = frozenset()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import (
     EagerChoice,
     EagerVision,

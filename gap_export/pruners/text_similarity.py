@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from gap_export.blocks.selection import score_by_phrase
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 NEEDS: Final = frozenset({Feature.TEXT, Feature.TEXT_PATCHES})

@@ -21,7 +21,7 @@ from gap_export.blocks.selection import (
     score_by_phrase,
     sort_ascending,
 )
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 from gap_export.reference.selection import count_outliers
 

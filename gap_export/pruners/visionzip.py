@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gap_export.blocks.selection import mark, mark_removed, sort_ascending
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
 
 # B batch (1), N visual tokens, D dominant, R not dominant, X contextual, K = D + X, d key width.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import EagerVision, Pruner
 from gap_export.reference.choice import EXTRA_INDEX, Chosen, find_extra_place, place_tokens

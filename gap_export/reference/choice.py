@@ -11,7 +11,7 @@ from typing import Final
 
 from torch import Tensor
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 
 EXTRA_INDEX: Final = -1
 """Stands for the extra token where visual tokens are given by index."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gap_export.config import package_data
+from gap_export.config.shipped import package_data
 from gap_export.errors import ExportError
 
 SAMPLES_FILE: Final = "samples.json"

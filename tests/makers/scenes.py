@@ -8,7 +8,7 @@ import torch
 from truths import pruners as truth
 
 from gap_export.blocks import scores
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerVision, Feature, Geometry, VisionFeatures
 
 HEADS, WIDTH = 3, 12

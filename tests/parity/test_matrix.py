@@ -12,7 +12,7 @@ import pytest
 from makers.families import ARCHITECTURES, FAMILIES, export, find_family
 from truths import pruners as truth
 
-from gap_export.config import EXTRA_RULES, POSITION_MODES
+from gap_export.config.records import EXTRA_RULES, POSITION_MODES
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.registry import list_plugins, load_plugin
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tools.engines import build_bundle
 
 from gap_export.cli.main import main
-from gap_export.config import package_data
+from gap_export.config.shipped import package_data
 from gap_export.errors import ExportError
 from gap_export.quantization.scheme import VALUES
 from gap_runtime import Bundle, Grounder

@@ -10,7 +10,7 @@ import torch
 from makers.families import FAMILIES, find_family
 
 from gap_export.cli.main import main
-from gap_export.config import package_data
+from gap_export.config.shipped import package_data
 from gap_export.pipeline import asking
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline.asking import load_reference, measure_reference

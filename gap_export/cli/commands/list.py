@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _list_models() -> list[dict[str, Any]]:
     """The model files that come along."""
-    from gap_export.config import list_configs, read_config_file  # noqa: PLC0415 - not for --help
+    from gap_export.config.files import read_config_file  # noqa: PLC0415 - not for --help
+    from gap_export.config.shipped import list_configs  # noqa: PLC0415 - not for --help
 
     configs = {name: read_config_file(name) for name in list_configs()}
     return [
@@ -71,7 +72,7 @@ def _list_models() -> list[dict[str, Any]]:
 
 def _list_pruners() -> list[dict[str, Any]]:
     """The pruners, with the names of the methods that they are."""
-    from gap_export.config import PRUNERS  # noqa: PLC0415
+    from gap_export.config.pruners import PRUNERS  # noqa: PLC0415
 
     return [
         {
@@ -101,7 +102,7 @@ def _list_targets() -> list[dict[str, Any]]:
 
 def _list_positions() -> list[dict[str, Any]]:
     """The position modes."""
-    from gap_export.config import POSITION_LINES  # noqa: PLC0415
+    from gap_export.config.records import POSITION_LINES  # noqa: PLC0415
 
     return _list_lines(POSITION_LINES)
 

@@ -14,7 +14,8 @@ from truths import pruners as truth
 from truths.families import find_truth
 
 from gap_export.cli import main as cli
-from gap_export.config import EXTRA_RULES, POSITION_MODES, package_data
+from gap_export.config.records import EXTRA_RULES, POSITION_MODES
+from gap_export.config.shipped import package_data
 from gap_runtime.bundle.layout import count_kept
 from gap_runtime.registry import list_plugins, load_plugin
 

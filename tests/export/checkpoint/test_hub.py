@@ -10,7 +10,7 @@ from makers.stored import assert_values, save_state, some_tensors
 from tools.refusals import refuse_checkpoint
 
 from gap_export.checkpoint.index import open_checkpoint, open_part, read_tensor
-from gap_export.config import load_config
+from gap_export.config.load import load_config
 from gap_export.errors import CheckpointError
 from gap_runtime.errors import ConfigError
 

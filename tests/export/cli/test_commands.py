@@ -6,7 +6,8 @@ import shutil
 import pytest
 from truths import pruners as pruner_formulas
 
-from gap_export.config import POSITION_MODES, package_data
+from gap_export.config.records import POSITION_MODES
+from gap_export.config.shipped import package_data
 from gap_runtime.bundle.layout import count_kept
 
 TEMPLATE = "prompt.template=USER: <image>\nWhere is {phrase}? ASSISTANT:"

@@ -166,7 +166,7 @@ def test_stopping_by_keyboard_is_no_traceback(run, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gap_export.config.is_model", stop)
+    monkeypatch.setattr("gap_export.config.files.is_model", stop)
     assert run("refshapes") == (130, "", "stopped\n")
 
 

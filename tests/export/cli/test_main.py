@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from gap_export.cli import main as cli
-from gap_export.config import POSITION_MODES, list_configs
+from gap_export.config.records import POSITION_MODES
+from gap_export.config.shipped import list_configs
 from gap_runtime.cli import main as runtime_cli
 from gap_runtime.evaluation.protocol import list_protocols
 from gap_runtime.machines.target import list_targets

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from truths import pruners as pruner_formulas
 
-from gap_export.config import EXTRA_RULES, POSITION_MODES, PruneConfig
+from gap_export.config.records import EXTRA_RULES, POSITION_MODES, PruneConfig
 from gap_export.graph.positions import keeps_raster_order, place_tokens
 from gap_export.graph.vision import PruneStage
 from gap_export.interfaces.features import Geometry, Kept

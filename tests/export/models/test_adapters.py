@@ -13,7 +13,7 @@ from tools.refusals import refuse
 
 from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.sources import cut_pieces, make_tensor
-from gap_export.config import load_config
+from gap_export.config.load import load_config
 from gap_export.errors import CheckpointError
 from gap_export.models import llava
 from gap_export.pipeline.plan import plan_export

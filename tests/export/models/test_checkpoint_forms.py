@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.sources import make_tensor
-from gap_export.config import load_config, resolve_family
+from gap_export.config.families import resolve_family
+from gap_export.config.load import load_config
 from gap_export.errors import CheckpointError
 from gap_export.models import shikra as family
 from gap_runtime.errors import UnknownNameError

@@ -12,7 +12,7 @@ from makers import checkpoints, originals
 
 from gap_export.checkpoint.sources import make_tensor
 from gap_export.cli import main as cli
-from gap_export.config import load_config
+from gap_export.config.load import load_config
 from gap_export.errors import CheckpointError
 from gap_export.pipeline.model import read_model
 

@@ -9,7 +9,7 @@ from tools.distances import furthest
 from truths import published
 
 from gap_export.checkpoint.sources import make_tensor
-from gap_export.config import load_config
+from gap_export.config.load import load_config
 from gap_export.pipeline.model import read_model
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request

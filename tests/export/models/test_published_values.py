@@ -22,7 +22,7 @@ from transformers import (
 )
 from truths import published
 
-from gap_export.config import load_config
+from gap_export.config.load import load_config
 from gap_export.pipeline.model import read_model
 from gap_export.tracing.graph import strip_stage
 from gap_runtime import Bundle, Grounder

@@ -13,7 +13,7 @@ from makers.families import (
 )
 from tools.refusals import needs, refuse
 
-from gap_export.config import load_config
+from gap_export.config.load import load_config
 from gap_export.errors import CheckpointError
 from gap_export.pipeline.model import read_model
 from gap_runtime.errors import ConfigError, UnknownNameError

@@ -12,7 +12,7 @@ from makers.scenes import CONFIG, make_scene
 from truths import pruners as truth
 from truths.choices import PRUNERS, TRUTHS, close, compare, expect, grid_scores, load, realize
 
-from gap_export.config import PruneConfig
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerVision, Feature, Geometry, VisionFeatures
 from gap_runtime.grounding.check import is_near_tie
 

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from gap_export.checkpoint.sources import TensorSource, make_tensor
-from gap_export.config import load_config
+from gap_export.config.load import load_config
 from gap_export.interfaces.decoder import SmoothingGroup
 from gap_export.interfaces.family import InputStatistics
 from gap_export.pipeline.plan import plan_export

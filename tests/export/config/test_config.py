@@ -10,16 +10,12 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from tools.places import ROOT
 
-from gap_export import config as config_module
 from gap_export.cli.options import add_export_arguments, read_config
-from gap_export.config import (
-    DTYPES,
-    PruneConfig,
-    count_ratios,
-    list_configs,
-    load_config,
-    parse_override,
-)
+from gap_export.config import shipped
+from gap_export.config.counts import count_ratios
+from gap_export.config.load import load_config, parse_override
+from gap_export.config.records import DTYPES, PruneConfig
+from gap_export.config.shipped import list_configs
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
 from gap_runtime.machines.target import load_target
 from gap_runtime.registry import list_plugins
@@ -460,6 +456,8 @@ def test_an_unknown_family_in_a_file_is_refused_before_any_download(toml):
 def test_data_is_found_inside_an_installed_package(tmp_path, monkeypatch):
     inside = tmp_path / "gap_export" / "export_configs"
     inside.mkdir(parents=True)
-    monkeypatch.setattr(config_module, "__file__", str(tmp_path / "gap_export" / "config.py"))
-    assert config_module.package_data("export_configs") == inside
-    assert config_module.package_data("refshapes") == tmp_path / "refshapes"
+    monkeypatch.setattr(
+        shipped, "__file__", str(tmp_path / "gap_export" / "config" / "shipped.py")
+    )
+    assert shipped.package_data("export_configs") == inside
+    assert shipped.package_data("refshapes") == tmp_path / "refshapes"

@@ -1,0 +1,162 @@
+"""From a model's name, its file, flags and `--set` to one configuration."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any, Final
+
+from gap_export.config.families import FAMILIES
+from gap_export.config.files import find_model
+from gap_export.config.pruners import require_strategy, resolve_pruner
+from gap_export.config.records import ExportConfig, NamedConfig, PruneConfig
+from gap_runtime.bundle.layout import require_ratio
+from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
+from gap_runtime.records import load_record
+from gap_runtime.registry import list_plugins
+
+_DTYPE_NAMES: Final = {
+    "fp32": "float32",
+    "float": "float32",
+    "single": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+}
+"""Names under which dtypes are known elsewhere."""
+_RATIOS: Final = "prune.ratios"
+_KEEP: Final = "prune.keep"
+
+
+def load_config(
+    model: str, overrides: dict[str, Any], *, checkpoint: str | None = None
+) -> NamedConfig:
+    """The configuration of a model.
+
+    Args:
+        model: A name in export_configs/, a `.toml` path, a checkpoint folder or a hub id.
+        overrides: Values by dotted key that win over the file's.
+        checkpoint: A folder or hub id to use instead of the configured one.
+
+    Raises:
+        ConfigError: Nothing of that name, an unknown key, or a value that cannot be used.
+    """
+    name, data, where = find_model(model)
+    if checkpoint is not None:
+        data["checkpoint"] = checkpoint
+    if _KEEP in overrides and _RATIOS in overrides:
+        raise ConfigError(f"{_KEEP} and {_RATIOS} are two ways to say one thing; give one")
+    for key, value in overrides.items():
+        _assign(data, key, value)
+    if "prompt.template" in overrides and "prompt.yields" not in overrides:
+        _assign(data, "prompt.yields", value=False)
+    _settle_counts(data, overrides, where)
+    _settle_names(data)
+    config = load_record(ExportConfig, data, where)
+    _require_usable(config, where)
+    return NamedConfig(name=name, config=config)
+
+
+def _settle_counts(data: dict[str, Any], overrides: dict[str, Any], where: str) -> None:
+    """One of shares and counts; what is asked for wins over the file's other one."""
+    prune = data.setdefault("prune", {})
+    if not isinstance(prune, dict):
+        return
+    for name in ("ratios", "keep"):
+        value = prune.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            prune[name] = [value]
+        elif isinstance(value, str) and re.fullmatch(r"(\d+(\.\d+)?,)+\d+(\.\d+)?", value):
+            prune[name] = [float(n) if "." in n else int(n) for n in value.split(",")]
+    if "keep" in prune and _RATIOS in overrides:
+        del prune["keep"]
+    elif "keep" in prune and "ratios" in prune and _KEEP not in overrides:
+        raise ConfigError(
+            f"{where}: {_KEEP} and {_RATIOS} are two ways to say one thing; give one"
+        )
+    if prune.get("keep"):
+        prune["ratios"] = []
+
+
+def _settle_names(data: dict[str, Any]) -> None:
+    """The project's own names for what was asked for under others."""
+    dtype, prune = data.get("dtype"), data["prune"]
+    if isinstance(dtype, str):
+        data["dtype"] = _DTYPE_NAMES.get(dtype.lower(), dtype)
+    if isinstance(prune, dict) and isinstance(prune.get("strategy"), str):
+        prune["strategy"] = resolve_pruner(prune["strategy"])
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of one `--set KEY=VALUE`; the value is TOML, or a bare string.
+
+    Raises:
+        ConfigError: There is no `=`.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, for example prompt.answer=32")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested tables."""
+    *tables, last = key.split(".")
+    for name in tables:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {key}: '{name}' is a value, not a table")
+    data[last] = value
+
+
+def _require_usable(config: ExportConfig, where: str) -> None:
+    """Reject values that no model could use."""
+    require_strategy(config.prune.strategy)
+    families = list_plugins(FAMILIES)
+    if config.family and config.family not in families:
+        raise UnknownNameError(f"{where}: {describe_unknown('family', config.family, families)}")
+    _require_counted(config.prune, where)
+    for key, count, least in (
+        ("prune.seed", config.prune.seed, 0),
+        ("prompt.prefix", config.prompt.prefix, 0),
+        ("prompt.suffix", config.prompt.suffix, 1),
+        ("prompt.answer", config.prompt.answer, 1),
+        ("check.memory_mib", config.check.memory_mib, 0),
+        ("image.tiles", config.image.tiles, 1),
+        ("vision.heads", config.vision.heads, 1),
+        ("vision.side", config.vision.side, 1),
+    ):
+        if count is not None and count < least:
+            raise ConfigError(f"{where}: {key} is {count}, expected at least {least}")
+    if config.prompt.template is not None:
+        _require_template(config.prompt.template, where)
+
+
+def _require_counted(prune: PruneConfig, where: str) -> None:
+    """Reject shares and counts that no model could use."""
+    if not (prune.ratios or prune.keep):
+        raise ConfigError(f"{where}: prune.ratios is empty; give at least one")
+    for ratio in prune.ratios:
+        require_ratio(ratio)
+    for kept in prune.keep:
+        if kept < 1:
+            raise ConfigError(f"keep {kept}: at least 1 visual token is needed")
+
+
+def _require_template(template: str, where: str) -> None:
+    """Reject a template without the phrase or the image, or with text that varies before it."""
+    from gap_runtime.grounding.prompt import (  # noqa: PLC0415 - numpy, which --help does without
+        IMAGE_FIELD,
+        PHRASE_FIELD,
+    )
+
+    for part in (IMAGE_FIELD, PHRASE_FIELD):
+        if template.count(part) != 1:
+            raise ConfigError(f"{where}: prompt.template must hold {part} once")
+    if template.index(IMAGE_FIELD) > template.index(PHRASE_FIELD):
+        raise ConfigError(
+            f"{where}: prompt.template must hold {IMAGE_FIELD} before {PHRASE_FIELD}"
+        )

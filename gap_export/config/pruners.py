@@ -1,0 +1,50 @@
+"""Which pruner a name stands for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
+from gap_runtime.registry import list_plugins, read_constant
+
+PRUNERS: Final = "gap_export.pruners"
+
+
+def resolve_pruner(name: str) -> str:
+    """The strategy that a name stands for: its own, a published one, or a file's whole path.
+
+    A name that is not known comes back as it is.
+    """
+    if is_pruner_file(name):
+        return str(Path(name).expanduser().resolve())
+    names = list_plugins(PRUNERS)
+    if name in names:
+        return name
+    for each in names:
+        published = read_constant(PRUNERS, each, "PUBLISHED_AS") or each
+        if _plain(name) in {_plain(each), _plain(published)}:
+            return each
+    return name
+
+
+def is_pruner_file(strategy: str) -> bool:
+    """Whether a pruner is a file of the user's, not one of those that are shipped."""
+    return strategy.endswith(".py")
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in different ways."""
+    return re.sub(r"[-_ ]", "", name).casefold()
+
+
+def require_strategy(strategy: str) -> None:
+    """Reject a pruner that is neither shipped nor a file."""
+    names = list_plugins(PRUNERS)
+    if is_pruner_file(strategy):
+        if not Path(strategy).is_file():
+            raise ConfigError(f"{strategy}: no such pruner file")
+    elif strategy not in names:
+        hint = describe_unknown("pruner", strategy, names)
+        raise UnknownNameError(f"{hint}; or give a file of your own: --pruner ./mine.py")
