@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from gap_export.checkpoint.added_tokens import find_controls
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.tokenizer import TokenizerFiles, find_controls, load_library_tokenizer
+from gap_export.checkpoint.tokenizer import load_library_tokenizer
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import PromptConfig
 from gap_export.errors import CheckpointError
 from gap_runtime.grounding.prompt import IMAGE_FIELD, PHRASE_FIELD

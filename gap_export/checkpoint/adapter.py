@@ -20,8 +20,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from gap_export.checkpoint.index import ADAPTER_CONFIG, Checkpoint, TensorLocation
+from gap_export.checkpoint.folder import ADAPTER_CONFIG
+from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, require_shape
+from gap_export.checkpoint.tensor import TensorLocation
 from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
 

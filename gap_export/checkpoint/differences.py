@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from gap_export.checkpoint.index import Checkpoint, read_tensor
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.tensor import read_tensor
 from gap_export.errors import CheckpointError
 
 _LEAST_NORM: Final = 0.25

@@ -29,7 +29,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gap_export.checkpoint.index import Checkpoint, TensorLocation, read_tensor
+from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import (
     PackedValues,
     TensorSource,
@@ -37,6 +37,7 @@ from gap_export.checkpoint.sources import (
     require_shape,
     stored,
 )
+from gap_export.checkpoint.tensor import TensorLocation, read_tensor
 from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gap_export.checkpoint.index import find_snapshot, is_hub_id, list_weight_files
+from gap_export.checkpoint.folder import list_weight_files
+from gap_export.checkpoint.hub import find_snapshot, is_hub_id
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
 

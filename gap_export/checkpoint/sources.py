@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gap_export.checkpoint.index import Checkpoint, TensorLocation, cut_rows, read_tensor
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.tensor import TensorLocation, cut_rows, read_tensor
 from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
 

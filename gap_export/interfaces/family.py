@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource
-from gap_export.checkpoint.tokenizer import TokenizerFiles
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
 from gap_export.interfaces.decoder import Decoder, DecoderSpec
 from gap_export.interfaces.features import EagerVision, Feature, Geometry

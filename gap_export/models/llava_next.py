@@ -58,7 +58,7 @@ from gap_export.checkpoint.adapter import (
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
-from gap_export.checkpoint.tokenizer import TokenizerFiles
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import EagerModel, ModelSpec

@@ -33,7 +33,7 @@ from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_
 from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.adapter import add_pair
 from gap_export.checkpoint.differences import refuse_differences
-from gap_export.checkpoint.index import Checkpoint, TensorLocation
+from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import (
     TensorSource,
     expected_shapes,
@@ -41,7 +41,8 @@ from gap_export.checkpoint.sources import (
     require_shape,
     stored,
 )
-from gap_export.checkpoint.tokenizer import TokenizerFiles
+from gap_export.checkpoint.tensor import TensorLocation
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.checkpoint.torch_file import read_settings
 from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError

@@ -39,6 +39,7 @@ from gap_export.blocks.hf_config import (
     require_model_type,
 )
 from gap_export.blocks.projector import Projector
+from gap_export.checkpoint.added_tokens import read_added_tokens
 from gap_export.checkpoint.differences import holds_differences
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import (
@@ -48,7 +49,7 @@ from gap_export.checkpoint.sources import (
     require_shape,
     stored,
 )
-from gap_export.checkpoint.tokenizer import TokenizerFiles, read_added_tokens
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import EagerModel, ModelSpec

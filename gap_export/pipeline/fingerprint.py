@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from gap_export.checkpoint.index import list_files, locate_checkpoint, locate_part
+from gap_export.checkpoint.folder import list_files
+from gap_export.checkpoint.index import locate_checkpoint, locate_part
 from gap_export.config.pruners import is_pruner_file
 from gap_export.config.records import NamedConfig, PruneConfig
 from gap_export.pipeline.request import ExportRequest

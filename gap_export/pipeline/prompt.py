@@ -8,7 +8,8 @@ from typing import Final
 
 from tokenizers import Tokenizer
 
-from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, find_added, read_tokenizer
+from gap_export.checkpoint.tokenizer import find_added, read_tokenizer
+from gap_export.checkpoint.tokenizer_files import TOKENIZER_FILE
 from gap_export.config.records import NamedConfig, PruneConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import ModelSpec, TextSpec

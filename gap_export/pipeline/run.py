@@ -16,7 +16,8 @@ from typing import Final
 
 import numpy as np
 
-from gap_export.checkpoint.tokenizer import TOKENIZER_FILE, read_tokenizer, write_tokenizer
+from gap_export.checkpoint.tokenizer import read_tokenizer, write_tokenizer
+from gap_export.checkpoint.tokenizer_files import TOKENIZER_FILE
 from gap_export.interfaces.family import InputStatistics
 from gap_export.pipeline.asking import load_reference, measure_reference
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify

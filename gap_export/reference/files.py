@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gap_export.checkpoint.index import Checkpoint, TensorLocation, cut_rows, read_tensor
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.tensor import TensorLocation, cut_rows, read_tensor
 from gap_export.reference.lazy import LazyTensor
 
 # S rows that are asked for.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gap_export.checkpoint.tokenizer import TokenizerFiles
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.interfaces.family import InputStatistics
 from gap_export.reference.tokenizer import EagerTokenizer
 from gap_runtime.grounding.prompt import IMAGE_FIELD

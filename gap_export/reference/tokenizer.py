@@ -12,14 +12,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from gap_export.checkpoint.tokenizer import (
+from gap_export.checkpoint.added_tokens import find_controls, read_added_tokens
+from gap_export.checkpoint.sentencepiece import read_proto
+from gap_export.checkpoint.tokenizer import load_library_tokenizer
+from gap_export.checkpoint.tokenizer_files import (
     SENTENCEPIECE_FILE,
     TOKENIZER_FILE,
     TokenizerFiles,
-    find_controls,
-    load_library_tokenizer,
-    read_added_tokens,
-    read_proto,
 )
 
 Encode = Callable[[str], list[int]]

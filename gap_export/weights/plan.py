@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from gap_export.checkpoint.index import Checkpoint, TensorLocation
+from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource
+from gap_export.checkpoint.tensor import TensorLocation
 from gap_runtime.bundle.tensors import StoredTensor, count_bytes
 
 _SAFETENSORS: Final = {

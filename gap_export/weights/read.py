@@ -16,8 +16,8 @@ from typing import Final, Self
 
 import torch
 
-from gap_export.checkpoint.index import TensorLocation
 from gap_export.checkpoint.sources import NOT_FINITE, TensorSource
+from gap_export.checkpoint.tensor import TensorLocation
 from gap_export.errors import ExportError
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.write import share_blocks

@@ -13,8 +13,8 @@ from typing import Final, Self
 
 import torch
 
-from gap_export.checkpoint.index import TensorLocation, read_tensor
 from gap_export.checkpoint.sources import NOT_FINITE, TensorSource, cut_pieces, make_tensor
+from gap_export.checkpoint.tensor import TensorLocation, read_tensor
 from gap_export.errors import ExportError
 from gap_export.weights.plan import WeightPlan, make_header
 from gap_runtime.bundle.hashes import new_hash

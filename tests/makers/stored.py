@@ -2,7 +2,7 @@
 
 import torch
 
-from gap_export.checkpoint.index import read_tensor
+from gap_export.checkpoint.tensor import read_tensor
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,7 +9,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from makers.stored import assert_values, save_state, some_tensors
 from tools.refusals import refuse_checkpoint
 
-from gap_export.checkpoint.index import open_checkpoint, open_part, read_tensor
+from gap_export.checkpoint.index import open_checkpoint, open_part
+from gap_export.checkpoint.tensor import read_tensor
 from gap_export.config.load import load_config
 from gap_export.errors import CheckpointError
 from gap_runtime.errors import ConfigError

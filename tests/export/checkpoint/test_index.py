@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tools.refusals import refuse_checkpoint
 
-from gap_export.checkpoint.index import open_checkpoint, read_tensor
+from gap_export.checkpoint.index import open_checkpoint
+from gap_export.checkpoint.tensor import read_tensor
 from gap_export.errors import CheckpointError
 
 

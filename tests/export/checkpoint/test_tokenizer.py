@@ -11,7 +11,8 @@ import pytest
 import sentencepiece
 from makers import originals
 
-from gap_export.checkpoint.tokenizer import TokenizerFiles, read_tokenizer, write_tokenizer
+from gap_export.checkpoint.tokenizer import read_tokenizer, write_tokenizer
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.errors import CheckpointError
 from gap_export.reference.tokenizer import EagerTokenizer
 

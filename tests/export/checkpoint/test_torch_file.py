@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from makers.stored import assert_values, save_state, some_tensors
 from tools.refusals import refuse_checkpoint
 
-from gap_export.checkpoint.index import open_checkpoint, read_tensor
+from gap_export.checkpoint.index import open_checkpoint
+from gap_export.checkpoint.tensor import read_tensor
 from gap_export.errors import CheckpointError
 
 

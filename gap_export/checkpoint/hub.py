@@ -1,0 +1,59 @@
+"""Checkpoints on the hub: their ids, the local cache, the download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gap_export.checkpoint.folder import HUB_FILES, NO_WEIGHTS, TORCH_FILES
+from gap_export.errors import CheckpointError
+
+
+def is_hub_id(location: str) -> bool:
+    """Whether a location that is no path here may be a repository on the hub."""
+    is_file = Path(location).suffix in {".safetensors", ".bin", ".pth", ".pt"}
+    return "/" in location and not location.startswith((".", "/", "~")) and not is_file
+
+
+def find_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """The folder of a hub repository in the local cache; None where it is not there.
+
+    Written out here, because the library's own function takes long to import.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415 - only where a hub id is given
+
+    home = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    revision = revision or "main"
+    name = home / "refs" / revision
+    commit = name.read_text(encoding="utf-8").strip() if name.is_file() else revision
+    folder = home / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
+def download(hub_id: str, revision: str | None, advice: str) -> Path:
+    """A hub repository in the local cache, in a folder that has its commit for a name."""
+    from huggingface_hub import (  # noqa: PLC0415 - only where a hub id is given
+        constants,
+        snapshot_download,
+    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
+
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(
+                hub_id,
+                revision=folder.name,
+                allow_patterns=list(TORCH_FILES),
+                ignore_patterns=[*NO_WEIGHTS, "*/*"],
+            )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is not in the cache here, and HF_HUB_OFFLINE is set; unset it to download"
+            raise CheckpointError(f"{hub_id}: {reason}; {advice}") from error
+        # The first sentence, whole: the library's go on about its own arguments.
+        reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
+        reason = reason or type(error).__name__
+        raise CheckpointError(
+            f"{hub_id}: cannot be fetched from the hub ({reason:.300}); {advice}"
+        ) from error
+    return folder
