@@ -23,11 +23,12 @@ from gap_export.pipeline.run import export
 from gap_runtime import Bundle
 from gap_runtime.display import Display, Pace
 from gap_runtime.evaluation.answer import BundleAnswerer, describe_bundle
+from gap_runtime.evaluation.compare import compare_rows
 from gap_runtime.evaluation.data import Data, open_data
 from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL, load_protocol
 from gap_runtime.evaluation.results import Answers, Header, Subject
 from gap_runtime.evaluation.run import Open, describe_data, evaluate
-from gap_runtime.evaluation.score import compare_rows, score_rows
+from gap_runtime.evaluation.score import score_rows
 
 MODES: Final = ("unpruned", "gap", "compact", "permuted")
 BACKEND: Final = "onnxruntime:cpu"

@@ -10,7 +10,7 @@ from gap_export.cli import main as export_cli
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.cli import main as runtime_cli
 from gap_runtime.cli import options as runtime_command
-from gap_runtime.grounding.check import TOLERANCES
+from gap_runtime.grounding.compare import TOLERANCES
 from gap_runtime.registry import list_plugins
 
 PAGES = [

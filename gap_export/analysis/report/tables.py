@@ -12,17 +12,12 @@ from typing import Any, Final
 
 from gap_export.analysis.sweep import UNPRUNED, Sweep, Swept
 from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.evaluation.compare import Comparison, compare_rows
 from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.protocol import load_protocol
 from gap_runtime.evaluation.published import Standing, describe_standings, list_standings
 from gap_runtime.evaluation.results import Answers
-from gap_runtime.evaluation.score import (
-    PUBLISHED,
-    Comparison,
-    Score,
-    compare_rows,
-    score_rows,
-)
+from gap_runtime.evaluation.score import PUBLISHED, Score, score_rows
 from gap_runtime.records import dump_record, load_record
 
 EXPORTED: Final = "exported"

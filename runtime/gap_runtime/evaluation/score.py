@@ -1,4 +1,4 @@
-"""Figures of a set of answers, and the comparison of two sets phrase by phrase."""
+"""Figures of a set of answers, by ratio and by what the data know of their phrases."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ from typing import Final
 
 import numpy as np
 
-from gap_runtime.errors import InputError
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.protocol import DEGENERATE, UNPARSABLE, ScoringProtocol
-from gap_runtime.evaluation.results import Answers, Row
+from gap_runtime.evaluation.results import Row
+from gap_runtime.evaluation.statistics import mean, wilson_interval
 from gap_runtime.pictures.boxes import BoxFormat, PictureFrame
 
 SIZES: Final = (("small", 0.0), ("medium", 0.03), ("large", 0.15))
 """Size classes of true boxes: the least share of the picture's area of each."""
-
-_Z: Final = 1.959963984540054
-"""Of the normal distribution, for 95 %."""
 _THRESHOLDS: Final = (0.25, 0.5, 0.75, 0.9)
 _MEAN_OVER: Final = tuple(percent / 100 for percent in range(50, 100, 5))
 """Thresholds that the mean accuracy is over, as in COCO."""
-
-SIGNIFICANT: Final = 0.05
-"""Below this p, a difference is called significant."""
 
 PUBLISHED: Final = "published"
 """The labels as the data have them."""
@@ -97,60 +91,6 @@ class Score:
     accepted: float
     milliseconds: dict[str, float]
     median_ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Two sets of answers to the same phrases.
-
-    `only_this` and `only_other` are the phrases that just one of them got right, `p` is
-    McNemar's exact two-sided test on them, `differing` counts answers that are not the same text.
-    `labels` as in Score.
-    """
-
-    protocol: str
-    labels: str
-    ratio: float
-    other_ratio: float
-    other: str
-    phrases: int
-    accuracy: float
-    other_accuracy: float
-    only_this: int
-    only_other: int
-    p: float
-    differing: int
-
-    def describe(self) -> str:
-        """What the figures say, in words."""
-        if not self.phrases:
-            return "no phrase to compare"
-        if not self.differing:
-            return f"the same answers to all {self.phrases:,} phrases: no difference"
-        apart = self.only_this - self.only_other
-        points = abs(100 * apart / self.phrases)
-        right = f"{self.only_this:,} right here only, {self.only_other:,} right there only"
-        if not apart:
-            return f"as many right ({right}): no difference"
-        what = f"{points:.1f} points {'better' if apart > 0 else 'worse'} ({right})"
-        if self.p < SIGNIFICANT:
-            return f"{what}: significant, p = {self.p:.2g}"
-        return f"{what}: not significant, p = {self.p:.2g}; it may be chance, ask more phrases"
-
-    def find_loss(self) -> tuple[float, float, float]:
-        """Points of accuracy lost against the other, and the ends of the 95 % interval.
-
-        The interval is that of paired answers, by the normal distribution.
-
-        References:
-            A. Agresti, Categorical Data Analysis, 2013, section 11.1.
-        """
-        lost, count = self.only_other - self.only_this, self.phrases
-        if not count:
-            return math.nan, math.nan, math.nan
-        spread = math.sqrt(max(self.only_this + self.only_other - lost * lost / count, 0.0))
-        low, high = lost - _Z * spread, lost + _Z * spread
-        return 100 * lost / count, 100 * low / count, 100 * high / count
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,24 +190,24 @@ def _score(
         phrases=count,
         unasked=len(rows) - count,
         hits=hits,
-        accuracy=_mean(judged.hits[1]),
+        accuracy=mean(judged.hits[1]),
         low=low,
         high=high,
-        accuracy_25=_mean(judged.hits[0]) if is_iou else math.nan,
-        accuracy_75=_mean(judged.hits[2]) if is_iou else math.nan,
-        accuracy_90=_mean(judged.hits[3]) if is_iou else math.nan,
+        accuracy_25=mean(judged.hits[0]) if is_iou else math.nan,
+        accuracy_75=mean(judged.hits[2]) if is_iou else math.nan,
+        accuracy_90=mean(judged.hits[3]) if is_iou else math.nan,
         mean_accuracy=_mean_over_thresholds(judged, protocol) if is_iou else math.nan,
-        mean_iou=_mean(judged.iou) if is_iou else math.nan,
+        mean_iou=mean(judged.iou) if is_iou else math.nan,
         unparsable=judged.status.count(UNPARSABLE),
         degenerate=judged.status.count(DEGENERATE),
         sizes=tuple(_score_sizes(asked, judged, is_iou=is_iou)),
         parts=tuple(_score_parts(asked, judged, parts)),
-        tokens=_mean(np.array([len(row.token_ids) for row in asked])),
-        calls=_mean(np.array([row.calls for row in asked])),
-        drafted=_mean(np.array([row.drafted for row in asked])),
-        accepted=_mean(np.array([row.accepted for row in asked])),
+        tokens=mean(np.array([len(row.token_ids) for row in asked])),
+        calls=mean(np.array([row.calls for row in asked])),
+        drafted=mean(np.array([row.drafted for row in asked])),
+        accepted=mean(np.array([row.accepted for row in asked])),
         milliseconds={
-            stage: _mean(np.array([each.get(stage, 0.0) for each in times])) for stage in stages
+            stage: mean(np.array([each.get(stage, 0.0) for each in times])) for stage in stages
         },
         median_ms=float(np.median(totals)) if totals else math.nan,
     )
@@ -282,7 +222,7 @@ def _count_over(iou: np.ndarray, threshold: float, protocol: ScoringProtocol) ->
 
 def _mean_over_thresholds(judged: Judged, protocol: ScoringProtocol) -> float:
     hits = [_count_over(judged.iou, threshold, protocol) for threshold in _MEAN_OVER]
-    return _mean(np.stack(hits).ravel())
+    return mean(np.stack(hits).ravel())
 
 
 def _score_parts(rows: list[Row], judged: Judged, parts: Mapping[str, str]) -> Iterable[PartScore]:
@@ -292,7 +232,7 @@ def _score_parts(rows: list[Row], judged: Judged, parts: Mapping[str, str]) -> I
         hits = judged.hits[1][members]
         if len(hits):
             low, high = wilson_interval(int(hits.sum()), len(hits))
-            yield PartScore(part=part, phrases=len(hits), accuracy=_mean(hits), low=low, high=high)
+            yield PartScore(part=part, phrases=len(hits), accuracy=mean(hits), low=low, high=high)
 
 
 def _score_sizes(rows: list[Row], judged: Judged, *, is_iou: bool) -> Iterable[SizeScore]:
@@ -307,10 +247,10 @@ def _score_sizes(rows: list[Row], judged: Judged, *, is_iou: bool) -> Iterable[S
             yield SizeScore(
                 size=size,
                 phrases=len(hits),
-                accuracy=_mean(hits),
+                accuracy=mean(hits),
                 low=low,
                 high=high,
-                mean_iou=_mean(judged.iou[members]) if is_iou else math.nan,
+                mean_iou=mean(judged.iou[members]) if is_iou else math.nan,
             )
 
 
@@ -320,125 +260,3 @@ def _share(row: Row) -> float:
     assert row.size is not None
     x0, y0, x1, y1 = row.box
     return (x1 - x0) * (y1 - y0) / (row.size[0] * row.size[1])
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
-
-
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share.
-
-    References:
-        E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
-    """
-    if not count:
-        return 0.0, 1.0
-    share, square = hits / count, _Z * _Z
-    middle = share + square / (2 * count)
-    spread = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
-    scale = 1 + square / count
-    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
-
-
-def mcnemar_p(only_this: int, only_other: int) -> float:
-    """The exact two-sided p of McNemar's test: a fair coin for every phrase that one got right.
-
-    References:
-        Q. McNemar, Note on the sampling error of the difference between correlated proportions,
-        1947.
-    """
-    count, least = only_this + only_other, min(only_this, only_other)
-    term = total = 1
-    for k in range(least):
-        term = term * (count - k) // (k + 1)
-        total += term
-    # Whole numbers of any length divide to the nearest float.
-    return min(1.0, 2 * total / (1 << count))
-
-
-def compare_rows(
-    this: Answers,
-    other: Answers,
-    label: str,
-    name: str,
-    protocol: ScoringProtocol,
-    expressions: Iterable[Expression] = (),
-) -> list[Comparison]:
-    """Compare every ratio of one file with the same of another, or with its only one.
-
-    Where the data were reviewed, with all labels and without the wrong ones.
-
-    Args:
-        this: Answers.
-        other: Answers to the same phrases; phrases that one of them lacks are left out.
-        label: What the other is called.
-        name: Of the protocol.
-        protocol: Judges both, each by its own box format.
-        expressions: What was asked: says which labels are wrong.
-
-    Raises:
-        InputError: The phrases are not the same, or no ratio fits.
-    """
-    known = {each.key: each for each in expressions}
-    found = []
-    for ratio, other_ratio in _pair_ratios(this, other, label):
-        mine, theirs = _match(this, other, ratio, other_ratio, label)
-        twins = {row.key: row for row in theirs}
-        for labels, chosen, _ in choose_labels(mine, known):
-            others = [twins[row.key] for row in chosen]
-            judged, against = (
-                judge_rows(rows, protocol, answers.header.box).hits[1]
-                for rows, answers in ((chosen, this), (others, other))
-            )
-            only_this = int((judged & ~against).sum())
-            only_other = int((against & ~judged).sum())
-            found.append(
-                Comparison(
-                    protocol=name,
-                    labels=labels,
-                    ratio=ratio,
-                    other_ratio=other_ratio,
-                    other=label,
-                    phrases=len(chosen),
-                    accuracy=_mean(judged),
-                    other_accuracy=_mean(against),
-                    only_this=only_this,
-                    only_other=only_other,
-                    p=mcnemar_p(only_this, only_other),
-                    differing=sum(
-                        a.answer != b.answer for a, b in zip(chosen, others, strict=True)
-                    ),
-                )
-            )
-    return found
-
-
-def _pair_ratios(this: Answers, other: Answers, label: str) -> list[tuple[float, float]]:
-    own = sorted({row.ratio for row in this.rows})
-    others = sorted({row.ratio for row in other.rows})
-    if len(others) == 1:
-        return [(ratio, others[0]) for ratio in own]
-    shared = [(ratio, ratio) for ratio in own if ratio in others]
-    if not shared:
-        have = ", ".join(f"{ratio:g}" for ratio in others)
-        raise InputError(f"{label}: has none of these ratios; have {have or 'none'}")
-    return shared
-
-
-def _match(
-    this: Answers, other: Answers, ratio: float, other_ratio: float, label: str
-) -> tuple[list[Row], list[Row]]:
-    """The rows that both have, in one order."""
-    theirs = {r.key: r for r in other.rows if r.ratio == other_ratio and r.problem is None}
-    own = [r for r in this.rows if r.ratio == ratio and r.problem is None and r.key in theirs]
-    for row in own:
-        twin = theirs[row.key]
-        if (row.phrase, row.box, row.size) != (twin.phrase, twin.box, twin.size):
-            raise InputError(
-                f"{label}: '{row.key:.60}' is another phrase or box there ({twin.phrase!r:.60}); "
-                "compare answers to the same data"
-            )
-    if not own:
-        raise InputError(f"{label}: has no phrase in common; compare answers to the same data")
-    return own, [theirs[row.key] for row in own]

@@ -10,7 +10,8 @@ from PIL import Image
 
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.grounding.boxless import describe_boxless
-from gap_runtime.grounding.check import TOLERANCES, CheckReport, CheckRow, Compared, Tolerance
+from gap_runtime.grounding.check import CheckReport, Compared
+from gap_runtime.grounding.compare import TOLERANCES, CheckRow, Tolerance
 from gap_runtime.pictures.drawing import draw_heat, draw_pair, shade_patches
 from gap_runtime.report.page import encode_picture, make_page, make_table
 

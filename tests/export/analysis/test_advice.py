@@ -4,7 +4,7 @@ import pytest
 
 from gap_export.analysis.report.tables import Pair, Tables, advise
 from gap_export.cli.main import main
-from gap_runtime.evaluation.score import Comparison
+from gap_runtime.evaluation.compare import Comparison
 
 
 def make_pair(pruner, ratio, lost, gained=0, **changes):

@@ -14,7 +14,7 @@ from truths.choices import PRUNERS, TRUTHS, close, compare, expect, grid_scores,
 
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerVision, Feature, Geometry, VisionFeatures
-from gap_runtime.grounding.check import is_near_tie
+from gap_runtime.grounding.compare import is_near_tie
 
 
 def test_cdpruner_stays_finite_far_beyond_the_rank():

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from gap_runtime.cli import main as cli
+from gap_runtime.evaluation.compare import compare_rows
 from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.expression import Expression, FilePicture
 from gap_runtime.evaluation.protocol import list_protocols, load_protocol
@@ -18,8 +19,9 @@ from gap_runtime.evaluation.published import (
     read_conventions,
 )
 from gap_runtime.evaluation.results import Answers, DataFacts, Header, Row, Subject
-from gap_runtime.evaluation.score import compare_rows, mcnemar_p, score_rows
+from gap_runtime.evaluation.score import score_rows
 from gap_runtime.evaluation.splits import COUNTS
+from gap_runtime.evaluation.statistics import mcnemar_p
 from gap_runtime.pictures.boxes import Box
 
 TRUE = Box(10.0, 10.0, 30.0, 30.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gap_runtime.errors import ConfigError, InputError
+from gap_runtime.evaluation.compare import Comparison, compare_rows
 from gap_runtime.evaluation.protocol import load_protocol
 from gap_runtime.evaluation.results import (
     Answers,
@@ -20,13 +21,8 @@ from gap_runtime.evaluation.results import (
     dump_row,
     read_answers,
 )
-from gap_runtime.evaluation.score import (
-    Comparison,
-    compare_rows,
-    mcnemar_p,
-    score_rows,
-    wilson_interval,
-)
+from gap_runtime.evaluation.score import score_rows
+from gap_runtime.evaluation.statistics import mcnemar_p, wilson_interval
 
 FRAME = load_protocol("frame")
 

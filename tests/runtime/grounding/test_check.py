@@ -8,10 +8,10 @@ import pytest
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import ReferenceSample
 from gap_runtime.errors import CheckError
-from gap_runtime.grounding.check import (
+from gap_runtime.grounding.check import check_bundle
+from gap_runtime.grounding.compare import (
     TOLERANCES,
     Tolerance,
-    check_bundle,
     compare_stages,
     find_margin,
     first_divergence,

@@ -9,7 +9,8 @@ from PIL import Image
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.errors import InputError
 from gap_runtime.grounding.boxless import BoxCount
-from gap_runtime.grounding.check import CheckReport, CheckRow, Compared
+from gap_runtime.grounding.check import CheckReport, Compared
+from gap_runtime.grounding.compare import CheckRow
 from gap_runtime.pictures.boxes import Box
 from gap_runtime.report.check_page import make_check_page
 from gap_runtime.report.page import encode_picture, make_page, make_table, write_page

@@ -7,49 +7,33 @@ embeddings, positions and logits cross.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module, metadata
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
+from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs
+from gap_runtime.backends.onnxruntime.loading import (
+    first_words,
+    import_onnxruntime,
+    list_errors,
+    needs_plugin,
+    open_session,
+)
 from gap_runtime.backends.onnxruntime.providers import (
     CPU,
-    CUDA,
-    Provider,
-    choose_options,
-    describe_strangers,
     find_provider,
     writes_in_place,
 )
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
-from gap_runtime.bundle.tensors import MOST_LOGITS
-from gap_runtime.errors import BackendMissingError, EngineError
-from gap_runtime.machines.threads import read_threads
+from gap_runtime.errors import EngineError
 
-_ERRORS: Final = (
-    "EPFail",
-    "Fail",
-    "InvalidArgument",
-    "InvalidGraph",
-    "InvalidProtobuf",
-    "NoModel",
-    "NoSuchFile",
-    "NotImplemented",
-    "RuntimeException",
-)
-_OPSET_24: Final = (1, 24)
 _CPU_NAMES: Final = ("Cpu", "CpuPinned")
 _NVIDIA: Final = 0x10DE
 """NVIDIA's PCI vendor ID, by which providers that are plug-ins find their memory."""
-_LOG: Final = logging.getLogger(__name__)
 
 
 class OnnxStage:
@@ -57,8 +41,8 @@ class OnnxStage:
 
     def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
         """Load the graph."""
-        self._ort = _import_onnxruntime()
-        self._session = _open_session(self._ort, bundle, stage, device)
+        self._ort = import_onnxruntime()
+        self._session = open_session(self._ort, bundle, stage, device)
         self._role = stage.role
         self._names = [spec.name for spec in stage.outputs]
 
@@ -66,7 +50,7 @@ class OnnxStage:
         """Outputs by name for the stage's inputs by name."""
         try:
             values = self._session.run(self._names, inputs)
-        except _run_errors(self._ort) as error:
+        except list_errors(self._ort) as error:
             raise EngineError(
                 f"onnxruntime could not run the {self._role} graph: {error}"
             ) from error
@@ -74,8 +58,8 @@ class OnnxStage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """Buffers for one number of rows and of logits, bound once and written in place at every run.
+class _Bound:
+    """Buffers of a call, bound once and written in place at every run.
 
     `bindings` take turns: one where the cache is read and written in one place, else two. `moved`
     are inputs that lie on a device and `rebound` those that onnxruntime has to place itself, each
@@ -83,10 +67,8 @@ class _Call:
     """
 
     bindings: list[Any]
-    arrays: dict[str, np.ndarray]
     moved: list[tuple[Any, np.ndarray]]
     rebound: list[tuple[str, np.ndarray]]
-    logits: np.ndarray
 
 
 class OnnxDecoder:
@@ -94,20 +76,16 @@ class OnnxDecoder:
 
     def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
         """Load the graph and make an empty cache on its device."""
-        self._ort = _import_onnxruntime()
-        self._errors = _run_errors(self._ort)
-        self._session = _open_session(self._ort, bundle, stage, device)
+        self._ort = import_onnxruntime()
+        self._errors = list_errors(self._ort)
+        self._session = open_session(self._ort, bundle, stage, device)
         self._on_gpu = self._session.get_providers()[0] != CPU
-        self._is_plugin = bool(device) and _needs_plugin(self._ort, find_provider(device))
+        self._is_plugin = bool(device) and needs_plugin(self._ort, find_provider(device))
         self._on_host = self._find_host_inputs()
         self._host_memory: dict[int, np.ndarray] = {}
         in_place = writes_in_place(device, bundle.manifest.target.opset)
         self._cache = self._make_cache(stage, in_place=in_place)
-        specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
-        self._width = int(specs["embeddings"].shape[-1])
-        self._axes = int(specs["position_ids"].shape[0])
-        self._vocabulary = int(specs["logits"].shape[-1])
-        self._calls: dict[tuple[int, int], _Call] = {}
+        self._calls = Calls(stage, self._bind)
 
     def fit(self, rows: int) -> int:
         """Any number of rows will do."""
@@ -121,22 +99,12 @@ class OnnxDecoder:
         logits_rows: np.ndarray,
     ) -> np.ndarray:
         """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
-        sizes = embeddings.shape[1], len(logits_rows)
-        call = self._calls.get(sizes)
         try:
-            if call is None:
-                call = self._bind(*sizes)
-                # Prompts have many lengths: the buffers of the last one are kept, no more.
-                self._calls = {key: c for key, c in self._calls.items() if key[0] <= MOST_LOGITS}
-                self._calls[sizes] = call
-            call.arrays["embeddings"][:] = embeddings
-            call.arrays["position_ids"][:] = position_ids
-            call.arrays["write_slot"][0] = write_slot
-            call.arrays["logits_rows"][:] = logits_rows
-            binding = call.bindings[self._cache.side]
-            for value, array in call.moved:
+            call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
+            binding = call.bound.bindings[self._cache.side]
+            for value, array in call.bound.moved:
                 value.update_inplace(array)
-            for name, array in call.rebound:
+            for name, array in call.bound.rebound:
                 binding.bind_cpu_input(name, array)
             self._session.run_with_iobinding(binding)
         except self._errors as error:
@@ -167,15 +135,8 @@ class OnnxDecoder:
         copied: np.ndarray = value.numpy() if memory is None else memory
         return copied
 
-    def _bind(self, rows: int, wanted: int) -> _Call:
-        """Buffers for numbers of rows and logits, and a binding for each turn of the caches."""
-        arrays: dict[str, np.ndarray] = {
-            "embeddings": np.zeros((1, rows, self._width), np.float32),
-            "position_ids": np.zeros((self._axes, rows), np.int64),
-            "write_slot": np.zeros(1, np.int64),
-            "logits_rows": np.zeros(wanted, np.int64),
-        }
-        logits = np.zeros((wanted, self._vocabulary), np.float32)
+    def _bind(self, arrays: Mapping[str, np.ndarray], logits: np.ndarray) -> _Bound:
+        """A binding of a call's buffers for each turn of the caches."""
         hosted = {
             name: self._ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in arrays.items()
@@ -198,12 +159,10 @@ class OnnxDecoder:
             for name, value in self._cache.outputs(side).items():
                 binding.bind_ortvalue_output(name, value)
             bindings.append(binding)
-        return _Call(
+        return _Bound(
             bindings=bindings,
-            arrays=arrays,
             moved=[(value, arrays[name]) for name, value in placed.items()],
             rebound=[] if self._on_host is not None else list(arrays.items()),
-            logits=logits,
         )
 
     def _make_cache(self, stage: Stage, *, in_place: bool) -> KvCache[Any]:
@@ -226,7 +185,7 @@ class OnnxDecoder:
             specs = cache_specs(stage)
             raise EngineError(
                 f"no room for the KV cache of {len(specs)} tensors of shape "
-                f"{list(specs[0].shape)} where the decoder runs: {_first_words(error)}"
+                f"{list(specs[0].shape)} where the decoder runs: {first_words(error)}"
             ) from error
 
     def _place_cache(self, name: str, array: np.ndarray) -> Any:
@@ -274,189 +233,3 @@ def open_stage(bundle: Bundle, stage: Stage, device: str) -> OnnxStage:
 def open_decoder(bundle: Bundle, stage: Stage, device: str) -> OnnxDecoder:
     """Load the decoder graph and make an empty cache."""
     return OnnxDecoder(bundle, stage, device)
-
-
-def _import_onnxruntime() -> ModuleType:
-    try:
-        return import_module("onnxruntime")
-    except ImportError as error:
-        raise BackendMissingError(
-            "onnxruntime is not installed; pip install 'gap-runtime[cpu]', or "
-            "'gap-runtime[gpu]' for CUDA, never both"
-        ) from error
-
-
-def _installed_packages() -> str:
-    """Which of the packages that share the import name `onnxruntime` are installed."""
-    names = ("onnxruntime", "onnxruntime-gpu")
-    found = [d for name in names for d in metadata.distributions(name=name)]
-    described = (f"{each.name} {each.version}" for each in found)
-    return " and ".join(described) or "onnxruntime of unknown origin"
-
-
-def _open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) -> Any:
-    """A session on the wanted provider, and a line on stderr where it is not all of it there.
-
-    Raises:
-        EngineError: The installed onnxruntime cannot load the graph, or not on that provider.
-    """
-    path = bundle.folder / stage.file
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
-    wanted = device or ("cuda" if CUDA in ort.get_available_providers() else "cpu")
-    provider = find_provider(wanted)
-    is_plugin = _needs_plugin(ort, provider)
-    opset = bundle.manifest.target.opset
-    if opset >= 24 and version < _OPSET_24:
-        raise EngineError(
-            f"{path}: opset {opset} needs onnxruntime 1.24 or newer (on Python "
-            f"3.11 or newer), found {_installed_packages()}"
-        )
-    if bundle.manifest.dtype == "bfloat16":
-        raise EngineError(
-            f"{path}: onnxruntime has no bfloat16 kernels on CPU, and none were tried on CUDA; "
-            "export float32 or float16"
-        )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = read_threads() or 0
-    # Threads of one session that wait busily take the cores from the next one's.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # A residual that is added to a product would keep it from its quantized weight's kernel.
-    options.add_session_config_entry(
-        "optimization.disable_specified_optimizers", "MatMulAddFusion"
-    )
-    if wanted != "cpu" and version >= _OPSET_24:
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    devices = _start_plugin(ort, provider, where=str(path)) if is_plugin else []
-    name = str(devices[0].ep_name) if devices else provider.name
-    settings = choose_options(wanted, bundle, stage, version)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            if devices:
-                options.add_provider_for_devices(devices[:1], settings)
-                session = ort.InferenceSession(str(path), options)
-            else:
-                _preload(ort, wanted)
-                # Its own way back is to print some lines and to take what it likes.
-                session = ort.InferenceSession(
-                    str(path),
-                    options,
-                    providers=_provider_list(provider, settings),
-                    enable_fallback=0,
-                )
-    except _run_errors(ort) as error:
-        raise EngineError(
-            f"{path}: {_installed_packages()} cannot load it: {_first_words(error)}"
-        ) from error
-    if name not in session.get_providers():
-        failure = (
-            f"{path}: {_installed_packages()} could not start {provider.name} (driver, CUDA "
-            "and cuDNN must fit it)"
-        )
-        if device:
-            raise EngineError(f"{failure}; without :{device} it runs on the CPU")
-        _LOG.warning("%s; it runs on the CPU", failure)
-    elif wanted != "cpu":
-        _report_strangers(session, name, str(path))
-    return session
-
-
-def _needs_plugin(ort: ModuleType, provider: Provider) -> bool:
-    """Whether a provider has to be brought by its own package.
-
-    Raises:
-        BackendMissingError: The installed onnxruntime has it not, and its package is not there.
-    """
-    if provider.name in ort.get_available_providers():
-        return False
-    if provider.plugin and hasattr(ort, "register_execution_provider_library"):
-        with contextlib.suppress(ImportError):
-            import_module(provider.plugin)
-            return True
-    found = _installed_packages()
-    if " and " in found:
-        raise BackendMissingError(
-            f"{found} are both installed and overwrite each other, {provider.name} is lost; "
-            f"pip uninstall onnxruntime onnxruntime-gpu, then install the one that has it: "
-            f"{provider.source}"
-        )
-    raise BackendMissingError(f"{found} has no {provider.name}; {provider.source}")
-
-
-def _provider_list(
-    provider: Provider, options: dict[str, str]
-) -> list[tuple[str, dict[str, str]]]:
-    """The provider, and CUDA behind TensorRT for what that cannot run."""
-    if "Tensorrt" in provider.name:
-        return [(provider.name, options), (CUDA, {"use_tf32": "0"})]
-    return [(provider.name, options)]
-
-
-def _preload(ort: ModuleType, device: str) -> None:
-    """Load CUDA from NVIDIA's Python packages where it is installed so."""
-    if device in {"cuda", "tensorrt"} and hasattr(ort, "preload_dlls"):
-        # What it misses it prints; the session that cannot start then says it again.
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
-
-
-def _start_plugin(ort: ModuleType, provider: Provider, *, where: str) -> list[Any]:
-    """Register a provider that is a package of its own; the devices that it can use.
-
-    Raises:
-        EngineError: It does not start, or finds no GPU that it can use.
-    """
-    plugin = import_module(provider.plugin)
-    name = str(plugin.get_ep_name())
-
-    def find() -> list[Any]:
-        return [each for each in ort.get_ep_devices() if each.ep_name == name]
-
-    try:
-        if not find():
-            # A second registration of one name would be an error.
-            ort.register_execution_provider_library(name, plugin.get_library_path())
-        devices = find()
-    except _run_errors(ort) as error:
-        raise EngineError(
-            f"{where}: {provider.name} does not start ({_first_words(error)}); it needs NVIDIA's "
-            "driver and an RTX card, gap-runtime doctor says what is here"
-        ) from error
-    if not devices:
-        raise EngineError(
-            f"{where}: {provider.name} finds no GPU that it can use (an RTX card with a current "
-            "driver); gap-runtime doctor says what is here"
-        )
-    return devices
-
-
-def _report_strangers(session: Any, name: str, where: str) -> None:
-    """Say which operators run elsewhere, which onnxruntime itself keeps to itself."""
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return
-    nodes = [
-        (str(part.ep_name), str(node.op_type))
-        for part in session.get_provider_graph_assignment_info()
-        for node in part.get_nodes()
-    ]
-    found = describe_strangers(nodes, name)
-    if found:
-        _LOG.warning("%s: %s", where, found)
-
-
-def _first_words(error: Exception) -> str:
-    """What an error of onnxruntime says, without where in its source that is said."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    for mark in ("with error: ", "failed:"):
-        if mark in text:
-            return text.rpartition(mark)[2][:200]
-    if text.startswith("/onnxruntime_src"):
-        text = text.partition(") ")[2] or text
-    return text[:200].rstrip(". ")
-
-
-def _run_errors(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """All error classes of onnxruntime, which share no base of their own."""
-    state = ort.capi.onnxruntime_pybind11_state
-    own = (getattr(state, name) for name in _ERRORS if hasattr(state, name))
-    return (RuntimeError, *own)

@@ -6,6 +6,7 @@ own names. It computes in the bundle's dtype: float32 in float32, bfloat16 where
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -13,11 +14,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import provider_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
-from gap_runtime.bundle.tensors import MOST_LOGITS, TensorSpec
+from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.threads import read_threads
 
@@ -51,15 +53,6 @@ class OpenvinoStage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """Arrays for one number of rows and of logits, and OpenVINO's tensors on the same memory."""
-
-    arrays: dict[str, np.ndarray]
-    tensors: dict[str, Any]
-    logits: np.ndarray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Memory:
     """An array of the cache, bfloat16 as uint16, and OpenVINO's tensor on the same memory."""
 
@@ -73,17 +66,13 @@ class OpenvinoDecoder:
     def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
         """Load the graph and make an empty cache."""
         self._ov, compiled = _compile(bundle, stage, device)
-        specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
-        self._width = int(specs["embeddings"].shape[-1])
-        self._axes = int(specs["position_ids"].shape[0])
-        self._vocabulary = int(specs["logits"].shape[-1])
         self._cache: KvCache[_Memory] = KvCache(stage, self._allocate, in_place=False)
         # A request each: what is bound to it stays, but for the few inputs of a call.
         self._requests = [compiled.create_infer_request() for _ in range(self._cache.sides)]
         for side, request in enumerate(self._requests):
             for name, memory in (self._cache.inputs(side) | self._cache.outputs(side)).items():
                 request.set_tensor(name, memory.tensor)
-        self._calls: dict[tuple[int, int], _Call] = {}
+        self._calls = Calls(stage, self._bind)
 
     def fit(self, rows: int) -> int:
         """Any number of rows will do."""
@@ -97,20 +86,10 @@ class OpenvinoDecoder:
         logits_rows: np.ndarray,
     ) -> np.ndarray:
         """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
-        sizes = embeddings.shape[1], len(logits_rows)
-        call = self._calls.get(sizes)
-        if call is None:
-            call = self._prepare(*sizes)
-            # Prompts have many lengths: the buffers of the last one are kept, no more.
-            self._calls = {key: c for key, c in self._calls.items() if key[0] <= MOST_LOGITS}
-            self._calls[sizes] = call
-        call.arrays["embeddings"][:] = embeddings
-        call.arrays["position_ids"][:] = position_ids
-        call.arrays["write_slot"][0] = write_slot
-        call.arrays["logits_rows"][:] = logits_rows
+        call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
         request = self._requests[self._cache.side]
         try:
-            for name, tensor in call.tensors.items():
+            for name, tensor in call.bound.items():
                 request.set_tensor(name, tensor)
             request.infer()
         except RuntimeError as error:
@@ -132,20 +111,12 @@ class OpenvinoDecoder:
         for name, each in self._cache.inputs(self._cache.side).items():
             each.array[:, :, : saved.count] = saved.tensors[name]
 
-    def _prepare(self, rows: int, wanted: int) -> _Call:
-        """Arrays for numbers of rows and of logits."""
-        arrays: dict[str, np.ndarray] = {
-            "embeddings": np.zeros((1, rows, self._width), np.float32),
-            "position_ids": np.zeros((self._axes, rows), np.int64),
-            "write_slot": np.zeros(1, np.int64),
-            "logits_rows": np.zeros(wanted, np.int64),
-        }
-        logits = np.zeros((wanted, self._vocabulary), np.float32)
-        tensors = {
+    def _bind(self, inputs: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, Any]:
+        """OpenVINO's tensors on the memory of a call's arrays."""
+        return {
             name: self._ov.Tensor(array, shared_memory=True)
-            for name, array in (arrays | {"logits": logits}).items()
+            for name, array in {**inputs, "logits": logits}.items()
         }
-        return _Call(arrays=arrays, tensors=tensors, logits=logits)
 
     def _allocate(self, spec: TensorSpec) -> _Memory:
         """A tensor of zeros."""

@@ -1,0 +1,228 @@
+"""A graph is loaded on the wanted provider, and what is not there is said."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from importlib import import_module, metadata
+from types import ModuleType
+from typing import Any, Final
+
+from gap_runtime.backends.onnxruntime.providers import (
+    CUDA,
+    Provider,
+    choose_options,
+    describe_strangers,
+    find_provider,
+)
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.manifest import Stage
+from gap_runtime.errors import BackendMissingError, EngineError
+from gap_runtime.machines.threads import read_threads
+
+_ERRORS: Final = (
+    "EPFail",
+    "Fail",
+    "InvalidArgument",
+    "InvalidGraph",
+    "InvalidProtobuf",
+    "NoModel",
+    "NoSuchFile",
+    "NotImplemented",
+    "RuntimeException",
+)
+_OPSET_24: Final = (1, 24)
+_LOG: Final = logging.getLogger(__name__)
+
+
+def import_onnxruntime() -> ModuleType:
+    """The library.
+
+    Raises:
+        BackendMissingError: It is not installed.
+    """
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendMissingError(
+            "onnxruntime is not installed; pip install 'gap-runtime[cpu]', or "
+            "'gap-runtime[gpu]' for CUDA, never both"
+        ) from error
+
+
+def _installed_packages() -> str:
+    """Which of the packages that share the import name `onnxruntime` are installed."""
+    names = ("onnxruntime", "onnxruntime-gpu")
+    found = [d for name in names for d in metadata.distributions(name=name)]
+    described = (f"{each.name} {each.version}" for each in found)
+    return " and ".join(described) or "onnxruntime of unknown origin"
+
+
+def open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) -> Any:
+    """A session on the wanted provider, and a line on stderr where it is not all of it there.
+
+    Raises:
+        EngineError: The installed onnxruntime cannot load the graph, or not on that provider.
+    """
+    path = bundle.folder / stage.file
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    wanted = device or ("cuda" if CUDA in ort.get_available_providers() else "cpu")
+    provider = find_provider(wanted)
+    is_plugin = needs_plugin(ort, provider)
+    opset = bundle.manifest.target.opset
+    if opset >= 24 and version < _OPSET_24:
+        raise EngineError(
+            f"{path}: opset {opset} needs onnxruntime 1.24 or newer (on Python "
+            f"3.11 or newer), found {_installed_packages()}"
+        )
+    if bundle.manifest.dtype == "bfloat16":
+        raise EngineError(
+            f"{path}: onnxruntime has no bfloat16 kernels on CPU, and none were tried on CUDA; "
+            "export float32 or float16"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = read_threads() or 0
+    # Threads of one session that wait busily take the cores from the next one's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A residual that is added to a product would keep it from its quantized weight's kernel.
+    options.add_session_config_entry(
+        "optimization.disable_specified_optimizers", "MatMulAddFusion"
+    )
+    if wanted != "cpu" and version >= _OPSET_24:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    devices = _start_plugin(ort, provider, where=str(path)) if is_plugin else []
+    name = str(devices[0].ep_name) if devices else provider.name
+    settings = choose_options(wanted, bundle, stage, version)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            if devices:
+                options.add_provider_for_devices(devices[:1], settings)
+                session = ort.InferenceSession(str(path), options)
+            else:
+                _preload(ort, wanted)
+                # Its own way back is to print some lines and to take what it likes.
+                session = ort.InferenceSession(
+                    str(path),
+                    options,
+                    providers=_provider_list(provider, settings),
+                    enable_fallback=0,
+                )
+    except list_errors(ort) as error:
+        raise EngineError(
+            f"{path}: {_installed_packages()} cannot load it: {first_words(error)}"
+        ) from error
+    if name not in session.get_providers():
+        failure = (
+            f"{path}: {_installed_packages()} could not start {provider.name} (driver, CUDA "
+            "and cuDNN must fit it)"
+        )
+        if device:
+            raise EngineError(f"{failure}; without :{device} it runs on the CPU")
+        _LOG.warning("%s; it runs on the CPU", failure)
+    elif wanted != "cpu":
+        _report_strangers(session, name, str(path))
+    return session
+
+
+def needs_plugin(ort: ModuleType, provider: Provider) -> bool:
+    """Whether a provider has to be brought by its own package.
+
+    Raises:
+        BackendMissingError: The installed onnxruntime has it not, and its package is not there.
+    """
+    if provider.name in ort.get_available_providers():
+        return False
+    if provider.plugin and hasattr(ort, "register_execution_provider_library"):
+        with contextlib.suppress(ImportError):
+            import_module(provider.plugin)
+            return True
+    found = _installed_packages()
+    if " and " in found:
+        raise BackendMissingError(
+            f"{found} are both installed and overwrite each other, {provider.name} is lost; "
+            f"pip uninstall onnxruntime onnxruntime-gpu, then install the one that has it: "
+            f"{provider.source}"
+        )
+    raise BackendMissingError(f"{found} has no {provider.name}; {provider.source}")
+
+
+def _provider_list(
+    provider: Provider, options: dict[str, str]
+) -> list[tuple[str, dict[str, str]]]:
+    """The provider, and CUDA behind TensorRT for what that cannot run."""
+    if "Tensorrt" in provider.name:
+        return [(provider.name, options), (CUDA, {"use_tf32": "0"})]
+    return [(provider.name, options)]
+
+
+def _preload(ort: ModuleType, device: str) -> None:
+    """Load CUDA from NVIDIA's Python packages where it is installed so."""
+    if device in {"cuda", "tensorrt"} and hasattr(ort, "preload_dlls"):
+        # What it misses it prints; the session that cannot start then says it again.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+def _start_plugin(ort: ModuleType, provider: Provider, *, where: str) -> list[Any]:
+    """Register a provider that is a package of its own; the devices that it can use.
+
+    Raises:
+        EngineError: It does not start, or finds no GPU that it can use.
+    """
+    plugin = import_module(provider.plugin)
+    name = str(plugin.get_ep_name())
+
+    def find() -> list[Any]:
+        return [each for each in ort.get_ep_devices() if each.ep_name == name]
+
+    try:
+        if not find():
+            # A second registration of one name would be an error.
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        devices = find()
+    except list_errors(ort) as error:
+        raise EngineError(
+            f"{where}: {provider.name} does not start ({first_words(error)}); it needs NVIDIA's "
+            "driver and an RTX card, gap-runtime doctor says what is here"
+        ) from error
+    if not devices:
+        raise EngineError(
+            f"{where}: {provider.name} finds no GPU that it can use (an RTX card with a current "
+            "driver); gap-runtime doctor says what is here"
+        )
+    return devices
+
+
+def _report_strangers(session: Any, name: str, where: str) -> None:
+    """Say which operators run elsewhere, which onnxruntime itself keeps to itself."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return
+    nodes = [
+        (str(part.ep_name), str(node.op_type))
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    found = describe_strangers(nodes, name)
+    if found:
+        _LOG.warning("%s: %s", where, found)
+
+
+def first_words(error: Exception) -> str:
+    """What an error of onnxruntime says, without where in its source that is said."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    for mark in ("with error: ", "failed:"):
+        if mark in text:
+            return text.rpartition(mark)[2][:200]
+    if text.startswith("/onnxruntime_src"):
+        text = text.partition(") ")[2] or text
+    return text[:200].rstrip(". ")
+
+
+def list_errors(ort: ModuleType) -> tuple[type[Exception], ...]:
+    """All error classes of onnxruntime, which share no base of their own."""
+    state = ort.capi.onnxruntime_pybind11_state
+    own = (getattr(state, name) for name in _ERRORS if hasattr(state, name))
+    return (RuntimeError, *own)
