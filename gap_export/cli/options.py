@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from gap_runtime.cli.options import add_counts, add_old_name
 
@@ -57,9 +57,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bring",
-        choices=("copy", "link"),
         default="copy",
-        help="how weights get into the bundle: copied (default) or hard-linked",
+        metavar="HOW",
+        help="how weights get into the bundle: copy (default) or link, hard links",
     )
     add_old_name(parser, "--weights", "--bring", {"clone": "copy", "link": "link"})
     parser.add_argument(
@@ -70,27 +70,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_SETTINGS: Final = {
-    "ratios": "prune.ratios",
-    "keep": "prune.keep",
-    "pruner": "prune.strategy",
-    "positions": "prune.positions",
-    "extra_token": "prune.extra_token",
-    "dtype": "dtype",
-    "quantize": "quantize.weights",
-}
-"""Key of a model file by the parsed option that stands for it."""
-
-
 def read_config(options: argparse.Namespace) -> NamedConfig:
     """The model's configuration with the parsed options over it, those that the command has."""
-    from gap_export.config.load import load_config, parse_override  # noqa: PLC0415
+    from gap_export.config.load import load_config, name_settings, parse_override  # noqa: PLC0415
 
     given = vars(options)
     overrides: dict[str, Any] = dict(parse_override(text) for text in options.overrides)
-    overrides |= {
-        key: given[name] for name, key in _SETTINGS.items() if given.get(name) is not None
-    }
+    overrides |= name_settings(given)
     return load_config(options.model, overrides, checkpoint=given.get("checkpoint"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from typing import Any, Final
 
 from gap_export.config.families import FAMILIES
@@ -24,6 +25,16 @@ _DTYPE_NAMES: Final = {
     "bf16": "bfloat16",
 }
 """Names under which dtypes are known elsewhere."""
+OPTIONS: Final = {
+    "ratios": "prune.ratios",
+    "keep": "prune.keep",
+    "pruner": "prune.strategy",
+    "positions": "prune.positions",
+    "extra_token": "prune.extra_token",
+    "dtype": "dtype",
+    "quantize": "quantize.weights",
+}
+"""Key of a model file by the option that stands for it, in commands and in Python."""
 _RATIOS: Final = "prune.ratios"
 _KEEP: Final = "prune.keep"
 
@@ -55,6 +66,11 @@ def load_config(
     config = load_record(ExportConfig, data, where)
     _require_usable(config, where)
     return NamedConfig(name=name, config=config)
+
+
+def name_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by key of the model file, from values by option; what is None is not given."""
+    return {key: options[name] for name, key in OPTIONS.items() if options.get(name) is not None}
 
 
 def _settle_counts(data: dict[str, Any], overrides: dict[str, Any], where: str) -> None:

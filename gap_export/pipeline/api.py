@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from gap_export.pipeline.fingerprint import find_finished
-from gap_export.pipeline.request import ExportRequest, make_request
+from gap_export.pipeline.request import ExportOptions, ExportRequest, make_request
 from gap_export.pipeline.result import ExportResult
 from gap_runtime.display import Display
 
@@ -15,26 +14,17 @@ from gap_runtime.display import Display
 def export(
     model: str | Path,
     *,
-    ratios: float | Sequence[float] | None = None,
-    keep: int | Sequence[int] | None = None,
-    pruner: str | None = None,
-    positions: str | None = None,
-    extra_token: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    checkpoint: str | Path | None = None,
-    target: str = "cpu",
-    out: str | Path | None = None,
-    bring: str = "copy",
-    reference: bool = True,
     force: bool = False,
     quiet: bool = True,
+    **options: Unpack[ExportOptions],
 ) -> ExportResult:
     """Export a model, as the command `gap-export MODEL` does. What is not given is the model's.
 
     Args:
         model: Name in export_configs/, `.toml` file, checkpoint folder or hub id.
+        force: Export again what was exported before, unchanged.
+        quiet: Say nothing; otherwise steps are shown on stderr.
+        **options: Those that follow.
         ratios: Shares of visual tokens to REMOVE, in [0, 1); one or several. Each becomes a
             vision graph, all share one decoder and the weights.
         keep: Counts of visual tokens that stay, instead of ratios; those of the whole picture,
@@ -51,8 +41,6 @@ def export(
         out: The bundle's folder; `MODEL-KEPTofTOKENS` in the present one by default.
         bring: How weights get into the bundle: `copy`, or hard links by `link`.
         reference: Whether PyTorch's answers are recorded and compared with the graphs'.
-        force: Export again what was exported before, unchanged.
-        quiet: Say nothing; otherwise steps are shown on stderr.
 
     Returns:
         The finished export. `.folder` is its place, `.bundle` opens it, `.report` is the
@@ -62,22 +50,7 @@ def export(
         GapError: The export cannot be made, or its graphs differ from PyTorch; nothing was left
             behind and nothing was overwritten.
     """
-    request = make_request(
-        model,
-        ratios=ratios,
-        keep=keep,
-        pruner=pruner,
-        positions=positions,
-        extra_token=extra_token,
-        dtype=dtype,
-        quantize=quantize,
-        settings=settings,
-        checkpoint=checkpoint,
-        target=target,
-        out=out,
-        bring=bring,
-        reference=reference,
-    )
+    request = make_request(model, **options)
     return export_request(request, Display(quiet=quiet), force=force)
 
 

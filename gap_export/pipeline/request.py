@@ -5,14 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack
 
-from gap_export.config.load import load_config
+from gap_export.config.load import load_config, name_settings
 from gap_export.config.records import NamedConfig
-from gap_runtime.errors import ConfigError
+from gap_runtime.errors import ConfigError, describe_unknown
 
 BRINGS: Final = ("copy", "link")
 """How weights get into a bundle: copies, or hard links to the checkpoint's own files."""
+
+
+class ExportOptions(TypedDict, total=False):
+    """What may be said of an export in Python; `gap_export.export` describes each."""
+
+    ratios: float | Sequence[float] | None
+    keep: int | Sequence[int] | None
+    pruner: str | None
+    positions: str | None
+    extra_token: str | None
+    dtype: str | None
+    quantize: str | None
+    settings: Mapping[str, Any] | None
+    checkpoint: str | Path | None
+    target: str
+    out: str | Path | None
+    bring: str
+    reference: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,62 +47,35 @@ class ExportRequest:
     bring: str = "copy"
     reference: bool = True
 
+    def __post_init__(self) -> None:
+        """Refuse another way to bring weights."""
+        if self.bring not in BRINGS:
+            raise ConfigError(f"bring '{self.bring}' is unknown; have {', '.join(BRINGS)}")
 
-def make_request(
-    model: str | Path,
-    *,
-    ratios: float | Sequence[float] | None = None,
-    keep: int | Sequence[int] | None = None,
-    pruner: str | None = None,
-    positions: str | None = None,
-    extra_token: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    checkpoint: str | Path | None = None,
-    target: str = "cpu",
-    out: str | Path | None = None,
-    bring: str = "copy",
-    reference: bool = True,
-) -> ExportRequest:
+
+def make_request(model: str | Path, **options: Unpack[ExportOptions]) -> ExportRequest:
     """The request of an export. What is not given is the model file's.
 
     Args:
         model: Name in export_configs/, `.toml` file, checkpoint folder or hub id.
-        ratios: Shares of visual tokens to remove, in [0, 1); a graph for each.
-        keep: Counts of visual tokens that stay, instead.
-        pruner: What chooses the tokens that stay.
-        positions: `gap`, `compact`, `permuted` or `permuted-compact`.
-        extra_token: Place of the token that some pruners make of what they remove.
-        dtype: `float32`, `float16` or `bfloat16`.
-        quantize: `int8` or `int4`.
-        settings: Any keys of the model file with dots, as `{"prompt.answer": 32}`.
-        checkpoint: Folder or hub id to use instead of the model file's.
-        target: Kind of machine.
-        out: The bundle's folder.
-        bring: How weights get into the bundle: `copy` or `link`.
-        reference: Whether PyTorch's answers are recorded.
+        **options: As for `gap_export.export`.
 
     Raises:
-        ConfigError: Nothing of that name, an unknown key, or a value that cannot be used.
+        ConfigError: Nothing of that name, an unknown option or key, or a value that cannot be
+            used.
     """
-    if bring not in BRINGS:
-        raise ConfigError(f"bring '{bring}' is unknown; have {', '.join(BRINGS)}")
-    given = {
-        "prune.ratios": ratios,
-        "prune.keep": keep,
-        "prune.strategy": pruner,
-        "prune.positions": positions,
-        "prune.extra_token": extra_token,
-        "dtype": dtype,
-        "quantize.weights": quantize,
-    }
-    overrides = dict(settings or {}) | {k: v for k, v in given.items() if v is not None}
-    place = None if checkpoint is None else str(checkpoint)
+    known = sorted(ExportOptions.__annotations__)
+    for name in options:
+        if name not in known:
+            raise ConfigError(describe_unknown("option", name, known))
+    overrides = dict(options.get("settings") or {}) | name_settings(options)
+    checkpoint, out = options.get("checkpoint"), options.get("out")
     return ExportRequest(
-        named=load_config(str(model), overrides, checkpoint=place),
-        target=target,
+        named=load_config(
+            str(model), overrides, checkpoint=None if checkpoint is None else str(checkpoint)
+        ),
+        target=options.get("target", "cpu"),
         out=None if out is None else Path(out),
-        bring=bring,
-        reference=reference,
+        bring=options.get("bring", "copy"),
+        reference=options.get("reference", True),
     )

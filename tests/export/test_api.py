@@ -1,5 +1,6 @@
 """`import gap_export`: one call from a model to a bundle, what it gives, and what it refuses."""
 
+import dataclasses
 import importlib.util
 import inspect
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import gap_export
+from gap_export.config.load import OPTIONS
 from gap_export.pipeline import api
-from gap_export.pipeline.request import ExportRequest, make_request
+from gap_export.pipeline.request import ExportOptions, ExportRequest, make_request
 from gap_runtime import Bundle
 from gap_runtime.grounding.check import CheckReport
 
@@ -85,6 +87,7 @@ def test_a_new_export_gives_the_same_result(tiny_llava, tmp_path, capsys):
         ({"target": "gpu"}, "unknown target 'gpu'"),
         ({"settings": {"prompt.anser": 3}}, "unknown key 'prompt.anser'"),
         ({"settings": {"a b": 3}}, "unknown key 'a b'"),
+        ({"ration": 0.5}, "unknown option 'ration'; did you mean ratios"),
     ],
 )
 def test_what_cannot_be_is_a_gap_error(arguments, message, tmp_path):
@@ -99,15 +102,18 @@ def test_a_request_says_nothing_that_was_not_asked():
     assert request.named.config.prune.strategy == "cls_attention"
 
 
-def test_both_signatures_are_the_same_and_described():
-    """One makes a request, the other carries it out."""
-    wanted = inspect.signature(make_request).parameters
-    given = inspect.signature(api.export).parameters
-    assert list(given) == [*wanted, "force", "quiet"]
-    for function in (make_request, api.export):
-        section = inspect.getdoc(function).partition("Args:\n")[2].partition("\n\n")[0]
-        named = [line.strip().partition(":")[0] for line in section.splitlines() if line[4] != " "]
-        assert named == list(inspect.signature(function).parameters)
+def test_every_option_is_described_and_stands_for_something():
+    """The signature says what a type checker and an editor read; the text says it to people."""
+    section = inspect.getdoc(api.export).partition("Args:\n")[2].partition("\n\n")[0]
+    named = [line.strip().partition(":")[0] for line in section.splitlines() if line[4] != " "]
+    options = list(ExportOptions.__annotations__)
+    assert named == ["model", "force", "quiet", "**options", *options]
+    of_request = {"settings", "checkpoint", *(f.name for f in dataclasses.fields(ExportRequest))}
+    assert set(options) == (of_request - {"named"}) | set(OPTIONS)
+    for function in (api.export, make_request):
+        assert inspect.signature(function).parameters["options"].annotation == (
+            "Unpack[ExportOptions]"
+        )
 
 
 def test_importing_the_package_loads_nothing_and_completes_its_names():

@@ -47,7 +47,7 @@ ERRORS = [
     (["refshapes", "--positions", "gaps"], 2, "config", "prune.positions 'gaps'"),
     (["refshapes", "--dtype", "int8"], 2, "config", "dtype 'int8'"),
     (["refshapes", "--target", "gpu"], 2, "unknown-name", "unknown target 'gpu'"),
-    (["refshapes", "--bring", "move"], 2, "config", "--bring"),
+    (["refshapes", "--bring", "move"], 2, "config", "bring 'move'"),
     (["refshapes", "--weights", "copy"], 2, "config", "--weights"),
     (["refshapes", "--set", "prompt.answer"], 2, "config", "KEY=VALUE"),
     (["refshapes", "--set", "prompt.anser=3"], 2, "record", "unknown key 'prompt.anser'"),
