@@ -49,7 +49,9 @@ _GROWING: Final = "dynamic"
 """Its frequencies are the default ones up to the trained number of positions."""
 
 
-def read_decoder(config: Any, where: str, *, is_tied: bool = False, axes: int = 1) -> DecoderSpec:
+def read_decoder(
+    config: Any, where: str, *, is_tied: bool = False, axes: int = 1, planes: int = 0
+) -> DecoderSpec:
     """The facts in a text config.
 
     Args:
@@ -57,6 +59,7 @@ def read_decoder(config: Any, where: str, *, is_tied: bool = False, axes: int = 
         where: The file that it is from.
         is_tied: Whether something else says that the head is the embedding table.
         axes: How many position IDs the family gives to a token.
+        planes: How many vectors it adds to the hidden states behind the first layers.
 
     Raises:
         CheckpointError: The config asks for something that this decoder does not have.
@@ -94,6 +97,7 @@ def read_decoder(config: Any, where: str, *, is_tied: bool = False, axes: int = 
         vocabulary=config.vocab_size,
         max_positions=config.max_position_embeddings,
         axes=axes,
+        planes=planes,
         sizes=LlamaSizes(
             heads=config.num_attention_heads,
             mlp=config.intermediate_size,

@@ -52,6 +52,7 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.dialect = dialect
         self.language_model = _Stack(spec, dialect)
+        self.width, self.planes = spec.width, spec.planes
         self.frequency_axes: tuple[int, ...] = spec.sizes.frequency_axes
         self.lm_head = nn.Linear(spec.width, spec.vocabulary, bias=False)
         self.register_buffer("cosine", cosine_Pd, persistent=False)
@@ -68,9 +69,13 @@ class LlamaDecoder(nn.Module):
         logits_rows_R: Tensor,
         caches: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Logits [R, V] float32 of the wanted rows, then the caches, key and value by layer."""
+        """Logits [R, V] float32 of the wanted rows, then the caches, key and value by layer.
+
+        Where rows bring planes, D is the width of embedding and planes together.
+        """
         # The batch is one, and linear layers of two dimensions need no reshaping.
-        hidden_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
+        rows_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
+        hidden_SD, *planes = rows_SD.split(self.width, dim=1) if self.planes else (rows_SD,)
         rows = Rows(
             cosine_BSd=self._choose(self.cosine, position_ids_AS),
             sine_BSd=self._choose(self.sine, position_ids_AS),
@@ -82,6 +87,8 @@ class LlamaDecoder(nn.Module):
             cache = (caches[2 * k], caches[2 * k + 1])
             hidden_SD, key, value = layer(hidden_SD, cache, rows, planned)
             written += [key, value]
+            if k < len(planes):
+                hidden_SD = hidden_SD + planes[k]
         # One Gather; index_select would be written with a Reshape that loses the free dimension.
         wanted_RD = functional.embedding(logits_rows_R, hidden_SD)
         logits_RV = self.lm_head(self.language_model.norm(wanted_RD))

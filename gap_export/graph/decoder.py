@@ -2,7 +2,7 @@
 
     name                 dtype    shape                   meaning
     in
-    embeddings           float32  [1, S, D]               prompt rows, or a token and a draft
+    embeddings           float32  [1, S, D + planes * D]  prompt rows, or a token and a draft
     position_ids         int64    [axes, S]               rotary position of each row on each axis
     write_slot           int64    [1]                     cache slot of row 0
     logits_rows          int64    [R]                     rows whose logits are wanted
@@ -16,6 +16,8 @@
 S and R are the only free dimensions. A runtime binds each cache tensor's memory as input and as
 output. Position and slot are independent: position_ids may run ahead of the slots. There is one
 axis of positions but for decoders that turn each rotary frequency by a picture's row or column.
+Most models have no planes. Where they do, these are added to the hidden states behind the first
+layers, one behind each (DeepStack); in rows of text they are zeros.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def decoder_inputs(spec: DecoderSpec, capacity: int, dtype: Dtype) -> list[Tenso
         TensorSpec(
             name="embeddings",
             dtype="float32",
-            shape=(1, FREE_ROWS, spec.width),
+            shape=(1, FREE_ROWS, spec.row_width),
             meaning="prompt rows, or a token and a draft",
         ),
         TensorSpec(

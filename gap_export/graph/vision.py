@@ -7,10 +7,11 @@ The tower is the same for all ratios; the pruning stage is small.
     pixels         float32  [1, 3, H, W]     normalized picture; [1, views, 3, H, W] of tiles
     text_features  float32  [1, W]           the phrase, only where the pruner reads it
     between
-    patches        model's  [1, N, C]        tokens before the projector
+    patches        model's  [1, N, C]        tokens before the projector, with all planes
     <feature>      float32  [1, P, ...]      by-products that the pruner needs
     out
-    visual_tokens  float32  [1, K+E, D]      kept and extra tokens, in slot order
+    visual_tokens  float32  [1, K+E, D]      kept and extra tokens, in slot order; the decoder's
+                                             rows, with planes behind each where it takes them
     kept_index     int64    [1, K]           visual token that each kept slot holds
     position_ids   int64    [axes, s+K+E+T]  position of every slot of the longest prompt
 """
@@ -80,7 +81,7 @@ def prune_outputs(spec: DecoderSpec, layout: TokenLayout) -> list[TensorSpec]:
         TensorSpec(
             name="visual_tokens",
             dtype="float32",
-            shape=(1, layout.visual, spec.width),
+            shape=(1, layout.visual, spec.row_width),
             meaning="tokens of the kept patches, in slot order",
         ),
         TensorSpec(
@@ -129,6 +130,7 @@ class PruneStage(nn.Module):
         given: list[Feature],
         text_sign: int,
         grid: tuple[int, int] | None,
+        planes: int,
     ) -> None:
         """Fix the kept count and the position mode.
 
@@ -143,12 +145,13 @@ class PruneStage(nn.Module):
             given: Features that come as inputs, in order.
             text_sign: See VisionFeatures.
             grid: Rows and columns that give tokens their positions; see `place_tokens`.
+            planes: How many lie behind each token, before and behind the projector.
         """
         super().__init__()
         self.pruner, self.projector, self.fixed_tokens = pruner, projector, fixed_tokens
         self.config, self.layout, self.geometry = config, layout, geometry
         self.given, self.text_sign = given, text_sign
-        self.fixed, self.grid = fixed, grid
+        self.fixed, self.grid, self.planes = fixed, grid, planes
         kept_always = set(fixed)
         self.removable = [k for k in range(layout.patches) if k not in kept_always]
 
@@ -182,7 +185,8 @@ class PruneStage(nn.Module):
         needs = self.pruner.NEEDS
         by_embeddings = Feature.TEXT_PATCHES in needs and Feature.TEXT_PATCHES not in found
         if Feature.TOKENS in needs or by_embeddings:
-            found[Feature.TOKENS] = self.projector(patches_BNC).float()
+            width = patches_BNC.shape[-1] // (1 + self.planes)
+            found[Feature.TOKENS] = self.projector(patches_BNC[..., :width]).float()
         if by_embeddings:
             found[Feature.TEXT_PATCHES] = nn.functional.normalize(found[Feature.TOKENS], dim=-1)
         return VisionFeatures(
@@ -214,8 +218,8 @@ class PruneStage(nn.Module):
     def _project(self, rows_BKC: Tensor, choice: Kept, features: VisionFeatures | None) -> Tensor:
         """Visual tokens; picked where all were projected for the pruner already."""
         ready = None if features is None else features.values.get(Feature.TOKENS)
-        if ready is None or choice.mix_BKN is not None or self.layout.extra:
-            # Projecting after the choice spares the removed patches' work.
+        if ready is None or choice.mix_BKN is not None or self.layout.extra or self.planes:
+            # Projecting after the choice spares the removed patches' work; no pruner reads planes.
             tokens_BKD: Tensor = self.projector(rows_BKC)
             return tokens_BKD
         order = choice.order

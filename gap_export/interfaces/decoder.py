@@ -17,8 +17,10 @@ class DecoderSpec:
     """The facts about one decoder that the rest of the export works with.
 
     `layers` is their number, `max_positions` that of the position IDs that it was trained with,
-    `axes` how many of them a token has: 1, or 3 for time, row and column. `sizes` are the
-    decoder's own business.
+    `axes` how many of them a token has: 1, or 3 for time, row and column. `planes` is how many
+    further vectors of the same width a row brings, which are added to the hidden states behind
+    the first layers, one behind each; text has zeros there. `sizes` are the decoder's own
+    business.
     """
 
     width: int
@@ -28,7 +30,13 @@ class DecoderSpec:
     vocabulary: int
     max_positions: int
     axes: int
+    planes: int
     sizes: Any
+
+    @property
+    def row_width(self) -> int:
+        """Width of a row of the input: an embedding, and the planes behind it."""
+        return self.width * (1 + self.planes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +63,7 @@ class Decoder(Protocol):
     """Path of the layers, whose numbers follow."""
 
     def read_decoder(
-        self, config: Any, where: str, *, is_tied: bool = False, axes: int = 1
+        self, config: Any, where: str, *, is_tied: bool = False, axes: int = 1, planes: int = 0
     ) -> DecoderSpec:
         """The facts in a library's config of the language model.
 
@@ -64,6 +72,7 @@ class Decoder(Protocol):
             where: The file that it is from.
             is_tied: Whether something else says that the head is the embedding table.
             axes: How many position IDs the family gives to a token.
+            planes: How many vectors it adds behind the first layers.
 
         Raises:
             CheckpointError: The config asks for something that this decoder does not have.

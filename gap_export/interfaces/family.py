@@ -170,7 +170,11 @@ class Family(Protocol):
         """
 
     def build_projector(self, spec: ModelSpec) -> nn.Module:
-        """Patches [B, K, C] to visual tokens [B, K, D]."""
+        """Patches [B, K, C] to visual tokens [B, K, D].
+
+        Where the decoder takes planes, they lie behind each token on both sides; patches that
+        come without theirs give tokens without.
+        """
 
     def load_eager(
         self, checkpoint: Checkpoint, spec: ModelSpec, dtype: str, *, memory: int | None = None

@@ -83,6 +83,7 @@ class Geometry:
 class VisionFeatures:
     """Tokens before the projector [B, N, C], with the features that the pruner asked for.
 
+    Where the decoder takes planes, what they are made of lies behind each token's own values.
     `text_sign` is +1 where patches that show the phrase are similar to it, and -1 for CLIP,
     whose patches of the referred area are the least similar.
     """
@@ -121,7 +122,8 @@ class Kept:
 class EagerVision:
     """What the reference gives to a pruner's eager form: outputs of the model's own modules.
 
-    `patches` [N, C] and `tokens` [N, D] stand before and behind the projector. `hidden_states`
+    `patches` [N, C] and `tokens` [N, D] stand before and behind the projector; `planes` are what
+    the decoder is given behind each token, None where it takes none. `hidden_states`
     [V, T, C] and `attentions` [V, H, T, T] are by layer, `queries` and `keys` [V, T, C] the
     outputs of each block's projections. `leading` of the T tokens stand before the patches: 1 in
     a tower with a CLS token, otherwise 0. `layer` is the index of the hidden state that the
@@ -142,6 +144,7 @@ class EagerVision:
     text: Tensor | None
     text_patches: Tensor | None
     text_sign: int
+    planes: Tensor | None = None
 
     def by_token(self, values: Tensor) -> Tensor:
         """Values by view and patch [V, T - leading, ...] as means by token [N, ...]."""

@@ -173,7 +173,7 @@ def _run_prefill(plan: ExportPlan, mode: FakeTensorMode, decoder: nn.Module) -> 
             torch.empty(shape, dtype=getattr(torch, plan.dtype)) for _ in cache_names(spec.layers)
         ]
         inputs = (
-            torch.empty(1, rows, spec.width),
+            torch.empty(1, rows, spec.row_width),
             torch.zeros(spec.axes, rows, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int64),

@@ -127,6 +127,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             given=[*sort_features(plan.tower_needs), *([Feature.TEXT] if phrase else [])],
             text_sign=-1 if plan.reads_clip else 1,
             grid=spec.position_grid(bucket),
+            planes=spec.decoder.planes,
         ),
         dtype=plan.dtype,
         dialect=plan.dialect,

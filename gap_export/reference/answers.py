@@ -111,7 +111,10 @@ class Reference:
         """What is kept of the picture at a ratio, as visual tokens; None keeps all."""
         vision, bucket = question.vision, question.bucket
         removable = bucket.removable
-        tokens = dict(zip(removable, vision.tokens, strict=True))
+        rows = vision.tokens
+        if vision.planes is not None:
+            rows = torch.cat([rows, vision.planes], dim=1)
+        tokens = dict(zip(removable, rows, strict=True))
         if bucket.fixed:
             tokens |= dict(zip(bucket.fixed, self.model.fixed_tokens(bucket), strict=True))
         if entry is None:
@@ -203,7 +206,8 @@ class Reference:
                 text_patches=model.text_patches(vision),
                 text_sign=-1,
             )
-        rows = model.embed(model.encode_phrase(phrase))
+        # Without the planes that rows of some decoders bring.
+        rows = model.embed(model.encode_phrase(phrase))[:, : vision.tokens.shape[1]]
         return replace(
             vision,
             text=torch.stack([row / row.norm() for row in rows]).mean(dim=0),

@@ -84,6 +84,7 @@ class EagerLlama:
 
         The library takes position IDs as [1, S], or as [axes, 1, S] where there are several.
         """
+        embeddings, more = self.split_planes(embeddings)
         rows, seen = len(embeddings), cache.get_seq_length()
         # An explicit mask: without one the library takes gaps in the position IDs for the
         # borders of packed sequences.
@@ -95,9 +96,14 @@ class EagerLlama:
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
+            **more,
         )
         logits: Tensor = self._head(output.last_hidden_state[0, -1])
         return logits.float()
+
+    def split_planes(self, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The embeddings in the decoder's rows, and what the library takes besides."""
+        return rows, {}
 
     @contextmanager
     def observe(self) -> Iterator[Callable[[], dict[str, InputStatistics]]]:

@@ -98,7 +98,7 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
     caches = [spec for spec in decoder.inputs if spec.name.startswith("cache_")]
     wanted = (1, cache.heads, layout.capacity, cache.head_dim)
     claims = {
-        "embedding": manifest.embedding.shape[-1] == shapes.get("embeddings", (None,))[-1],
+        "embedding": _is_row_width(shapes.get("embeddings", (0,))[-1], manifest),
         "embedding.offset": manifest.embedding.offset >= 0,
         "cache": len(caches) == 2 * cache.layers
         and all((spec.shape, spec.dtype) == (wanted, cache.dtype) for spec in caches),
@@ -117,6 +117,12 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
         wrong = ["layout"]
     if wrong:
         raise SchemaError(f"{path}: {wrong[0]} does not fit the graphs; export again")
+
+
+def _is_row_width(width: int | str, manifest: Manifest) -> bool:
+    """Whether rows of the decoder are so wide: an embedding, and planes of its width or none."""
+    own = manifest.embedding.shape[-1]
+    return isinstance(width, int) and own > 0 and width >= own and width % own == 0
 
 
 def _are_canvases_usable(preprocess: Preprocess) -> bool:
@@ -168,10 +174,11 @@ def _is_phrase_told(manifest: Manifest) -> bool:
 def _fits_its_graph(entry: RatioEntry, manifest: Manifest) -> bool:
     """Whether the vision graph of a ratio takes and gives what the counts say."""
     layout = manifest.layout.at(entry)
-    axes = _shapes(manifest.stage(DECODER)).get("position_ids", (None,))[0]
+    decoder = _shapes(manifest.stage(DECODER))
+    axes = decoder.get("position_ids", (None,))[0]
     expected = {
         "pixels": manifest.preprocess.pixel_shape(manifest.bucket(entry.bucket)),
-        "visual_tokens": (1, layout.visual, manifest.embedding.shape[-1]),
+        "visual_tokens": (1, layout.visual, decoder.get("embeddings", (None,))[-1]),
         "kept_index": (1, entry.kept),
         "position_ids": (axes, layout.prompt),
     }

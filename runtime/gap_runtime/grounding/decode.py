@@ -7,6 +7,7 @@ on from the last one that the vision graph gave, in whatever mode that was made.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ from gap_runtime.bundle.bundle import embedding_rows
 from gap_runtime.errors import EngineError
 from gap_runtime.grounding.draft import Drafter
 
-# A axes of positions, S prompt rows, D width, V vocabulary, K + E visual tokens.
+# A axes of positions, S prompt rows, D width, W width of the decoder's rows (an embedding, and
+# planes of zeros behind it where it takes planes), V vocabulary, K + E visual tokens.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +43,25 @@ class Decoded:
 def splice_prompt(
     table: np.ndarray, prefix: list[int], visual: np.ndarray, suffix: list[int]
 ) -> np.ndarray:
-    """Prompt embeddings float32 [1, S, D].
+    """Prompt embeddings float32 [1, S, W].
 
     Args:
         table: Token embeddings [V, D].
         prefix: Token IDs before the picture.
-        visual: The vision graph's tokens [1, K + E, D].
+        visual: The vision graph's tokens [1, K + E, W].
         suffix: Token IDs after the picture.
     """
-    before, after = (embedding_rows(table, ids)[None] for ids in (prefix, suffix))
-    return np.concatenate([before, visual, after], axis=1, dtype=np.float32)
+    before, count = len(prefix), visual.shape[1]
+    rows = np.zeros((1, before + count + len(suffix), visual.shape[2]), np.float32)
+    _put_text(rows[:, :before], table, prefix)
+    rows[:, before : before + count] = visual
+    _put_text(rows[:, before + count :], table, suffix)
+    return rows
+
+
+def _put_text(rows: np.ndarray, table: np.ndarray, ids: Sequence[int]) -> None:
+    """Write tokens' embeddings into rows [1, S, W] of zeros; planes of text stay zeros."""
+    rows[0, :, : table.shape[1]] = embedding_rows(table, ids)
 
 
 def decode_greedily(
@@ -73,7 +84,7 @@ def decode_greedily(
     Args:
         decoder: A session; its cache is written from slot `held` on.
         table: Token embeddings [V, D].
-        prompt: Embeddings [1, S, D] of what the cache does not hold.
+        prompt: Embeddings [1, S, W] of what the cache does not hold.
         position_ids: Of the whole prompt, int64 [A, held + S]; columns behind it are not looked
             at.
         held: Slots of the cache that hold the prompt's beginning already.
@@ -165,20 +176,22 @@ class _Caller:
         """
         if self._is_prefilled:
             # The last token has been chosen, but not been seen by the decoder yet.
-            known, slot = embedding_rows(self._table, [answer[-1]])[None], len(answer) - 1
-            known_positions, slot = self._behind(slot, 1), self._length + slot
+            given, slot = len(answer) - 1, self._length + len(answer) - 1
+            count, known_positions = 1, self._behind(given, 1)
         else:
-            known, slot = self._prompt, self._held
+            count, slot = self._prompt.shape[1], self._held
             known_positions = self._positions[:, slot:]
-        self._is_prefilled = True
-        count = known.shape[1]
         rows = self._decoder.fit(count + len(draft))
         if rows is None or slot + rows > self._capacity:
             draft = []
             rows = self._decoder.fit(count) or count
-        embeddings = np.zeros((1, rows, known.shape[2]), np.float32)
-        embeddings[:, :count] = known
-        embeddings[:, count : count + len(draft)] = embedding_rows(self._table, draft)
+        embeddings = np.zeros((1, rows, self._prompt.shape[2]), np.float32)
+        if self._is_prefilled:
+            _put_text(embeddings[:, : 1 + len(draft)], self._table, [answer[-1], *draft])
+        else:
+            embeddings[:, :count] = self._prompt
+            _put_text(embeddings[:, count : count + len(draft)], self._table, draft)
+        self._is_prefilled = True
         behind = self._behind(slot + count - self._length, rows - count)
         positions = np.concatenate([known_positions, behind], axis=1)
         wanted = np.arange(count - 1, count + len(draft))

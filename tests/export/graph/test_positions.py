@@ -186,6 +186,7 @@ def run_stage(case, mode, *, constant=False):
         given=[],
         text_sign=1,
         grid=None,
+        planes=0,
     )
     features = torch.tensor(removable, dtype=torch.float32)[None, :, None] + 1
     tokens, index, position_ids = stage(features, [])

@@ -142,6 +142,17 @@ def test_splice_without_text_around():
     assert splice_prompt(TABLE, [], visual, []).tolist() == visual.tolist()
 
 
+def test_planes_behind_a_row_of_text_are_zeros():
+    visual = np.array([[[-1, -2, -3, -4, -5, -6]]], dtype=np.float32)
+    rows = splice_prompt(TABLE, [1], visual, [4])
+    assert rows.tolist() == [[[2, 3, 0, 0, 0, 0], [-1, -2, -3, -4, -5, -6], [8, 9, 0, 0, 0, 0]]]
+    decoder = FakeDecoder([3, STOP])
+    decode_greedily(decoder, TABLE, rows, np.arange(3)[None], most=4, capacity=7, stop_ids=(STOP,))
+    prefill, step = (call["embeddings"].tolist() for call in decoder.calls)
+    assert prefill == rows.tolist()
+    assert step == [[[6, 7, 0, 0, 0, 0]]]
+
+
 class ScriptedDrafter:
     """Drafts by chance from the true answer: some right, some wrong from some token on."""
 
