@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gap_export.config.records import POSITION_MODES
+from gap_export.config.records import GRID_MODE, POSITION_MODES
 from gap_export.interfaces.family import geometry_of
 from gap_export.interfaces.features import VisionFeatures
 from gap_export.pipeline.asking import open_reference
@@ -70,7 +70,11 @@ def tabulate_positions(
         suffix = len(plan.encoder.encode(phrase).suffix)
     tables = []
     for entry, chosen, example in _choices(plan, phrase, image, display):
-        modes = tuple(_map(plan, entry, chosen, suffix, mode) for mode in POSITION_MODES)
+        modes = tuple(
+            _map(plan, entry, chosen, suffix, mode)
+            for mode in POSITION_MODES
+            if mode != GRID_MODE or plan.spec.decoder.axes > 1
+        )
         tables.append(
             PositionTable(
                 ratio=entry.ratio,

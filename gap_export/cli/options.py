@@ -29,7 +29,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions",
         metavar="MODE",
-        help="gap (default), compact, permuted or permuted-compact; the last three are ablations",
+        help="gap (default); for comparison compact, permuted, permuted-compact, or compact-grid "
+        "where a token has three position IDs",
     )
     parser.add_argument(
         "--extra-token",

@@ -20,9 +20,12 @@ POSITION_LINES: Final[dict[PositionMode, str]] = {
     "compact": "raster order, IDs counted anew without gaps; an ablation, boxes are lost",
     "permuted": "the pruner's own order, each token with its ID; an ablation",
     "permuted-compact": "the pruner's own order, IDs counted anew; an ablation",
+    "compact-grid": "rows and columns kept, text right behind them; where a token has three IDs",
 }
 """How slots are ordered and numbered: a line for people about each mode."""
 POSITION_MODES: Final[tuple[PositionMode, ...]] = get_args(PositionMode)
+GRID_MODE: Final[PositionMode] = "compact-grid"
+"""The mode that only tokens with IDs by row and column have."""
 EXTRA_RULES: Final[tuple[ExtraRule, ...]] = get_args(ExtraRule)
 DTYPES: Final[tuple[ModelDtype, ...]] = get_args(ModelDtype)
 

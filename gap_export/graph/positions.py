@@ -15,10 +15,13 @@ columns is its place:
 
     mode              visual IDs: time, row, column                text after
     gap, permuted     s, s + I[r] // C, s + I[r] mod C             s + max(R, C) + j
-    the compact ones  s + r as all three                           s + K + j
+    compact-grid      the same, in raster order                    1 + the largest visual ID + j
+    the other two     s + r as all three                           s + K + j
 
-So a kept token stays in its cell, and text goes on where it did before pruning. The extra token's
-rules hold as below with cells for indices; behind the last visual token is s + max(R, C).
+So a kept token stays in its cell, and text goes on where it did before pruning; `compact-grid`
+keeps the cells and moves the text up to them, as OpenVINO GenAI does. With one axis it would be
+`compact` and is refused. The extra token's rules hold as below with cells for indices; behind the
+last visual token is s + max(R, C), in `compact-grid` 1 + the largest ID of a kept one.
 
 An extra token, made of removed ones, lies behind the kept ones. It is the last of the order in
 every mode but one, and counts as one more token wherever IDs are compact:
@@ -43,12 +46,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gap_export.config.records import GRID_MODE
 from gap_runtime.bundle.layout import TokenLayout
 
 # A axes of positions, B batch (1), K kept, E extra (0 or 1), V visual slots, N visual tokens, S
 # prompt slots.
 
-_RASTER: Final = frozenset({"gap", "compact"})
+_RASTER: Final = frozenset({"gap", "compact", GRID_MODE})
 _COMPACT: Final = frozenset({"compact", "permuted-compact"})
 CENTROID: Final = "centroid"
 AXES: Final = 3
@@ -134,7 +138,9 @@ def _number(
     if grid is not None:
         end = max(grid)
         visual_AV = torch.index_select(torch.tensor(_lay_cells(*grid)), 1, visual_BV[0])
-    start = layout.prefix + end + (extra_rule == "append")
+    start: Tensor | int = layout.prefix + end + (extra_rule == "append")
+    if mode == GRID_MODE:
+        visual_AV, start = _close_up(layout, visual_AV, extra_rule)
     return torch.cat(
         [
             torch.cat([torch.arange(layout.prefix)[None]] * axes),
@@ -143,6 +149,18 @@ def _number(
         ],
         dim=1,
     )
+
+
+def _close_up(
+    layout: TokenLayout, visual_AV: Tensor, extra_rule: str | None
+) -> tuple[Tensor, Tensor]:
+    """Visual IDs from the picture's start with text right behind the largest, and its first ID."""
+    if extra_rule != "append":
+        return visual_AV, layout.prefix + 1 + visual_AV.amax()
+    cells_AK = visual_AV[:, : layout.kept]
+    behind = 1 + cells_AK.amax()
+    extra_A1 = behind.expand(AXES, 1)
+    return torch.cat([cells_AK, extra_A1], dim=1), layout.prefix + 1 + behind
 
 
 def _lay_cells(rows: int, columns: int) -> list[list[int]]:

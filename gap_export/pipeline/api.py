@@ -30,7 +30,8 @@ def export(
         keep: Counts of visual tokens that stay, instead of ratios; those of the whole picture,
             the ends of rows among them where it is cut into tiles.
         pruner: What chooses the tokens that stay.
-        positions: `gap`, or for comparison `compact`, `permuted` or `permuted-compact`.
+        positions: `gap`, or for comparison `compact`, `permuted`, `permuted-compact` or, where a
+            token has three position IDs, `compact-grid`.
         extra_token: Place of the token that some pruners make of what they remove:
             `last-visual`, `append`, `centroid` or `drop`.
         dtype: `float32`, `float16` or `bfloat16`.

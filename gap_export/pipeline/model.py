@@ -8,7 +8,7 @@ from pathlib import Path
 from gap_export.checkpoint.index import Checkpoint, Fetch, open_checkpoint, open_part
 from gap_export.config.families import resolve_family
 from gap_export.config.pruners import PRUNERS
-from gap_export.config.records import ExportConfig, NamedConfig
+from gap_export.config.records import GRID_MODE, ExportConfig, NamedConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import Family, ModelSpec
 from gap_export.interfaces.features import CLS_FEATURES, Feature, Pruner
@@ -63,6 +63,12 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
     spec = family.read_spec(checkpoint, config)
     if config.box.frame is not None:
         spec = replace(spec, box=replace(spec.box, frame=config.box.frame))
+    if config.prune.positions == GRID_MODE and spec.decoder.axes == 1:
+        raise ConfigError(
+            f"prune.positions '{GRID_MODE}': a token of family '{family_name}' has one position "
+            "ID, so no row and column can be kept apart from it; use gap, or compact, which it "
+            "would be"
+        )
     given = set(spec.features) | {Feature.TOKENS, Feature.TEXT}
     if not reads_clip:
         given.add(Feature.TEXT_PATCHES)

@@ -80,13 +80,18 @@ def place_tokens(
     marks = sorted(order) if extra_place is None else sorted([*order, extra_place])
     raster = [EXTRA_INDEX if mark == extra_place else int(mark) for mark in marks]
     own = list(order) if extra_place is None else [*order, EXTRA_INDEX]
-    if mode in {"gap", "permuted"}:
+    if mode in {"gap", "permuted", "compact-grid"}:
         cells = [_find_cell(math.floor(mark), patches, grid) for mark in marks]
         text_start = _find_cell(patches, patches, grid)[0] + (extra_place == patches)
+        if mode == "compact-grid":
+            kept_cells = [cell for cell, mark in zip(cells, marks, strict=True) if mark != patches]
+            text_start = 1 + max(max(cell) for cell in kept_cells)
+            if extra_place == patches:
+                cells, text_start = [*kept_cells, (text_start,) * 3], text_start + 1
     else:
         cells = [(rank,) * (1 if grid is None else 3) for rank in range(len(marks))]
         text_start = len(marks)
-    slots = raster if mode in {"gap", "compact"} else own
+    slots = own if mode.startswith("permuted") else raster
     ids = [
         [
             *range(before),

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions",
         metavar="MODE",
-        help="gap (default), compact, permuted or permuted-compact",
+        help="gap (default), compact, permuted, permuted-compact or compact-grid",
     )
     parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
     add_evaluation_arguments(parser)

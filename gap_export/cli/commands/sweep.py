@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="modes",
         metavar="MODE",
         default=list(_MODES),
-        help="gap, compact, permuted or permuted-compact (default: the first three)",
+        help="gap, compact, permuted, permuted-compact or compact-grid (default: the first three)",
     )
     parser.add_argument(
         "--pytorch", action="store_true", help="ask PyTorch too, and count the differing answers"

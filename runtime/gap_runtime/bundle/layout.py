@@ -9,7 +9,7 @@ from typing import Literal
 
 from gap_runtime.errors import ConfigError
 
-PositionMode = Literal["gap", "compact", "permuted", "permuted-compact"]
+PositionMode = Literal["gap", "compact", "permuted", "permuted-compact", "compact-grid"]
 """In which order kept tokens lie, and which position IDs they have."""
 ExtraRule = Literal["last-visual", "append", "centroid", "drop"]
 """Where the token goes that a pruner makes of removed ones."""

@@ -14,11 +14,12 @@ from truths import pruners as truth
 from truths.families import find_truth
 
 from gap_export.cli import main as cli
-from gap_export.config.records import EXTRA_RULES, POSITION_MODES
+from gap_export.config.records import EXTRA_RULES, GRID_MODE, POSITION_MODES
 from gap_export.config.shipped import package_data
 from gap_runtime.bundle.layout import count_kept
 from gap_runtime.registry import list_plugins, load_plugin
 
+MODES = [mode for mode in POSITION_MODES if mode != GRID_MODE]
 PRUNERS = sorted(list_plugins("gap_export.pruners"))
 MODULES = {name: load_plugin("gap_export.pruners", name, "pruner") for name in PRUNERS}
 ADAPTIVE = tuple(name for name in PRUNERS if hasattr(MODULES[name], "count_adaptively"))
@@ -90,7 +91,7 @@ def refshapes_with(pruner):
 
 def require_modes(mapping, order, weights=None, rule=None):
     """All four modes of one ratio, by tests/truths/pruners.py."""
-    assert [mode["mode"] for mode in mapping["modes"]] == list(POSITION_MODES)
+    assert [mode["mode"] for mode in mapping["modes"]] == MODES
     for mode in mapping["modes"]:
         prefix, suffix = len(mode["prefix_ids"]), len(mode["suffix_ids"])
         slots, ids, first = truth.place(
@@ -216,7 +217,7 @@ def test_positions_for_people(run, find, name):
     code, out, _ = run("positions", *arguments, "--ratio", 0.5, "--ratio", 0.75)
     assert code == 0
     plain = re.sub(r"[^\x20-\x7e\n]", " ", out)
-    for mode in POSITION_MODES:
+    for mode in MODES:
         assert plain.count(f" {mode} ") >= 2
     total = 64 if name == "refshapes" else 16
     for ratio in (0.5, 0.75):

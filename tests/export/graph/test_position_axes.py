@@ -85,3 +85,32 @@ def test_an_extra_token_has_a_cell(rule, centroid, place, extra, text):
     expected = [[0, 1, *(cell[axis] for cell in cells), text, text + 1] for axis in range(3)]
     assert by_graph(*asked, "gap", rule=rule, centroid=centroid) == expected
     assert by_reference(*asked, "gap", place) == expected
+
+
+@given(choices())
+@settings(max_examples=30, deadline=None)
+def test_the_grid_mode_moves_the_text_up_to_the_kept_cells(choice):
+    before, grid, after, order = choice
+    kept = count_positions(before, grid, 0)[:, [before + k for k in sorted(order)]]
+    start = int(kept.max()) + 1
+    expected = [[*range(before), *axis.tolist(), *range(start, start + after)] for axis in kept]
+    assert by_graph(*choice, "compact-grid") == expected
+    assert by_reference(*choice, "compact-grid") == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "centroid", "place", "extra", "text"),
+    [
+        # 3 rows of 3; the extra token behind 1 and 3: the last cell, behind all, the cell of 2.
+        ("last-visual", None, 8.5, [2, 4, 4], 5),
+        ("append", None, 9, [4, 4, 4], 5),
+        ("centroid", 2, 2.5, [2, 2, 4], 5),
+    ],
+)
+def test_an_extra_token_of_the_grid_mode(rule, centroid, place, extra, text):
+    asked = 2, (3, 3), 2, (3, 1)
+    first, second = [2, 2, 3], [2, 3, 2]
+    cells = [first, extra, second] if rule == "centroid" else [first, second, extra]
+    expected = [[0, 1, *(cell[axis] for cell in cells), text, text + 1] for axis in range(3)]
+    assert by_graph(*asked, "compact-grid", rule=rule, centroid=centroid) == expected
+    assert by_reference(*asked, "compact-grid", place) == expected

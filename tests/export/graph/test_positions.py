@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from truths import pruners as pruner_formulas
 
-from gap_export.config.records import EXTRA_RULES, POSITION_MODES, PruneConfig
+from gap_export.config.records import EXTRA_RULES, GRID_MODE, POSITION_MODES, PruneConfig
 from gap_export.graph.positions import keeps_raster_order, place_tokens
 from gap_export.graph.vision import PruneStage
 from gap_export.interfaces.features import Geometry, Kept
 from gap_export.reference import choice as reference
 from gap_runtime.bundle.layout import TokenLayout
 
+MODES = tuple(mode for mode in POSITION_MODES if mode != GRID_MODE)
 GAP_TABLE = {
     # mode: patches by visual slot, position IDs; 2 before, 4 patches, 3 after, order 3 then 1
     "gap": ([1, 3], [0, 1, 3, 5, 6, 7, 8]),
@@ -252,7 +253,7 @@ def test_gap_in_worked_examples(before, patches, kept, after, expected, first_ne
     assert expected[-1] + 1 == first_new
 
 
-@pytest.mark.parametrize("mode", POSITION_MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("constant", [False, True])
 def test_every_mode_in_the_worked_example(mode, constant):
     assert run_stage(worked(), mode, constant=constant) == GAP_TABLE[mode]
@@ -273,11 +274,11 @@ def test_every_extra_rule_in_the_worked_example(mode, rule, constant):
 
 
 def test_there_are_exactly_these_modes_and_rules():
-    assert set(POSITION_MODES) == set(GAP_TABLE)
-    assert [mode for mode in POSITION_MODES if keeps_raster_order(mode)] == ["gap", "compact"]
+    assert set(MODES) == set(GAP_TABLE)
+    assert [mode for mode in MODES if keeps_raster_order(mode)] == ["gap", "compact"]
     # Dropped is as if there were none.
     assert set(EXTRA_RULES) == {rule for _, rule in EXTRA_TABLE} | {"drop"}
-    assert {mode for mode, _ in EXTRA_TABLE} == set(POSITION_MODES)
+    assert {mode for mode, _ in EXTRA_TABLE} == set(MODES)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -296,7 +297,7 @@ def test_the_mapping_is_exact_for_large_indices(rule):
 
 
 @settings(max_examples=300)
-@given(cases(rules=RULES), st.sampled_from(tuple(POSITION_MODES)), st.booleans())
+@given(cases(rules=RULES), st.sampled_from(MODES), st.booleans())
 def test_all_implementations_agree(case, mode, constant):
     expected = by_loops(case, mode)
     assert by_reference(case, mode) == expected
@@ -307,7 +308,7 @@ def test_all_implementations_agree(case, mode, constant):
 
 
 @settings(max_examples=300)
-@given(cases(rules=RULES, newlines=True), st.sampled_from(tuple(POSITION_MODES)), st.booleans())
+@given(cases(rules=RULES, newlines=True), st.sampled_from(MODES), st.booleans())
 def test_tokens_that_are_never_removed_lie_where_they_lay(case, mode, constant):
     """Newlines of a tiled picture: kept always, last in the pruner's own order."""
     slots, ids = run_stage(case, mode, constant=constant)
@@ -321,7 +322,7 @@ def test_tokens_that_are_never_removed_lie_where_they_lay(case, mode, constant):
 
 
 @settings(max_examples=200)
-@given(cases(), st.sampled_from(RULES[1:]), st.sampled_from(tuple(POSITION_MODES)))
+@given(cases(), st.sampled_from(RULES[1:]), st.sampled_from(MODES))
 def test_an_extra_token_moves_no_other(case, rule, mode):
     """But for `append`, which moves the text after it on, and wherever IDs are compact."""
     weights = tuple(int(index not in case.order) for index in range(case.patches))
