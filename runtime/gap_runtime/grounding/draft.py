@@ -26,6 +26,7 @@ PHRASE: Final = "{phrase}"
 LONGEST: Final = MOST_LOGITS - 1
 """Tokens of a draft at most: they follow the last token that is known."""
 _DIGITS: Final = "0123456789"
+_OPENING: Final = "[{<("
 _TRIES: Final = 2
 """Misses at one place of the form after which nothing is drafted there any more."""
 _TRUST: Final = 8
@@ -139,12 +140,16 @@ class Drafter:
 def _find_rest(form: str, text: str) -> str:
     """What the form still holds behind a text: one that fills it, or whose last words do.
 
-    An answer may also leave out what the form has before its box.
+    An answer may also leave out what the form has before its box, up to a bracket.
     """
     head = form.partition(DIGIT)[0]
-    forms = [form[place:] for place, letter in enumerate(head) if letter == form[0]]
-    starts = [0, *(place for place, letter in enumerate(text) if place and letter == form[0])]
-    pairs = ((each, text[start:]) for each in forms for start in starts)
+    begins = {form[0], *_OPENING}
+    forms = [form[place:] for place, letter in enumerate(head) if letter in begins]
+    pairs = (
+        (each, text[start:])
+        for each in forms
+        for start in (0, *(k for k, letter in enumerate(text) if k and letter == each[0]))
+    )
     return next((rest for each, behind in pairs if (rest := _rest(each, behind))), "")
 
 

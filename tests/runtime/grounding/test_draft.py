@@ -1,13 +1,15 @@
 """Drafts: what the form forces, with tokenizers that keep digits apart and such that join them."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gap_runtime.grounding.draft import Drafter
 
 LLAVA = "[0.##, 0.##, 0.##, 0.##]"
 SHIKRA = "[0.###,0.###,0.###,0.###]"
 MINIGPT = "{<##><##><##><##>}"
+BOX = '{"bbox_2d": [123, 45, 678, 1000], "label": "the red mug"}'
+QWEN = '```json\n[\n\t{"bbox_2d": [###, ###, ###, ###], "label": "{phrase}"}\n]\n```'
 BEFORE = "? ASSISTANT:"
 
 
@@ -262,3 +264,40 @@ def test_memory_does_not_grow_with_phrases():
         replay(drafter.about(phrase), refer(tokenizer, phrase))
         sizes.append(len(drafter._known) + len(drafter._trust))
     assert max(sizes[30:]) <= max(sizes[:30])
+
+
+def make_byte_tokenizer(before, *words):
+    """Qwen's form: pieces of bytes, digits apart; the words are pieces."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary, merges = {letter: k for k, letter in enumerate(alphabet)}, []
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for word in (before, *words):
+        piece = split.pre_tokenize_str(word)[0][0]
+        for length in range(2, len(piece) + 1):
+            if piece[:length] not in vocabulary:
+                vocabulary[piece[:length]] = len(vocabulary)
+                merges.append((piece[: length - 1], piece[length - 1]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    digits = pre_tokenizers.Split(Regex(r"\d|[^\s\w]+\n*|\s?[A-Za-z]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("answer", "calls"),
+    [
+        (f"```json\n[\n\t{BOX}\n]\n```", 18),
+        (f"[\n\t{BOX}\n]", 17),
+        (BOX, 16),
+    ],
+)
+def test_the_boxes_of_qwens_json(answer, calls):
+    """The frame of the answer, and the phrase as its label, are drafted."""
+    before = "assistant\n"
+    words = ("```", "json", '{"', "bbox", " [", "],", "label", '":', " the", " red", "mug", '"}')
+    tokenizer = make_byte_tokenizer(before, *words)
+    said = tokenizer.encode(before + answer, add_special_tokens=False).ids
+    said = said[len(tokenizer.encode(before, add_special_tokens=False).ids) :]
+    drafter = Drafter(tokenizer, QWEN, before).about("the red mug")
+    assert replay(drafter, said)[0] == calls < len(said) / 2
