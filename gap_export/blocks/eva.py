@@ -17,13 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gap_export.blocks.scores import (
-    cls_attention,
-    cls_similarity,
-    column_attention,
-    mean_keys,
-    merge_attention,
-)
+from gap_export.blocks.scores import give_features
+from gap_export.blocks.vit import Mlp, attend_fully
 from gap_export.interfaces.features import Feature
 
 # B batch (1), P patches, T P + CLS, C width, H heads, d head width.
@@ -68,20 +63,12 @@ class EvaTower(nn.Module):
         for block in encoder.blocks:
             before_BTC, states_BTC = states_BTC, block(states_BTC)
         states_BTC = self.ln_vision(states_BTC)
-        # What no pruner asks for is dropped again when the graph is tidied.
         query_BTC, key_BTC, _ = encoder.blocks[-1].project(before_BTC)
-        values = {
-            Feature.CLS_ATTENTION: cls_attention(query_BTC[:, 0], key_BTC, self.heads),
-            Feature.CLS_SIMILARITY: cls_similarity(states_BTC),
-            Feature.KEYS: mean_keys(key_BTC, self.heads),
-            Feature.MERGE_ATTENTION: merge_attention(query_BTC[:, 0], key_BTC),
-            Feature.MERGE_KEYS: key_BTC[:, 1:].float(),
-        }
-        if Feature.COLUMN_ATTENTION in self.needs:
-            values[Feature.COLUMN_ATTENTION] = column_attention(query_BTC, key_BTC, self.heads)
+        last = query_BTC, key_BTC
+        values = give_features(self.needs, states_BTC, last, last, self.heads)
         batch, tokens, width = states_BTC[:, 1:].shape
         strips = states_BTC[:, 1:].reshape(batch, tokens // self.strip, width * self.strip)
-        return strips, {feature: values[feature] for feature in self.needs}
+        return strips, values
 
 
 class _Encoder(nn.Module):
@@ -110,7 +97,7 @@ class _Block(nn.Module):
         self.norm1 = nn.LayerNorm(shape.width, eps=BLOCK_EPSILON)
         self.attn = _Attention(shape)
         self.norm2 = nn.LayerNorm(shape.width, eps=BLOCK_EPSILON)
-        self.mlp = _Mlp(shape)
+        self.mlp = Mlp(shape.width, shape.mlp, functional.gelu)
 
     def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, T, C] of the block's input."""
@@ -140,22 +127,5 @@ class _Attention(nn.Module):
         )
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        query, key, value = (self._split(x) for x in self.project(x_BTC))
-        mixed_BHTd = functional.scaled_dot_product_attention(query, key, value)
-        output: Tensor = self.proj(mixed_BHTd.transpose(1, 2).flatten(2))
-        return output
-
-    def _split(self, x_BTC: Tensor) -> Tensor:
-        batch, tokens, width = x_BTC.shape
-        return x_BTC.reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
-
-
-class _Mlp(nn.Module):
-    def __init__(self, shape: EvaShape) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(shape.width, shape.mlp)
-        self.fc2 = nn.Linear(shape.mlp, shape.width)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        output: Tensor = self.fc2(functional.gelu(self.fc1(x_BTC)))
+        output: Tensor = self.proj(attend_fully(*self.project(x_BTC), self.heads))
         return output

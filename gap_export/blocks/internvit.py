@@ -15,16 +15,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from gap_export.blocks.scores import (
-    cls_attention,
-    cls_similarity,
-    column_attention,
-    mean_keys,
-    merge_attention,
-)
+from gap_export.blocks.scores import give_features
+from gap_export.blocks.vit import Mlp, attend_fully
 from gap_export.interfaces.features import Feature
 
 # B batch (1), V views, P patches of a view, T P + CLS, N tokens of all views, C width, H heads,
@@ -90,23 +84,13 @@ class InternVitTower(nn.Module):
             before_VTC, states_VTC = states_VTC, block(states_VTC)
         if self.shape.is_normed:
             states_VTC = tower.layernorm(states_VTC)
-        # What no pruner asks for is dropped again when the graph is tidied.
-        query_VTC, key_VTC = blocks[self.depth - 1].project(before_VTC)
-        merge_query_VTC, merge_key_VTC = query_VTC, key_VTC
+        last = merging = blocks[self.depth - 1].project(before_VTC)
         if self.depth < len(blocks):
-            merge_query_VTC, merge_key_VTC = blocks[self.depth].project(states_VTC)
-        values = {
-            Feature.CLS_ATTENTION: cls_attention(query_VTC[:, 0], key_VTC, heads),
-            Feature.CLS_SIMILARITY: cls_similarity(states_VTC),
-            Feature.KEYS: mean_keys(key_VTC, heads),
-            Feature.MERGE_ATTENTION: merge_attention(merge_query_VTC[:, 0], merge_key_VTC),
-            Feature.MERGE_KEYS: merge_key_VTC[:, 1:].float(),
-        }
-        if Feature.COLUMN_ATTENTION in self.needs:
-            values[Feature.COLUMN_ATTENTION] = column_attention(query_VTC, key_VTC, heads)
+            merging = blocks[self.depth].project(states_VTC)
+        values = give_features(self.needs, states_VTC, last, merging, heads)
         patches_BPC = self._arrange(states_VTC[:, 1:])
         return patches_BPC.reshape(1, -1, patches_BPC.shape[-1] * self.shape.cell**2), {
-            feature: self._arrange(values[feature]) for feature in self.needs
+            feature: self._arrange(value) for feature, value in values.items()
         }
 
     def _arrange(self, value_VP: Tensor) -> Tensor:
@@ -180,7 +164,7 @@ class _Block(nn.Module):
     def __init__(self, shape: InternVitShape) -> None:
         super().__init__()
         self.attention = _Attention(shape)
-        self.mlp = _Mlp(shape)
+        self.mlp = Mlp(shape.width, shape.mlp, ACT2FN[shape.activation])
         self.layernorm_before = _make_norm(shape)
         self.layernorm_after = _make_norm(shape)
         self.lambda_1 = nn.Parameter(torch.empty(shape.width))
@@ -222,25 +206,9 @@ class _Attention(_Projections):
         self.projection_layer = nn.Linear(shape.width, shape.width)
 
     def forward(self, x_VTC: Tensor) -> Tensor:
-        query, key, value = (self._split(x) for x in (*self.project(x_VTC), self.v_proj(x_VTC)))
-        mixed_VHTd = functional.scaled_dot_product_attention(query, key, value)
-        output: Tensor = self.projection_layer(mixed_VHTd.transpose(1, 2).flatten(2))
-        return output
-
-    def _split(self, x_VTC: Tensor) -> Tensor:
-        views, tokens, width = x_VTC.shape
-        return x_VTC.reshape(views, tokens, self.heads, width // self.heads).transpose(1, 2)
-
-
-class _Mlp(nn.Module):
-    def __init__(self, shape: InternVitShape) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(shape.width, shape.mlp)
-        self.fc2 = nn.Linear(shape.mlp, shape.width)
-        self.activation = ACT2FN[shape.activation]
-
-    def forward(self, x_VTC: Tensor) -> Tensor:
-        output: Tensor = self.fc2(self.activation(self.fc1(x_VTC)))
+        query_VTC, key_VTC = self.project(x_VTC)
+        mixed_VTC = attend_fully(query_VTC, key_VTC, self.v_proj(x_VTC), self.heads)
+        output: Tensor = self.projection_layer(mixed_VTC)
         return output
 
 

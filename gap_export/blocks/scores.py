@@ -9,7 +9,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gap_export.interfaces.features import Feature
+
 # V views, T tokens of a view (CLS first), P patches of a view, C width, H heads, d head width.
+
+
+def give_features(
+    needs: frozenset[Feature],
+    states_VTC: Tensor,
+    last: tuple[Tensor, Tensor],
+    merging: tuple[Tensor, Tensor],
+    heads: int,
+) -> dict[Feature, Tensor]:
+    """The by-products of a tower with a CLS token that are asked for.
+
+    What nobody asks for is dropped again when the graph is tidied.
+
+    Args:
+        needs: Those asked for.
+        states_VTC: Behind the last block that is run.
+        last: Queries and keys [V, T, C] of that block.
+        merging: Those of the block that merging pruners look at.
+        heads: Of every block.
+    """
+    query_VTC, key_VTC = last
+    merge_query_VTC, merge_key_VTC = merging
+    values = {
+        Feature.CLS_ATTENTION: cls_attention(query_VTC[:, 0], key_VTC, heads),
+        Feature.CLS_SIMILARITY: cls_similarity(states_VTC),
+        Feature.KEYS: mean_keys(key_VTC, heads),
+        Feature.MERGE_ATTENTION: merge_attention(merge_query_VTC[:, 0], merge_key_VTC),
+        Feature.MERGE_KEYS: merge_key_VTC[:, 1:].float(),
+    }
+    # It has the whole attention map, which is too large to be made for nothing.
+    if Feature.COLUMN_ATTENTION in needs:
+        values[Feature.COLUMN_ATTENTION] = column_attention(query_VTC, key_VTC, heads)
+    return {feature: values[feature] for feature in needs}
 
 
 def cls_attention(query_VC: Tensor, key_VTC: Tensor, heads: int) -> Tensor:

@@ -128,22 +128,23 @@ class EagerVision:
     outputs of each block's projections. `leading` of the T tokens stand before the patches: 1 in
     a tower with a CLS token, otherwise 0. `layer` is the index of the hidden state that the
     patches are taken from. `arrange` brings [V, T - leading, ...] into the order of the patches.
-    `text` [W] and `text_patches` [N, W] are None for pruners that need no phrase.
+    `text` [W] and `text_patches` [N, W] are None until a phrase is read, for pruners that need
+    one.
     """
 
     patches: Tensor
     tokens: Tensor
-    hidden_states: tuple[Tensor, ...]
-    attentions: tuple[Tensor, ...]
-    queries: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...] = ()
+    attentions: tuple[Tensor, ...] = ()
+    queries: tuple[Tensor, ...] = ()
+    keys: tuple[Tensor, ...] = ()
     leading: int
     layer: int
     geometry: Geometry
     arrange: Callable[[Tensor], Tensor]
-    text: Tensor | None
-    text_patches: Tensor | None
-    text_sign: int
+    text: Tensor | None = None
+    text_patches: Tensor | None = None
+    text_sign: int = 1
     planes: Tensor | None = None
 
     def by_token(self, values: Tensor) -> Tensor:

@@ -64,9 +64,6 @@ class EagerClip:
             layer=self._layer,
             geometry=geometry,
             arrange=arrange,
-            text=None,
-            text_patches=None,
-            text_sign=1,
         )
 
     @torch.no_grad()

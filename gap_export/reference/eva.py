@@ -80,9 +80,6 @@ class EagerEva:
             layer=self._layers,
             geometry=geometry,
             arrange=arrange,
-            text=None,
-            text_patches=None,
-            text_sign=1,
         )
 
     def normalize(self, patches: Tensor) -> Tensor:

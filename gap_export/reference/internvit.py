@@ -75,9 +75,6 @@ class EagerInternVit:
             layer=self._layer,
             geometry=geometry,
             arrange=arrange,
-            text=None,
-            text_patches=None,
-            text_sign=1,
         )
 
     def normalize(self, patches: Tensor) -> Tensor:

@@ -52,17 +52,10 @@ class EagerQwenVision:
         return EagerVision(
             patches=patches,
             tokens=project(patches),
-            hidden_states=(),
-            attentions=(),
-            queries=(),
-            keys=(),
             leading=0,
             layer=config.depth,
             geometry=geometry,
             arrange=arrange,
-            text=None,
-            text_patches=None,
-            text_sign=1,
         )
 
     def normalize(self, patches: Tensor) -> Tensor:
