@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from gap_export.blocks.scores import give_features
-from gap_export.blocks.vit import Mlp, attend_fully
+from gap_export.blocks.vit import Mlp, RmsNorm, attend_fully
 from gap_export.interfaces.features import Feature
 
 # B batch (1), V views, P patches of a view, T P + CLS, N tokens of all views, C width, H heads,
@@ -187,8 +187,8 @@ class _Projections(nn.Module):
         self.k_proj = nn.Linear(shape.width, shape.width, bias=shape.has_bias)
         self.has_head_norms = shape.has_head_norms
         if shape.has_head_norms:
-            self.q_norm = _RmsNorm(shape.width, _HEAD_EPSILON)
-            self.k_norm = _RmsNorm(shape.width, _HEAD_EPSILON)
+            self.q_norm = RmsNorm(shape.width, _HEAD_EPSILON)
+            self.k_norm = RmsNorm(shape.width, _HEAD_EPSILON)
 
     def project(self, x_VTC: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys [V, T, C]."""
@@ -212,20 +212,7 @@ class _Attention(_Projections):
         return output
 
 
-class _RmsNorm(nn.Module):
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.epsilon = epsilon
-
-    def forward(self, x_VTC: Tensor) -> Tensor:
-        wide_VTC = x_VTC.float()
-        mean_VT1 = wide_VTC.square().mean(dim=-1, keepdim=True)
-        normed_VTC = wide_VTC * torch.rsqrt(mean_VT1 + self.epsilon)
-        return self.weight * normed_VTC.to(x_VTC.dtype)
-
-
 def _make_norm(shape: InternVitShape) -> nn.Module:
     if shape.is_rms:
-        return _RmsNorm(shape.width, shape.epsilon)
+        return RmsNorm(shape.width, shape.epsilon)
     return nn.LayerNorm(shape.width, eps=shape.epsilon)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gap_export.blocks.vit import RmsNorm
+
 # B batch (1), N patches, M visual tokens (N / 4), W windows, n patches of a window, C width,
 # D decoder width, H heads, d head width.
 
@@ -85,7 +87,7 @@ class QwenMerger(nn.Module):
         super().__init__()
         wide = config.hidden_size * STRIP
         merger = nn.Module()
-        merger.ln_q = _Norm(config.hidden_size)
+        merger.ln_q = RmsNorm(config.hidden_size, _EPSILON)
         merger.mlp = nn.Sequential(
             nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, config.out_hidden_size)
         )
@@ -160,7 +162,8 @@ class _Block(nn.Module):
 
     def __init__(self, config: Any, windows: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _Norm(config.hidden_size), _Norm(config.hidden_size)
+        self.norm1 = RmsNorm(config.hidden_size, _EPSILON)
+        self.norm2 = RmsNorm(config.hidden_size, _EPSILON)
         self.attn = _Attention(config, windows)
         self.mlp = _Mlp(config)
 
@@ -211,16 +214,3 @@ class _Mlp(nn.Module):
     def forward(self, x_NC: Tensor) -> Tensor:
         output: Tensor = self.down_proj(functional.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))
         return output
-
-
-class _Norm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        mean = (wide * wide).mean(dim=-1, keepdim=True)
-        return self.weight * (wide / torch.sqrt(mean + _EPSILON)).to(x.dtype)

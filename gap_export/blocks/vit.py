@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +25,22 @@ class Mlp(nn.Module):
         """[B, T, C] to the same shape."""
         output: Tensor = self.fc2(self.activation(self.fc1(x_BTC)))
         return output
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        """Declare the parameter."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.epsilon = epsilon
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """[..., C] to the same shape and dtype."""
+        wide_BTC = x_BTC.float()
+        mean_BT1 = (wide_BTC * wide_BTC).mean(dim=-1, keepdim=True)
+        return self.weight * (wide_BTC / torch.sqrt(mean_BT1 + self.epsilon)).to(x_BTC.dtype)
 
 
 def attend_fully(query_BTC: Tensor, key_BTC: Tensor, value_BTC: Tensor, heads: int) -> Tensor:
