@@ -18,6 +18,7 @@ from transformers import (
 from gap_export.blocks.hf_config import parse_config, require_clip_tower
 from gap_export.blocks.scores import (
     cls_attention,
+    cls_features,
     cls_similarity,
     column_attention,
     mean_keys,
@@ -225,15 +226,7 @@ def clip_features(
     vision: CLIPVisionConfig, text: TextSpec | None
 ) -> dict[Feature, tuple[int, ...]]:
     """By-products that a CLIP tower gives, with their sizes behind the patches."""
-    width = vision.hidden_size
-    features: dict[Feature, tuple[int, ...]] = {
-        Feature.CLS_ATTENTION: (),
-        Feature.COLUMN_ATTENTION: (),
-        Feature.CLS_SIMILARITY: (),
-        Feature.KEYS: (width // vision.num_attention_heads,),
-        Feature.MERGE_ATTENTION: (),
-        Feature.MERGE_KEYS: (width,),
-    }
+    features = cls_features(vision.hidden_size, vision.num_attention_heads)
     if text is not None:
         features[Feature.TEXT_PATCHES] = (text.width,)
     return features

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.packed import read_packing, without_quantization
 from gap_export.config.families import NO_WAY, describe_model_type, find_family
 from gap_export.errors import CheckpointError
 from gap_runtime.pictures.boxes import BoxFormat
@@ -57,6 +58,29 @@ def parse_config(make: Callable[[], Config], where: str, kind: str) -> Config:
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{where}: not a {kind} config ({reason:.200})") from error
+
+
+def read_library_config(
+    checkpoint: Checkpoint, family: str, make: Callable[[dict[str, Any]], Config], kind: str
+) -> tuple[dict[str, Any], Config, str]:
+    """A checkpoint's config.json as it is, as the library's object, and its name for messages.
+
+    Args:
+        checkpoint: A folder in the library's own layout.
+        family: Whose it has to be.
+        make: The library's, from the file's data without what they say of packed weights.
+        kind: The model's name, for messages.
+
+    Raises:
+        CheckpointError: It is another family's, packed in a way that is not read, or refused by
+            the library.
+    """
+    where = str(checkpoint.folder / "config.json")
+    data = checkpoint.require_json("config.json")
+    require_model_type(data, family, where)
+    read_packing(data, where)
+    data = without_quantization(data)
+    return data, parse_config(lambda: make(data), where, kind), where
 
 
 def library_name(key: str) -> str:

@@ -14,6 +14,18 @@ from gap_export.interfaces.features import Feature
 # V views, T tokens of a view (CLS first), P patches of a view, C width, H heads, d head width.
 
 
+def cls_features(width: int, heads: int) -> dict[Feature, tuple[int, ...]]:
+    """By-products that any tower with a CLS token gives, with their sizes behind the patches."""
+    return {
+        Feature.CLS_ATTENTION: (),
+        Feature.COLUMN_ATTENTION: (),
+        Feature.CLS_SIMILARITY: (),
+        Feature.KEYS: (width // heads,),
+        Feature.MERGE_ATTENTION: (),
+        Feature.MERGE_KEYS: (width,),
+    }
+
+
 def give_features(
     needs: frozenset[Feature],
     states_VTC: Tensor,

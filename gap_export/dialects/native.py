@@ -12,82 +12,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gap_export.dialects import portable
 from gap_export.interfaces.dialect import Rows, merge_heads, slot_causal_mask, split_heads
 
 # B batch (1), S rows, H query heads, G key/value heads, L cache slots, D width, d head width,
 # E = H * d, F = G * d.
 
 OPSETS: Final = frozenset({24})
-OPERATORS: Final = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "ArgMax",
-        "Attention",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Conv",
-        "Cos",
-        "DequantizeLinear",
-        "Div",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gelu",
-        "Gemm",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "LayerNormalization",
-        "Less",
-        "LessOrEqual",
-        "MatMul",
-        "Max",
-        "Min",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pad",
-        "Pow",
-        "RMSNormalization",
-        "Range",
-        "Reciprocal",
-        "ReduceL2",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "RotaryEmbedding",
-        "Shape",
-        "Sigmoid",
-        "Sin",
-        "Slice",
-        "Softmax",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Swish",
-        "Tanh",
-        "TensorScatter",
-        "Tile",
-        "TopK",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
-)
+OPERATORS: Final = portable.OPERATORS | {
+    "Attention",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "Swish",
+    "TensorScatter",
+}
 """Standard operators without control flow or data-dependent shapes."""
 
 _FLOAT: Final = 1  # onnx.TensorProto.FLOAT

@@ -30,16 +30,16 @@ from gap_export.blocks.hf_config import (
     find_image_token,
     find_stop_ids,
     library_name,
-    parse_config,
     processor_config,
+    read_library_config,
     read_normalization,
-    require_model_type,
     require_patches_alone,
 )
 from gap_export.blocks.internvit import InternVitShape, InternVitTower
 from gap_export.blocks.projector import Projector
+from gap_export.blocks.scores import cls_features
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
+from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -104,12 +104,9 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         CheckpointError: The config describes something that this family does not have.
         ConfigError: `image.canvas` cannot be read or names a canvas that the model has not.
     """
-    where = str(checkpoint.folder / "config.json")
-    data = checkpoint.require_json("config.json")
-    require_model_type(data, "internvl", where)
-    read_packing(data, where)
-    data = without_quantization(data)
-    library = parse_config(lambda: InternVLConfig.from_dict(data), where, "InternVL")
+    data, library, where = read_library_config(
+        checkpoint, "internvl", InternVLConfig.from_dict, "InternVL"
+    )
     require_patches_alone(library, where)
     resolve_layer(library.vision_config, library.vision_feature_layer, where)
     tower = _read_tower(library, where)
@@ -121,14 +118,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     return ModelSpec(
         buckets=_read_buckets(config.image.canvas, preprocess, tower),
         vision_width=tower.width * tower.cell**2,
-        features={
-            Feature.CLS_ATTENTION: (),
-            Feature.COLUMN_ATTENTION: (),
-            Feature.CLS_SIMILARITY: (),
-            Feature.KEYS: (tower.width // tower.heads,),
-            Feature.MERGE_ATTENTION: (),
-            Feature.MERGE_KEYS: (tower.width,),
-        },
+        features=cls_features(tower.width, tower.heads),
         text=None,
         decoder=llama.read_decoder(text, where, is_tied=library.tie_word_embeddings),
         tokenizer=TokenizerFiles(folder=checkpoint.folder),

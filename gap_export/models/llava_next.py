@@ -41,11 +41,10 @@ from gap_export.blocks.hf_config import (
     find_image_token,
     find_stop_ids,
     library_name,
-    parse_config,
     processor_config,
+    read_library_config,
     read_normalization,
     require_clip_tower,
-    require_model_type,
     require_patches_alone,
 )
 from gap_export.blocks.projector import Projector
@@ -56,7 +55,7 @@ from gap_export.checkpoint.adapter import (
     replace_values,
 )
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
+from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -114,12 +113,9 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         CheckpointError: The config describes something that this family does not have.
         ConfigError: `image.canvas` cannot be read or names a canvas that the model has not.
     """
-    where = str(checkpoint.folder / "config.json")
-    data = checkpoint.require_json("config.json")
-    require_model_type(data, "llava_next", where)
-    read_packing(data, where)
-    data = without_quantization(data)
-    library = parse_config(lambda: LlavaNextConfig.from_dict(data), where, "LLaVA-NeXT")
+    data, library, where = read_library_config(
+        checkpoint, "llava_next", LlavaNextConfig.from_dict, "LLaVA-NeXT"
+    )
     vision, text = library.vision_config, library.text_config
     require_clip_tower(vision, where)
     require_patches_alone(library, where)

@@ -31,6 +31,7 @@ from gap_export.blocks import llama
 from gap_export.blocks.eva import EvaShape, EvaTower
 from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
 from gap_export.blocks.projector import Projector
+from gap_export.blocks.scores import cls_features
 from gap_export.checkpoint.adapter import add_pair
 from gap_export.checkpoint.differences import refuse_differences
 from gap_export.checkpoint.index import Checkpoint
@@ -111,14 +112,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             Bucket(name="", canvas=None, grids=(_token_grid(tower),), strip=_STRIP, fixed=()),
         ),
         vision_width=_STRIP * tower.width,
-        features={
-            Feature.CLS_ATTENTION: (),
-            Feature.COLUMN_ATTENTION: (),
-            Feature.CLS_SIMILARITY: (),
-            Feature.KEYS: (tower.width // tower.heads,),
-            Feature.MERGE_ATTENTION: (),
-            Feature.MERGE_KEYS: (tower.width,),
-        },
+        features=cls_features(tower.width, tower.heads),
         text=None,
         decoder=llama.read_decoder(text, where),
         tokenizer=TokenizerFiles(folder=language.folder, rule="stripped"),

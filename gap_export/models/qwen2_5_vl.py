@@ -26,14 +26,13 @@ from gap_export.blocks import llama
 from gap_export.blocks.hf_config import (
     find_image_token,
     find_stop_ids,
-    parse_config,
     processor_config,
+    read_library_config,
     read_normalization,
-    require_model_type,
 )
 from gap_export.blocks.qwen_vision import MERGE, STRIP, QwenMerger, QwenTower
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
+from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -89,12 +88,9 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         CheckpointError: The config describes something that this family does not have.
         ConfigError: `image.canvas` cannot be read, or windows would not be equal.
     """
-    where = str(checkpoint.folder / "config.json")
-    data = checkpoint.require_json("config.json")
-    require_model_type(data, "qwen2_5_vl", where)
-    read_packing(data, where)
-    data = without_quantization(data)
-    library = parse_config(lambda: Qwen2_5_VLConfig.from_dict(data), where, "Qwen2.5-VL")
+    data, library, where = read_library_config(
+        checkpoint, "qwen2_5_vl", Qwen2_5_VLConfig.from_dict, "Qwen2.5-VL"
+    )
     vision, text = library.vision_config, library.text_config
     _require_tower(vision, where)
     decoder = llama.read_decoder(text, where, is_tied=library.tie_word_embeddings, axes=_AXES)
