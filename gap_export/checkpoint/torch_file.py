@@ -1,40 +1,24 @@
-"""Torch's zip files as an index of tensors. No values are read and no pickled code is run."""
+"""Torch's files as an index of tensors. No values are read and no pickled code is run."""
 
 from __future__ import annotations
 
 import io
-import pickle
-import re
-import struct
 import sys
-import warnings
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gap_export.checkpoint.legacy_torch_file import MAGIC, load_legacy
+from gap_export.checkpoint.torch_pickle import DAMAGE, Record, Skeleton, unpickling
 from gap_export.errors import CheckpointError
 
 _CONTAINERS: Final = ("model", "state_dict", "module")
 """Where training scripts keep the state dict, beside the optimizer's and others."""
-_LEGACY_MAGIC: Final = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 _LOCAL_HEADER: Final = 30
 """Bytes of a zip record's header before its name, whose last four are two lengths."""
-_DAMAGE: Final = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
-"""What zipfile raises over a broken file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +36,6 @@ class TorchTensor:
     strides: tuple[int, ...] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Record:
-    """Bytes of a zip file that hold one storage."""
-
-    offset: int
-    size: int
-
-
 def index_torch_file(path: Path, shown: Path) -> dict[str, TorchTensor]:
     """Tensors of a file of torch.save by their keys in its state dict.
 
@@ -68,15 +44,13 @@ def index_torch_file(path: Path, shown: Path) -> dict[str, TorchTensor]:
         shown: How errors name it.
 
     Raises:
-        CheckpointError: The file is cut short, from before torch 1.6, or no torch file at all,
-            asks for code to be run, or holds no tensors.
+        CheckpointError: The file is cut short or no torch file at all, asks for code to be run,
+            or holds no tensors.
     """
-    with path.open("rb") as file:
-        pickled, records = _read_archive(file, shown)
-    archive, places = _build_skeleton(pickled, records)
-    state = _find_state(_load_skeleton(archive, shown), shown)
+    skeleton = _load(path, shown)
+    state = _find_state(skeleton.loaded, shown)
     return {
-        key: _describe(value, places)
+        key: _describe(value, skeleton.records)
         for key, value in state.items()
         if isinstance(key, str) and isinstance(value, torch.Tensor)
     }
@@ -92,26 +66,32 @@ def read_settings(path: Path, shown: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: As `index_torch_file` does.
     """
-    with path.open("rb") as file:
-        pickled, records = _read_archive(file, shown)
-    archive, _ = _build_skeleton(pickled, records)
-    loaded = _load_skeleton(archive, shown)
+    loaded = _load(path, shown).loaded
     settings = loaded.get("config") if isinstance(loaded, dict) else None
     return settings if isinstance(settings, dict) else {}
 
 
-def _read_archive(file: BinaryIO, shown: Path) -> tuple[bytes, dict[str, _Record]]:
+def _load(path: Path, shown: Path) -> Skeleton:
+    """What a torch file holds, in either of torch's formats."""
+    with path.open("rb") as file:
+        head = file.read(64)
+        if MAGIC in head:
+            return load_legacy(file, shown)
+        if not head.startswith(b"PK"):
+            raise CheckpointError(
+                f"{shown}: not a file of torch.save (it starts with {head[:8]!r}); download it "
+                "again"
+            )
+        pickled, records = _read_archive(file, shown)
+    archive, places = _build_skeleton(pickled, records)
+    with unpickling(shown):
+        # "meta" keeps the pickle from GPUs.
+        loaded = torch.load(archive, map_location="meta", weights_only=True)
+    return Skeleton(loaded=loaded, records=places)
+
+
+def _read_archive(file: BinaryIO, shown: Path) -> tuple[bytes, dict[str, Record]]:
     """The pickle of a torch file, and where each of its storages lies."""
-    head = file.read(64)
-    if _LEGACY_MAGIC in head:
-        raise CheckpointError(
-            f"{shown}: in torch's format from before 1.6, expected a zip file; load it with torch "
-            "and save it again with torch.save"
-        )
-    if not head.startswith(b"PK"):
-        raise CheckpointError(
-            f"{shown}: not a file of torch.save (it starts with {head[:8]!r}); download it again"
-        )
     try:
         with zipfile.ZipFile(file) as archive:
             prefix = _find_prefix(archive, shown)
@@ -122,7 +102,7 @@ def _read_archive(file: BinaryIO, shown: Path) -> tuple[bytes, dict[str, _Record
                 if info.filename.startswith(start)
             }
             return archive.read(f"{prefix}/data.pkl"), records
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{shown}: cut short or damaged ({error}); download it again"
         ) from error
@@ -151,14 +131,14 @@ def _find_prefix(archive: zipfile.ZipFile, shown: Path) -> str:
     return prefix
 
 
-def _locate(file: BinaryIO, info: zipfile.ZipInfo, end: int) -> _Record:
+def _locate(file: BinaryIO, info: zipfile.ZipInfo, end: int) -> Record:
     """Where a record's bytes lie, which must be as they are and before `end`."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename!r} is compressed")
     offset = _data_offset(file, info)
     if offset + info.file_size > end:
         raise ValueError(f"{info.filename!r} needs {info.file_size} bytes from {offset} on")
-    return _Record(offset=offset, size=info.file_size)
+    return Record(offset=offset, size=info.file_size)
 
 
 def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
@@ -177,8 +157,8 @@ def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 
 def _build_skeleton(
-    pickled: bytes, records: dict[str, _Record]
-) -> tuple[BinaryIO, dict[int, _Record]]:
+    pickled: bytes, records: dict[str, Record]
+) -> tuple[BinaryIO, dict[int, Record]]:
     """The archive with empty storages, and the real record for each offset in it.
 
     Without reading values, torch guesses a storage's offset from the sizes of those before it,
@@ -198,30 +178,6 @@ def _build_skeleton(
     }
     buffer.seek(0)
     return buffer, places
-
-
-def _load_skeleton(archive: BinaryIO, shown: Path) -> Any:
-    """What the pickle holds, with tensors that have no memory."""
-    try:
-        # Fake mode also keeps a pickle from asking for memory; "meta" keeps it from GPUs.
-        with warnings.catch_warnings(), FakeTensorMode():
-            warnings.simplefilter("ignore")
-            return torch.load(archive, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        found = "more than tensors and plain values"
-        if refused:
-            found = f"code ({refused[1]:.100}), which was not run"
-        raise CheckpointError(
-            f"{shown}: its pickle holds {found}; where you trust the file, load it with torch and "
-            "save its state dict alone with torch.save"
-        ) from error
-    except Exception as error:  # a damaged pickle can fail in every way
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{shown}: its pickle cannot be read ({type(error).__name__}: {reason:.100}); "
-            "download it again, or save its state dict again with torch.save"
-        ) from error
 
 
 def _find_state(loaded: Any, shown: Path) -> dict[Any, Any]:
@@ -245,7 +201,7 @@ def _count_tensors(state: dict[Any, Any]) -> int:
     return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
-def _describe(tensor: torch.Tensor, places: dict[int, _Record]) -> TorchTensor:
+def _describe(tensor: torch.Tensor, places: dict[int, Record]) -> TorchTensor:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_nested or tensor.layout != torch.strided:
         return _without_values(f"{tensor.layout} {dtype}".removeprefix("torch."))

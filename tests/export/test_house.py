@@ -124,7 +124,7 @@ def test_everything_is_caught_only_where_a_library_leaves_no_choice():
         ("chat.py", "so it is with broken tokenizers"),
         ("chat.py", "a template is a program, which can fail in every way"),
         ("tokenizer.py", "tokenizers raises bare Exception"),
-        ("torch_file.py", "a damaged pickle can fail in every way"),
+        ("torch_pickle.py", "a damaged pickle can fail in every way"),
         ("pruner.py", "a user's own file can fail in every way"),
         ("prompt.py", "tokenizers raises bare Exception"),
     ]

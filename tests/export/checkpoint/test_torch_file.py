@@ -328,13 +328,6 @@ def test_a_torch_file_without_a_state_dict(tmp_path, saved):
     assert "state_dict" in message
 
 
-def test_the_format_from_before_torch_1_6(tmp_path):
-    path = save_state(tmp_path, some_tensors(), _use_new_zipfile_serialization=False)
-    message = refuse_checkpoint(tmp_path)
-    assert message.startswith(f"{path}: in torch's format from before 1.6")
-    assert "save it again with torch.save" in message
-
-
 @pytest.mark.parametrize("kept", [0, 3, 4, 100, 0.5, -1, -23])
 def test_a_torch_file_that_is_cut_short(tmp_path, kept):
     path = save_state(tmp_path, some_tensors())
@@ -421,8 +414,6 @@ def test_a_hostile_pickle_in_any_of_the_records(tmp_path):
     assert "system" in refuse_checkpoint(tmp_path)
     path.write_bytes(code)
     assert "not a file of torch.save" in refuse_checkpoint(tmp_path)
-    torch.save(Call(os.system, f"touch {made}"), path, _use_new_zipfile_serialization=False)
-    assert "before 1.6" in refuse_checkpoint(tmp_path)
     assert not made.exists()
 
 
