@@ -156,27 +156,6 @@ def refuse_quantized(data: dict[str, Any], where: str) -> None:
         )
 
 
-def choose_template(templates: dict[str, str], text: Any, wanted: str | None, where: str) -> str:
-    """The prompt that a model was trained with, by the type of its language model.
-
-    Args:
-        templates: Those that are known.
-        text: The language model's config.
-        wanted: What the user asks for, which needs no known one.
-        where: The file that the config is from.
-
-    Raises:
-        CheckpointError: None is known, and none is given.
-    """
-    known = wanted or templates.get(text.model_type)
-    if known is None:
-        raise CheckpointError(
-            f"{where}: no prompt is known for a language model of type '{text.model_type}'; give "
-            "the one that it was trained with: --set prompt.template='<image> ... {phrase}'"
-        )
-    return known
-
-
 def find_image_token(data: dict[str, Any], default: int) -> int:
     """The image token under any of the names that configs have had."""
     for name in ("image_token_id", "image_token_index"):

@@ -23,10 +23,10 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from gap_export.blocks import llama
+from gap_export.blocks.chat import choose_prompt
 from gap_export.blocks.clip import resolve_layer
 from gap_export.blocks.hf_config import (
     IGNORED,
-    choose_template,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -38,6 +38,12 @@ from gap_export.blocks.hf_config import (
 from gap_export.blocks.internvit import InternVitShape, InternVitTower
 from gap_export.blocks.projector import Projector
 from gap_export.blocks.scores import cls_features
+from gap_export.checkpoint.adapter import (
+    add_adapters,
+    describe_unmerged,
+    read_adapters,
+    replace_values,
+)
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
@@ -60,7 +66,7 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layer"
-PARTS: Final[dict[str, str]] = {}
+PARTS: Final = {"adapter": "adapter"}
 NEIGHBOURS: Final = {
     r"^internvl_chat$": "it is InternVL in its authors' layout; give Hugging Face's: "
     "OpenGVLab/InternVL3-1B-hf",
@@ -72,11 +78,14 @@ _MOST_TILES: Final = 12
 """Of the library's processor, where the checkpoint's own does not say."""
 _USUAL_ASPECTS: Final = ((4, 3), (3, 4))
 """Of most photographs: their canvases where none is asked for."""
-_TEMPLATE: Final = (
-    "<|im_start|>user\n<image>\nPlease provide the bounding box coordinate of the region this "
-    "sentence describes: <ref>{phrase}</ref><|im_end|>\n<|im_start|>assistant\n"
+_QUESTION: Final = (
+    "Please provide the bounding box coordinate of the region this sentence describes: "
+    "<ref>{phrase}</ref>"
 )
-_TEMPLATES: Final = dict.fromkeys(("qwen2", "qwen3"), _TEMPLATE)
+_TEMPLATES: Final = dict.fromkeys(
+    ("qwen2", "qwen3"),
+    f"<|im_start|>user\n<image>\n{_QUESTION}<|im_end|>\n<|im_start|>assistant\n",
+)
 _PREFIX: Final = 4
 _NUMBER: Final = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX: Final = BoxFormat(
@@ -115,6 +124,15 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         # Files are right where a config says otherwise, as its default does: so for the library.
         library.tie_word_embeddings = text.tie_word_embeddings = False
     preprocess = _read_preprocess(checkpoint, config, tower.side)
+    image_token_id = find_image_token(data, library.image_token_id)
+    prompt = choose_prompt(
+        checkpoint,
+        question=_QUESTION,
+        templates=_TEMPLATES,
+        text=text,
+        image_token_id=image_token_id,
+        config=config.prompt,
+    )
     return ModelSpec(
         buckets=_read_buckets(config.image.canvas, preprocess, tower),
         vision_width=tower.width * tower.cell**2,
@@ -123,23 +141,28 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         decoder=llama.read_decoder(text, where, is_tied=library.tie_word_embeddings),
         tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=_find_image_text(checkpoint),
-        image_token_id=find_image_token(data, library.image_token_id),
+        image_token_id=image_token_id,
         stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
         preprocess=preprocess,
         box=_BOX,
-        template=choose_template(_TEMPLATES, text, config.prompt.template, where),
+        template=prompt.template,
         prefix=_PREFIX,
         library_config=library,
+        notes=(*prompt.notes, *describe_unmerged(checkpoint)),
     )
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
-    """Every tensor, all in the checkpoint; its mask token is for training alone."""
+    """Every tensor, all in the checkpoint, with an adapter merged.
+
+    Its mask token is for training alone.
+    """
     tower = _read_tower(spec.library_config, "config.json")
     expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
     expected |= expected_shapes(lambda: InternVitTower(tower, frozenset(), tower.layers))
+    adapters = read_adapters(checkpoint, library_name)
     sources = match_sources(
-        checkpoint,
+        replace_values(checkpoint, adapters, library_name),
         expected,
         packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
         packable=llama.linear_layers(spec.decoder),
@@ -148,6 +171,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
         optional=llama.optional_tensors(spec.decoder),
     )
     llama.tie_head(sources)
+    add_adapters(sources, adapters)
     return sources
 
 
@@ -171,7 +195,8 @@ def load_eager(
     config = spec.library_config
     tower = _read_tower(config, "config.json")
     with open_loader(checkpoint, dtype, memory) as loader:
-        model = loader.load(InternVLForConditionalGeneration, config)
+        adapters = read_adapters(checkpoint, library_name)
+        model = loader.load(InternVLForConditionalGeneration, config, adapters=adapters)
         processor = _load_processor(checkpoint, spec.preprocess)
         parts = model.model
 

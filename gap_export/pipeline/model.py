@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gap_export.checkpoint.adapter import ADAPTER
 from gap_export.checkpoint.index import Checkpoint, Fetch, open_checkpoint, open_part
 from gap_export.config.families import resolve_family
 from gap_export.config.pruners import PRUNERS
@@ -56,6 +57,11 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
     source = config.prune.phrase or ("clip" if "clip" in family.PARTS else "embeddings")
     reads_clip = Feature.TEXT in pruner.NEEDS and source == "clip"
     unknown = sorted(set(config.parts) - set(family.PARTS))
+    if ADAPTER in unknown:
+        raise ConfigError(
+            f"parts.{ADAPTER}: none is merged into a model of family '{family_name}'; merge it "
+            "with PEFT's merge_and_unload(), and give the merged model"
+        )
     if unknown:
         raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
     parts = _open_parts(checkpoint, family, config, fetch, reads_clip=reads_clip)

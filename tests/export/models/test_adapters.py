@@ -19,7 +19,7 @@ from gap_export.models import llava
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_runtime import Bundle
-from gap_runtime.errors import ConfigError, UnknownNameError
+from gap_runtime.errors import ConfigError
 from gap_runtime.grounding.check import check_bundle
 
 EVERY = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
@@ -49,7 +49,9 @@ def merge_into(case, adapter, home):
 # An adapter of a whole model.
 
 
-@pytest.mark.parametrize("name", ["llava", "llava-next-vicuna", "llava-next-mistral"])
+@pytest.mark.parametrize(
+    "name", ["llava", "llava-next-vicuna", "llava-next-mistral", "internvl3", "internvl3.5"]
+)
 @pytest.mark.parametrize(
     "how",
     [
@@ -128,8 +130,9 @@ def test_pytorch_has_the_adapter_too(find, tmp_path, name, memory):
     torch.testing.assert_close(model.project(patches), projected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_bundle_with_an_adapter_answers_as_pytorch_does(find, tmp_path):
-    case = find("llava")
+@pytest.mark.parametrize("name", ["llava", "internvl3"])
+def test_a_bundle_with_an_adapter_answers_as_pytorch_does(find, tmp_path, name):
+    case = find(name)
     adapter = originals.make_adapter(tmp_path / "lora", case.place(), layers=EVERY)
     plan = case.plan(
         tmp_path / "bundle", reference=True, parts__adapter=str(adapter), prune__ratios=[0.5]
@@ -377,7 +380,9 @@ def test_an_adapter_given_as_the_model(find, tmp_path):
 
 
 def test_other_families_have_no_adapter(find, tmp_path):
-    refuse(find("shikra"), tmp_path / "b", UnknownNameError, parts__adapter="x")
+    message = refuse(find("shikra"), tmp_path / "b", ConfigError, parts__adapter="x")
+    assert "none is merged into a model of family 'shikra'" in message
+    assert "merge_and_unload()" in message
 
 
 def test_an_adapter_beside_whole_weights_is_told(find, tmp_path):

@@ -98,6 +98,32 @@ def test_a_folders_own_chat_template_is_asked_with(find, tmp_path, place, kind):
     )
 
 
+INTERNVL = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ 'PICTURE\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+"""That of the library's conversion, which has named the picture in two ways."""
+
+
+@pytest.mark.parametrize("picture", ["<image>", "<IMG_CONTEXT>"])
+@pytest.mark.parametrize("system", ["", "<|im_start|>system\nAnswer in boxes.<|im_end|>\n"])
+def test_internvl_is_asked_with_its_folders_chat_template(find, tmp_path, picture, system):
+    case = find("internvl3").copy(tmp_path / "home")
+    plain = case.plan(tmp_path / "b")
+    template = INTERNVL.replace("PICTURE", picture)
+    put(case.place(), "chat_template.jinja", f"{{{{ {system!r} }}}}{template}")
+    plan = case.plan(tmp_path / "b")
+    assert plan.prompt.template == system + plain.prompt.template
+    # What stands for the picture is the same three kinds of tokens.
+    before = plan.tokenizer.encode(system, add_special_tokens=False).ids
+    assert plan.encoder.encode(PHRASE).prefix == before + plain.encoder.encode(PHRASE).prefix
+    assert plan.encoder.encode(PHRASE).suffix == plain.encoder.encode(PHRASE).suffix
+
+
 def test_the_processors_template_comes_before_the_tokenizers(find, tmp_path):
     case = find("llava-next-vicuna").copy(tmp_path / "home")
     put(case.place(), "tokenizer_config.json", MISTRAL)
