@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.legacy_torch_file import MAGIC
 from gap_export.checkpoint.tensor import TensorLocation, cut_rows, read_tensor
 from gap_export.reference.lazy import LazyTensor
 
@@ -88,11 +89,13 @@ def _map_files(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, _Stored]
 def _map_file(file: Path) -> dict[str, Tensor]:
     # A hub cache's files have no suffix behind their links, so the content decides.
     with file.open("rb") as opened:
-        is_zip = opened.read(4) == b"PK\x03\x04"
-    if not is_zip:
+        head = opened.read(64)
+    is_zip = head.startswith(b"PK\x03\x04")
+    if not is_zip and MAGIC not in head:
         tensors: dict[str, Tensor] = load_file(file)
         return tensors
-    data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # Torch's older format cannot be mapped.
+    data = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     for name in ("model", "state_dict", "module"):
         if isinstance(data.get(name), dict):
             inner: dict[str, Tensor] = data[name]

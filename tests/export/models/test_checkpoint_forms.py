@@ -47,6 +47,27 @@ def test_the_authors_later_code_calls_it_llava_llama(find, tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["llava-original", "shikra", "minigpt-v2"])
+def test_files_in_torchs_older_format_hold_the_same(find, tmp_path, name):
+    """The graphs' weights and PyTorch's model; the originals are from around its end."""
+    case = find(name).copy(tmp_path / "home")
+    before = find(name).plan(tmp_path / "a")
+    files = [path for path in case.home.rglob("*") if path.suffix in {".bin", ".pth"}]
+    assert files
+    for path in files:
+        saved = torch.load(path, weights_only=True)
+        torch.save(saved, path, _use_new_zipfile_serialization=False)
+    plan = case.plan(tmp_path / "b")
+    assert set(plan.sources) == set(before.sources)
+    for key, source in plan.sources.items():
+        assert torch.equal(make_tensor(source), make_tensor(before.sources[key])), key
+    rows, wanted = (
+        each.family.load_eager(each.checkpoint, each.spec, "float32").embed([5, 6, 7])
+        for each in (plan, before)
+    )
+    assert torch.equal(rows, wanted)
+
+
 @pytest.mark.parametrize("files", ["bin", "safetensors"])
 def test_what_the_authors_later_code_saves(find, tmp_path, files):
     """The tower inside, bfloat16, today's files and no buffers in them."""

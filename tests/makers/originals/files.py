@@ -51,11 +51,16 @@ def read_folder(folder, names="*model*"):
 
 
 def save_tensors(folder, tensors, files, *, shards):
-    """Write a checkpoint in one file, or in several of about equal size and an index."""
+    """Write a checkpoint in one file, or in several of about equal size and an index.
+
+    `files` is `safetensors`, `bin`, or `legacy` for `bin` in torch's format from before 1.6.
+    """
     if files == "safetensors":
         stem, write = "model", functools.partial(save_file, metadata={"format": "pt"})
     else:
-        stem, write = "pytorch_model", torch.save
+        zipped = files != "legacy"
+        stem, files = "pytorch_model", "bin"
+        write = functools.partial(torch.save, _use_new_zipfile_serialization=zipped)
     if shards == 1:
         write(tensors, folder / f"{stem}.{files}")
         return
