@@ -23,7 +23,7 @@ import math
 import string
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -237,8 +237,22 @@ def write_safetensors(folder: Path, shapes: Shapes, *, sparse: bool = False) -> 
     write_json(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def write_torch(path: Path, shapes: Shapes, dtype: str, wrap: str | None = None) -> None:
-    """A torch file: torch lays it out without values, which are then written into their places."""
+def write_torch(
+    path: Path,
+    shapes: Shapes,
+    dtype: str,
+    wrap: str | None = None,
+    ones: Collection[str] = (),
+) -> None:
+    """A torch file: torch lays it out without values, which are then written into their places.
+
+    Args:
+        path: The file.
+        shapes: Of the tensors.
+        dtype: Of the tensors.
+        wrap: The key under which they lie; None for the whole file.
+        ones: Tensors that are not random.
+    """
     # Not needed, and slow to load, where other files are written.
     import torch  # noqa: PLC0415
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
@@ -254,21 +268,24 @@ def write_torch(path: Path, shapes: Shapes, dtype: str, wrap: str | None = None)
             if "/data/" in info.filename
         ]
     with path.open("r+b") as opened:
-        for header, size in places:
+        for key, (header, size) in zip(shapes, places, strict=True):
             opened.seek(header + 26)
             name, extra = (int.from_bytes(opened.read(2), "little") for _ in range(2))
             opened.seek(header + 30 + name + extra)
-            _fill(opened, size, dtype)
+            if key in ones:
+                opened.write(np.ones(math.prod(shapes[key]), dtype).tobytes())
+            else:
+                _fill(opened, size, dtype)
 
 
-def write_torch_shards(folder: Path, shapes: Shapes) -> None:
+def write_torch_shards(folder: Path, shapes: Shapes, ones: Collection[str] = ()) -> None:
     """pytorch_model .bin shards in float16 with their index."""
     shards = _split(shapes)
     weight_map: dict[str, str] = {}
     for k, names in enumerate(shards, start=1):
         file = f"pytorch_model-{k:05d}-of-{len(shards):05d}.bin"
         weight_map |= dict.fromkeys(names, file)
-        write_torch(folder / file, {name: shapes[name] for name in names}, "float16")
+        write_torch(folder / file, {name: shapes[name] for name in names}, "float16", ones=ones)
     write_json(folder, "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
@@ -419,7 +436,9 @@ def write_shikra(folder: Path) -> None:
     write_torch_shards(folder / "shikra-7b-delta-v1", shapes)
     base = LLAMA_7B | {"rms_norm_eps": 1e-6}
     write_json(folder / "llama-7b", "config.json", base)
-    write_torch_shards(folder / "llama-7b", llama_shapes(base, "model.", "lm_head.weight"))
+    # By its last norm a model is told from differences to one.
+    shapes = llama_shapes(base, "model.", "lm_head.weight")
+    write_torch_shards(folder / "llama-7b", shapes, ones={"model.norm.weight"})
     write_clip(folder / "clip-vit-large-patch14", 224)
 
 

@@ -6,6 +6,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from benchmarks import checkpoints
+from gap_export.checkpoint.differences import holds_differences
+from gap_export.checkpoint.index import open_checkpoint
+from gap_export.checkpoint.tensor import read_tensor
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 
@@ -76,3 +79,16 @@ def test_written_files_are_what_the_family_reads(tmp_path):
     assert [bucket.name for bucket in plan.spec.buckets] == ["1792x1344", "1344x1792"]
     assert {bucket.patches for bucket in plan.spec.buckets} == {13 * 256}
     assert plan.spec.vision_width == 4096
+
+
+def test_shikras_base_is_a_model_and_its_delta_is_none(tmp_path, monkeypatch):
+    """As the family sees it, which would refuse the one in the other's place."""
+    small = checkpoints.llama_config(64, 1, 2, 96, 300)
+    monkeypatch.setattr(checkpoints, "LLAMA_7B", small)
+    monkeypatch.setattr(checkpoints, "write_clip", lambda *_: None)
+    checkpoints.write_shikra(tmp_path)
+    base = open_checkpoint(str(tmp_path / "llama-7b"))
+    assert bool((read_tensor(base.tensors["model.norm.weight"]) == 1).all())
+    assert float(read_tensor(base.tensors["lm_head.weight"]).float().std()) > 0.01
+    assert not holds_differences(base)
+    assert holds_differences(open_checkpoint(str(tmp_path / "shikra-7b-delta-v1")))
