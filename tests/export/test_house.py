@@ -166,6 +166,12 @@ def test_the_pipeline_says_what_is_decided_where():
     assert {name for name, length in lengths.items() if length > 400} == set()
 
 
+@every_file
+def test_a_file_can_be_read_through(path):
+    """What is longer holds several things, each of which somebody will look for by itself."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
 def test_tests_lie_where_a_reader_looks_for_them():
     """In folders named as the packages, in files that one can read through."""
     for tests, package in zip(("export", "runtime"), PACKAGES, strict=True):
