@@ -54,6 +54,28 @@ def test_command_of_a_document_is_taken(command, monkeypatch):
         COMMANDS[name](arguments)
 
 
+PLACES = [ROOT / place for place in ("", "gap_export", "runtime", "runtime/gap_runtime", "tests")]
+"""Where a path in a document may begin."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_files_that_a_document_names_are_there(page):
+    """Paths of code; `<name>` in one stands for any name."""
+    named = set(
+        re.findall(r"`(\w[\w<>.-]*/[\w./<>-]+\.(?:py|toml|css))`", page.read_text("utf-8"))
+    )
+    missing = {
+        name
+        for name in named
+        if not any(next(place.glob(re.sub(r"<\w+>", "*", name)), None) for place in PLACES)
+    }
+    assert missing == set()
+
+
 def test_the_documents_show_every_command_of_the_exporter():
     shown = " ".join(str(command.values[0]) for command in commands())
     for command in ("list", "positions", "count", "evaluate", "sweep"):
