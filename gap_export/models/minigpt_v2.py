@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -272,16 +271,16 @@ def _read_lora(checkpoint: Checkpoint) -> _Lora:
     Raises:
         CheckpointError: They tell no numbers.
     """
-    files = [tensor.file for key, tensor in checkpoint.tensors.items() if _LORA_KEY.match(key)]
-    if not files or not zipfile.is_zipfile(files[0]):
+    found = [tensor for key, tensor in checkpoint.tensors.items() if _LORA_KEY.match(key)]
+    if not found or found[0].shown.suffix == ".safetensors":
         return _Lora(alpha=_LORA_ALPHA, rank=None)
-    settings = read_settings(files[0], files[0]).get("model")
+    file, shown = found[0].file, found[0].shown
+    settings = read_settings(file, shown).get("model")
     settings = settings if isinstance(settings, dict) else {}
     alpha, rank = settings.get("lora_alpha", _LORA_ALPHA), settings.get("lora_r")
     if not isinstance(alpha, (int, float)) or not isinstance(rank, int | None):
         raise CheckpointError(
-            f"{files[0]}: lora_alpha {alpha!r} and lora_r {rank!r} in its settings, expected "
-            "numbers"
+            f"{shown}: lora_alpha {alpha!r} and lora_r {rank!r} in its settings, expected numbers"
         )
     return _Lora(alpha=float(alpha), rank=rank)
 
