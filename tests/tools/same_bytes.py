@@ -82,7 +82,9 @@ def export_hashes(asked: list[str], target: str, precision: str, out: Path) -> d
     }
 
 
-def export_all(families: list[str], targets: list[str]) -> dict[str, dict[str, str]]:
+def export_all(
+    families: list[str], targets: list[str], precisions: list[str]
+) -> dict[str, dict[str, str]]:
     """The hashes of all bundles, by family, target and precision."""
     found = {}
     with tempfile.TemporaryDirectory() as home:
@@ -94,7 +96,7 @@ def export_all(families: list[str], targets: list[str]) -> dict[str, dict[str, s
                 else ask_for(find_family(family, _Folders(Path(home)), head_dim=16))
             )
             for target in targets:
-                for precision in PRECISIONS:
+                for precision in precisions:
                     name = f"{family} {target} {precision}"
                     found[name] = export_hashes(asked, target, precision, Path(home) / "bundle")
                     print(f"{name}: {len(found[name])} files", file=sys.stderr)
@@ -108,8 +110,11 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--families", nargs="+", default=[*FAMILIES, EMBEDDED])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument(
+        "--precisions", nargs="+", choices=tuple(PRECISIONS), default=list(PRECISIONS)
+    )
     options = parser.parse_args()
-    found = export_all(options.families, options.targets)
+    found = export_all(options.families, options.targets, options.precisions)
     if options.action == "record":
         options.file.write_text(json.dumps(found, indent=1), encoding="utf-8")
         return 0
