@@ -22,6 +22,10 @@ MAGIC: Final = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 """In the first pickle of every such file."""
 _VERSION: Final = 1001
 _COUNT_BYTES: Final = 8
+# Their annotations are not whole.
+_reader: Any = Unpickler
+_bare_storage: Any = torch.UntypedStorage
+_storage: Any = TypedStorage
 
 
 class _Storages:
@@ -40,11 +44,11 @@ class _Storages:
         if key not in self.by_key:
             dtype = kind.dtype
             size = count * dtype.itemsize
-            bare: Any = torch.UntypedStorage(size, device="meta")
+            bare = _bare_storage(size, device="meta")
             # The same place in which torch keeps it for its newer format.
             bare._checkpoint_offset = len(self.sizes)  # noqa: SLF001
             self.sizes.append(size)
-            self.by_key[key] = TypedStorage(wrap_storage=bare, dtype=dtype, _internal=True)
+            self.by_key[key] = _storage(wrap_storage=bare, dtype=dtype, _internal=True)
         return self.by_key[key]
 
 
@@ -85,7 +89,7 @@ def load_legacy(file: BinaryIO, shown: Path) -> Skeleton:
 
 def _unpickle(file: BinaryIO, storages: _Storages | None = None) -> Any:
     """The next object of a file; torch's own reader knows tensors and plain values alone."""
-    reader: Any = Unpickler(file, encoding="utf-8")  # type: ignore[no-untyped-call]
+    reader = _reader(file, encoding="utf-8")
     if storages is not None:
         reader.persistent_load = storages
     return reader.load()
