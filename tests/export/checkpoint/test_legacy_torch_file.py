@@ -78,7 +78,7 @@ def test_values_are_not_read(tmp_path, monkeypatch):
     assert 0 < sum(map(len, read)) < size / 100
 
 
-@pytest.mark.parametrize("kept", [30, 200, 0.5, 0.9, -1])
+@pytest.mark.parametrize("kept", [30, 200, 0.9, -1])
 def test_a_file_that_is_cut_short(tmp_path, kept):
     path = save(tmp_path, some_tensors())
     data = path.read_bytes()
