@@ -45,8 +45,8 @@ class RmsNorm(nn.Module):
 
 def attend_fully(query_BTC: Tensor, key_BTC: Tensor, value_BTC: Tensor, heads: int) -> Tensor:
     """Values [B, T, C] mixed by attention of every token to every token, head by head."""
-    split = (_split(each_BTC, heads) for each_BTC in (query_BTC, key_BTC, value_BTC))
-    mixed_BHTd = functional.scaled_dot_product_attention(*split)
+    query, key, value = (_split(x_BTC, heads) for x_BTC in (query_BTC, key_BTC, value_BTC))
+    mixed_BHTd = functional.scaled_dot_product_attention(query, key, value)
     return mixed_BHTd.transpose(1, 2).flatten(2)
 
 

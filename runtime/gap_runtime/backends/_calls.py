@@ -75,7 +75,7 @@ class Calls(Generic[B]):
 
     def _make(self, rows: int, wanted: int) -> Call[B]:
         """Arrays for a number of rows and of logits."""
-        inputs = {
+        inputs: dict[str, np.ndarray] = {
             "embeddings": np.zeros((1, rows, self._width), np.float32),
             "position_ids": np.zeros((self._axes, rows), np.int64),
             "write_slot": np.zeros(1, np.int64),
