@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gap_export.blocks.vit import RmsNorm
+from gap_export.interfaces.features import Feature
 
 # B batch (1), N patches, M visual tokens (N / 4), W windows, n patches of a window, C width,
 # D decoder width, H heads, d head width.
@@ -33,21 +34,23 @@ _FRAMES: Final = 2
 class QwenTower(nn.Module):
     """All blocks for pictures of one size; the norm behind them is the merger's."""
 
-    def __init__(self, config: Any, grid: tuple[int, int]) -> None:
+    def __init__(self, config: Any, grid: tuple[int, int], needs: frozenset[Feature]) -> None:
         """Declare the parameters.
 
         Args:
             config: The library's, of the tower.
             grid: Rows and columns of patches, multiples of a window's.
+            needs: By-products to compute.
         """
         super().__init__()
         side = config.window_size // config.patch_size
-        self.config, self.grid, self.window = config, grid, side
+        self.config, self.grid, self.needs = config, grid, needs
         self.order = order_patches(grid, side)
         windows = grid[0] * grid[1] // side**2
         full = set(config.fullatt_block_indexes)
+        self.scored = find_scored_block(config)
         self.visual = nn.Module()
-        self.visual.patch_embed = _PatchEmbedding(config)
+        self.visual.patch_embed = QwenPatchEmbedding(config, has_bias=False)
         self.visual.blocks = nn.ModuleList(
             _Block(config, 1 if k in full else windows) for k in range(config.depth)
         )
@@ -60,23 +63,22 @@ class QwenTower(nn.Module):
 
     def fill_constants(self) -> None:
         """Give values to the cosines and sines of every patch, which no checkpoint holds."""
-        width = self.config.hidden_size // self.config.num_heads // 2
-        base = self.config.rope_parameters["rope_theta"]
-        frequency = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float) / width))
-        place_N = torch.tensor(self.order)
-        row_N, column_N = place_N // self.grid[1], place_N % self.grid[1]
-        angle_Nd = torch.cat([row_N[:, None] * frequency, column_N[:, None] * frequency], dim=1)
-        self.cosine, self.sine = angle_Nd.cos(), angle_Nd.sin()
+        self.cosine, self.sine = rotary_tables(self.config, self.order, self.grid[1])
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, dict[Any, Tensor]]:
-        """Tokens before the merger [B, M, 4 C] in raster order; there are no by-products."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, dict[Feature, Tensor]]:
+        """Tokens before the merger [B, M, 4 C] in raster order, and the by-products asked for."""
         visual: Any = self.visual
+        back_M = torch.tensor(undo_order(self.order, self.grid))
         states_NC = torch.index_select(visual.patch_embed(pixels), 0, torch.tensor(self.order))
-        for block in visual.blocks:
+        values = {}
+        for k, block in enumerate(visual.blocks):
+            if Feature.COLUMN_ATTENTION in self.needs and k == self.scored:
+                score_N = block.attn.score_columns(block.norm1(states_NC), self.cosine, self.sine)
+                score_M4 = torch.index_select(score_N.reshape(-1, STRIP), 0, back_M)
+                values[Feature.COLUMN_ATTENTION] = score_M4.reshape(1, -1)
             states_NC = block(states_NC, self.cosine, self.sine)
         tokens_MC = states_NC.reshape(len(self.order) // STRIP, -1)
-        back_M = torch.tensor(undo_order(self.order, self.grid))
-        return torch.index_select(tokens_MC, 0, back_M)[None], {}
+        return torch.index_select(tokens_MC, 0, back_M)[None], values
 
 
 class QwenMerger(nn.Module):
@@ -139,22 +141,46 @@ def undo_order(order: tuple[int, ...], grid: tuple[int, int]) -> list[int]:
     return back
 
 
-class _PatchEmbedding(nn.Module):
+def find_scored_block(config: Any) -> int | None:
+    """Number of the block whose attention scores patches: the last that sees the whole picture."""
+    return max((k for k in config.fullatt_block_indexes if k < config.depth), default=None)
+
+
+def rotary_tables(config: Any, order: tuple[int, ...], columns: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of patches by row and column, float32 [N, d / 2].
+
+    Args:
+        config: The library's, of the tower.
+        order: Places of the patches in the raster.
+        columns: Of the raster.
+    """
+    width = config.hidden_size // config.num_heads // 2
+    base = config.rope_parameters["rope_theta"]
+    frequency = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float) / width))
+    place_N = torch.tensor(order)
+    row_N, column_N = place_N // columns, place_N % columns
+    angle_Nd = torch.cat([row_N[:, None] * frequency, column_N[:, None] * frequency], dim=1)
+    return angle_Nd.cos(), angle_Nd.sin()
+
+
+class QwenPatchEmbedding(nn.Module):
     """A convolution whose steps are as wide as its kernel: one product for every patch."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, has_bias: bool) -> None:
+        """Declare the parameters."""
         super().__init__()
         size = (_FRAMES, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size, bias=False)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size, bias=has_bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Patches [N, C] in raster order of pixels [1, 3, height, width]."""
         weight = self.proj.weight
         side = weight.shape[-1]
         rows, columns = pixels.shape[-2] // side, pixels.shape[-1] // side
         cut = pixels.to(weight.dtype).reshape(3, rows, side, columns, side)
         frame = cut.permute(1, 3, 0, 2, 4).reshape(rows * columns, 3, 1, side, side)
         both_NP = torch.cat([frame] * _FRAMES, dim=2).flatten(1)
-        return functional.linear(both_NP, weight.flatten(1))
+        return functional.linear(both_NP, weight.flatten(1), self.proj.bias)
 
 
 class _Block(nn.Module):
@@ -164,7 +190,7 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1 = RmsNorm(config.hidden_size, _EPSILON)
         self.norm2 = RmsNorm(config.hidden_size, _EPSILON)
-        self.attn = _Attention(config, windows)
+        self.attn = QwenAttention(config, windows)
         self.mlp = _Mlp(config)
 
     def forward(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
@@ -173,18 +199,20 @@ class _Block(nn.Module):
         return output
 
 
-class _Attention(nn.Module):
-    def __init__(self, config: Any, windows: int) -> None:
+class QwenAttention(nn.Module):
+    """Attention of patches that are turned by row and column, within equal windows of them."""
+
+    def __init__(self, config: Any, windows: int = 1) -> None:
+        """Declare the parameters."""
         super().__init__()
         self.heads, self.windows = config.num_heads, windows
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
+        """What patches take of those of their window [N, C]."""
         patches, width = x_NC.shape
-        query, key, value = self.qkv(x_NC).split(width, dim=1)
-        turned = (self._rotate(each, cosine_Nd, sine_Nd) for each in (query, key))
-        parts = (*turned, value.reshape(patches, self.heads, -1))
+        parts = self._project(x_NC, cosine_Nd, sine_Nd)
         query_WHnd, key_WHnd, value_WHnd = (
             each.reshape(self.windows, patches // self.windows, self.heads, -1).transpose(1, 2)
             for each in parts
@@ -192,6 +220,29 @@ class _Attention(nn.Module):
         mixed_WHnd = functional.scaled_dot_product_attention(query_WHnd, key_WHnd, value_WHnd)
         output: Tensor = self.proj(mixed_WHnd.transpose(1, 2).reshape(patches, width))
         return output
+
+    def score_columns(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
+        """Attention that each patch receives [N], float32, mean over heads and over all patches.
+
+        Head by head, as the map of all heads would take gigabytes.
+        """
+        query_NHd, key_NHd, _ = self._project(x_NC, cosine_Nd, sine_Nd)
+        scale = query_NHd.shape[-1] ** -0.5
+        columns = []
+        for head in range(self.heads):
+            query_Nd, key_Nd = query_NHd[:, head].float(), key_NHd[:, head].float()
+            weights_NN = torch.softmax(query_Nd @ key_Nd.transpose(0, 1) * scale, dim=-1)
+            columns.append(weights_NN.mean(dim=0))
+        return torch.stack(columns).mean(dim=0)
+
+    def _project(
+        self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries and keys, and values, [N, H, d]."""
+        patches, width = x_NC.shape
+        query, key, value = self.qkv(x_NC).split(width, dim=1)
+        query_NHd, key_NHd = (self._rotate(each, cosine_Nd, sine_Nd) for each in (query, key))
+        return query_NHd, key_NHd, value.reshape(patches, self.heads, -1)
 
     def _rotate(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
         """Rotary embedding by row and column, in float32."""

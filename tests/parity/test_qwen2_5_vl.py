@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from makers.families import make_picture, make_samples
 from makers.qwen import TEMPLATE, make_qwen_checkpoint
-from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 from truths.axes import count_positions
+from truths.qwen import MaskedQwen
 
 from gap_export.tracing import repeat_layers
 from gap_runtime import Bundle, Grounder
@@ -37,51 +36,6 @@ def settings(checkpoint, **more):
     }
 
 
-class MaskedQwen:
-    """The library's model in float64 on the full sequence, with pruned keys masked out."""
-
-    def __init__(self, folder):
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager"
-        ).eval()
-
-    @torch.no_grad()
-    def answer(self, pixels, grid, prefix, suffix, kept, steps):
-        rows, columns = grid
-        # The library's order of patches: token by token, 2 x 2 patches each, two frames.
-        cut = torch.as_tensor(pixels, dtype=torch.float64)[0]
-        cut = cut.unfold(1, 14, 14).unfold(2, 14, 14)
-        cut = cut.reshape(3, rows, 2, columns, 2, 14, 14).permute(1, 3, 2, 4, 0, 5, 6)
-        flat = torch.stack([cut, cut], dim=5).reshape(4 * rows * columns, -1)
-        sizes = torch.tensor([[1, 2 * rows, 2 * columns]])
-        visual = self.model.model.visual(flat, grid_thw=sizes).pooler_output
-        embed = self.model.get_input_embeddings()
-        states = torch.cat([embed(torch.tensor(prefix)), visual, embed(torch.tensor(suffix))])
-        hidden = torch.zeros(len(states), dtype=torch.bool)
-        hidden[len(prefix) : len(prefix) + len(visual)] = True
-        hidden[len(prefix) + torch.as_tensor(kept)] = False
-        ids = count_positions(len(prefix), grid, len(suffix))
-        cache, logits = DynamicCache(), []
-        while True:
-            seen = cache.get_seq_length()
-            mask = torch.zeros(len(states), seen + len(states), dtype=torch.float64)
-            mask += torch.full_like(mask, -1e30).triu(seen + 1)
-            mask[:, : len(hidden)] += hidden * -1e30
-            if not seen:
-                mask.fill_diagonal_(0.0)
-            output = self.model.model.language_model(
-                inputs_embeds=states[None],
-                position_ids=ids[:, None],
-                attention_mask=mask[None, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits.append(self.model.lm_head(output.last_hidden_state[0, -1]))
-            if len(logits) == steps:
-                return torch.stack(logits)
-            states, ids = embed(logits[-1].argmax()[None]), ids[:, -1:] + 1
-
-
 def answer(folder, size):
     """Logits [STEPS, V] of the graphs for a picture of a size, and all on the way to them."""
     bundle = Bundle.open(folder)
@@ -106,7 +60,7 @@ def answer(folder, size):
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 def test_gap_is_masking(checkpoint, export, tmp_path, target):
     folder = export(checkpoint, tmp_path / "b", target=target, **settings(checkpoint))
-    oracle = MaskedQwen(checkpoint)
+    oracle = MaskedQwen(checkpoint, "qwen2_5_vl")
     for size, grid in GRIDS.items():
         found, values, prompt = answer(folder, size)
         kept, before = values.kept_index[0].tolist(), len(prompt.prefix)
@@ -114,13 +68,19 @@ def test_gap_is_masking(checkpoint, export, tmp_path, target):
         behind = range(before + grid[0] * grid[1], ids.shape[1])
         left = [*range(before), *(before + k for k in kept), *behind]
         np.testing.assert_array_equal(values.position_ids[:, : len(left)], ids[:, left])
-        expected = oracle.answer(values.pixels, grid, prompt.prefix, prompt.suffix, kept, STEPS)
+        expected = oracle.answer(values.pixels, prompt.prefix, prompt.suffix, kept, STEPS)
         difference = np.abs(found - expected.numpy()).max()
         assert difference < 1e-4 * expected.abs().max()
         assert found.argmax(axis=1).tolist() == expected.argmax(dim=1).tolist()
 
 
-@pytest.mark.parametrize("more", [{"prune__ratios": [0.0, 0.9]}, {"quantize__weights": "int8"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prune__ratios": [0.0, 0.9]},
+        pytest.param({"quantize__weights": "int8"}, marks=pytest.mark.matrix),
+    ],
+)
 def test_the_bundle_is_checked(checkpoint, export, tmp_path, more):
     folder = export(checkpoint, tmp_path / "b", reference=True, **settings(checkpoint, **more))
     assert check_bundle(Bundle.open(folder), "onnxruntime:cpu").passed

@@ -7,7 +7,6 @@ on from the last one that the vision graph gave, in whatever mode that was made.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +58,7 @@ def splice_prompt(
     return rows
 
 
-def _put_text(rows: np.ndarray, table: np.ndarray, ids: Sequence[int]) -> None:
+def _put_text(rows: np.ndarray, table: np.ndarray, ids: list[int]) -> None:
     """Write tokens' embeddings into rows [1, S, W] of zeros; planes of text stay zeros."""
     rows[0, :, : table.shape[1]] = embedding_rows(table, ids)
 

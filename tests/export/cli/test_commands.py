@@ -153,6 +153,12 @@ def test_positions_for_people_are_one_table_a_ratio(run, tiny_llava):
         assert (out.count(mode) >= 2) == (mode != GRID_MODE)
 
 
+def test_the_grid_mode_is_for_tokens_with_three_ids(run, tiny_llava):
+    code, _, err = run(tiny_llava, "--set", TEMPLATE, "--positions", "compact-grid", "--dry-run")
+    assert code == 2
+    assert "a token of family 'llava' has one position ID" in " ".join(err.split())
+
+
 @pytest.fixture
 def refshapes_samples():
     return package_data("refshapes") / "samples"
