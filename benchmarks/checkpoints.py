@@ -210,8 +210,11 @@ def write_json(folder: Path, name: str, data: dict[str, Any]) -> None:
     (folder / name).write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
-def write_safetensors(folder: Path, shapes: Shapes, *, sparse: bool = False) -> None:
-    """Float16 shards of at most 5 GB with their index; sparse ones take no space."""
+def write_safetensors(
+    folder: Path, shapes: Shapes, *, dtype: str = "float16", sparse: bool = False
+) -> None:
+    """16-bit shards of at most 5 GB with their index; sparse ones take no space."""
+    code = {"float16": "F16", "bfloat16": "BF16"}[dtype]
     shards = _split(shapes)
     weight_map: dict[str, str] = {}
     for k, names in enumerate(shards, start=1):
@@ -221,7 +224,7 @@ def write_safetensors(folder: Path, shapes: Shapes, *, sparse: bool = False) -> 
         for name in names:
             size = 2 * math.prod(shapes[name])
             entries[name] = {
-                "dtype": "F16",
+                "dtype": code,
                 "shape": list(shapes[name]),
                 "data_offsets": [offset, offset + size],
             }
@@ -233,7 +236,7 @@ def write_safetensors(folder: Path, shapes: Shapes, *, sparse: bool = False) -> 
             if sparse:
                 opened.truncate(opened.tell() + offset)
             else:
-                _fill(opened, offset)
+                _fill(opened, offset, dtype)
     write_json(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
@@ -307,7 +310,10 @@ def _fill(opened: Any, size: int, dtype: str = "float16") -> None:
     """Random values, the same block again and again."""
     if dtype not in _BLOCKS:
         values = np.random.default_rng(0).standard_normal(_BLOCK_BYTES // 8, dtype=np.float32)
-        _BLOCKS[dtype] = (values * 0.02).astype(dtype).tobytes()
+        values *= 0.02
+        # A bfloat16 is the upper half of a float32.
+        halves = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values
+        _BLOCKS[dtype] = halves.astype("uint16" if dtype == "bfloat16" else dtype).tobytes()
     block = memoryview(_BLOCKS[dtype])
     while size:
         size -= opened.write(block[: min(size, len(block))])
@@ -638,6 +644,13 @@ def write_checkpoint(name: str, folder: Path, *, decoder: bool = False) -> list[
     if name in INTERNVL:
         write_internvl(folder, INTERNVL[name])
         return ["--checkpoint", str(folder)]
+    if name.startswith("qwen"):
+        # It needs this module itself.
+        from benchmarks.qwen import QWEN, write_qwen  # noqa: PLC0415
+
+        if name in QWEN:
+            write_qwen(folder, name)
+            return ["--checkpoint", str(folder)]
     texts: Iterable[tuple[str, str, dict[str, Any]]] = (
         ("llava-1.5-7b", "llava", LLAMA_7B),
         ("llava-1.5-13b", "llava", LLAMA_13B),

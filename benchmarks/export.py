@@ -59,6 +59,11 @@ NAMES: Final = (
     "internvl3-1b",
     "internvl3-2b",
     "internvl3-8b",
+    "qwen2.5-vl-3b",
+    "qwen2.5-vl-7b",
+    "qwen3-vl-2b",
+    "qwen3-vl-4b",
+    "qwen3-vl-8b",
 )
 
 

@@ -1,6 +1,6 @@
 """What fits where: the table of docs/targets.md, by `gap-export MODEL --dry-run` on true shapes.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory [NAME ...]
 
 The checkpoints are sparse: headers of the true sizes and no bytes behind them.
 """
@@ -22,12 +22,22 @@ from benchmarks.checkpoints import (
     write_internvl,
     write_library,
 )
+from benchmarks.qwen import QWEN, write_qwen
 
-_write_llava: Final = partial(write_library, kind="llava")
-MODELS: Final = {
-    "llava-1.5-7b": ("LLaVA-1.5-7B", _write_llava, LLAMA_7B),
-    "llava-1.5-13b": ("LLaVA-1.5-13B", _write_llava, LLAMA_13B),
-} | {name: (f"InternVL3-{name[-2:].upper()}", write_internvl, INTERNVL[name]) for name in INTERNVL}
+MODELS: Final = (
+    {
+        "llava-1.5-7b": ("LLaVA-1.5-7B", partial(write_library, kind="llava", text=LLAMA_7B)),
+        "llava-1.5-13b": ("LLaVA-1.5-13B", partial(write_library, kind="llava", text=LLAMA_13B)),
+    }
+    | {
+        name: (f"InternVL3-{name[-2:].upper()}", partial(write_internvl, text=text))
+        for name, text in INTERNVL.items()
+    }
+    | {
+        name: (name.upper().replace("QWEN", "Qwen"), partial(write_qwen, name=name))
+        for name in QWEN
+    }
+)
 PRECISIONS: Final = {"float16": [], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4"]}
 MACHINES: Final = {
     "Orin Nano, 8 GB": 8,
@@ -64,13 +74,15 @@ def make_row(model: str, precision: str, memory: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, or the rows of some models."""
+    names = sys.argv[1:] or list(MODELS)
     print(f"| {' | '.join(['model', 'weights', 'bundle', 'to run', *MACHINES])} |")
     print("|" + "---|" * (4 + len(MACHINES)))
     with tempfile.TemporaryDirectory() as home:
-        for name, (model, write, text) in MODELS.items():
+        for name in names:
+            model, write = MODELS[name]
             folder = Path(home) / name
-            write(folder, text=text, sparse=True)
+            write(folder, sparse=True)
             for precision, options in PRECISIONS.items():
                 print(make_row(model, precision, estimate(name, folder, options)), flush=True)
 

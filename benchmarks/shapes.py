@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.checkpoints import (
     CLIP_TEXT,
@@ -24,7 +24,10 @@ from benchmarks.checkpoints import (
     shikra_config,
     vision_config,
 )
+from benchmarks.qwen import QWEN, qwen_shapes
 from gap_export.checkpoint.shapes import SHAPES_FILE
+
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def make_shapes() -> dict[str, Any]:
@@ -59,6 +62,8 @@ def make_shapes() -> dict[str, Any]:
     found["meta-llama/Llama-2-7b-chat-hf"] = _describe(llama, LLAMA_7B)
     found["minigpt-v2"] = _describe(lora_shapes(), dtype="float32")
     found["eva_vit_g.pth"] = _describe(eva_shapes())
+    for location, config in QWEN.values():
+        found[location] = _describe(qwen_shapes(config), config, "bfloat16")
     return found
 
 
@@ -66,16 +71,19 @@ def _describe(
     shapes: Shapes, config: dict[str, Any] | None = None, dtype: str = "float16"
 ) -> dict[str, Any]:
     """A checkpoint with the names of layers drawn together, `{n}` for the numbers below n."""
-    counts: dict[str, int] = {}
-    together: dict[str, list[int]] = {}
-    for name, shape in shapes.items():
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1)
-        counts[pattern] = counts.get(pattern, 0) + 1
-        assert together.setdefault(pattern, list(shape)) == list(shape), name
-    tensors = {
-        pattern.replace("{}", f"{{{counts[pattern]}}}"): shape
-        for pattern, shape in together.items()
-    }
+    together: dict[str, list[str]] = {}
+    for name in shapes:
+        together.setdefault(_NUMBER.sub("{}", name, count=1), []).append(name)
+    tensors: dict[str, list[int]] = {}
+    for pattern, names in together.items():
+        count, shape = len(names), list(shapes[names[0]])
+        if names == [pattern.replace("{}", str(k)) for k in range(count)] and all(
+            list(shapes[name]) == shape for name in names
+        ):
+            tensors[pattern.replace("{}", f"{{{count}}}")] = shape
+        else:
+            # Numbers of other things than layers.
+            tensors |= {name: list(shapes[name]) for name in names}
     files = {} if config is None else {"config.json": config}
     return {"dtype": dtype, "files": files, "tensors": tensors}
 
