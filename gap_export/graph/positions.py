@@ -156,9 +156,9 @@ def _close_up(
 ) -> tuple[Tensor, Tensor]:
     """Visual IDs from the picture's start with text right behind the largest, and its first ID."""
     if extra_rule != "append":
-        return visual_AV, layout.prefix + 1 + visual_AV.amax()
+        return visual_AV, layout.prefix + 1 + visual_AV.flatten().amax(dim=0)
     cells_AK = visual_AV[:, : layout.kept]
-    behind = 1 + cells_AK.amax()
+    behind = 1 + cells_AK.flatten().amax(dim=0)
     extra_A1 = behind.expand(AXES, 1)
     return torch.cat([cells_AK, extra_A1], dim=1), layout.prefix + 1 + behind
 
