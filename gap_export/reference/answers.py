@@ -44,7 +44,8 @@ class EagerAnswer:
 
     `prompt_ids` are the tokens before and after the picture, `order` the patches by visual slot,
     `position_ids` one list for each axis.
-    `token_margins` are the leads of the answer's tokens and of the stop token, see `_margin`.
+    `token_margins` are the leads of the answer's tokens and of the stop token, see `_margin`;
+    `probabilities` those of the answer's tokens, without the stop token.
     `scores` are the pruner's, by patch (None where it has none).
     """
 
@@ -55,6 +56,7 @@ class EagerAnswer:
     logits: Tensor
     token_ids: list[int]
     token_margins: list[float]
+    probabilities: list[float]
     text: str
     scores: tuple[float, ...] | None
 
@@ -170,6 +172,7 @@ class Reference:
         )
         token_ids: list[int] = []
         margins: list[float] = []
+        probabilities: list[float] = []
         # Text has the same number on every axis.
         last, position = logits, position_ids[0][-1] + 1
         while len(token_ids) < self.answer_tokens:
@@ -178,6 +181,7 @@ class Reference:
             if token in self.prompt.stop_ids:
                 break
             token_ids.append(token)
+            probabilities.append(float(last.softmax(dim=-1)[token]))
             show(len(token_ids))
             now = torch.full((len(position_ids), 1), position)
             last = model.run_decoder(model.embed([token]), now, cache)
@@ -190,6 +194,7 @@ class Reference:
             logits=logits,
             token_ids=token_ids,
             token_margins=margins,
+            probabilities=probabilities,
             text=model.decode(token_ids),
             scores=chosen.scores,
         )

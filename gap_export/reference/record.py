@@ -108,6 +108,7 @@ def _arrays(key: str, answer: EagerAnswer) -> dict[str, np.ndarray]:
         f"{key}/kept_index": np.array([answer.order]),
         f"{key}/position_ids": np.array(answer.position_ids),
         f"{key}/logits": _to_numpy(answer.logits),
+        f"{key}/probabilities": np.array(answer.probabilities, dtype=np.float32),
     }
     if answer.scores is not None:
         arrays[f"{key}/scores"] = np.array(answer.scores, dtype=np.float32)

@@ -2,8 +2,9 @@
 
 from gap_runtime import Bundle, Grounder
 
-grounder = Grounder(Bundle.open("refshapes-32of64"))
-print(grounder.ground("photo.png", "the red circle").boxes)
+with Grounder(Bundle.open("refshapes-32of64")) as grounder:
+    found = grounder.ground("photo.png", "the red circle")
+print(found.boxes, found.score)
 """
 
 from __future__ import annotations
@@ -13,20 +14,41 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from gap_runtime.bundle.bundle import Bundle
     from gap_runtime.errors import GapError
+    from gap_runtime.evaluation.api import Evaluation, evaluate
+    from gap_runtime.grounding.api import check, draw
+    from gap_runtime.grounding.check import CheckReport
     from gap_runtime.grounding.grounder import Grounder
     from gap_runtime.grounding.view import Grounding, View
     from gap_runtime.pictures.boxes import Box
 
 __version__ = "0.1.0"
-__all__ = ["Box", "Bundle", "GapError", "Grounder", "Grounding", "View", "__version__"]
+__all__ = [
+    "Box",
+    "Bundle",
+    "CheckReport",
+    "Evaluation",
+    "GapError",
+    "Grounder",
+    "Grounding",
+    "View",
+    "__version__",
+    "check",
+    "draw",
+    "evaluate",
+]
 
 _HOMES: Final = {
     "Box": "gap_runtime.pictures.boxes",
     "Bundle": "gap_runtime.bundle.bundle",
+    "CheckReport": "gap_runtime.grounding.check",
+    "Evaluation": "gap_runtime.evaluation.api",
     "GapError": "gap_runtime.errors",
     "Grounder": "gap_runtime.grounding.grounder",
     "Grounding": "gap_runtime.grounding.view",
     "View": "gap_runtime.grounding.view",
+    "check": "gap_runtime.grounding.api",
+    "draw": "gap_runtime.grounding.api",
+    "evaluate": "gap_runtime.evaluation.api",
 }
 
 

@@ -79,6 +79,12 @@ class CheckError(GapError):
     exit_code = 6
 
 
+class NoBoxError(GapError):
+    """An answer without a usable box, where one is wanted."""
+
+    exit_code = 7
+
+
 def describe_unknown(noun: str, name: str, names: Iterable[str]) -> str:
     """One line that names what was asked for, the near matches and all there is."""
     return f"unknown {noun} '{name}'; {suggest(name, sorted(names))}"

@@ -6,6 +6,7 @@ import sys
 import onnxruntime
 import pytest
 from tools.places import load_runtime_helper
+from tools.sockets import watched
 
 import gap_export
 from gap_export.cli import main as cli
@@ -39,10 +40,18 @@ def export_fixture():
 
 
 @pytest.fixture(scope="session")
-def refshapes_bundle(tmp_path_factory):
-    """refshapes unpruned and at three ratios, GAP, with PyTorch's answers."""
+def refshapes_export(tmp_path_factory):
+    """That export's folder, and the sockets that were opened for it."""
     out = tmp_path_factory.mktemp("refshapes") / "gap"
-    return export_bundle("refshapes", out, prune__ratios=[0.0, 0.25, 0.5, 0.75])
+    with watched() as opened:
+        folder = export_bundle("refshapes", out, prune__ratios=[0.0, 0.25, 0.5, 0.75])
+    return folder, opened
+
+
+@pytest.fixture(scope="session")
+def refshapes_bundle(refshapes_export):
+    """refshapes unpruned and at three ratios, GAP, with PyTorch's answers."""
+    return refshapes_export[0]
 
 
 SWEEP = (

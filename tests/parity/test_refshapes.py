@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+import gap_runtime
 from gap_export.pipeline.asking import load_reference
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
@@ -121,7 +122,10 @@ def test_ground_draws_and_prints_json(refshapes_bundle, tmp_path, capsys):
 
 def test_bench_reports_every_ratio(refshapes_bundle, capsys):
     assert main(["bench", str(refshapes_bundle), "--runs", "1", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    report = json.loads(capsys.readouterr().out)
+    rows = report["rows"]
+    assert report["peak_memory_mib"] > 50
+    assert all(0 < row["request_p50_ms"] <= row["request_p95_ms"] for row in rows)
     assert [row["ratio"] for row in rows] == [0.0, 0.25, 0.5, 0.75]
     assert all(row["prefill_ms"] > 0 and row["token_ms"] > 0 for row in rows)
 
@@ -203,3 +207,26 @@ def test_an_export_says_so_too(refshapes_bundle):
         each["ratio"]: each for each in count_by_hand(refshapes_bundle)
     }
     assert result.describe_boxless().startswith("PyTorch itself gives no box for ")
+
+
+def test_scores_are_pytorchs_own(refshapes_bundle):
+    """The same probabilities from PyTorch's logits and from the graphs', to float32."""
+    report = check_bundle(Bundle.open(refshapes_bundle))
+    scored = [row for row in report.rows if row.reference_score]
+    assert len(scored) >= 6
+    for row in scored:
+        assert row.score == pytest.approx(row.reference_score, abs=1e-4)
+        assert 0.05 < row.score <= 1
+    # They tell answers apart.
+    assert max(row.score for row in scored) > min(row.score for row in scored)
+
+
+def test_evaluate_is_a_call(refshapes_bundle):
+    found = gap_runtime.evaluate(refshapes_bundle, "refshapes:test", ratios=[0.5], limit=3)
+    assert [(each.ratio, each.phrases) for each in found.scores] == [(0.5, 3)]
+    assert len(found.answers.rows) == 3
+    assert len(repr(found)) < 200
+    assert found.dump()["data"]["phrases"] == 3
+    report = gap_runtime.check(refshapes_bundle, ratios=[0.5])
+    assert report.passed
+    assert len(repr(report)) < 100

@@ -14,14 +14,11 @@ from gap_runtime.evaluation import describe_formats, describe_protocols
 
 if TYPE_CHECKING:
     from gap_runtime.display import Display
-    from gap_runtime.evaluation.compare import Comparison
+    from gap_runtime.evaluation.api import Evaluation
     from gap_runtime.evaluation.data import Data
     from gap_runtime.evaluation.results import Answers, Header
     from gap_runtime.evaluation.run import Open, Spread
-    from gap_runtime.evaluation.score import Score
 from gap_runtime.cli.evaluation_tables import (
-    Evaluation,
-    dump_evaluation,
     list_words,
     make_tables,
     write_evaluation,
@@ -214,27 +211,6 @@ def run_evaluation(
         )
 
 
-def score_evaluation(
-    data: Data, answers: Answers, protocols: Sequence[str], other: Answers | None, label: str
-) -> Evaluation:
-    """Figures of answers under each protocol, and the comparison with others."""
-    from gap_runtime.evaluation.compare import compare_rows  # noqa: PLC0415
-    from gap_runtime.evaluation.protocol import load_protocol  # noqa: PLC0415
-    from gap_runtime.evaluation.score import score_rows  # noqa: PLC0415
-
-    scores: list[Score] = []
-    comparisons: list[Comparison] = []
-    asked = data.expressions
-    for name in protocols:
-        protocol = load_protocol(name)
-        scores += score_rows(answers.rows, name, protocol, answers.header.box, asked)
-        if other is not None:
-            comparisons += compare_rows(answers, other, label, name, protocol, asked)
-    return Evaluation(
-        answers=answers, data=data, scores=tuple(scores), comparisons=tuple(comparisons)
-    )
-
-
 def finish(
     options: argparse.Namespace,
     display: Display,
@@ -243,11 +219,13 @@ def finish(
     other: Answers | None,
 ) -> int:
     """Score, show, and the exit code."""
+    from gap_runtime.evaluation.api import score_answers  # noqa: PLC0415
+
     protocols = choose_protocols(options)
     label = "" if options.compare is None else options.compare.name
-    found = score_evaluation(data, answers, protocols, other, label)
+    found = score_answers(data, answers, protocols, other=other, label=label)
     if options.json:
-        print_json(dump_evaluation(found))
+        print_json(found.dump())
     else:
         _show(found)
     if options.html is not None:

@@ -1,66 +1,14 @@
-"""An evaluation as data, as tables and as words, for the terminal and for the page."""
+"""An evaluation as tables and as words, for the terminal and for the page."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gap_runtime.evaluation.compare import Comparison
-    from gap_runtime.evaluation.data import Data
-    from gap_runtime.evaluation.results import Answers
-    from gap_runtime.evaluation.score import Score
+    from gap_runtime.evaluation.api import Evaluation
     from gap_runtime.report.evaluation_page import PageTable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What an evaluation gave."""
-
-    answers: Answers
-    data: Data
-    scores: tuple[Score, ...]
-    comparisons: tuple[Comparison, ...]
-
-
-def dump_evaluation(found: Evaluation) -> dict[str, Any]:
-    """An evaluation as plain data."""
-    from gap_runtime.evaluation.compare import SIGNIFICANT  # noqa: PLC0415
-    from gap_runtime.evaluation.published import list_standings  # noqa: PLC0415
-    from gap_runtime.records import dump_record  # noqa: PLC0415
-
-    header, data = found.answers.header, found.data
-    return {
-        "subject": dump_record(header.subject),
-        "data": {
-            **dump_record(header.data),
-            "set": data.set,
-            "split": data.split,
-            "by": data.by,
-            "limited": data.limited,
-            "whole": data.whole,
-        },
-        "notes": list(data.notes),
-        "scores": [
-            {**dump_record(each), "published": dump_record(list_standings(each, data))}
-            for each in found.scores
-        ],
-        "comparisons": [
-            {
-                **dump_record(each),
-                "significant": each.p < SIGNIFICANT,
-                "words": each.describe(),
-            }
-            for each in found.comparisons
-        ],
-        "unasked": [
-            {"key": row.key, "ratio": row.ratio, "problem": row.problem}
-            for row in found.answers.rows
-            if row.problem is not None
-        ],
-    }
 
 
 def write_evaluation(found: Evaluation, path: Path, protocol: str, *, pictures: int) -> None:

@@ -13,7 +13,7 @@ PROGRAM: Final = Program(
     package="gap_runtime.cli.commands",
     description="run and check bundles that gap-export made; needs no torch",
     epilog="exit codes: 0 done, 2 wrong setting or input, 4 bad bundle, 5 backend failed, 6 check "
-    "failed",
+    "failed, 7 no box",
 )
 
 

@@ -1,4 +1,4 @@
-"""Milliseconds of each stage at each ratio and bucket of a bundle: medians after a warm-up."""
+"""Milliseconds of each stage at each ratio and bucket of a bundle, after a warm-up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.grounding.fastest import choose_backend
 from gap_runtime.grounding.grounder import Grounder, StageValues
+from gap_runtime.machines.memory import read_peak_mib
 from gap_runtime.pictures.load import fitting_size
 from gap_runtime.pictures.preprocess import Bucket
 
@@ -25,6 +26,9 @@ _TOKENS: Final = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
     """Medians at one ratio of a bucket. `prompt` counts the slots of the longest prompt.
+
+    A request is a picture with its first phrase, to the end of the answer, with drafts unless they
+    are off: `request_p50_ms` and `request_p95_ms` are percentiles of it.
 
     `prefill_ms` is that of the first phrase of a picture, `further_ms` that of another one, for
     which the picture is known. `token_ms` is a step of one token. An answer of `tokens` took
@@ -48,19 +52,32 @@ class BenchRow:
     calls: int
     drafted: int
     accepted: int
+    request_p50_ms: float
+    request_p95_ms: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class BenchReport:
-    """Rows by ratio and what they were measured on."""
+    """Rows by ratio and what they were measured on.
+
+    `peak_memory_mib` is the most that this process had resident since it began, None where the
+    system does not say; what lies on a GPU is not in it.
+    """
 
     bundle: str
     backend: str
+    warmup: int
     runs: int
+    peak_memory_mib: float | None
     cores: int
     load_average: float | None
     """Of the minute before the end; None where the system counts none (Windows)."""
     rows: tuple[BenchRow, ...]
+
+    def __repr__(self) -> str:
+        """A request at each ratio, on one line."""
+        said = ", ".join(f"{row.request_p50_ms:.1f} ms at {row.ratio:g}" for row in self.rows)
+        return f"BenchReport({self.backend}: {said})"
 
 
 def bench_bundle(
@@ -105,7 +122,9 @@ def bench_bundle(
     return BenchReport(
         bundle=str(bundle.folder),
         backend=backend,
+        warmup=warmup,
         runs=runs,
+        peak_memory_mib=read_peak_mib(),
         cores=os.cpu_count() or 1,
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         rows=rows,
@@ -141,6 +160,7 @@ def _make_row(bundle: Bundle, entry: RatioEntry, runs: list[_Run], most: int) ->
         return statistics.median(each.milliseconds[stage] for each in values)
 
     firsts = [run.first for run in runs]
+    requests = [each.milliseconds["total"] for each in firsts]
     # The first answer token comes with the prefill.
     token_ms = median((run.steps for run in runs), "decode") / max(most - 1, 1)
     answer = firsts[-1].decoded
@@ -161,4 +181,6 @@ def _make_row(bundle: Bundle, entry: RatioEntry, runs: list[_Run], most: int) ->
         calls=answer.calls,
         drafted=answer.drafted,
         accepted=answer.accepted,
+        request_p50_ms=float(np.percentile(requests, 50)),
+        request_p95_ms=float(np.percentile(requests, 95)),
     )

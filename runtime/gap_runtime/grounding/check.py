@@ -18,6 +18,7 @@ from gap_runtime.grounding.compare import (
     TOLERANCES,
     CheckRow,
     compare_drafted,
+    compare_scores,
     compare_stages,
     find_margin,
     first_divergence,
@@ -28,7 +29,7 @@ from gap_runtime.pictures.boxes import Box, parse_boxes
 from gap_runtime.pictures.load import frame_picture, load_picture
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CheckReport:
     """All rows of a check. `precision` is the dtype, or that of quantized weights.
 
@@ -45,6 +46,14 @@ class CheckReport:
     passed: bool
     pytorch_boxes: tuple[BoxCount, ...]
     rows: tuple[CheckRow, ...]
+
+    def __repr__(self) -> str:
+        """How it went, on one line."""
+        equal = sum(row.passed for row in self.rows)
+        return (
+            f"CheckReport({'passed' if self.passed else 'failed'}, {equal} of {len(self.rows)} "
+            f"rows, {self.precision} on {self.backend})"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +148,10 @@ def _check_sample(
     picture = load_picture(grounder.bundle.folder / sample.image)
     view = grounder.look(picture)
     values = grounder.run_stages(view, sample.phrase, entry, draft=False)
+    recorded = f"{sample.key}/probabilities"
+    reference_score = (
+        grounder.score(sample.token_ids, arrays[recorded].tolist()) if recorded in arrays else None
+    )
     drafted = grounder.run_stages(view, sample.phrase, entry)
     place = first_divergence(drafted.decoded.token_ids, values.decoded.token_ids)
     margin = None
@@ -169,6 +182,12 @@ def _check_sample(
         answer=answer,
         boxes=boxes,
         tolerance=TOLERANCES[manifest.precision],
+    )
+    row = compare_scores(
+        row,
+        grounder.score(values.decoded.token_ids, values.decoded.probabilities),
+        reference_score,
+        TOLERANCES[manifest.precision],
     )
     return Compared(
         row=compare_drafted(row, place, margin, exact=manifest.precision == "float32"),

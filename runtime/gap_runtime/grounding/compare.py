@@ -28,6 +28,7 @@ class Tolerance:
     other tokens; None excuses nothing. `misses` is the share of answers that may miss it, one in
     any case where it is not 0: quantized weights are judged by how many boxes they lose.
     `jaccard` is how alike the kept patches must be where they may differ without a near tie.
+    `score` is absolute, of how sure the model is of an answer of the same tokens.
     """
 
     pixels: float
@@ -37,17 +38,36 @@ class Tolerance:
     iou: float | None
     misses: float = 0.0
     jaccard: float | None = None
+    score: float = 2e-3
 
 
 TOLERANCES: Final = {
     "float32": Tolerance(pixels=1e-5, visual=1e-4, logits=1e-4, near_tie=1e-4, iou=None),
-    "float16": Tolerance(pixels=1e-5, visual=2e-2, logits=2e-2, near_tie=3e-2, iou=0.9),
-    "bfloat16": Tolerance(pixels=1e-5, visual=1e-1, logits=1e-1, near_tie=2e-1, iou=0.9),
+    "float16": Tolerance(
+        pixels=1e-5, visual=2e-2, logits=2e-2, near_tie=3e-2, iou=0.9, score=5e-2
+    ),
+    "bfloat16": Tolerance(
+        pixels=1e-5, visual=1e-1, logits=1e-1, near_tie=2e-1, iou=0.9, score=0.15
+    ),
     "int8": Tolerance(
-        pixels=1e-5, visual=5e-2, logits=1e-1, near_tie=5e-2, iou=0.5, misses=0.02, jaccard=0.9
+        pixels=1e-5,
+        visual=5e-2,
+        logits=1e-1,
+        near_tie=5e-2,
+        iou=0.5,
+        misses=0.02,
+        jaccard=0.9,
+        score=0.15,
     ),
     "int4": Tolerance(
-        pixels=1e-5, visual=3e-1, logits=3e-1, near_tie=3e-1, iou=0.5, misses=0.05, jaccard=0.75
+        pixels=1e-5,
+        visual=3e-1,
+        logits=3e-1,
+        near_tie=3e-1,
+        iou=0.5,
+        misses=0.05,
+        jaccard=0.75,
+        score=0.4,
     ),
 }
 """By dtype, or by that of the weights where they are quantized."""
@@ -62,7 +82,8 @@ class CheckRow:
 
     `first_divergence` is the first token that is not PyTorch's, `draft_divergence` the first one
     that is another with drafts than without, and `draft_margin` by how much the one without led
-    the other there, relative to the largest logit.
+    the other there, relative to the largest logit. `score` is how sure the model was of the
+    answer, `reference_score` how sure PyTorch was (None where the bundle does not say).
     """
 
     ratio: float
@@ -87,6 +108,8 @@ class CheckRow:
     missed: bool
     passed: bool
     reasons: tuple[str, ...]
+    score: float = 0.0
+    reference_score: float | None = None
 
 
 def compare_drafted(
@@ -106,6 +129,27 @@ def compare_drafted(
     if place is None or not exact:
         return row
     reasons = (*row.reasons, f"answers with and without drafts part at token {place}")
+    return replace(row, reasons=reasons, passed=False, missed=False)
+
+
+def compare_scores(
+    row: CheckRow, score: float, reference_score: float | None, tolerance: Tolerance
+) -> CheckRow:
+    """Put how sure the model was into a row; a failure where PyTorch was of the same answer not.
+
+    Args:
+        row: Without scores.
+        score: The backend's.
+        reference_score: PyTorch's, None where the bundle does not say.
+        tolerance: For the bundle's dtype.
+    """
+    row = replace(row, score=score, reference_score=reference_score)
+    if reference_score is None or not (row.kept_equal and row.same_tokens):
+        return row
+    error = abs(score - reference_score)
+    if error <= tolerance.score:
+        return row
+    reasons = (*row.reasons, f"scores differ by {error:.2g}")
     return replace(row, reasons=reasons, passed=False, missed=False)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from gap_runtime.backends import DecoderSession
 from gap_runtime.bundle.bundle import embedding_rows
 from gap_runtime.errors import EngineError
+from gap_runtime.grounding.confidence import find_probability
 from gap_runtime.grounding.draft import Drafter
 
 # A axes of positions, S prompt rows, D width, W width of the decoder's rows (an embedding, and
@@ -27,9 +28,11 @@ class Decoded:
     `calls` of the decoder, the prefill among them. Of the rows that they held, `drafted` were
     sent as drafts, and `accepted` of these turned out to be tokens of the answer. The first token
     was chosen by `prefill_logits` [V], the last one (or the end) by `last_logits` [V].
+    `probabilities` are those of the tokens.
     """
 
     token_ids: list[int]
+    probabilities: list[float]
     prefill_logits: np.ndarray
     last_logits: np.ndarray
     prefill_ms: float
@@ -98,6 +101,7 @@ def decode_greedily(
     began = time.perf_counter()
     caller = _Caller(decoder, table, prompt, position_ids, held, capacity)
     answer: list[int] = []
+    probabilities: list[float] = []
     calls = drafted = accepted = 0
     while True:
         before = tuple(answer)
@@ -107,6 +111,7 @@ def decode_greedily(
             prefill_logits, prefilled = logits[0].copy(), time.perf_counter()
         news = _read(logits, draft, most - len(before), stop_ids)
         answer += news.token_ids
+        probabilities += news.probabilities
         calls, drafted = calls + 1, drafted + len(draft)
         accepted += news.accepted
         if drafter and draft:
@@ -115,6 +120,7 @@ def decode_greedily(
             break
     return Decoded(
         token_ids=answer,
+        probabilities=probabilities,
         prefill_logits=prefill_logits,
         last_logits=news.last_logits.copy(),
         prefill_ms=(prefilled - began) * 1e3,
@@ -130,6 +136,7 @@ class _News:
     """What one call adds to an answer, and whether it ends it."""
 
     token_ids: list[int]
+    probabilities: list[float]
     accepted: int
     is_last: bool
     last_logits: np.ndarray
@@ -138,15 +145,29 @@ class _News:
 def _read(logits: np.ndarray, draft: list[int], most: int, stop_ids: tuple[int, ...]) -> _News:
     """The most likely tokens [1 + drafted, V], as far as the draft agrees with them."""
     found: list[int] = []
+    sure: list[float] = []
     for row, drafted in zip(logits, [*draft, None], strict=True):
         token = _choose(row) if len(found) < most else None
         if token is None or token in stop_ids:
-            return _News(token_ids=found, accepted=len(found), is_last=True, last_logits=row)
+            return _News(
+                token_ids=found,
+                probabilities=sure,
+                accepted=len(found),
+                is_last=True,
+                last_logits=row,
+            )
         found.append(token)
+        sure.append(find_probability(row, token))
         if token != drafted:
             break
     is_last = len(found) == most
-    return _News(token_ids=found, accepted=len(found) - 1, is_last=is_last, last_logits=row)
+    return _News(
+        token_ids=found,
+        probabilities=sure,
+        accepted=len(found) - 1,
+        is_last=is_last,
+        last_logits=row,
+    )
 
 
 class _Caller:

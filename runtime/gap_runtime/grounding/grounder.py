@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 from PIL import Image
@@ -26,6 +28,7 @@ from gap_runtime.bundle.manifest import (
     Stage,
 )
 from gap_runtime.errors import BundleError, ConfigError, InputError
+from gap_runtime.grounding.confidence import score_answer
 from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
 from gap_runtime.grounding.fastest import choose_backend
 from gap_runtime.grounding.prompt import (
@@ -43,8 +46,18 @@ from gap_runtime.grounding.view import (
     VisionOutput,
 )
 from gap_runtime.pictures.boxes import parse_boxes
-from gap_runtime.pictures.load import find_bucket, frame_picture, make_pixels, open_picture
+from gap_runtime.pictures.load import (
+    ChannelOrder,
+    ImageInput,
+    find_bucket,
+    frame_picture,
+    make_pixels,
+    open_picture,
+)
 from gap_runtime.pictures.preprocess import Bucket
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +74,10 @@ class StageValues:
 
 
 class Grounder:
-    """A bundle loaded for use. Graphs are loaded at first need and kept."""
+    """A bundle loaded for use. Graphs are loaded at first need and kept until `close`.
+
+    It is a context manager too. Threads take turns with it: one call at a time.
+    """
 
     def __init__(
         self,
@@ -115,6 +131,7 @@ class Grounder:
             rows=bundle.manifest.embedding.shape[0],
         )
         self._table = bundle.map_embedding()
+        self._is_closed = False
         self._drafter = self.encoder.make_drafter(bundle.manifest.box.form) if draft else None
         self._stages: dict[str, StageSession] = {}
         self._cache: PromptCache | None = None
@@ -125,42 +142,101 @@ class Grounder:
         if spec is not None and spec.tokenizer is not None:
             self._phrases = PhraseEncoder(load_tokenizer(bundle.folder / spec.tokenizer), spec)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        """The bundle and its backend, on one line."""
+        state = ", closed" if self._is_closed else ""
+        return f"Grounder({self.bundle!r}, ratio {self.default_ratio.ratio:g}{state})"
+
+    def close(self) -> None:
+        """Give up graphs, cache and pictures; after that it cannot be used. Twice is no error."""
+        self._is_closed = True
+        self._stages = {}
+        self._cache = None
+        self._views = KeptViews(0)
+        self._table = np.empty((0, 0), np.float32)
+
+    @overload
     def ground(
         self,
-        image: str | Path | bytes | Image.Image | np.ndarray,
+        image: ImageInput,
         phrase: str,
         *,
         ratio: float | None = None,
         keep: int | None = None,
-    ) -> Grounding:
-        """Ask where a phrase is.
+        order: ChannelOrder = "RGB",
+    ) -> Grounding: ...
+
+    @overload
+    def ground(
+        self,
+        image: ImageInput,
+        phrase: list[str] | tuple[str, ...],
+        *,
+        ratio: float | None = None,
+        keep: int | None = None,
+        order: ChannelOrder = "RGB",
+    ) -> tuple[Grounding, ...]: ...
+
+    def ground(
+        self,
+        image: ImageInput,
+        phrase: str | list[str] | tuple[str, ...],
+        *,
+        ratio: float | None = None,
+        keep: int | None = None,
+        order: ChannelOrder = "RGB",
+    ) -> Grounding | tuple[Grounding, ...]:
+        """Ask where a phrase is, or each of several.
 
         Args:
-            image: A file, its bytes, a Pillow picture of any mode, or an array of uint8 in RGB
-                order [height, width, 3].
-            phrase: What to ground, for example `the red mug`.
+            image: A file, its bytes, a Pillow picture of any mode, or a frame: an array of uint8
+                [height, width, 3].
+            phrase: What to ground, for example `the red mug`; a list or tuple of phrases gives a
+                tuple of groundings.
             ratio: Another of the bundle's ratios than the one this was made with.
             keep: Or a count of visual tokens that stay.
+            order: Of a frame's channels: `RGB`, or `BGR` as OpenCV has it.
 
         Raises:
-            InputError: The picture or the phrase cannot be used.
+            InputError: The picture or a phrase cannot be used.
             EngineError: The backend failed.
         """
-        _require_text(phrase)
-        return self.look(image).ground(phrase, ratio=ratio, keep=keep)
+        if isinstance(phrase, str):
+            return self.look(image, order=order).ground(phrase, ratio=ratio, keep=keep)
+        if not isinstance(phrase, (list, tuple)):
+            raise InputError(
+                f"a phrase of type {type(phrase).__name__}; expected a str, or a list of them"
+            )
+        for each in phrase:
+            _require_text(each)
+        view = self.look(image, order=order)
+        return tuple(view.ground(each, ratio=ratio, keep=keep) for each in phrase)
 
-    def look(self, image: str | Path | bytes | Image.Image | np.ndarray) -> View:
+    def look(self, image: ImageInput, *, order: ChannelOrder = "RGB") -> View:
         """Look at a picture that several phrases will be asked about: `view.ground(phrase)`.
 
         Nothing runs yet. What all phrases share is computed for the first one.
 
         Args:
             image: As for `ground`.
+            order: As for `ground`.
 
         Raises:
             InputError: The picture cannot be used.
         """
-        picture = open_picture(image)
+        self._require_open()
+        picture = open_picture(image, order=order)
         manifest = self.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
         return self._views.find(self._make_view(picture, bucket))
@@ -184,6 +260,11 @@ class Grounder:
             phrase=phrase,
             answer=answer,
             boxes=parsed.boxes,
+            score=(
+                self.score(values.decoded.token_ids, values.decoded.probabilities)
+                if parsed.boxes
+                else 0.0
+            ),
             problems=parsed.problems,
             ratio=entry.ratio,
             kept=entry.kept,
@@ -195,6 +276,21 @@ class Grounder:
             drafted=values.decoded.drafted,
             accepted=values.decoded.accepted,
         )
+
+    def score(self, token_ids: Sequence[int], probabilities: Sequence[float]) -> float:
+        """How sure the model was of the boxes in an answer, in [0, 1].
+
+        Args:
+            token_ids: Of the answer.
+            probabilities: Of these tokens.
+        """
+        return score_answer(
+            token_ids, probabilities, self.encoder.decode, self.bundle.manifest.box
+        )
+
+    def count_kept(self) -> tuple[int, int]:
+        """How many pictures are kept because they may come again, and their bytes."""
+        return len(self._views), self._views.count_bytes()
 
     def run_stages(
         self,
@@ -214,6 +310,7 @@ class Grounder:
             most: Tokens to decode, whether or not the answer ends before.
             draft: False decodes token by token, however this was made.
         """
+        self._require_open()
         manifest = self.bundle.manifest
         if not isinstance(view, View):
             view = self._make_view(view, manifest.bucket(entry.bucket))
@@ -315,6 +412,10 @@ class Grounder:
         mean: np.ndarray = (rows / np.maximum(lengths, 1e-12)).mean(axis=0, keepdims=True)
         return mean
 
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this grounder was closed; make another Grounder(bundle)")
+
     def _open(self, stage: Stage) -> StageSession:
         if stage.name not in self._stages:
             self._stages[stage.name] = self._backend.open_stage(self.bundle, stage, self._device)
@@ -339,3 +440,9 @@ def _require_text(phrase: object) -> None:
     """Refuse what is no phrase, before a picture is opened for it."""
     if not isinstance(phrase, str):
         raise InputError(f"a phrase of type {type(phrase).__name__}; expected a str")
+    try:
+        phrase.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the phrase {phrase!r:.60} is no text: it holds half a character"
+        ) from error

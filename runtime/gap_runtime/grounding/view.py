@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -17,10 +17,12 @@ DEFAULT_KEPT_MIB: Final = 256
 """Memory for pictures that may be asked about again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Grounding:
     """Where a phrase is in a picture.
 
+    `score` in [0, 1] is how sure the model was of the boxes, as gap_runtime.grounding.confidence
+    has it; 0 where there is none.
     `problems` says what in the answer was no usable box. `kept_index` are the patches that
     stayed, by slot. `milliseconds` is by stage: preprocess, vision, prefill, decode, total; what
     was there from an earlier phrase took none. `calls` of the decoder, the prefill among them,
@@ -30,6 +32,7 @@ class Grounding:
     phrase: str
     answer: str
     boxes: tuple[Box, ...]
+    score: float
     problems: tuple[str, ...]
     ratio: float
     kept: int
@@ -40,6 +43,37 @@ class Grounding:
     calls: int
     drafted: int
     accepted: int
+
+    def __repr__(self) -> str:
+        """The boxes and how sure they are, on one line."""
+        boxes = ", ".join(f"({' '.join(f'{value:.1f}' for value in box)})" for box in self.boxes)
+        said = f"{boxes}, score {self.score:.2f}" if self.boxes else "no box"
+        return f"Grounding({self.phrase!r}: {said}, kept {self.kept} of {self.patches})"
+
+    def reject_below(self, least_score: float) -> Grounding:
+        """This grounding, without its boxes where the model was less sure of them than that."""
+        if not self.boxes or self.score >= least_score:
+            return self
+        problem = f"score {self.score:.3f} is under {least_score:g}"
+        return replace(self, boxes=(), problems=(*self.problems, problem))
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "answer": self.answer,
+            "boxes": [list(box) for box in self.boxes],
+            "score": self.score,
+            "problems": list(self.problems),
+            "phrase": self.phrase,
+            "ratio": self.ratio,
+            "kept": self.kept,
+            "patches": self.patches,
+            "kept_index": list(self.kept_index),
+            "milliseconds": self.milliseconds,
+            "calls": self.calls,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+        }
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -150,6 +184,9 @@ class KeptViews:
     def count_bytes(self) -> int:
         """Memory of all that is kept."""
         return sum(view.count_bytes() for view in self._views.values())
+
+    def __len__(self) -> int:
+        return len(self._views)
 
     def trim(self) -> None:
         """Give up the pictures that were not asked about for longest, as far as is needed."""

@@ -146,3 +146,14 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def read_peak_mib() -> float | None:
+    """The most memory that this process had resident, in MiB; None where nothing counts it."""
+    try:
+        import resource  # noqa: PLC0415 - Windows has none
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, others KiB.
+    return most / (2**20 if sys.platform == "darwin" else 2**10)

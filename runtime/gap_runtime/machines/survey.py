@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from gap_runtime.machines.memory import Memory, read_memory
 from gap_runtime.machines.target import list_targets, load_target
+from gap_runtime.machines.telemetry import silence_telemetry
 
 _QUERY: Final = ("name", "compute_cap", "driver_version", "memory.total", "memory.free")
 _ONNXRUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu")
@@ -340,6 +341,7 @@ def _find_onnxruntimes() -> dict[str, str]:
 
 def _ask_providers() -> tuple[tuple[str, ...], str | None]:
     """Providers of the installed onnxruntime, or why it cannot be imported."""
+    silence_telemetry()
     code = "import onnxruntime; print(*onnxruntime.get_available_providers())"
     try:
         done = subprocess.run(  # noqa: S603 - this Python itself

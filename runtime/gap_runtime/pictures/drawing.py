@@ -73,7 +73,7 @@ def shade_patches(
     """A copy of the picture with removed patches shaded, and by how much it was enlarged."""
     canvas, scale = enlarge(picture)
     kept = set(kept_index)
-    places = _find_patches(picture, spec, buckets)
+    places = find_patches(picture.size, spec, buckets)
     shaded = {token: _SHADE for token in places if token not in kept}
     return _tint(canvas, places, shaded, scale), scale
 
@@ -86,7 +86,7 @@ def draw_heat(
 ) -> Image.Image:
     """A copy of the picture in which a patch is the darker the smaller its share, in [0, 1]."""
     canvas, scale = enlarge(picture)
-    places = _find_patches(picture, spec, buckets)
+    places = find_patches(picture.size, spec, buckets)
     red, green, blue, _ = _SHADE
     tints = {
         token: (red, green, blue, round(_DARKEST * (1 - shares.get(token, 0.0))))
@@ -156,16 +156,16 @@ def enlarge(picture: Image.Image) -> tuple[Image.Image, int]:
     return picture.resize(size, Image.Resampling.NEAREST).convert("RGBA"), scale
 
 
-def _find_patches(
-    picture: Image.Image, spec: Preprocess, buckets: tuple[Bucket, ...]
+def find_patches(
+    size: tuple[int, int], spec: Preprocess, buckets: tuple[Bucket, ...]
 ) -> dict[int, Box]:
-    """Where visual tokens lie in the picture; those in the padding are left out."""
-    bucket = find_bucket(picture.size, spec, buckets)
+    """Where visual tokens lie in a picture of (width, height), but for those in the padding."""
+    bucket = find_bucket(size, spec, buckets)
     mode = find_mode(spec)
-    frame = mode.frame_picture(picture.size, spec, bucket)
+    frame = mode.frame_picture(size, spec, bucket)
     found = {}
     for token, cell in mode.find_cells(bucket, spec).items():
-        box = clip_box(frame.place(cell), *picture.size)
+        box = clip_box(frame.place(cell), *size)
         if box is not None:
             found[token] = box
     return found

@@ -6,7 +6,7 @@ import io
 import struct
 import warnings
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +15,11 @@ from gap_runtime.errors import InputError
 from gap_runtime.pictures import limits
 from gap_runtime.pictures.boxes import PictureFrame
 from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
+
+ImageInput = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray
+"""What a picture may be given as."""
+ChannelOrder = Literal["RGB", "BGR"]
+"""Of an array's last axis."""
 
 _ORIENTATION: Final = 0x0112
 _TURNS: Final = {
@@ -46,16 +51,24 @@ def load_picture(path: str | Path, *, turned: bool = True) -> Image.Image:
     return read_picture(path, str(path), turned=turned)
 
 
-def open_picture(image: object) -> Image.Image:
+def open_picture(image: object, *, order: str = "RGB") -> Image.Image:
     """A picture in any form as upright 8-bit RGB.
 
     Args:
-        image: A path, the bytes of a picture file, a Pillow picture, or an array of uint8 in RGB
-            order [height, width, 3], as cameras give (OpenCV's are BGR: `frame[..., ::-1]`).
+        image: A path, the bytes of a picture file, a Pillow picture, or an array of uint8
+            [height, width, 3], as cameras give.
+        order: Of an array's channels: `RGB`, or `BGR` as OpenCV has it.
 
     Raises:
         InputError: It is none of these, or cannot be used.
     """
+    if order not in {"RGB", "BGR"}:
+        raise InputError(f"channels in the order {order!r:.20}; expected RGB or BGR")
+    if order == "BGR" and not isinstance(image, np.ndarray):
+        raise InputError(
+            f"channels in the order BGR for a picture of type {type(image).__name__}; only "
+            "arrays have an order of their own, leave it out"
+        )
     if isinstance(image, (str, Path)):
         return load_picture(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
@@ -77,25 +90,35 @@ def open_picture(image: object) -> Image.Image:
             f"a picture of {image.shape[1]}x{image.shape[0]} pixels, at most "
             f"{limits.MAX_PIXELS:,} in all are read; scale it down"
         )
-    return Image.fromarray(np.ascontiguousarray(image))
+    frame = image[..., ::-1] if order == "BGR" else image
+    return Image.fromarray(np.ascontiguousarray(frame))
 
 
-def read_picture(file: str | Path | BinaryIO, name: str, *, turned: bool = True) -> Image.Image:
+def read_picture(
+    file: str | Path | BinaryIO,
+    name: str,
+    *,
+    turned: bool = True,
+    most_pixels: int | None = None,
+) -> Image.Image:
     """A picture as `load_picture` gives it, from an open file or a path; `name` is for errors.
+
+    `most_pixels` are read, limits.MAX_PIXELS by default.
 
     Raises:
         InputError: As for `load_picture`.
     """
+    most = limits.MAX_PIXELS if most_pixels is None else most_pixels
     try:
         with warnings.catch_warnings():
             # The size is checked below, with a lower limit than Pillow's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as picture:
                 # Before it is unpacked: a small file may hold a huge picture.
-                if picture.width * picture.height > limits.MAX_PIXELS:
+                if picture.width * picture.height > most:
                     raise InputError(
                         f"{picture.width}x{picture.height} pixels, "
-                        f"at most {limits.MAX_PIXELS:,} in all are read; scale it down"
+                        f"at most {most:,} in all are read; scale it down"
                     )
                 return to_rgb(picture, turned=turned)
     except InputError as error:

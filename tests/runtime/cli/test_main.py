@@ -139,7 +139,7 @@ ERRORS = [
     (no_runs, 2, "config", "--runs 0: at least 1"),
     (unknown_flag, 2, "config", "--colour"),
     (unknown_command, 2, "unknown-name", "unknown command 'dance'; have bench, build"),
-    (misspelt_command, 2, "unknown-name", "unknown command 'grond'; did you mean ground?"),
+    (misspelt_command, 2, "unknown-name", "unknown command 'grond'; did you mean ground"),
     (missing_argument, 2, "config", "BUNDLE"),
     (nothing_at_all, 2, "config", "COMMAND"),
     (missing_bundle, 4, "bundle", "nowhere: no such bundle folder"),
@@ -310,7 +310,7 @@ def test_ground_for_people_prints_boxes_alone_on_stdout(make_bundle, picture, an
 
 def test_answer_without_a_box_is_told(make_bundle, picture, answer_with, capsys):
     answer_with(8)
-    assert main(["ground", str(make_bundle()), str(picture), "the red mug"]) == 0
+    assert main(["ground", str(make_bundle()), str(picture), "the red mug"]) == 7
     said = capsys.readouterr()
     assert said.out == ""
     assert "no usable box: the answer holds no box (answer: 'mug')" in said.err

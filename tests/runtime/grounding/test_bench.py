@@ -127,7 +127,8 @@ def test_a_further_phrase_computes_only_what_is_behind_the_picture(make_bundle, 
 def test_bench_for_people_names_the_buckets(make_bundle, tiled, answer_with, capsys):
     answer_with(BOX_TOKEN)
     assert main(["bench", str(make_bundle(**tiled)), "--runs", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, memory = capsys.readouterr().out.splitlines()
+    assert memory.startswith("peak memory ")
     assert [line.partition(":")[0] for line in lines] == [
         "ratio 0.5 (wide, 7 of 14)",
         "ratio 0.25 (wide, 11 of 14)",

@@ -46,6 +46,7 @@ def make_values(**changes):
     del expected["logits"]
     decoded = Decoded(
         token_ids=token_ids,
+        probabilities=[1.0] * len(token_ids),
         prefill_logits=logits,
         last_logits=logits,
         prefill_ms=1.0,

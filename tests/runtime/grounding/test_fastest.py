@@ -112,10 +112,14 @@ class SimpleRows:
                 calls=1,
                 drafted=0,
                 accepted=0,
+                request_p50_ms=9.0,
+                request_p95_ms=9.0,
             )
             for ratio in ratios
         ]
         return BenchReport(
+            warmup=2,
+            peak_memory_mib=None,
             bundle=str(bundle.folder),
             backend=backend,
             runs=runs,

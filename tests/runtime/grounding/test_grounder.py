@@ -295,7 +295,10 @@ def test_a_picture_that_is_none(make_grounder, backend, image, message):
 
 
 def test_a_phrase_and_a_bundle_of_a_wrong_type(make_grounder, tmp_path):
+    grounder = make_grounder()
+    with pytest.raises(InputError, match="a phrase of type dict; expected a str"):
+        grounder.ground(SQUARE, {"the": "mug"})
     with pytest.raises(InputError, match="a phrase of type list; expected a str"):
-        make_grounder().ground(SQUARE, ["the mug"])
+        grounder.look(SQUARE).ground(["the mug"])
     with pytest.raises(ConfigError, match=r"open it first: Grounder\(Bundle.open"):
         Grounder(str(tmp_path))

@@ -20,6 +20,7 @@ from gap_runtime.backends.onnxruntime.providers import (
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.errors import BackendMissingError, EngineError
+from gap_runtime.machines.telemetry import silence_telemetry
 from gap_runtime.machines.threads import read_threads
 
 _ERRORS: Final = (
@@ -43,6 +44,7 @@ def import_onnxruntime() -> ModuleType:
     Raises:
         BackendMissingError: It is not installed.
     """
+    silence_telemetry()
     try:
         return import_module("onnxruntime")
     except ImportError as error:

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_chosen_counts(parser)
     parser.add_argument("--runs", type=int, default=7, help="timed runs per ratio (default 7)")
     parser.add_argument(
+        "--warmup", type=int, default=2, help="untimed runs before them (default 2)"
+    )
+    parser.add_argument(
         "--all",
         action="store_true",
         help="time a request on every backend that is there; --backend auto takes the fastest",
@@ -43,6 +46,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.runs < 1:
         raise ConfigError(f"--runs {options.runs}: at least 1 is needed")
+    if options.warmup < 0:
+        raise ConfigError(f"--warmup {options.warmup}: at least 0 is needed")
     display = Display()
     if options.all:
         return _time_all(options, display)
@@ -52,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
             bundle,
             options.backend,
             runs=options.runs,
+            warmup=options.warmup,
             ratios=bundle.choose_ratios(options.ratios, options.keep),
             draft=options.draft,
         )
@@ -66,8 +72,11 @@ def run(options: argparse.Namespace) -> int:
             f"of a further phrase {row.further_ms:.1f} ms, "
             f"token {row.token_ms:.2f} ms ({row.tokens_per_second:.0f}/s), "
             f"answer of {row.tokens} tokens {row.answer_ms:.1f} ms by {row.calls} calls "
-            f"({row.accepted} of {row.drafted} drafted tokens right)"
+            f"({row.accepted} of {row.drafted} drafted tokens right); "
+            f"request p50 {row.request_p50_ms:.1f} ms, p95 {row.request_p95_ms:.1f} ms"
         )
+    if report.peak_memory_mib is not None:
+        print(f"peak memory {report.peak_memory_mib:.0f} MiB")
     return 0
 
 

@@ -1,0 +1,97 @@
+"""Which pictures and phrases a command line asks for: files, folders, or JSON lines on stdin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gap_runtime.errors import InputError, suggest
+
+STDIN: Final = "-"
+"""Instead of pictures: requests come as JSON lines on standard input."""
+_KEYS: Final = ("image", "phrase", "ratio", "keep", "id")
+_LONGEST: Final = 1_000_000
+"""Characters of a line that are read at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureRequest:
+    """Phrases for one picture. `id` is whatever the asker calls it, None where it has no name."""
+
+    image: str
+    phrases: tuple[str, ...]
+    ratio: float | None = None
+    keep: int | None = None
+    id: Any = None
+
+
+def find_pictures(names: Sequence[str]) -> list[str]:
+    """Picture files, those of a folder in the order of their names.
+
+    Raises:
+        InputError: A folder holds no picture.
+    """
+    found: list[str] = []
+    for name in names:
+        found += _list_folder(Path(name)) if Path(name).is_dir() else [name]
+    return found
+
+
+def _list_folder(folder: Path) -> list[str]:
+    from PIL import Image  # noqa: PLC0415 - libraries only when a command runs
+
+    suffixes = Image.registered_extensions()
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not files:
+        raise InputError(f"{folder}: no picture in this folder (folders in it are not looked at)")
+    return [str(path) for path in files]
+
+
+def read_requests(
+    lines: Iterable[str], phrases: Sequence[str]
+) -> Iterator[PictureRequest | InputError]:
+    """A request for each line that is not empty, or what is wrong with it.
+
+    Args:
+        lines: JSON objects with `image`, `phrase` (a text or a list of them), and where wanted
+            `ratio`, `keep` and `id`.
+        phrases: For lines that have none.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield _read_line(line, tuple(phrases))
+        except InputError as error:
+            yield InputError(f"line {number}: {error}")
+
+
+def _read_line(line: str, phrases: tuple[str, ...]) -> PictureRequest:
+    if len(line) > _LONGEST:
+        raise InputError(f"{len(line):,} characters, at most {_LONGEST:,} are read")
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{type(data).__name__} where an object is expected")
+    for key in data:
+        if key not in _KEYS:
+            raise InputError(f"unknown key {key!r:.40}; {suggest(key, _KEYS)}")
+    image, asked = data.get("image"), data.get("phrase", list(phrases))
+    asked = [asked] if isinstance(asked, str) else asked
+    if not isinstance(image, str) or not image:
+        raise InputError("'image' has to be the path of a picture")
+    if not isinstance(asked, list) or not asked or not all(isinstance(p, str) for p in asked):
+        raise InputError("'phrase' has to be a text or a list of texts")
+    ratio, keep = data.get("ratio"), data.get("keep")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
+        raise InputError("'ratio' has to be a number, the share of visual tokens removed")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int)):
+        raise InputError("'keep' has to be a count of visual tokens")
+    return PictureRequest(
+        image=image, phrases=tuple(asked), ratio=ratio, keep=keep, id=data.get("id")
+    )
