@@ -32,6 +32,13 @@ PYTHON = {
         "gap_runtime.grounding.view.View",
         "gap_runtime.grounding.view.Grounding",
         "gap_runtime.pictures.boxes.Box",
+        "gap_runtime.grounding.api.draw",
+    ],
+    "Check and measure": [
+        "gap_runtime.grounding.api.check",
+        "gap_runtime.grounding.check.CheckReport",
+        "gap_runtime.evaluation.api.evaluate",
+        "gap_runtime.evaluation.api.Evaluation",
     ],
     "Errors": ["gap_runtime.errors"],
 }

@@ -127,6 +127,7 @@ def test_everything_is_caught_only_where_a_library_leaves_no_choice():
         ("torch_pickle.py", "a damaged pickle can fail in every way"),
         ("pruner.py", "a user's own file can fail in every way"),
         ("prompt.py", "tokenizers raises bare Exception"),
+        ("app.py", "noqa: BLE001 - a client is answered whatever goes wrong"),
     ]
 
 
@@ -351,10 +352,10 @@ def test_the_design_page_shows_the_layers_that_are_enforced(package):
 
 
 def test_the_runtime_stays_small_enough_to_be_kept_in_mind():
-    """At most 13 rooms, its own top among them, on at most 8 floors; no floor is two."""
+    """At most 14 rooms, its own top and the service among them, on at most 8 floors."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = {each["name"]: each for each in settings["tool"]["importlinter"]["contracts"]}
     layers = contracts["rooms of gap_runtime"]["layers"]
-    assert len(re.findall(r"\w+", " ".join(layers))) + 1 <= 13
+    assert len(re.findall(r"\w+", " ".join(layers))) + 1 <= 14
     assert len(layers) <= 8
     assert not any(":" in layer for layer in layers)

@@ -134,13 +134,18 @@ class Browser:
         )
 
     def visit(self, path):
-        """Open a file and wait until it is shown."""
+        """Open a file, or an address, and wait until it is shown."""
         self._events.clear()
-        self.call("Page.navigate", url=Path(path).resolve().as_uri())
+        is_address = str(path).startswith("http://")
+        self.call("Page.navigate", url=path if is_address else Path(path).resolve().as_uri())
         while not any(e.get("method") == "Page.loadEventFired" for e in self._events):
             self._events.append(self._receive())
         # One more turn of the page's own loop, for what loading has set off.
         self.evaluate("new Promise(done => setTimeout(() => done(1), 100))")
+        return self.look_back()
+
+    def look_back(self):
+        """What has happened since the page was opened."""
         visit = Visit()
         for event in self._events:
             name, facts = event.get("method"), event.get("params", {})
@@ -158,6 +163,28 @@ class Browser:
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
         return found["result"].get("value")
+
+    def choose_file(self, selector, path):
+        """Put a file into a field of the page, as a person does in the browser's own window."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        field = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=field, files=[str(path)])
+
+    def press(self, key, *, control=False):
+        """Press a key by its name, as `Enter` or `End`, where the focus is."""
+        codes = {"Enter": 13, "End": 35, "Home": 36, "Tab": 9, " ": 32}
+        pressed = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
+        text = {"text": "\r"} if key == "Enter" and not control else {}
+        modifiers = 2 if control else 0
+        self.call(
+            "Input.dispatchKeyEvent",
+            **{"type": "keyDown", "modifiers": modifiers, **pressed, **text},
+        )
+        self.call("Input.dispatchKeyEvent", type="keyUp", modifiers=modifiers, **pressed)
+
+    def write(self, text):
+        """Type a text where the focus is."""
+        self.call("Input.insertText", text=text)
 
     def screenshot(self, path):
         """The whole page as a PNG file."""

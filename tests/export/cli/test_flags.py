@@ -93,10 +93,10 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
     commands = find_parsers(runtime_cli.PROGRAM)
     assert {name: (positionals(p), flags(p) - HELP) for name, p in commands.items()} == {
         "ground": (
-            ["bundle", "image", "phrases"],
+            ["bundle", "inputs"],
             {
                 *("--json", "--ratio", "--keep", "--draw", "--backend", "--no-draft"),
-                "--keep-pictures",
+                *("--keep-pictures", "--phrase", "--least-score", "--jsonl"),
             },
         ),
         "check": (["bundle"], {"--json", *COUNTS, "--backend", "--html"}),
@@ -109,7 +109,19 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
             },
         ),
         "doctor": ([], {"--json", "--all"}),
-        "bench": (["bundle"], {"--json", *COUNTS, "--runs", "--backend", "--all", "--no-draft"}),
+        "triton": (["bundle"], {"--json", "--out", "--backend"}),
+        "serve": (
+            ["bundles"],
+            {
+                *("--host", "--port", "--host-name", "--token-file", "--allow-url", "--queue"),
+                *("--seconds", "--body-mb", "--megapixels", "--grace", "--ratio", "--keep"),
+                *("--backend", "--no-draft", "--keep-pictures"),
+            },
+        ),
+        "bench": (
+            ["bundle"],
+            {"--json", *COUNTS, "--runs", "--warmup", "--backend", "--all", "--no-draft"},
+        ),
         "evaluate": (
             ["bundle"],
             {"--json", "--backend", "--no-draft", "--keep-pictures"} | EVALUATE,

@@ -1,0 +1,331 @@
+"""The service as an ASGI application: what each address gives, and what an error looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import threading
+import time
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from functools import lru_cache, partial
+from importlib import resources
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from gap_runtime.errors import ConfigError, EngineError, GapError, InputError
+from gap_runtime.service.chat import make_completion, read_chat, stream_completion
+from gap_runtime.service.metrics import CONTENT_TYPE, Metrics
+from gap_runtime.service.models import Models, Reply
+from gap_runtime.service.openapi import describe_service
+from gap_runtime.service.questions import Question, read_form_question, read_json_question
+from gap_runtime.service.settings import ServiceSettings
+from gap_runtime.service.worker import BusyError, GoneError, LateError, Worker
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+_LOG: Final = logging.getLogger(__name__)
+_CLOSED: Final = 499
+"""A client that has gone reads no status; proxies call it so."""
+_PAGE_RULES: Final = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+
+class _FormParser(MultiPartParser):
+    """Keeps files in memory, where the body is already: pictures are written nowhere."""
+
+    spool_max_size = 2**40
+
+
+class TooLargeError(GapError):
+    """A body that is larger than is read."""
+
+
+class MediaTypeError(GapError):
+    """A body of a kind that is not read."""
+
+
+class TokenError(GapError):
+    """A request without the token that is wanted."""
+
+
+_STATUS: Final[tuple[tuple[type[GapError], int], ...]] = (
+    (BusyError, 429),
+    (LateError, 504),
+    (GoneError, _CLOSED),
+    (TooLargeError, 413),
+    (MediaTypeError, 415),
+    (TokenError, 401),
+    (ConfigError, 400),
+    (EngineError, 500),
+)
+
+
+class Service:
+    """Models behind HTTP."""
+
+    def __init__(
+        self,
+        models: Models,
+        settings: ServiceSettings,
+        *,
+        on_failure: Callable[[GapError], None] | None = None,
+    ) -> None:
+        """Make the application, `self.app`.
+
+        Args:
+            models: Are asked by one worker.
+            settings: Limits.
+            on_failure: Told why the models cannot be loaded.
+        """
+        self._models, self._settings = models, settings
+        self._on_failure = on_failure
+        self.worker = Worker(settings.queue)
+        self.metrics = Metrics(settings.queue, lambda: self.worker.waiting)
+        self._is_ready = False
+        self.app = Starlette(
+            routes=[
+                self._route("/", self._show_page, "GET", is_open=True),
+                self._route("/healthz", self._say_healthy, "GET", is_open=True),
+                self._route("/readyz", self._say_ready, "GET", is_open=True),
+                self._route("/openapi.json", self._describe, "GET", is_open=True),
+                self._route("/metrics", self._show_metrics, "GET"),
+                self._route("/v1/models", self._list_models, "GET"),
+                self._route("/v1/ground", self._ground, "POST"),
+                self._route("/v1/chat/completions", self._complete, "POST"),
+            ],
+            middleware=[
+                Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.known_names))
+            ],
+            exception_handlers={HTTPException: _answer_http_error},
+            lifespan=self._live,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _live(self, _: Starlette) -> AsyncIterator[None]:
+        """Load the models as soon as requests can come; they wait for it."""
+        warming = asyncio.ensure_future(self._warm_up())
+        try:
+            yield
+        finally:
+            warming.cancel()
+
+    async def _warm_up(self) -> None:
+        try:
+            await self.worker.run(lambda _: self._models.warm_up())
+        except GapError as error:
+            if self._on_failure is not None:
+                self._on_failure(error)
+            return
+        self._is_ready = True
+
+    def _route(
+        self, path: str, endpoint: Endpoint, method: str, *, is_open: bool = False
+    ) -> Route:
+        """An address whose errors are JSON and which is counted; others need the token."""
+
+        async def answer(request: Request) -> Response:
+            began = time.perf_counter()
+            try:
+                if not is_open:
+                    self._require_token(request)
+                response = await endpoint(request)
+            except GapError as error:
+                response = _answer_error(error)
+            except ClientDisconnect:
+                response = _answer_error(GoneError("the client has gone"))
+            except Exception as error:  # noqa: BLE001 - a client is answered whatever goes wrong
+                response = _answer_unknown(error)
+            self.metrics.count_request(path, response.status_code, time.perf_counter() - began)
+            return response
+
+        return Route(path, answer, methods=[method])
+
+    def _require_token(self, request: Request) -> None:
+        if self._settings.token is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self._settings.token.encode())
+        if scheme.lower() != "bearer" or not right:
+            raise TokenError("send the token of this service: Authorization: Bearer TOKEN")
+
+    async def _show_page(self, _: Request) -> Response:
+        headers = {"content-security-policy": _PAGE_RULES, "x-content-type-options": "nosniff"}
+        return HTMLResponse(read_page(), headers=headers)
+
+    async def _say_healthy(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _say_ready(self, _: Request) -> Response:
+        if not self._is_ready:
+            return JSONResponse({"status": "loading"}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+    async def _describe(self, _: Request) -> Response:
+        return JSONResponse(describe_service(self._settings))
+
+    async def _show_metrics(self, _: Request) -> Response:
+        return Response(self.metrics.dump(), media_type=CONTENT_TYPE)
+
+    async def _list_models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": self._models.describe()})
+
+    async def _ground(self, request: Request) -> Response:
+        question = await self._read_question(request)
+        reply, queue_ms = await self._ask(request, question)
+        return JSONResponse(reply.dump(queue_ms))
+
+    async def _complete(self, request: Request) -> Response:
+        data = _parse_json(await self._read_body(request))
+        asked = read_chat(data, self._models, self._settings)
+        reply, queue_ms = await self._ask(request, asked.question)
+        if not asked.stream:
+            return JSONResponse(make_completion(reply, queue_ms))
+        events = stream_completion(reply, queue_ms, with_usage=asked.with_usage)
+        headers = {"cache-control": "no-cache"}
+        return Response("".join(events), media_type="text/event-stream", headers=headers)
+
+    async def _read_question(self, request: Request) -> Question:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            body = await self._read_body(request)
+            return read_form_question(await _parse_form(request, body), self._settings)
+        if kind == "application/json":
+            return read_json_question(_parse_json(await self._read_body(request)), self._settings)
+        raise MediaTypeError(
+            f"a body of type {kind or 'unknown'!r:.60}; expected multipart/form-data or "
+            "application/json"
+        )
+
+    async def _read_body(self, request: Request) -> bytes:
+        """The whole body, within the limits of size and time."""
+        try:
+            return await asyncio.wait_for(self._collect_body(request), self._settings.seconds)
+        except asyncio.TimeoutError as error:
+            raise LateError("the body did not arrive in time") from error
+
+    async def _collect_body(self, request: Request) -> bytes:
+        limit = self._settings.body_bytes
+        too_large = TooLargeError(f"the body is larger than {self._settings.body_mb:g} MB")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > limit:
+            raise too_large
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise too_large
+        return bytes(body)
+
+    async def _ask(self, request: Request, question: Question) -> tuple[Reply, float]:
+        """The reply, and the milliseconds that the question waited for its turn."""
+        self._models.require_ratio(question)
+        asked = time.perf_counter()
+
+        def work(given_up: threading.Event) -> tuple[Reply, float]:
+            queue_ms = (time.perf_counter() - asked) * 1e3
+            reply = self._models.answer(question, given_up)
+            self.metrics.count_groundings(reply.found, queue_ms)
+            self.metrics.set_kept(*self._models.count_kept())
+            return reply, queue_ms
+
+        return await self.worker.run(
+            work, seconds=self._settings.seconds, gone=partial(_wait_until_gone, request)
+        )
+
+
+@lru_cache(maxsize=1)
+def read_page() -> str:
+    """The page at `/`."""
+    return resources.files("gap_runtime.service").joinpath("page.html").read_text("utf-8")
+
+
+async def _wait_until_gone(request: Request) -> None:
+    """Come back when the client has closed the connection; its body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _parse_json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is no JSON ({error})") from error
+
+
+async def _parse_form(request: Request, body: bytes) -> Mapping[str, list[str | bytes]]:
+    """The values of every field; of files their bytes."""
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        parser = _FormParser(
+            request.headers, stream(), max_files=4, max_fields=100, max_part_size=len(body) + 1
+        )
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        said = getattr(error, "message", str(error))
+        raise InputError(f"the form cannot be read ({said})") from error
+    fields: dict[str, list[str | bytes]] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(form.close)
+        for name, value in form.multi_items():
+            read = value if isinstance(value, str) else await value.read()
+            fields.setdefault(name, []).append(read)
+    return fields
+
+
+def _answer_error(error: GapError) -> Response:
+    """An error as JSON, with its status. `type` is what OpenAI's clients look at."""
+    status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+    if status == 500:
+        _LOG.error("%s", error)
+    headers = {}
+    if isinstance(error, BusyError):
+        headers["retry-after"] = str(error.retry_after)
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return _make_error(error.kind, str(error), status, headers)
+
+
+def _answer_unknown(error: Exception) -> Response:
+    """What nobody thought of: one line in the log says where, and the client gets no more."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
+    _LOG.error("a bug: %s: %s, at %s; please report it", type(error).__name__, error, where)
+    return _make_error("internal", "something went wrong here; the log says what", 500, {})
+
+
+def _answer_http_error(_: Request, error: Exception) -> Response:
+    """An address or method that there is not."""
+    assert isinstance(error, HTTPException)
+    kinds = {404: "not-found", 405: "method"}
+    said = {
+        404: "there is nothing at this address; see /openapi.json",
+        405: "not with this method",
+    }
+    return _make_error(
+        kinds.get(error.status_code, "http"),
+        said.get(error.status_code, error.detail),
+        error.status_code,
+        dict(error.headers or {}),
+    )
+
+
+def _make_error(kind: str, message: str, status: int, headers: Mapping[str, str]) -> Response:
+    said = {"kind": kind, "message": message, "type": kind, "code": status}
+    return JSONResponse({"error": said}, status_code=status, headers=dict(headers))

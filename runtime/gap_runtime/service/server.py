@@ -1,0 +1,86 @@
+"""A service on a port of this machine, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import uvicorn
+
+from gap_runtime.errors import ConfigError, GapError
+from gap_runtime.service.app import Service
+from gap_runtime.service.models import Models
+from gap_runtime.service.settings import ServiceSettings
+
+_CONNECTIONS = 128
+_IDLE_SECONDS = 30
+
+
+def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT; what runs is finished first.
+
+    Args:
+        models: To answer with.
+        settings: Where to listen, and limits.
+        announce: Told the address as soon as there is one.
+
+    Raises:
+        ConfigError: The port cannot be had.
+        GapError: The models cannot be loaded.
+    """
+    listening = _listen(settings)
+    failures: list[GapError] = []
+
+    def fail(error: GapError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    service = Service(models, settings, on_failure=fail)
+    config = uvicorn.Config(
+        service.app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(settings.grace)),
+        lifespan="on",
+    )
+    server = uvicorn.Server(config)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn stops at SIGTERM, then sends it again to whoever had it before: nobody.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    announce(_describe(listening))
+    with listening:
+        server.run(sockets=[listening])
+    if not service.worker.stop(settings.grace):
+        # A graph that still runs cannot be interrupted, and would keep the process alive.
+        sys.stderr.flush()
+        os._exit(1)
+    models.close()
+    if failures:
+        raise failures[0]
+
+
+def _listen(settings: ServiceSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server(
+            (settings.host, settings.port), family=family, backlog=_CONNECTIONS
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{settings.host}:{settings.port}: cannot listen there ({error.strerror or error}); "
+            "choose another with --host and --port"
+        ) from error
+
+
+def _describe(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,127 @@
+"""One worker and a bounded queue: a model answers one question at a time.
+
+All but the work itself runs on the event loop, so counts need no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from gap_runtime.errors import GapError
+
+T = TypeVar("T")
+_WEIGHT: Final = 0.1
+"""Of the last work in the mean time that work takes."""
+
+
+class BusyError(GapError):
+    """As many requests wait as may wait. `retry_after` is in seconds."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests wait already; come back in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class LateError(GapError):
+    """A request that took longer than it may."""
+
+
+class GoneError(GapError):
+    """The client has gone, so nobody waits for the answer."""
+
+
+class Worker:
+    """Does work in a thread of its own, in the order in which it came."""
+
+    def __init__(self, queue: int) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            queue: How much may wait or run at once.
+        """
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grounder")
+        self._queue = queue
+        self._mean_seconds = 0.0
+        self.waiting = 0
+
+    async def run(
+        self,
+        work: Callable[[threading.Event], T],
+        *,
+        seconds: float | None = None,
+        gone: Callable[[], Awaitable[object]] | None = None,
+    ) -> T:
+        """What the work gives, when its turn has come.
+
+        Args:
+            work: Called with an event; once that is set nobody waits for the result any more.
+            seconds: How long to wait for it; None for as long as it takes.
+            gone: Waits until the client has gone.
+
+        Raises:
+            BusyError: As much waits as may wait.
+            LateError: It takes longer.
+            GoneError: The client has gone.
+        """
+        if self.waiting >= self._queue:
+            raise BusyError(self.waiting, max(1, math.ceil(self.waiting * self._mean_seconds)))
+        given_up = threading.Event()
+        inner = self._pool.submit(self._time, work, given_up)
+        self.waiting += 1
+        inner.add_done_callback(self._make_counter())
+        future = asyncio.wrap_future(inner)
+        leaving = None if gone is None else asyncio.ensure_future(gone())
+        awaited: set[asyncio.Future[Any]] = {future} if leaving is None else {future, leaving}
+        try:
+            await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if future.done():
+                return future.result()
+            if leaving is not None and leaving.done():
+                raise GoneError("the client has gone")
+            raise LateError(f"no answer within {seconds} s; send less at once, or come back")
+        finally:
+            given_up.set()
+            if leaving is not None:
+                leaving.cancel()
+            if not future.done():
+                # Work that has not begun never will; what runs looks at the event.
+                future.cancel()
+
+    def _time(self, work: Callable[[threading.Event], T], given_up: threading.Event) -> T:
+        """Do the work, and remember how long work takes; in the thread."""
+        began = time.perf_counter()
+        try:
+            return work(given_up)
+        finally:
+            self._mean_seconds += _WEIGHT * (time.perf_counter() - began - self._mean_seconds)
+
+    def _make_counter(self) -> Callable[[Future[T]], None]:
+        """Counts work as done, on the event loop, when the thread has let go of it."""
+        loop = asyncio.get_running_loop()
+
+        def count() -> None:
+            self.waiting -= 1
+
+        def tell(_: Future[T]) -> None:
+            # After the loop has ended there is nobody left to count for.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(count)
+
+        return tell
+
+    def stop(self, seconds: float) -> bool:
+        """Do nothing that has not begun; whether what runs came to its end within some seconds."""
+        idle = threading.Event()
+        closing = threading.Thread(target=self._close, args=(idle,), daemon=True)
+        closing.start()
+        return idle.wait(seconds)
+
+    def _close(self, idle: threading.Event) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        idle.set()
