@@ -26,15 +26,20 @@ OPERATORS: Final = native.OPERATORS | {
 }
 """Those of native, and onnxruntime's own."""
 _HEAD_MULTIPLE: Final = 8
-"""Of the head width, which GroupQueryAttention wants; others have attention as in native."""
+"""Of the head width, which GroupQueryAttention wants."""
 
 rms_norm = native.rms_norm
 translate_attention: Final = native.translate_attention
 
 
+def fuses_attention(cache_BGLd: Tensor) -> bool:
+    """Whether the fused operator takes heads of that width; others have attention as in native."""
+    return cache_BGLd.shape[-1] % _HEAD_MULTIPLE == 0
+
+
 def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """Slots in use after the run, less one [B] and as a scalar, both int32."""
-    if cache_BGLd.shape[-1] % _HEAD_MULTIPLE:
+    if not fuses_attention(cache_BGLd):
         return native.plan_rows(rows, cache_BGLd)
     used_B = (rows.write_slot_B + rows.cosine_BSd.shape[1]).to(torch.int32)
     return used_B - 1, used_B[0]
@@ -50,7 +55,7 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal grouped attention; the caches are written in place where they are bound so."""
     head_dim = cache[0].shape[-1]
-    if head_dim % _HEAD_MULTIPLE:
+    if not fuses_attention(cache[0]):
         return native.attend(query_SE, key_SF, value_SF, cache, rows, planned)
     heads, cache_heads = query_SE.shape[-1] // head_dim, cache[0].shape[1]
     query_BSE = _rotate(query_SE[None], rows, heads)

@@ -20,6 +20,7 @@ from gap_export.interfaces.features import Feature, Pruner
 from gap_export.pipeline.model import Model, read_model
 from gap_export.pipeline.parameters import Parameters, list_parameters
 from gap_export.pipeline.precision import (
+    require_dtype,
     require_packable,
     require_quantizable,
     settle_quantization,
@@ -164,6 +165,7 @@ def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPla
     layout = BundleLayout(prefix=prefix, suffix=suffix, answer=config.prompt.answer, capacity=0)
     capacity = max(layout.at(entry).capacity for entry in entries)
     dtype = config.dtype or target.dtype or stored_dtype(sources)
+    require_dtype(target, dtype)
     phrase = plan_phrase(model.pruner, spec.text, config.prune)
     needs = _tower_needs(model.pruner, phrase)
     pruned = {entry.bucket for entry in entries if _is_chosen(entry, config.prune)}
@@ -176,7 +178,11 @@ def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPla
     )
     quantization = settle_quantization(request, sources)
     schemes = choose_schemes(
-        parameters.linear, sources, quantization, fuses=FUSED in dialect.OPERATORS
+        parameters.linear,
+        sources,
+        quantization,
+        fuses=FUSED in dialect.OPERATORS,
+        block=target.block,
     )
     samples = read_samples(config.check.samples) if request.reference else []
     plan = ExportPlan(

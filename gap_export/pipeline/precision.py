@@ -86,6 +86,19 @@ def require_quantizable(request: ExportRequest, target: Target) -> None:
         )
 
 
+def require_dtype(target: Target, dtype: ModelDtype) -> None:
+    """Refuse a dtype that the target has no kernels for.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if target.dtypes and dtype not in target.dtypes:
+        raise ConfigError(
+            f"target '{target.name}' has no kernels for {dtype}; use --dtype "
+            f"{' or '.join(target.dtypes)}, or --target standard"
+        )
+
+
 def require_packable(
     request: ExportRequest, target: Target, sources: dict[str, TensorSource]
 ) -> None:

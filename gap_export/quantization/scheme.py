@@ -1,9 +1,9 @@
 """Which scheme a weight is stored in: how many bits, and what else stands for it in the graph.
 
 Weight-only and symmetric. int8 has one scale for each output channel, int4 one for every block of
-up to 128 inputs of it. Weights that came quantized keep their integers: they may have zero points
-(uint4, uint8), int8 in blocks, and inputs that are sorted by block, which a Gather puts before the
-product.
+up to 128 inputs of it, or of fewer where a target says so. Weights that came quantized keep their
+integers: they may have zero points (uint4, uint8), int8 in blocks, and inputs that are sorted by
+block, which a Gather puts before the product.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def choose_schemes(
     quantization: Quantization | None,
     *,
     fuses: bool,
+    block: int,
 ) -> dict[str, Scheme]:
     """The scheme of every weight that is quantized, by canonical name: the one table of them.
 
@@ -106,6 +107,7 @@ def choose_schemes(
         sources: Where they come from.
         quantization: What is wanted.
         fuses: Whether the graphs are written with onnxruntime's own product.
+        block: The largest number of inputs that may share a scale.
     """
     if quantization is None:
         return {}
@@ -113,30 +115,41 @@ def choose_schemes(
     for name, part in linear.items():
         source = sources[name]
         if source.packed is not None:
-            scheme: Scheme | None = packed_scheme(source.packed, source.shape[1])
+            scheme: Scheme | None = packed_scheme(source.packed, source.shape[1], block)
         elif quantization.method == "checkpoint" or part not in quantization.parts:
             scheme = None
         else:
-            scheme = choose_scheme(quantization.weights, source.shape)
+            scheme = choose_scheme(quantization.weights, source.shape, block)
         if scheme is not None:
             fused = fuses and scheme.block is not None
             schemes[name] = replace(scheme, is_fused=fused)
     return schemes
 
 
-def choose_scheme(dtype: str, shape: tuple[int, ...]) -> Scheme | None:
+def choose_scheme(dtype: str, shape: tuple[int, ...], block: int = 128) -> Scheme | None:
     """The scheme of a weight of that shape; None where it has to stay as it is.
 
-    The largest block that divides the inputs, and inputs in sixteens: what kernels take.
+    The largest block, up to a given one, that divides the inputs, and inputs in sixteens: what
+    kernels take.
     """
     if len(shape) != 2 or shape[1] % _BLOCKS[-1]:
         return None
     if dtype == "int8":
         return Scheme(dtype=dtype, block=None)
-    return Scheme(dtype=dtype, block=next(size for size in _BLOCKS if shape[1] % size == 0))
+    return Scheme(dtype=dtype, block=_largest_block(shape[1], block))
 
 
-def packed_scheme(packed: PackedValues, inputs: int) -> Scheme:
+def _largest_block(inputs: int, most: int) -> int:
+    """The largest block of up to so many inputs; the least one divides all that are quantized.
+
+    Kernels that are made for small blocks take two of them at a time.
+    """
+    step = 1 if most == _BLOCKS[0] else 2
+    fitting = (size for size in _BLOCKS if size <= most and inputs % (step * size) == 0)
+    return next(fitting, _BLOCKS[-1])
+
+
+def packed_scheme(packed: PackedValues, inputs: int, block: int = 128) -> Scheme:
     """The scheme of a weight that came quantized.
 
     Groups that are larger than kernels take become several blocks with the same scale.
@@ -144,6 +157,6 @@ def packed_scheme(packed: PackedValues, inputs: int) -> Scheme:
     is_whole = packed.bits == 8 and packed.group == inputs
     return Scheme(
         dtype=f"{'int' if packed.is_symmetric else 'uint'}{packed.bits}",
-        block=None if is_whole else next(size for size in _BLOCKS if packed.group % size == 0),
+        block=None if is_whole else _largest_block(packed.group, block),
         is_ordered=packed.order_I is not None,
     )

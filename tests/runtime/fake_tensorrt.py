@@ -59,7 +59,8 @@ class FakeCuda(types.ModuleType):
     def cudaMemGetInfo(self):
         return SUCCESS, self.free, 2 * self.free
 
-    def cudaStreamCreate(self):
+    def cudaStreamCreateWithFlags(self, flags):
+        assert flags == 1
         return SUCCESS, 7
 
     def cudaStreamSynchronize(self, stream):

@@ -27,7 +27,7 @@ from gap_runtime.bundle.manifest import (
     RatioEntry,
     Stage,
 )
-from gap_runtime.errors import BundleError, ConfigError, InputError
+from gap_runtime.errors import BundleError, ConfigError, EngineError, InputError
 from gap_runtime.grounding.confidence import score_answer
 from gap_runtime.grounding.decode import Decoded, decode_greedily, splice_prompt
 from gap_runtime.grounding.fastest import choose_backend
@@ -417,8 +417,17 @@ class Grounder:
             raise ConfigError("this grounder was closed; make another Grounder(bundle)")
 
     def _open(self, stage: Stage) -> StageSession:
+        """A graph's session; where there is no room for it, the other graphs give way."""
         if stage.name not in self._stages:
-            self._stages[stage.name] = self._backend.open_stage(self.bundle, stage, self._device)
+            try:
+                opened = self._backend.open_stage(self.bundle, stage, self._device)
+            except EngineError:
+                # Other ratios and canvases have towers of their own, as large as this one.
+                if not self._stages:
+                    raise
+                self._stages.clear()
+                opened = self._backend.open_stage(self.bundle, stage, self._device)
+            self._stages[stage.name] = opened
         return self._stages[stage.name]
 
     def _open_cache(self) -> PromptCache:

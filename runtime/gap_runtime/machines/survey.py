@@ -63,8 +63,9 @@ class Machine:
 
     `engine_cudas` has the major version of CUDA that such a package was made for, where its wheel
     says it. `cuda_python` is the version of the package through which engines run, `onnxruntimes`
-    are the installed distributions of onnxruntime with their versions, `providers` what the one
-    that can be imported has. `problems` need mending, whatever the target.
+    are the installed distributions of onnxruntime with their versions, `onnxruntime_cuda` the CUDA
+    that one is built for, `providers` what the one that can be imported has. `problems` need
+    mending, whatever the target.
     """
 
     system: str
@@ -81,6 +82,7 @@ class Machine:
     cuda_python: str | None
     debian: dict[str, str]
     onnxruntimes: dict[str, str]
+    onnxruntime_cuda: str | None
     providers: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -259,6 +261,7 @@ def survey_machine(folder: Path) -> Machine:
         cuda_python=_find_distribution(*_CUDA_PYTHON),
         debian=debian,
         onnxruntimes=installed,
+        onnxruntime_cuda=built_for,
         providers=providers,
         problems=tuple(problems),
     )

@@ -25,10 +25,13 @@ class Target:
     """A kind of machine; never a model.
 
     `packages` are those that `backend` needs, by import name in order of preference, with the
-    versions that serve (PEP 440); empty where it asks for none by version. `caches_in_place` is
+    versions that serve (PEP 440); empty where it asks for none by version. `provider` is the
+    backend's device that graphs are made for, null for any. `caches_in_place` is
     whether it may write the KV cache into the memory that it reads it from, `takes_zero_points`
-    whether it runs weights that came quantized with zero points. `dtype` is
-    that of an export which names none, null for the checkpoint's own. `memory_mib` is the memory
+    whether it runs weights that came quantized with zero points, `block` the most inputs that may
+    share a scale of weights in 4 bits. `dtype` is
+    that of an export which names none, null for the checkpoint's own; `dtypes` are those that it
+    has kernels for, empty for all. `memory_mib` is the memory
     that the smallest machine of the kind has for everything, `workspace_mib` what a build may
     use as scratch; null for no limit.
     """
@@ -38,6 +41,7 @@ class Target:
     backend: str
     dialect: str
     opset: int
+    provider: str | None = None
     dtype: ModelDtype | None = None
     compute_capabilities: tuple[str, ...] = ()
     workspace_mib: int | None = None
@@ -45,6 +49,8 @@ class Target:
     packages: dict[str, str] = field(default_factory=dict)
     caches_in_place: bool = True
     takes_zero_points: bool = True
+    block: int = 128
+    dtypes: tuple[ModelDtype, ...] = ()
 
 
 def list_targets() -> list[str]:

@@ -65,6 +65,15 @@ def test_schemes(dtype, shape, expected):
     assert choose_scheme(dtype, shape) == expected
 
 
+@pytest.mark.parametrize(
+    ("inputs", "block"), [(4096, 32), (64, 32), (96, 16), (352, 16), (48, 16), (40, None)]
+)
+def test_schemes_for_kernels_of_small_blocks(inputs, block):
+    """They take two blocks at a time."""
+    found = choose_scheme("int4", (8, inputs), block=32)
+    assert (found and found.block) == block
+
+
 @pytest.mark.parametrize("scheme", [INT8, INT4], ids=lambda s: s.dtype)
 def test_rounding_is_to_the_nearest_of_the_largest_of_each_block(scheme):
     weight = random_weight()
@@ -251,6 +260,13 @@ def test_what_cannot_be_quantized_is_refused():
     assert "are all off" in refusal(quantize__weights="int8", **off)
     with pytest.raises(ConfigError, match=r"weights 'int3' is unknown; did you mean int8"):
         load_config("refshapes", {"quantize.weights": "int3"})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dtype_that_a_target_has_no_kernels_for_is_refused(dtype):
+    assert refusal("cuda", dtype=dtype) == (
+        f"target 'cuda' has no kernels for {dtype}; use --dtype float16, or --target standard"
+    )
 
 
 @pytest.mark.parametrize(

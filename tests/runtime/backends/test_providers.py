@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from gap_runtime.backends.onnxruntime import providers
+from gap_runtime.backends.onnxruntime import loading, providers
 from gap_runtime.backends.onnxruntime import session as backend
 from gap_runtime.bundle import engines
 from gap_runtime.bundle.bundle import Bundle
@@ -345,6 +345,31 @@ def test_nothing_is_said_where_all_runs_where_it_should(ort, decoder_bundle, cap
     with caplog.at_level(logging.WARNING):
         open_decoder(decoder_bundle, "cuda")
     assert not caplog.records
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_convolution_on_cuda_needs_cudnn_before_the_first_picture(
+    ort, decoder_bundle, monkeypatch, is_there
+):
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        if not is_there:
+            raise OSError(name)
+
+    monkeypatch.setattr(loading.ctypes, "CDLL", load)
+    ort.available, ort.parts = [CUDA, CPU], [(CUDA, ["Conv", "Gemm"])]
+    if is_there:
+        open_vision(decoder_bundle, "cuda")
+    else:
+        with pytest.raises(EngineError, match=r"needs cuDNN on CUDA, .*nvidia-cudnn-cu13$"):
+            open_vision(decoder_bundle, "cuda")
+    assert asked == ["libcudnn.so.9"]
+    # A convolution elsewhere does not.
+    ort.parts = [(CUDA, ["Gemm"]), (CPU, ["Conv"])]
+    open_vision(decoder_bundle, "cuda")
+    assert len(asked) == 1
 
 
 def test_two_other_providers_are_both_named():

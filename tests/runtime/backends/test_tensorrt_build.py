@@ -214,14 +214,16 @@ def test_no_tensorrt(write_bundle, build, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     done = build(write_bundle())
-    text = "needs tensorrt>=10.16 or tensorrt_rtx>=1.3, none is installed"
+    text = "needs tensorrt>=10.16,<12 or tensorrt_rtx>=1.3,<2, none is installed"
     assert refused(done, "backend-missing", text, "pip install 'gap-runtime[rtx]'") == 5
 
 
 def test_another_tensorrt_than_the_targets(write_bundle, install, build):
     bundle = write_bundle()
     install(bundle, version="10.3.0")
-    assert refused(build(bundle), "engine", "needs tensorrt>=10.16", "found tensorrt 10.3.0") == 5
+    assert (
+        refused(build(bundle), "engine", "needs tensorrt>=10.16,<12", "found tensorrt 10.3.0") == 5
+    )
 
 
 def test_no_gpu(write_bundle, install, build):

@@ -69,7 +69,8 @@ def open_bundle(make_bundle, make_stages, manifest, fakes, monkeypatch):
         )
         bundle = Bundle.open(folder)
         gpu = fakes.FakeCuda(can_capture=can_capture)
-        trt = fakes.FakeTensorrt(package, "10.16.1", gpu, compute)
+        version = "1.7.1.116" if package == "tensorrt_rtx" else "10.16.1"
+        trt = fakes.FakeTensorrt(package, version, gpu, compute)
         trt.add_bundle(bundle, is_in_place=is_in_place)
         for name in ("tensorrt", "tensorrt_rtx"):
             monkeypatch.setitem(sys.modules, name, trt if name == package else None)
@@ -326,6 +327,16 @@ def test_no_gpu(open_bundle):
     bundle, _, gpu = open_bundle()
     gpu.devices = 0
     with pytest.raises(EngineError, match=r"no GPU that CUDA can use .*--backend onnxruntime"):
+        backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+
+
+def test_a_machine_of_one_memory_without_room(open_bundle, monkeypatch):
+    """On a Jetson the system ends a process that takes too much; a card of its own refuses."""
+    bundle, _, gpu = open_bundle()
+    monkeypatch.setattr("gap_runtime.backends.tensorrt.session.free_memory", lambda: 7)
+    backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+    gpu.is_integrated = True
+    with pytest.raises(EngineError, match=r"0.0 GB of memory free, it takes about .*int4$"):
         backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
 
 

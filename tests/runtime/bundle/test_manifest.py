@@ -459,7 +459,7 @@ def test_a_manifest_from_before_the_facts_of_targets_opens(make_bundle, manifest
     """As bundles of schema 4 were written before targets said what their backend can."""
     folder = make_bundle()
     target = manifest.dump()["target"]
-    for name in ("caches_in_place", "takes_zero_points"):
+    for name in ("caches_in_place", "takes_zero_points", "provider", "block", "dtypes"):
         del target[name]
     edit_manifest(folder, target=target)
     found = Bundle.open(folder).manifest.target

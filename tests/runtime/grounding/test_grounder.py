@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from gap_runtime.backends import resolve_backend
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.errors import BundleError, ConfigError, InputError
+from gap_runtime.errors import BundleError, ConfigError, EngineError, InputError
 from gap_runtime.grounding.grounder import Grounder
 
 BOX_TOKEN = 11
@@ -42,6 +43,34 @@ def test_graphs_are_loaded_when_they_are_needed_and_once(make_grounder, backend)
         grounder.ground(SQUARE, "the red mug", ratio=ratio)
     assert backend.opened == ["vision-8", "decoder", "vision-4"]
     assert [name for name, _ in backend.calls] == ["vision-8", "vision-4", "vision-8", "vision-4"]
+
+
+def test_where_there_is_no_room_other_graphs_give_way(make_grounder, backend, monkeypatch):
+    """As on a device of 8 GB, whose ratios and canvases have towers of their own."""
+    grounder, opening, loaded = make_grounder(), backend.open_stage, []
+
+    def open_alone(bundle, stage, device):
+        if loaded and loaded[-1]() is not None:
+            raise EngineError("no room")
+        opened = opening(bundle, stage, device)
+        loaded.append(weakref.ref(opened))
+        return opened
+
+    monkeypatch.setattr(backend, "open_stage", open_alone)
+    for ratio in (0.5, 0.75, 0.5):
+        grounder.ground(SQUARE, "the red mug", ratio=ratio)
+    assert [name for name in backend.opened if name != "decoder"] == [
+        *("vision-8", "vision-4", "vision-8")
+    ]
+
+
+def test_what_cannot_be_opened_alone_is_refused(make_grounder, backend, monkeypatch):
+    def refuse(*_):
+        raise EngineError("no room")
+
+    monkeypatch.setattr(backend, "open_stage", refuse)
+    with pytest.raises(EngineError, match="no room"):
+        make_grounder().ground(SQUARE, "the red mug")
 
 
 def test_prompt_is_spliced_around_the_visual_tokens(make_grounder, backend):

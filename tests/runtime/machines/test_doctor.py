@@ -74,6 +74,7 @@ def make_machine(**changes):
         cuda_python=None,
         debian={},
         onnxruntimes={"onnxruntime": "1.31.1"},
+        onnxruntime_cuda=None,
         providers=("CPUExecutionProvider",),
         problems=(),
     )
@@ -261,7 +262,7 @@ def test_without_a_gpu_the_cpu_fits():
     found = fit(machine, "datacenter-hopper")
     assert "no NVIDIA GPU found, needs one of compute capability 9.0" in found.missing[0]
     assert (
-        "needs tensorrt >=10.16, found none; pip install 'gap-runtime[tensorrt]'"
+        "needs tensorrt >=10.16,<12, found none; pip install 'gap-runtime[tensorrt]'"
         in (found.missing[1])
     )
     assert "pip install 'cuda-python>=13,<14'" in found.missing[2]
@@ -297,7 +298,7 @@ def test_a_workstation_with_tensorrt_rtx():
     )
     assert fit(machine, "rtx").fits
     text = missing(machine, "datacenter-ada")
-    assert text == "needs tensorrt >=10.16, found none; pip install 'gap-runtime[tensorrt]'"
+    assert text == "needs tensorrt >=10.16,<12, found none; pip install 'gap-runtime[tensorrt]'"
 
 
 def test_another_gpu():
@@ -321,6 +322,39 @@ def make_rtx(**changes):
     return dataclasses.replace(machine, **changes)
 
 
+GPU_WHEEL = {
+    "gpus": (make_gpu(),),
+    "cuda": "13.0",
+    "onnxruntimes": {"onnxruntime-gpu": "1.31.1"},
+    "onnxruntime_cuda": "13.0",
+    "providers": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({}, ()),
+        ({"gpus": ()}, ("no NVIDIA GPU found",)),
+        (
+            {"onnxruntimes": {"onnxruntime": "1.31.1"}, "providers": ("CPUExecutionProvider",)},
+            ("needs CUDAExecutionProvider, onnxruntime 1.31.1 has none", "'gap-runtime[gpu]'"),
+        ),
+        (
+            {"onnxruntimes": {"onnxruntime-gpu": "1.29.0"}},
+            ("needs onnxruntime-gpu >=1.30",),
+        ),
+        ({"cuda": "12.8"}, ("is made for CUDA 13.0, this driver runs CUDA 12.8; update",)),
+        ({"cuda": None}, ()),
+    ],
+)
+def test_what_onnxruntimes_cuda_needs(changes, parts):
+    found = fit(make_machine(**(GPU_WHEEL | changes)), "cuda")
+    assert found.fits == (not parts)
+    for part in parts:
+        assert part in " ".join(found.missing)
+
+
 def test_a_driver_that_is_too_old_for_the_packages():
     """CUDA runs what was made for its own major version and those before."""
     assert fit(make_rtx(), "rtx").fits
@@ -328,7 +362,7 @@ def test_a_driver_that_is_too_old_for_the_packages():
     assert not found.fits
     engine, cuda_python = found.missing
     assert "tensorrt_rtx 1.7.1.116 is made for CUDA 13, this driver runs CUDA 12.4" in engine
-    assert "pip install tensorrt-rtx-cu12" in engine
+    assert "and pip install 'gap-runtime[rtx-cu12]'" in engine
     assert cuda_python.startswith("cuda-python 13.4.4 does not start with this driver, which runs")
     assert "pip install 'cuda-python>=12,<13'" in cuda_python
     fitting = make_rtx(cuda="12.4", engine_cudas={"tensorrt_rtx": 12}, cuda_python="12.9.10")
@@ -380,7 +414,7 @@ def test_a_jetson_with_jetpack_6_fits_its_own_target_alone():
     assert fitting == ["jetson-orin-jp6"]
     assert not fit(machine, "jetson-orin-jp6").notes
     text = missing(machine, "jetson-orin-jp7")
-    assert text.startswith("needs tensorrt >=10.16,")
+    assert text.startswith("needs tensorrt >=10.16,<12,")
     assert ", found tensorrt 10.3.0; it comes with JetPack: install the one" in text
 
 

@@ -1,13 +1,15 @@
-"""A graph is loaded on the wanted provider, and what is not there is said."""
+"""Opening a graph in onnxruntime: which installation, which provider, with which options."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import sys
+from collections.abc import Mapping
 from importlib import import_module, metadata
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Final
 
 from gap_runtime.backends.onnxruntime.providers import (
@@ -39,7 +41,7 @@ _LOG: Final = logging.getLogger(__name__)
 
 
 def import_onnxruntime() -> ModuleType:
-    """The library.
+    """Onnxruntime.
 
     Raises:
         BackendMissingError: It is not installed.
@@ -62,14 +64,28 @@ def _installed_packages() -> str:
     return " and ".join(described) or "onnxruntime of unknown origin"
 
 
-def open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) -> Any:
+def open_session(
+    ort: ModuleType,
+    bundle: Bundle,
+    stage: Stage,
+    device: str,
+    *,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
     """A session on the wanted provider, and a line on stderr where it is not all of it there.
+
+    Args:
+        ort: onnxruntime.
+        bundle: The opened bundle.
+        stage: What is to be run.
+        device: A key of PROVIDERS, which insists; nothing for CUDA where it is, else the CPU.
+        settings: Of the provider, besides those that it always gets.
 
     Raises:
         EngineError: The installed onnxruntime cannot load the graph, or not on that provider.
     """
     path = bundle.folder / stage.file
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    version = _version(ort)
     wanted = device or ("cuda" if CUDA in ort.get_available_providers() else "cpu")
     provider = find_provider(wanted)
     is_plugin = needs_plugin(ort, provider)
@@ -84,27 +100,17 @@ def open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) -> 
             f"{path}: onnxruntime has no bfloat16 kernels on CPU, and none were tried on CUDA; "
             "export float32 or float16"
         )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = read_threads() or 0
-    # Threads of one session that wait busily take the cores from the next one's.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # A residual that is added to a product would keep it from its quantized weight's kernel.
-    options.add_session_config_entry(
-        "optimization.disable_specified_optimizers", "MatMulAddFusion"
-    )
-    if wanted != "cpu" and version >= _OPSET_24:
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options = _make_options(ort, bundle, wanted)
     devices = _start_plugin(ort, provider, where=str(path)) if is_plugin else []
     name = str(devices[0].ep_name) if devices else provider.name
-    settings = choose_options(wanted, bundle, stage, version)
+    settings = choose_options(wanted, bundle, stage, version) | dict(settings)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             if devices:
                 options.add_provider_for_devices(devices[:1], settings)
                 session = ort.InferenceSession(str(path), options)
             else:
-                _preload(ort, wanted)
+                preload(ort, wanted)
                 # Its own way back is to print some lines and to take what it likes.
                 session = ort.InferenceSession(
                     str(path),
@@ -125,8 +131,33 @@ def open_session(ort: ModuleType, bundle: Bundle, stage: Stage, device: str) -> 
             raise EngineError(f"{failure}; without :{device} it runs on the CPU")
         _LOG.warning("%s; it runs on the CPU", failure)
     elif wanted != "cpu":
-        _report_strangers(session, name, str(path))
+        _judge_nodes(ort, _list_nodes(session), name, str(path))
     return session
+
+
+def _make_options(ort: ModuleType, bundle: Bundle, wanted: str) -> Any:
+    """Options of a session that do not depend on its graph."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = read_threads() or 0
+    entries = {
+        # Threads of one session that wait busily take the cores from the next one's.
+        "session.intra_op.allow_spinning": "0",
+        # A residual that is added to a product would keep it from its quantized weight's kernel.
+        "optimization.disable_specified_optimizers": "MatMulAddFusion",
+    }
+    if wanted != "cpu" and _version(ort) >= _OPSET_24:
+        entries["session.record_ep_graph_assignment_info"] = "1"
+    if wanted == "cuda" and bundle.manifest.target.provider == wanted:
+        # Weights in 4 bits are laid out for its fastest kernels while they are loaded.
+        entries["ep.cuda.fpa_intb_gemm"] = "1"
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _version(ort: ModuleType) -> tuple[int, ...]:
+    return tuple(int(part) for part in ort.__version__.split(".")[:2])
 
 
 def needs_plugin(ort: ModuleType, provider: Provider) -> bool:
@@ -160,7 +191,7 @@ def _provider_list(
     return [(provider.name, options)]
 
 
-def _preload(ort: ModuleType, device: str) -> None:
+def preload(ort: ModuleType, device: str) -> None:
     """Load CUDA from NVIDIA's Python packages where it is installed so."""
     if device in {"cuda", "tensorrt"} and hasattr(ort, "preload_dlls"):
         # What it misses it prints; the session that cannot start then says it again.
@@ -198,18 +229,43 @@ def _start_plugin(ort: ModuleType, provider: Provider, *, where: str) -> list[An
     return devices
 
 
-def _report_strangers(session: Any, name: str, where: str) -> None:
-    """Say which operators run elsewhere, which onnxruntime itself keeps to itself."""
+def _list_nodes(session: Any) -> list[tuple[str, str]]:
+    """Provider and operator of every node, which onnxruntime keeps to itself; [] before 1.24."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
-        return
-    nodes = [
+        return []
+    return [
         (str(part.ep_name), str(node.op_type))
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     ]
+
+
+def _judge_nodes(ort: ModuleType, nodes: list[tuple[str, str]], name: str, where: str) -> None:
+    """Say what does not run on the wanted provider, and refuse what could not run on it."""
     found = describe_strangers(nodes, name)
     if found:
         _LOG.warning("%s: %s", where, found)
+    if (CUDA, "Conv") in nodes:
+        _require_cudnn(ort, where)
+
+
+def _require_cudnn(ort: ModuleType, where: str) -> None:
+    """Refuse a graph with a convolution on CUDA where cuDNN is missing.
+
+    onnxruntime starts without it since 1.28, and would fail at the first picture.
+
+    Raises:
+        EngineError: It is not found.
+    """
+    name = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
+    try:
+        ctypes.CDLL(name)
+    except OSError as error:
+        major = str(getattr(ort, "cuda_version", "")).partition(".")[0] or "13"
+        raise EngineError(
+            f"{where}: its convolution needs cuDNN on CUDA, and {name} is not found; "
+            f"pip install nvidia-cudnn-cu{major}"
+        ) from error
 
 
 def first_words(error: Exception) -> str:

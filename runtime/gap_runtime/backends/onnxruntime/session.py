@@ -13,8 +13,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from gap_runtime.backends import DecoderSession
 from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs
+from gap_runtime.backends.onnxruntime.graphs import open_graph_decoder
 from gap_runtime.backends.onnxruntime.loading import (
     first_words,
     import_onnxruntime,
@@ -22,11 +24,7 @@ from gap_runtime.backends.onnxruntime.loading import (
     needs_plugin,
     open_session,
 )
-from gap_runtime.backends.onnxruntime.providers import (
-    CPU,
-    find_provider,
-    writes_in_place,
-)
+from gap_runtime.backends.onnxruntime.providers import CPU, CUDA, find_provider, writes_in_place
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.errors import EngineError
@@ -230,6 +228,11 @@ def open_stage(bundle: Bundle, stage: Stage, device: str) -> OnnxStage:
     return OnnxStage(bundle, stage, device)
 
 
-def open_decoder(bundle: Bundle, stage: Stage, device: str) -> OnnxDecoder:
+def open_decoder(bundle: Bundle, stage: Stage, device: str) -> DecoderSession:
     """Load the decoder graph and make an empty cache."""
+    ort = import_onnxruntime()
+    if device in ("", "cuda") and CUDA in ort.get_available_providers():
+        decoder = open_graph_decoder(ort, bundle, stage)
+        if decoder is not None:
+            return decoder
     return OnnxDecoder(bundle, stage, device)

@@ -13,7 +13,7 @@ from threading import Event
 from types import ModuleType
 from typing import Any, Final
 
-from gap_runtime.backends.tensorrt.cuda import Device
+from gap_runtime.backends._cuda import Device
 from gap_runtime.backends.tensorrt.library import (
     RTX,
     choose_package,
@@ -28,6 +28,7 @@ from gap_runtime.backends.tensorrt.library import (
     scratch_bytes,
 )
 from gap_runtime.backends.tensorrt.rules import estimate_build, read_graph, require_room
+from gap_runtime.backends.tensorrt.slots import attend_to_used_slots
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import (
     BuildReport,
@@ -58,6 +59,7 @@ _ATTENTION_ADVICE: Final = (
     "or in plain operators with --target portable"
 )
 _CACHE_LAYER: Final = "KV_CACHE_UPDATE"
+_ATTENTION_LAYERS: Final = ("ATTENTION_INPUT", "ATTENTION_OUTPUT")
 _UNUSED: Final = "Unused Input"
 """How the library warns of an input of a node that it ignores."""
 
@@ -236,6 +238,7 @@ def _compile(
     # The network points into weights that the parser holds.
     network, _parser = parse(trt, log, builder, path)
     require_interface(network, stage, path)
+    replaced = attend_to_used_slots(trt, network) if stage.role == DECODER else 0
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     # On by default; its 10 bits would not pass the check against PyTorch's float32.
@@ -272,7 +275,11 @@ def _compile(
         os.fsync(file.fileno())
     save_timings()
     kinds = (network.get_layer(k).type for k in range(network.num_layers))
-    return Counter(str(kind).rpartition(".")[2].partition(":")[0] for kind in kinds)
+    layers = Counter(str(kind).rpartition(".")[2].partition(":")[0] for kind in kinds)
+    if replaced:
+        # Those that nothing reads are still listed.
+        layers.subtract(dict.fromkeys(_ATTENTION_LAYERS, replaced))
+    return layers
 
 
 def parse(trt: ModuleType, log: Any, builder: Any, path: Path) -> tuple[Any, Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from packaging.version import InvalidVersion, Version
 
 from gap_runtime.machines.fit import fits_version
 from gap_runtime.machines.survey import JETSON_CHIPS, Machine, is_newer
 from gap_runtime.machines.target import Target
+
+_EXTRAS_CUDA: Final = 13
+"""The CUDA of the extras whose names say none."""
 
 
 def find_missing(machine: Machine, target: Target) -> list[str]:
@@ -25,10 +30,10 @@ def _miss_engine(machine: Machine, target: Target) -> str | None:
         if not fits_version(version, wanted):
             found.append(f"{name} {version}")
         elif made_for is not None and is_newer(str(made_for), machine.cuda):
-            wheel = f"{name.replace('_', '-')}-cu{(machine.cuda or '').partition('.')[0]}"
             return (
                 f"{name} {version} is made for CUDA {made_for}, this driver runs CUDA "
-                f"{machine.cuda}; update the driver, or pip uninstall it and pip install {wheel}"
+                f"{machine.cuda}; update the driver, or pip uninstall {name.replace('_', '-')} "
+                f"and its parts, and pip install '{_extra(machine, name)}'"
             )
         else:
             return None
@@ -72,8 +77,15 @@ def _advise_engine(machine: Machine, target: Target) -> str:
     """How to get the engine package of a target."""
     if set(target.compute_capabilities) & set(JETSON_CHIPS.values()):
         return _advise_jetson(machine)
-    extra = "rtx" if "tensorrt_rtx" in target.packages else "tensorrt"
-    return f"pip install 'gap-runtime[{extra}]'"
+    name = "tensorrt_rtx" if "tensorrt_rtx" in target.packages else "tensorrt"
+    return f"pip install '{_extra(machine, name)}'"
+
+
+def _extra(machine: Machine, name: str) -> str:
+    """The extra that brings a package for the CUDA that the machine's driver runs."""
+    extra = "rtx" if name == "tensorrt_rtx" else "tensorrt"
+    is_older = is_newer(str(_EXTRAS_CUDA), machine.cuda)
+    return f"gap-runtime[{extra}-cu12]" if is_older else f"gap-runtime[{extra}]"
 
 
 def _advise_jetson(machine: Machine) -> str:

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs
-from gap_runtime.backends.tensorrt.cuda import CapturedGraph, Device, DeviceMemory
+from gap_runtime.backends._cuda import CapturedGraph, Device, DeviceCache, DeviceMemory
+from gap_runtime.backends._kv_cache import SlotCopy, cache_specs
 from gap_runtime.backends.tensorrt.kernels import CompiledKernels
 from gap_runtime.backends.tensorrt.library import (
     RTX,
@@ -37,8 +37,9 @@ from gap_runtime.bundle.engines import (
     rebuild_command,
 )
 from gap_runtime.bundle.manifest import Stage
-from gap_runtime.bundle.tensors import ITEM_BYTES, MOST_LOGITS, TensorSpec
+from gap_runtime.bundle.tensors import MOST_LOGITS, TensorSpec
 from gap_runtime.errors import EngineError
+from gap_runtime.machines.memory import free_memory
 
 _SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_rows")
 _RUNS_BEFORE_CAPTURE: Final = 2
@@ -70,6 +71,7 @@ class _Engine:
         mismatch = find_mismatch(record, self.trt, (capability,))
         if mismatch:
             raise EngineError(f"{self.path}: {mismatch}; build it again: {self.rebuild}")
+        self._require_room()
         self.log = make_log(self.trt)
         self.engine: Any = load_engine(self.trt, self.log, self.path)
         # Profiles never run at the same time, so that all contexts work in the same memory.
@@ -79,6 +81,18 @@ class _Engine:
             if record.package == RTX
             else None
         )
+
+    def _require_room(self) -> None:
+        """Refuse an engine that a machine of one memory has no room for; others say so themselves.
+
+        There, what is taken too much ends a process.
+        """
+        size, free = self.record.size, free_memory()
+        if self.device.shares_memory and free < size:
+            raise EngineError(
+                f"{self.path}: {free / 1e9:.1f} GB of memory free, it takes about "
+                f"{size / 1e9:.1f} GB; close other programs, or export with --quantize int4"
+            )
 
     def make_context(self, profile: int) -> Any:
         """An execution context with a profile chosen."""
@@ -192,15 +206,9 @@ class TensorrtDecoder:
         specs = {spec.name: spec for spec in (*stage.inputs, *stage.outputs)}
         self._specs = {name: specs[name] for name in (*_SMALL_INPUTS, "logits")}
         self._require_aliases(cache_specs(stage))
-        self._cache: KvCache[DeviceMemory] = KvCache(
-            stage,
-            lambda spec: self._engine.device.allocate(spec.count_bytes()),
-            in_place=self._engine.record.is_cache_in_place,
+        self._cache = DeviceCache(
+            self._engine.device, stage, in_place=self._engine.record.is_cache_in_place
         )
-        # Heads of a tensor of the cache, bytes of one of them and of a slot of it.
-        _, heads, slots, width = cache_specs(stage)[0].fixed_shape()
-        slot = width * ITEM_BYTES[cache_specs(stage)[0].dtype]
-        self._cache_layout = heads, slots * slot, slot
         self._calls: dict[int, _Call] = {}
         self._captures = True
 
@@ -242,27 +250,11 @@ class TensorrtDecoder:
 
     def copy_slots(self, count: int) -> SlotCopy[DeviceMemory]:
         """A copy of the first slots on the device; see gap_runtime.backends.SlotSaver."""
-        device = self._engine.device
-        heads, pitch, slot = self._cache_layout
-        size = heads * count * slot
-        tensors = {}
-        for name, memory in self._cache.inputs(self._cache.side).items():
-            tensors[name] = device.allocate(size)
-            device.copy_rows(
-                tensors[name], count * slot, memory, pitch, width=count * slot, rows=heads
-            )
-        device.synchronize()
-        return SlotCopy(count=count, tensors=tensors, size=size * len(tensors))
+        return self._cache.copy_slots(count)
 
     def put_slots(self, saved: SlotCopy[DeviceMemory]) -> None:
         """Write slots back; see gap_runtime.backends.SlotSaver."""
-        heads, pitch, slot = self._cache_layout
-        width = saved.count * slot
-        for name, memory in self._cache.inputs(self._cache.side).items():
-            self._engine.device.copy_rows(
-                memory, pitch, saved.tensors[name], width, width=width, rows=heads
-            )
-        self._engine.device.synchronize()
+        self._cache.put_slots(saved)
 
     def _launch(self, call: _Call) -> None:
         """Queue one run: as a graph where there is one, or where one can be made now."""

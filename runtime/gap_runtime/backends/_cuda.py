@@ -1,7 +1,9 @@
-"""A CUDA device through cuda-python: memory, one stream, copies and graphs.
+"""A CUDA device: memory, one stream, copies and graphs, and a KV cache in its memory.
 
-`cuda.bindings.runtime` is imported inside functions only. Every call gives an error code first;
-`Device` turns those into EngineError.
+`Device` calls the functions of the CUDA runtime in the form that cuda-python gives them, an error
+code first, which it turns into EngineError. Nothing of CUDA is imported before one is made.
+
+The underscore keeps this file from being taken for a backend.
 """
 
 from __future__ import annotations
@@ -17,24 +19,32 @@ from typing import Any, Final
 
 import numpy as np
 
+from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs
+from gap_runtime.bundle.manifest import Stage
+from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.errors import BackendMissingError, EngineError
 
 # The second name is that of cuda-python before 12.6.
 _MODULES: Final = ("cuda.bindings.runtime", "cuda.cudart")
+_NON_BLOCKING: Final = 1
+"""cudaStreamNonBlocking."""
 _INSTALL: Final = "pip install 'cuda-python>=12', of the major version of this machine's CUDA"
 
 
 class Device:
     """The first CUDA device, and a stream on it: what engines are built for and run on."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: Any = None) -> None:
         """Find the device.
+
+        Args:
+            cuda: The CUDA runtime's functions as cuda-python has them; None: cuda-python itself.
 
         Raises:
             BackendMissingError: cuda-python is not installed.
             EngineError: There is no GPU, or its driver does not work.
         """
-        self._cuda = _import_cuda()
+        self._cuda = _import_cuda() if cuda is None else cuda
         try:
             status, count = self._cuda.cudaGetDeviceCount()
         except RuntimeError as error:
@@ -86,7 +96,8 @@ class Device:
     def stream(self) -> int:
         """The stream that all work of this device is queued on."""
         if self._stream is None:
-            self._stream = self.call("cudaStreamCreate")
+            # What libraries queue on the default stream must not spoil a recording on this one.
+            self._stream = self.call("cudaStreamCreateWithFlags", _NON_BLOCKING)
         return int(self._stream)
 
     def allocate(self, size: int) -> DeviceMemory:
@@ -187,6 +198,43 @@ class DeviceMemory:
     def __del__(self) -> None:
         if self.address:
             self._device.free("cudaFree", self.address)
+
+
+class DeviceCache(KvCache[DeviceMemory]):
+    """A KV cache on a device, whose first slots can be copied aside there and put back."""
+
+    def __init__(self, device: Device, stage: Stage, *, in_place: bool) -> None:
+        """Allocate it; `in_place` is whether the graph writes where it reads."""
+        self._device = device
+        # Heads of a tensor, bytes of one of them and of a slot of it; all tensors are alike.
+        spec = cache_specs(stage)[0]
+        _, self._heads, slots, width = spec.fixed_shape()
+        self._slot = width * ITEM_BYTES[spec.dtype]
+        self._pitch = slots * self._slot
+        super().__init__(
+            stage, lambda each: device.allocate(each.count_bytes()), in_place=in_place
+        )
+
+    def copy_slots(self, count: int) -> SlotCopy[DeviceMemory]:
+        """A copy of the first slots on the device; see gap_runtime.backends.SlotSaver."""
+        width, device = count * self._slot, self._device
+        tensors = {}
+        for name, memory in self.inputs(self.side).items():
+            tensors[name] = device.allocate(self._heads * width)
+            device.copy_rows(
+                tensors[name], width, memory, self._pitch, width=width, rows=self._heads
+            )
+        device.synchronize()
+        return SlotCopy(count=count, tensors=tensors, size=self._heads * width * len(tensors))
+
+    def put_slots(self, saved: SlotCopy[DeviceMemory]) -> None:
+        """Write slots back; see gap_runtime.backends.SlotSaver."""
+        width = saved.count * self._slot
+        for name, memory in self.inputs(self.side).items():
+            self._device.copy_rows(
+                memory, self._pitch, saved.tensors[name], width, width=width, rows=self._heads
+            )
+        self._device.synchronize()
 
 
 class CapturedGraph:
