@@ -3,6 +3,8 @@
 # make test    lint, types, layers, tests, and the runtime alone in clean environments
 # make docs     all pages as a site, in build/site; a broken link is an error
 # make matrix  parity of every family, pruner and position mode (about half an hour)
+# make gpu-contract  what onnxruntime-gpu's real CUDA provider does with every form of graph, without a GPU
+# make gpu-day  what a GPU machine without a network needs, in build/gpu-day; run at once where a GPU is here
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
 # make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
 # make train   train the embedded model again (about an hour on two cores)
@@ -17,7 +19,7 @@ SAMPLE := test-027.png
 PHRASE := the triangle below the cross
 PHRASES := 100
 
-.PHONY: setup demo test lint unit device docs matrix effect results train clean
+.PHONY: setup demo test lint unit device docs matrix gpu-contract gpu-day effect results train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -59,6 +61,13 @@ docs: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix
+
+# Fetches 255 MB once, into build/wheels.
+gpu-contract: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu_contract tests/gpu
+
+gpu-day: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_day build/gpu-day
 
 effect: $(STAMP)
 	$(BIN)/python refshapes/effect.py --out build/effect.json
