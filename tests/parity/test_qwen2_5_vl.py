@@ -77,7 +77,7 @@ def test_gap_is_masking(checkpoint, export, tmp_path, target):
 @pytest.mark.parametrize(
     "more",
     [
-        {"prune__ratios": [0.0, 0.9]},
+        {"prune__ratios": [0.0, 0.9], "prune__strategy": "column_attention"},
         pytest.param({"quantize__weights": "int8"}, marks=pytest.mark.matrix),
     ],
 )

@@ -121,9 +121,8 @@ def test_gap_is_masking(bundle, oracle):
     )
 
 
-@pytest.mark.parametrize(
-    "target", ["portable", pytest.param("standard", marks=pytest.mark.matrix)]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("target", ["portable", "standard"])
 def test_gap_is_masking_in_other_dialects(checkpoint, oracle, export, tmp_path, target):
     more = settings(checkpoint, image__canvas="96x64")
     folder = export(checkpoint, tmp_path / "b", target=target, reference=False, **more)

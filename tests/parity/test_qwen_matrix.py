@@ -25,7 +25,7 @@ PRUNERS = (
     *("cdpruner", "column_attention", "dart", "divprune", "random", "spatial"),
     *("text_similarity", "trim"),
 )
-USUAL = {("qwen2.5", "column_attention", "gap"), ("qwen3", "column_attention", "compact-grid")}
+USUAL = {("qwen3", "column_attention", "compact-grid")}
 CASES = [(f, p, m) for f in FAMILIES for p in PRUNERS for m in POSITION_MODES]
 
 
