@@ -23,33 +23,28 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from gap_runtime.evaluation.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene
+from recipe.base import (
+    FILL,
+    IGNORED,
+    PROMPT_AFTER,
+    encode_prompt,
+    format_box,
+    make_model,
+    place_loss,
+    train_tokenizer,
+    write_checkpoint,
+)
 
 # B pictures, Q questions each, N visual tokens, T prompt and answer tokens, D width.
 PATCH: Final = 14
 GRID: Final = SIDE // PATCH
-HEAD_DIM: Final = 32
-FILL: Final = (122, 116, 104)
-PROMPT_BEFORE: Final = "USER: "
-PROMPT_AFTER: Final = "\nWhere is {phrase}? ASSISTANT:"
 QUESTIONS: Final = 4
 BATCH: Final = 32
-IGNORED: Final = -100
 CLASSES: Final = len(COLOURS) * len(SHAPES)
 SETTLING: Final = 1200
 """Steps at the end with attention dropout, so that no answer hangs on single tokens."""
@@ -67,91 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     names = [f"{colour} {shape}" for colour in COLOURS for shape in (*SHAPES, "one")]
     words = [f"the {word} {name}" for word in (*sizes, *places) for name in names]
     corpus = [f"USER: {PROMPT_AFTER.format(phrase=words_)}" for words_ in words + names]
-    corpus += [f"[0.{k:02d}, 1.{k:02d}, 0.00, 1.00]" for k in range(100)]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[0-9](?!\.)"), "isolated"),
-            pre_tokenizers.Split(Regex("[,?:\n\\]]"), "isolated"),
-            pre_tokenizers.Split(Regex("\u2581"), "merged_with_next"),
-        ]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    special = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
-    trainer = BpeTrainer(
-        vocab_size=512,
-        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus * 4, trainer)
-    tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained LLaVA, its vision position embedding frozen at zero."""
-    vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=96,
-        initializer_range=0.02,
-    )
-    text = LlamaConfig(
-        vocab_size=math.ceil(len(tokenizer) / 32) * 32,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=5,
-        num_attention_heads=128 // HEAD_DIM,
-        num_key_value_heads=128 // HEAD_DIM,
-        max_position_embeddings=512,
-        rope_parameters={
-            "rope_type": "default",
-            # Rotary pair 1 turns once per row of the grid.
-            "rope_theta": (2 * math.pi / GRID) ** (-HEAD_DIM / 2),
-        },
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID,
-        tie_word_embeddings=False,
-    )
-    config.image_token_id = config.image_token_index
-    model = LlavaForConditionalGeneration(config)
-    table = model.model.vision_tower.embeddings.position_embedding.weight
-    nn.init.zeros_(table)
-    table.requires_grad = False
-    return model
+    return train_tokenizer(corpus, [r"[0-9](?!\.)", "[,?:\n\\]]"])
 
 
 class AuxiliaryHeads(nn.Module):
@@ -176,14 +87,6 @@ class Batch:
     centre: Tensor  # [B, Q, 2] row and column of the target, IGNORED where no question
     patch_class: Tensor  # [B, N]
     content: Tensor  # [B, CLASSES] share of the objects' patches
-
-
-def format_box(box: tuple[int, int, int, int], width: int, height: int) -> str:
-    """LLaVA's answer text: corners in the padded-square frame, two decimals."""
-    side = max(width, height)
-    dx, dy = (side - width) // 2, (side - height) // 2
-    x0, y0, x1, y1 = ((v + (dx, dy)[k % 2]) / side for k, v in enumerate(box))
-    return f"[{x0:.2f}, {y0:.2f}, {x1:.2f}, {y1:.2f}]"
 
 
 def pad_to_square(scene: Scene) -> tuple[np.ndarray, tuple[int, int]]:
@@ -224,15 +127,9 @@ class BatchMaker:
         processor = CLIPImageProcessor()
         self.mean = np.array(processor.image_mean, dtype=np.float32)
         self.std = np.array(processor.image_std, dtype=np.float32)
-        before, _ = self.encode(PROMPT_BEFORE + "<image>" + PROMPT_AFTER.format(phrase="it"))
+        before, _ = encode_prompt(tokenizer, "it")
         self.prefix = torch.tensor(before)
         self.eos = tokenizer.eos_token_id
-
-    def encode(self, prompt: str) -> tuple[list[int], list[int]]:
-        """Token IDs before and after the image."""
-        ids = self.tokenizer(prompt)["input_ids"]
-        at = ids.index(self.tokenizer.convert_tokens_to_ids("<image>"))
-        return ids[:at], ids[at + 1 :]
 
     def make(self, scenes: list[Scene]) -> Batch:
         """One batch."""
@@ -249,10 +146,9 @@ class BatchMaker:
             pixels[b] = (canvas / np.float32(255) - self.mean) / self.std
             classes[b], content[b] = patch_classes(scene, offset)
             for q, question in enumerate(scene.questions):
-                prompt = PROMPT_BEFORE + "<image>" + PROMPT_AFTER.format(phrase=question.phrase)
-                _, asked = self.encode(prompt)
+                _, asked = encode_prompt(self.tokenizer, question.phrase)
                 answer = self.tokenizer(
-                    format_box(question.box, *scene.image.size), add_special_tokens=False
+                    format_box(question.box, *scene.image.size, SIDE), add_special_tokens=False
                 )["input_ids"] + [self.eos]
                 total = len(asked) + len(answer)
                 ids[b, q, :total] = asked + answer
@@ -290,7 +186,7 @@ class Trainer:
         self.state_file = out.with_name(out.name + ".state.pt")
         self.tokenizer = build_tokenizer()
         self.batches = BatchMaker(self.tokenizer)
-        self.model = build_model(self.tokenizer)
+        self.model = make_model(self.tokenizer, side=SIDE, patch=PATCH, layers=5)
         text, vision = self.model.config.text_config, self.model.config.vision_config
         self.heads = AuxiliaryHeads(text.hidden_size, vision.hidden_size)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -377,8 +273,8 @@ class Trainer:
                 print(f"step {self.step}  {time.monotonic() - began:.0f} s  {shown}", flush=True)
             if self.step % 500 == 0:
                 torch.save(self.snapshot(), self.state_file)
-                self.write()
-        self.write()
+                write_checkpoint(self.model, self.tokenizer, SIDE, self.out)
+        write_checkpoint(self.model, self.tokenizer, SIDE, self.out)
         self.state_file.unlink(missing_ok=True)
 
     def snapshot(self) -> dict[str, Any]:
@@ -401,25 +297,6 @@ class Trainer:
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
-
-    def write(self) -> None:
-        """The checkpoint folder: config, safetensors, tokenizer, processor config."""
-        self.model.generation_config = GenerationConfig(
-            bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        self.model.save_pretrained(self.out)
-        self.tokenizer.save_pretrained(self.out)
-        CLIPImageProcessor(
-            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-        ).save_pretrained(self.out)
-
-
-def place_loss(logits: Tensor, places: Tensor) -> Tensor:
-    """Cross-entropy of row and column; logits [..., 2 * GRID], places [..., 2]."""
-    split = logits.unflatten(-1, (2, GRID)).flatten(0, -2)
-    return functional.cross_entropy(split, places.flatten(), ignore_index=IGNORED)
 
 
 def main() -> None:

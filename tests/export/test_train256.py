@@ -1,25 +1,54 @@
 """The training's own forward pass gives what Hugging Face's gives."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from gap_runtime.evaluation.refshapes256 import draw_scene
 
 SCRIPT = Path(__file__).parents[2] / "refshapes" / "train256.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train256", SCRIPT)
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield load(SCRIPT)
+    sys.path.remove(str(SCRIPT.parent))
+    for name in [
+        name for name in sys.modules if name in {"train256", "train"} or name == "recipe"
+    ]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "layers"), [("checkpoint", 112, 5), ("checkpoint-256", 224, 6)]
+)
+def test_the_recipe_makes_the_model_that_is_shipped(name, side, layers, script):
+    """Tokenizer and sizes; the weights are what the training is for."""
+    folder = SCRIPT.parent / name
+    recipe = script if name == "checkpoint-256" else load(SCRIPT.with_name("train.py"))
+    tokenizer = recipe.build_tokenizer()
+    shipped = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert json.loads(tokenizer.backend_tokenizer.to_str()) == shipped
+    with torch.device("meta"):
+        model = recipe.make_model(tokenizer, side=side, patch=14, layers=layers)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {key: file.get_slice(key).get_shape() for key in file.keys()} == {  # noqa: SIM118
+            key: list(value.shape) for key, value in model.state_dict().items()
+        }
 
 
 @pytest.fixture(scope="module")
