@@ -31,10 +31,7 @@ def find_snapshot(hub_id: str, revision: str | None) -> Path | None:
 
 def download(hub_id: str, revision: str | None, advice: str) -> Path:
     """A hub repository in the local cache, in a folder that has its commit for a name."""
-    from huggingface_hub import (  # noqa: PLC0415 - only where a hub id is given
-        constants,
-        snapshot_download,
-    )
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only where a hub id is given
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
 
     try:
@@ -47,13 +44,24 @@ def download(hub_id: str, revision: str | None, advice: str) -> Path:
                 ignore_patterns=[*NO_WEIGHTS, "*/*"],
             )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        if constants.HF_HUB_OFFLINE:
-            reason = "it is not in the cache here, and HF_HUB_OFFLINE is set; unset it to download"
-            raise CheckpointError(f"{hub_id}: {reason}; {advice}") from error
-        # The first sentence, whole: the library's go on about its own arguments.
-        reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
-        reason = reason or type(error).__name__
-        raise CheckpointError(
-            f"{hub_id}: cannot be fetched from the hub ({reason:.300}); {advice}"
-        ) from error
+        raise explain_failure(hub_id, error, advice) from error
     return folder
+
+
+def explain_failure(hub_id: str, error: Exception, advice: str) -> CheckpointError:
+    """One line about a repository that could not be fetched.
+
+    Args:
+        hub_id: Of the repository.
+        error: The library's.
+        advice: What to do instead.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415 - only where a hub id is given
+
+    if constants.HF_HUB_OFFLINE:
+        reason = "it is not in the cache here, and HF_HUB_OFFLINE is set; unset it to download"
+        return CheckpointError(f"{hub_id}: {reason}; {advice}")
+    # The first sentence, whole: the library's go on about its own arguments.
+    reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
+    reason = reason or type(error).__name__
+    return CheckpointError(f"{hub_id}: cannot be fetched from the hub ({reason:.300}); {advice}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_export.checkpoint.folder import list_weight_files
-from gap_export.checkpoint.hub import find_snapshot, is_hub_id
+from gap_export.checkpoint.hub import explain_failure, find_snapshot, is_hub_id
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
 
@@ -95,10 +95,7 @@ class ShapeSource:
                 f"whole of them; {advice}"
             ) from error
         except (HfHubHTTPError, HFValidationError, SafetensorsParsingError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{hub_id}: cannot be fetched from the hub ({reason:.120}); {advice}"
-            ) from error
+            raise explain_failure(hub_id, error, advice) from error
         folder = self._home / hub_id.replace("/", "--") / commit
         folder.mkdir(parents=True, exist_ok=True)
         for path in Path(small).iterdir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -23,8 +24,7 @@ def resolve_pruner(name: str) -> str:
     if name in names:
         return name
     for each in names:
-        published = read_constant(PRUNERS, each, "PUBLISHED_AS") or each
-        if _plain(name) in {_plain(each), _plain(published)}:
+        if _plain(name) in {_plain(known) for known in (each, *_published_as(each))}:
             return each
     return name
 
@@ -46,5 +46,16 @@ def require_strategy(strategy: str) -> None:
         if not Path(strategy).is_file():
             raise ConfigError(f"{strategy}: no such pruner file")
     elif strategy not in names:
+        published = {_plain(each): each for name in names for each in _published_as(name)}
+        near = get_close_matches(_plain(strategy), published, n=1, cutoff=0.75)
         hint = describe_unknown("pruner", strategy, names)
+        if near and "did you mean" not in hint:
+            have = ", ".join(names)
+            hint = f"unknown pruner '{strategy}'; did you mean {published[near[0]]}? have {have}"
         raise UnknownNameError(f"{hint}; or give a file of your own: --pruner ./mine.py")
+
+
+def _published_as(name: str) -> list[str]:
+    """The name that a shipped pruner was published under, where it is another."""
+    found = read_constant(PRUNERS, name, "PUBLISHED_AS")
+    return [] if found is None else [str(found)]

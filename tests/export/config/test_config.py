@@ -453,6 +453,14 @@ def test_an_unknown_family_in_a_file_is_refused_before_any_download(toml):
     assert "lava" in refusal(toml('family = "lava"\ncheckpoint = "a/b"'))
 
 
+def test_a_misspelt_published_name_of_a_pruner_gets_its_neighbour():
+    with pytest.raises(UnknownNameError, match=r"did you mean FasterVLM\?") as caught:
+        load_config("refshapes", {"prune.strategy": "fastervl"})
+    assert "have cdpruner, cls_attention" in str(caught.value)
+    with pytest.raises(UnknownNameError, match=r"did you mean visionzip\?"):
+        load_config("refshapes", {"prune.strategy": "visionzipp"})
+
+
 def test_data_is_found_inside_an_installed_package(tmp_path, monkeypatch):
     inside = tmp_path / "gap_export" / "export_configs"
     inside.mkdir(parents=True)
