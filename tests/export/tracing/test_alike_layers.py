@@ -125,6 +125,33 @@ def make_borrowing():
     return stack
 
 
+class Twice(Layer):
+    """Registers one weight of its own under a second name, and uses both."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.again.weight = self.mix.weight
+
+    def forward(self, x_SD, mask, cache):
+        return super().forward(self.again(x_SD), mask, cache)
+
+
+def make_tied(*numbers):
+    """A stack in which layers have one and the same weight, each as its own."""
+    stack = Stack(plain)
+    for number in numbers:
+        stack.layers[number].mix.weight = stack.layers[numbers[0]].mix.weight
+    return stack
+
+
+def make_tied_to(name):
+    """A stack in which a layer's weight is that of a module before or behind the stack."""
+    stack = Stack(plain)
+    stack.layers[OTHER].mix.weight = getattr(stack, name).weight
+    return stack
+
+
 CASES = {
     # Which layers are copied from which.
     "alike": (lambda: Stack(plain), {2: 1, 3: 1, 4: 1, 5: 1, 6: 1}),
@@ -147,6 +174,12 @@ CASES = {
         {2: 1, 3: 1, 5: 1, 6: 1},
     ),
     "borrowed": (make_borrowing, {2: 1, 3: 1, 6: 1}),
+    "twice in a layer": (lambda: Stack(lambda _: Twice()), {2: 1, 3: 1, 4: 1, 5: 1, 6: 1}),
+    "twice in one layer": (lambda: Stack(one(Twice)), {2: 1, 4: 1, 5: 1, 6: 1}),
+    "in two layers": (lambda: make_tied(2, 4), {3: 1, 5: 1, 6: 1}),
+    "in all layers": (lambda: make_tied(*range(LAYERS)), {}),
+    "in a layer and before": (lambda: make_tied_to("first"), {2: 1, 4: 1, 5: 1, 6: 1}),
+    "in a layer and behind": (lambda: make_tied_to("last"), {2: 1, 4: 1, 5: 1, 6: 1}),
 }
 
 
