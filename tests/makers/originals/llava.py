@@ -47,8 +47,9 @@ def make_llava_original(
         feature_layer: `mm_vision_select_layer`.
         with_vision_tower: Whether a vision tower is stored too. Its weights are **not** those of
             the CLIP folder, as where it was trained with the rest.
-        model_type: `llava`, or `llava_llama` as the authors' later code writes.
-        files: `bin`, or `safetensors` without buffers, as their later code saves.
+        model_type: `llava`, or `llava_llama` for what the authors' later code writes: no buffers,
+            no second projector, more keys in the config.
+        files: `bin`, or `safetensors`, as their later code saves unless told otherwise.
         dtype: That the weights are stored in (rotary buffers are float32 always).
         spread: Standard deviation of the weights.
         seed: Of the weights.
@@ -77,11 +78,12 @@ def make_llava_original(
             "model.vision_tower.vision_tower.vision_model.",
         )
     tensors = cast(tensors, dtype)
-    if files == "bin":
+    is_later = model_type == "llava_llama"
+    if not is_later:
         tensors |= rotary_buffers(layers, width // heads)
+        # The hub has the projector a second time, in a file that no index names.
+        torch.save(cast(bridge, dtype), folder / "mm_projector.bin")
     save_tensors(folder, tensors, files, shards=2)
-    # The hub has the projector a second time, in a file that no index names.
-    torch.save(cast(bridge, dtype), folder / "mm_projector.bin")
     config = llama_config(
         vocabulary, width, layers, heads, mlp, max_positions, dtype, eps=1e-5, kv_heads=kv_heads
     )
@@ -111,6 +113,17 @@ def make_llava_original(
         "unfreeze_mm_vision_tower": with_vision_tower,
         "use_mm_proj": True,
     }
+    if is_later:
+        config |= {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mm_patch_merge_type": "flat",
+            "mm_projector_lr": None,
+            "rope_theta": 10000.0,
+            "tokenizer_model_max_length": 2048,
+            "tokenizer_padding_side": "right",
+            "transformers_version": "4.37.2",
+        }
     write_json(folder / "config.json", config)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     generation |= {"max_length": max_positions, "transformers_version": "4.31.0"}
