@@ -97,9 +97,7 @@ def trace(
     assert program is not None
     model = program.model
     parameters = frozenset(name for name, _ in module.named_parameters())
-    for name in parameters & set(model.graph.initializers):
-        # Without a value, so that nothing takes it for a constant before it is bound.
-        model.graph.initializers[name].const_value = None
+    _name_parameters(model.graph, module)
     traced = tidy(
         Traced(model=model, inputs=tuple(inputs), outputs=tuple(outputs), parameters=parameters)
     )
@@ -107,6 +105,29 @@ def trace(
     common.ClearMetadataAndDocStringPass()(model)
     _set_interface(model.graph, inputs, outputs)
     return traced
+
+
+def _name_parameters(graph: ir.Graph, module: nn.Module) -> None:
+    """Give each parameter one initializer, under the first of its names and without a value.
+
+    Without one nothing takes it for a constant before it is bound. A parameter that is registered
+    twice may come out under any of its names, or under several.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        own = first.setdefault(id(parameter), name)
+        value = graph.initializers.get(name)
+        if value is None:
+            continue
+        value.const_value = None
+        if name == own:
+            continue
+        del graph.initializers[name]
+        if own in graph.initializers:
+            ir.convenience.replace_all_uses_with(value, graph.initializers[own])
+        else:
+            value.name = own
+            graph.initializers[own] = value
 
 
 def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
