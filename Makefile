@@ -7,6 +7,8 @@
 # make gpu-day  what a GPU machine without a network needs, in build/gpu-day; run at once where a GPU is here
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
 # make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
+# make keeps   the sweep over the counts that papers quote: GAP against compact (about an hour; goes on)
+# make why     the ablations of docs/why-positions.md, then all figures (about 40 minutes; goes on)
 # make train   train the embedded model again (about an hour on two cores)
 
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,\
@@ -19,7 +21,7 @@ SAMPLE := test-027.png
 PHRASE := the triangle below the cross
 PHRASES := 100
 
-.PHONY: setup demo test lint unit device docs matrix gpu-contract gpu-day effect results train clean
+.PHONY: setup demo test lint unit device docs matrix gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -78,6 +80,18 @@ results: $(STAMP)
 		--ratio 0,0.25,0.5,0.75,0.9 --pruners all --positions gap compact permuted --pytorch \
 		--set prune.phrase=embeddings --backend onnxruntime:cpu --out build/results --resume
 	$(BIN)/python refshapes/results.py build/results --write docs/results.md
+
+keeps: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/gap-export sweep refshapes-256 --data refshapes-256:test --limit 200 \
+		--keeps 192 128 64 40 --pruners visionzip cls_attention vispruner divprune dart column_attention \
+		nuwa prumerge_plus spatial random visionzip+ivc cls_attention+ivc --seeds 0 1 2 \
+		--positions gap compact --set prune.phrase=embeddings --backend onnxruntime:cpu --gallery 0 \
+		--out build/keeps --resume
+	$(BIN)/python refshapes/results.py build/keeps --counts --write docs/results.md
+
+why: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python refshapes/ablations.py --out build/ablations --write docs/why-positions.md
+	$(BIN)/python refshapes/figures.py --sweep build/keeps --ablations build/ablations --out docs
 
 train: $(STAMP)
 	$(BIN)/python refshapes/train.py

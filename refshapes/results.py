@@ -1,20 +1,24 @@
 """The tables of docs/results.md, of a sweep's report.json.
 
     python refshapes/results.py [build/results] [--write docs/results.md]
+    python refshapes/results.py build/keeps --counts [--write docs/results.md]
 
-What stands between the two marks of the page is replaced.
+What stands between the two marks of the page is replaced; `--counts` has marks of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any, Final
 
 MODES: Final = ("gap", "compact", "permuted")
 BEGIN: Final = "<!-- tables: made by refshapes/results.py -->"
 END: Final = "<!-- end of tables -->"
+BEGIN_COUNTS: Final = "<!-- counts: made by refshapes/results.py --counts -->"
+END_COUNTS: Final = "<!-- end of counts -->"
 
 Cells = dict[tuple[str, str, float], dict[str, Any]]
 
@@ -109,21 +113,66 @@ def make_tables(data: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def make_counts(data: dict[str, Any]) -> str:
+    """A row for each pruner by kept tokens: GAP with its interval, and compact."""
+    exported = find_cells(data, "exported")
+    unpruned = exported["unpruned", "gap", 0.0]
+    rows = [
+        cell
+        for (pruner, _, ratio), cell in exported.items()
+        if ratio and not re.search(r" \(seed \d+\)$", pruner)
+    ]
+    rows += data["draws"]
+    counts = sorted({row["kept"] for row in rows}, reverse=True)
+    by_key = {(row["pruner"], row["positions"], row["kept"]): row for row in rows}
+    seeds = {row["pruner"]: f", {len(row['seeds'])} seeds" for row in data["draws"]}
+    share, low, high = (100 * unpruned[name] for name in ("accuracy", "low", "high"))
+    sweep = data["sweep"]
+    head = (
+        f"{sweep['data']['phrases']} phrases of `{sweep['data']['name']}`. Acc@0.5 in % of the "
+        f"exported graphs on `{sweep['backend']}` with the 95 % interval, **GAP** / compact, by "
+        f"visual tokens kept of {unpruned['patches']}; unpruned {share:.1f} ({low:.1f} to "
+        f"{high:.1f}):"
+    )
+    lines = [
+        head,
+        "",
+        "| pruner | " + " | ".join(map(str, counts)) + " |",
+        "|---|" + "---|" * len(counts),
+    ]
+
+    def rank(pruner: str) -> float:
+        return -sum(by_key[pruner, "gap", kept]["accuracy"] for kept in counts)
+
+    for pruner in sorted({row["pruner"] for row in rows}, key=rank):
+        cells = []
+        for kept in counts:
+            gap, compact = (by_key[pruner, mode, kept] for mode in ("gap", "compact"))
+            cells.append(
+                f"**{100 * gap['accuracy']:.1f}** ({100 * gap['low']:.0f} to "
+                f"{100 * gap['high']:.0f}) / {100 * compact['accuracy']:.1f}"
+            )
+        lines.append(f"| `{pruner}`{seeds.get(pruner, '')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="tables of a sweep as Markdown")
     parser.add_argument("sweep", type=Path, nargs="?", default=Path("build/results"))
+    parser.add_argument("--counts", action="store_true", help="of a sweep over kept counts")
     parser.add_argument("--write", type=Path, metavar="PAGE.md")
     options = parser.parse_args()
     data = json.loads((options.sweep / "report.json").read_text(encoding="utf-8"))
-    text = make_tables(data)
+    text = make_counts(data) if options.counts else make_tables(data)
+    begin, end = (BEGIN_COUNTS, END_COUNTS) if options.counts else (BEGIN, END)
     if options.write is None:
         print(text)
         return
     page = options.write.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    before, _, rest = page.partition(begin)
+    after = rest.partition(end)[2]
+    options.write.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

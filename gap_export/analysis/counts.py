@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from gap_export.config.pruners import IVC
 from gap_export.interfaces.features import AdaptivePruner
 from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import ExportPlan
@@ -63,6 +64,10 @@ def count_tokens(
         InputError: No picture of the folder can be used.
     """
     strategy = plan.prune.name
+    if plan.prune.keeps_coordinates:
+        raise ConfigError(
+            f"pruner '{strategy}': the published rules know nothing of {IVC}; count without it"
+        )
     if not hasattr(plan.pruner, "count_adaptively"):
         raise ConfigError(
             f"pruner '{strategy}' has no adaptive rule; choose a --ratio or --keep yourself"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from gap_export.config.records import GRID_MODE, POSITION_MODES
+from gap_export.graph.coordinates import choose
 from gap_export.interfaces.family import geometry_of
 from gap_export.interfaces.features import VisionFeatures
 from gap_export.pipeline.asking import open_reference
@@ -144,7 +145,8 @@ def _constant_choice(plan: ExportPlan, entry: RatioEntry) -> Chosen:
         patches_BNC=torch.empty(1, geometry.tokens, 0), geometry=geometry, values={}, text_sign=1
     )
     kept = entry.kept - len(bucket.fixed)
-    order = plan.pruner.prune(features, kept, plan.prune).order
+    stay = plan.coordinates.get(bucket.name, ())
+    order = choose(plan.pruner, features, kept, plan.prune, stay).order
     assert isinstance(order, tuple)
     removable = bucket.removable
     own = [removable[index] for index in order] + list(bucket.fixed)

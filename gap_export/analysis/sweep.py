@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_export.analysis.evaluation import EagerAnswerer, describe_plan, open_answerer
-from gap_export.config.pruners import PRUNERS, is_pruner_file, resolve_pruner
+from gap_export.config.pruners import IVC, PRUNERS, is_pruner_file, resolve_pruner
 from gap_export.config.records import POSITION_MODES, NamedConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.pruner import load_pruner
@@ -53,8 +53,8 @@ _DECISIVE: Final = ("box", "image", "prompt", "prune", "quantize", "vision")
 class SweepRequest:
     """What to sweep. `named` and `target` are those of every export, but for its pruning.
 
-    `pruners` may hold `all`. `ratios` are shares removed, or `keep` counts that stay. `eager`: ask
-    PyTorch too.
+    `pruners` may hold `all`. `ratios` are shares removed, or `keep` counts that stay. `seeds` are
+    for pruners that draw, each of which is swept once with every one. `eager`: ask PyTorch too.
     """
 
     named: NamedConfig
@@ -63,6 +63,7 @@ class SweepRequest:
     positions: tuple[str, ...]
     ratios: tuple[float, ...]
     keep: tuple[int, ...]
+    seeds: tuple[int, ...]
     data: Data
     backend: str
     eager: bool
@@ -72,10 +73,15 @@ class SweepRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One export: a pruner and a position mode at all ratios, or no pruning."""
+    """One export: a pruner and a position mode at all ratios, or no pruning.
+
+    `pruner` is its name for people. `draw` is the name without the seed and the seed, where a
+    pruner draws and is swept with several.
+    """
 
     name: str
     pruner: str
+    draw: tuple[str, int] | None
     positions: str
     plan: ExportPlan
 
@@ -134,7 +140,10 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
     for pruner in _list_pruners(request.pruners) if pruned or request.keep else ():
         try:
             variants += [
-                _plan_variant(request, None, pruner, known[mode], ratios=pruned, keep=request.keep)
+                _plan_variant(
+                    request, None, pruner, known[mode], ratios=pruned, keep=request.keep, seed=seed
+                )
+                for seed in _list_seeds(request, pruner)
                 for mode in dict.fromkeys(request.positions)
             ]
         except (ConfigError, CheckpointError) as error:
@@ -154,6 +163,12 @@ def _list_pruners(wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(resolve_pruner(name) for name in wanted))
 
 
+def _list_seeds(request: SweepRequest, pruner: str) -> list[int]:
+    """The seeds that a pruner is swept with: one where it draws nothing."""
+    seeds = list(dict.fromkeys(request.seeds)) or [request.named.config.prune.seed]
+    return seeds if getattr(load_pruner(pruner), "DRAWS", False) else seeds[:1]
+
+
 def _find_plain_pruner() -> str:
     """A pruner that every model can serve: the first that looks at nothing."""
     for name in list_plugins(PRUNERS):
@@ -171,13 +186,21 @@ def _plan_variant(
     *,
     ratios: tuple[float, ...],
     keep: tuple[int, ...],
+    seed: int | None = None,
 ) -> Variant:
     config = request.named.config
     prune = replace(config.prune, strategy=pruner, positions=positions, ratios=ratios, keep=keep)
+    draw = None
+    if seed is not None:
+        prune = replace(prune, seed=seed)
+        if len(_list_seeds(request, pruner)) > 1:
+            draw = prune.name, seed
     if name is None:
         # A file of the user's that has changed is another variant.
         own = f"{Path(pruner).stem}-{describe_pruner(prune).rpartition('-')[2][:8]}"
+        own += IVC if prune.keeps_coordinates else ""
         name = f"{own if is_pruner_file(pruner) else pruner}-{positions}"
+        name += "" if draw is None else f"-seed{seed}"
     plan = plan_export(
         ExportRequest(
             named=replace(request.named, config=replace(config, prune=prune)),
@@ -188,7 +211,8 @@ def _plan_variant(
         )
     )
     shown = UNPRUNED if name == UNPRUNED else prune.name
-    return Variant(name=name, pruner=shown, positions=positions, plan=plan)
+    shown += "" if draw is None else f" (seed {seed})"
+    return Variant(name=name, pruner=shown, draw=draw, positions=positions, plan=plan)
 
 
 def run_sweep(plan: SweepPlan, display: Display, *, spread: Spread | None = None) -> Sweep:
@@ -331,6 +355,8 @@ def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
     config = {key: whole[key] for key in _DECISIVE}
     for key in ("strategy", "positions", "ratios", "keep"):
         del config["prune"][key]
+    if request.seeds:
+        config["prune"]["seed"] = list(request.seeds)
     return {
         "gap_sweep": _SCHEMA,
         "model": request.named.name,

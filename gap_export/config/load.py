@@ -147,6 +147,11 @@ def _require_usable(config: ExportConfig, where: str) -> None:
     ):
         if count is not None and count < least:
             raise ConfigError(f"{where}: {key} is {count}, expected at least {least}")
+    if not 0 < config.prune.ivc < 0.5:  # NaN is neither
+        raise ConfigError(
+            f"{where}: prune.ivc is {config.prune.ivc:g}, expected a share of the visual tokens "
+            "above 0 and below 0.5, as 0.05"
+        )
     if config.prompt.template is not None:
         _require_template(config.prompt.template, where)
 

@@ -11,13 +11,17 @@ from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
 from gap_runtime.registry import list_plugins, read_constant
 
 PRUNERS: Final = "gap_export.pruners"
+IVC: Final = "+ivc"
+"""Behind a pruner's name: tokens at extreme rotary positions stay whatever it chooses."""
 
 
 def resolve_pruner(name: str) -> str:
     """The strategy that a name stands for: its own, a published one, or a file's whole path.
 
-    A name that is not known comes back as it is.
+    `+ivc` may stand behind it. A name that is not known comes back as it is.
     """
+    if name.endswith(IVC):
+        return resolve_pruner(name.removesuffix(IVC)) + IVC
     if is_pruner_file(name):
         return str(Path(name).expanduser().resolve())
     names = list_plugins(PRUNERS)
@@ -31,7 +35,7 @@ def resolve_pruner(name: str) -> str:
 
 def is_pruner_file(strategy: str) -> bool:
     """Whether a pruner is a file of the user's, not one of those that are shipped."""
-    return strategy.endswith(".py")
+    return strategy.removesuffix(IVC).endswith(".py")
 
 
 def _plain(name: str) -> str:
@@ -42,6 +46,7 @@ def _plain(name: str) -> str:
 def require_strategy(strategy: str) -> None:
     """Reject a pruner that is neither shipped nor a file."""
     names = list_plugins(PRUNERS)
+    strategy = strategy.removesuffix(IVC)
     if is_pruner_file(strategy):
         if not Path(strategy).is_file():
             raise ConfigError(f"{strategy}: no such pruner file")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from gap_export.config.pruners import IVC
 from gap_runtime.bundle.layout import (
     ExtraRule,
     PositionMode,
@@ -18,7 +19,8 @@ Method = Literal["awq", "nearest"]
 POSITION_LINES: Final[dict[PositionMode, str]] = {
     "gap": "every kept token has the position ID and the order that it had before pruning",
     "compact": "raster order, IDs counted anew without gaps; an ablation, boxes are lost",
-    "permuted": "the pruner's own order, each token with its ID; an ablation",
+    "permuted": "the pruner's own order, the kept IDs ascending, so that most tokens have "
+    "another's; an ablation",
     "permuted-compact": "the pruner's own order, IDs counted anew; an ablation",
     "compact-grid": "rows and columns kept, text right behind them; where a token has three IDs",
 }
@@ -36,6 +38,8 @@ class PruneConfig:
 
     `ratios` are shares to remove, in [0, 1); or `keep` are counts that stay, of all visual tokens
     of a picture, those that mark the ends of rows among them. `seed` is for strategies that draw.
+    `ivc` is for strategies with `+ivc`: the share of all visual tokens that always stays for its
+    rotary cosines, and as many for its sines.
     `extra_token` is where the token goes that a strategy makes of the removed ones. `phrase` is
     what those that read the phrase compare with: CLIP's text tower (`clip`) or the language
     model's own token `embeddings`; the family's own where it is null.
@@ -46,6 +50,7 @@ class PruneConfig:
     keep: tuple[int, ...] = ()
     positions: PositionMode = "gap"
     seed: int = 0
+    ivc: float = 0.05
     extra_token: ExtraRule = "last-visual"
     phrase: PhraseSource | None = None
 
@@ -53,6 +58,11 @@ class PruneConfig:
     def name(self) -> str:
         """The strategy for people: a file of the user's by its name alone."""
         return Path(self.strategy).name
+
+    @property
+    def keeps_coordinates(self) -> bool:
+        """Whether the tokens at extreme rotary positions stay whatever the strategy chooses."""
+        return self.strategy.endswith(IVC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

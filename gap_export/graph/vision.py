@@ -24,10 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from gap_export.config.records import PruneConfig
+from gap_export.graph import coordinates as ivc
 from gap_export.graph.positions import CENTROID, keeps_raster_order, place_tokens
 from gap_export.interfaces.decoder import DecoderSpec
 from gap_export.interfaces.family import ModelSpec, geometry_of
-from gap_export.interfaces.features import Feature, Geometry, Kept, Pruner, VisionFeatures
+from gap_export.interfaces.features import (
+    Feature,
+    Geometry,
+    Kept,
+    Pruner,
+    VisionFeatures,
+    settle_needs,
+)
 from gap_runtime.bundle.layout import TokenLayout
 from gap_runtime.bundle.tensors import Dtype, TensorSpec
 from gap_runtime.pictures.preprocess import Bucket
@@ -131,6 +139,7 @@ class PruneStage(nn.Module):
         text_sign: int,
         grid: tuple[int, int] | None,
         planes: int,
+        coordinates: tuple[int, ...] = (),
     ) -> None:
         """Fix the kept count and the position mode.
 
@@ -146,12 +155,14 @@ class PruneStage(nn.Module):
             text_sign: See VisionFeatures.
             grid: Rows and columns that give tokens their positions; see `place_tokens`.
             planes: How many lie behind each token, before and behind the projector.
+            coordinates: Tokens that stay whatever the pruner chooses.
         """
         super().__init__()
         self.pruner, self.projector, self.fixed_tokens = pruner, projector, fixed_tokens
         self.config, self.layout, self.geometry = config, layout, geometry
         self.given, self.text_sign = given, text_sign
         self.fixed, self.grid, self.planes = fixed, grid, planes
+        self.coordinates = coordinates
         kept_always = set(fixed)
         self.removable = [k for k in range(layout.patches) if k not in kept_always]
 
@@ -162,7 +173,7 @@ class PruneStage(nn.Module):
             choice, features = Kept(order=tuple(range(kept))), None
         else:
             features = self._features(patches_BNC, values)
-            choice = self.pruner.prune(features, kept, self.config)
+            choice = ivc.choose(self.pruner, features, kept, self.config, self.coordinates)
         rows_BKC, extra_BN = self._mix(patches_BNC, choice, kept)
         tokens_BVD = self._project(rows_BKC, choice, features)
         if self.fixed_tokens is not None:
@@ -183,6 +194,10 @@ class PruneStage(nn.Module):
         """What came in, and what follows from it."""
         found = dict(zip(self.given, values, strict=True))
         needs = self.pruner.NEEDS
+        if Feature.ATTENTION in needs:
+            (found[Feature.ATTENTION],) = (
+                found[feature] for feature in settle_needs(needs, found) if feature in found
+            )
         by_embeddings = Feature.TEXT_PATCHES in needs and Feature.TEXT_PATCHES not in found
         if Feature.TOKENS in needs or by_embeddings:
             width = patches_BNC.shape[-1] // (1 + self.planes)

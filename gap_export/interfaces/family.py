@@ -120,6 +120,9 @@ class EagerModel(Protocol):
     def embed(self, token_ids: list[int]) -> Tensor:
         """Token embeddings [S, D]."""
 
+    def rotary_frequencies(self) -> list[float]:
+        """Angle by which each rotary pair of the decoder turns in a step, in radians."""
+
     def start_cache(self) -> Any:
         """An empty cache of the library's own kind."""
 

@@ -6,7 +6,7 @@ asks for, a pruner sees neither the family nor the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -29,6 +29,10 @@ class Feature(Enum):
     CLS_ATTENTION = "cls_attention"
     """[B, P]: attention that the CLS token pays to each patch, mean over heads, in the block
     whose output the patches are."""
+
+    ATTENTION = "attention"
+    """[B, P]: the attention of CLS, or the column's where the tower has no CLS token. For pruners
+    that can do with either; towers do not give it themselves, see `settle_needs`."""
 
     COLUMN_ATTENTION = "column_attention"
     """[B, P]: attention that each patch receives in that block, mean over heads and over all
@@ -63,20 +67,42 @@ CLS_FEATURES: Final = frozenset(
 """What only a tower with a CLS token can give."""
 
 
+def settle_needs(needs: frozenset[Feature], given: Collection[Feature]) -> frozenset[Feature]:
+    """What a pruner needs in terms of what a tower gives: any attention is its best one."""
+    if Feature.ATTENTION not in needs:
+        return needs
+    has_cls = Feature.CLS_ATTENTION in given
+    best = Feature.CLS_ATTENTION if has_cls else Feature.COLUMN_ATTENTION
+    return needs - {Feature.ATTENTION} | {best}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
     """Where the tokens that may be removed lie: grids of (rows, columns), one after another.
 
     A token is made of `strip` patches, which lie behind one another in features by patch.
+    `missing` are tokens of the grids that a pruner does not see, as they stay whatever it chooses.
     """
 
     grids: tuple[tuple[int, int], ...]
     strip: int = 1
+    missing: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Number of tokens, N."""
-        return sum(rows * columns for rows, columns in self.grids)
+        return sum(rows * columns for rows, columns in self.grids) - len(self.missing)
+
+    @property
+    def places(self) -> list[tuple[int, int, int]]:
+        """Grid, row and column of every token."""
+        everywhere = [
+            (number, row, column)
+            for number, (rows, columns) in enumerate(self.grids)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return [place for k, place in enumerate(everywhere) if k not in set(self.missing)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +206,7 @@ class EagerChoice:
 class Pruner(Protocol):
     """A module in gap_export.pruners.
 
+    One that draws by `config.seed` says so by `DRAWS = True`, which a sweep over seeds asks for.
     One that has an adaptive rule also defines `count_adaptively(vision) -> int`, the number of
     tokens that the rule keeps of one picture; see `AdaptivePruner`.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final, cast
 
-from gap_export.config.pruners import PRUNERS, is_pruner_file
+from gap_export.config.pruners import IVC, PRUNERS, is_pruner_file
 from gap_export.interfaces.features import Feature, Pruner
 from gap_runtime.errors import ConfigError
 from gap_runtime.registry import load_plugin
@@ -22,10 +22,13 @@ _HELP: Final = "see 'Add a pruner' in CONTRIBUTING.md"
 def load_pruner(strategy: str) -> Pruner:
     """The pruner that a configuration names, shipped or in a file of the user's.
 
+    What stays whatever it chooses is no matter here, see `PruneConfig.keeps_coordinates`.
+
     Raises:
         UnknownNameError: No pruner of that name is shipped.
         ConfigError: The file cannot be loaded, or is no pruner.
     """
+    strategy = strategy.removesuffix(IVC)
     if not is_pruner_file(strategy):
         return cast("Pruner", load_plugin(PRUNERS, strategy, "pruner"))
     module = _load_file(Path(strategy))

@@ -17,7 +17,7 @@ from typing import Final
 
 from gap_export.checkpoint.folder import list_files
 from gap_export.checkpoint.index import locate_checkpoint, locate_part
-from gap_export.config.pruners import is_pruner_file
+from gap_export.config.pruners import IVC, is_pruner_file
 from gap_export.config.records import NamedConfig, PruneConfig
 from gap_export.pipeline.request import ExportRequest
 from gap_export.pipeline.result import ExportResult
@@ -137,7 +137,8 @@ def describe_pruner(prune: PruneConfig) -> str:
     """A pruner's name; of a file of the user's, with the hash of its bytes."""
     if not is_pruner_file(prune.strategy):
         return prune.strategy
-    return f"{prune.name}-{hash_bytes(Path(prune.strategy).read_bytes())}"
+    path = Path(prune.strategy.removesuffix(IVC))
+    return f"{prune.name}-{hash_bytes(path.read_bytes())}"
 
 
 def _list_inputs(named: NamedConfig, parts: dict[str, str], *, reference: bool) -> Iterator[Path]:

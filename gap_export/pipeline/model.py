@@ -12,7 +12,7 @@ from gap_export.config.pruners import PRUNERS
 from gap_export.config.records import GRID_MODE, ExportConfig, NamedConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import Family, ModelSpec
-from gap_export.interfaces.features import CLS_FEATURES, Feature, Pruner
+from gap_export.interfaces.features import CLS_FEATURES, Feature, Pruner, settle_needs
 from gap_export.interfaces.pruner import load_pruner
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
 from gap_runtime.registry import list_plugins, load_plugin
@@ -78,7 +78,7 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
     given = set(spec.features) | {Feature.TOKENS, Feature.TEXT}
     if not reads_clip:
         given.add(Feature.TEXT_PATCHES)
-    lacking = sorted(need.value for need in pruner.NEEDS - given)
+    lacking = sorted(need.value for need in settle_needs(pruner.NEEDS, given) - given)
     if reads_clip and spec.text is None:
         raise ConfigError(
             f"pruner '{strategy}' compares patches with the phrase through CLIP's text tower, "
@@ -108,7 +108,11 @@ def _explain_lack(pruner: Pruner, spec: ModelSpec) -> str:
 
 def _list_served(given: set[Feature]) -> list[str]:
     """The pruners that need nothing else than this."""
-    return [name for name in list_plugins(PRUNERS) if given >= load_pruner(name).NEEDS]
+    return [
+        name
+        for name in list_plugins(PRUNERS)
+        if given >= settle_needs(load_pruner(name).NEEDS, given)
+    ]
 
 
 def _open_parts(

@@ -12,11 +12,13 @@ from gap_export.checkpoint.index import Checkpoint, Fetch
 from gap_export.checkpoint.sources import TensorSource
 from gap_export.checkpoint.tokenizer import read_tokenizer
 from gap_export.config.counts import count_ratios
+from gap_export.config.pruners import IVC
 from gap_export.config.records import ExportConfig, PruneConfig
+from gap_export.graph.coordinates import find_coordinates, find_ids
 from gap_export.graph.positions import keeps_raster_order
 from gap_export.interfaces.dialect import FUSED, Dialect
 from gap_export.interfaces.family import Family, ModelSpec
-from gap_export.interfaces.features import Feature, Pruner
+from gap_export.interfaces.features import Feature, Pruner, settle_needs
 from gap_export.pipeline.model import Model, read_model
 from gap_export.pipeline.parameters import Parameters, list_parameters
 from gap_export.pipeline.precision import (
@@ -58,7 +60,8 @@ class ExportPlan:
     `entries` are the ratios, for each bucket. `sources` are the model's tensors by name,
     `parameters` those that graphs use, `schemes` how those are stored that are quantized, and
     `weights` the files that all will lie in; what is not known before graphs are traced is the
-    order of those that are written anew.
+    order of those that are written anew. `coordinates` are the tokens, by bucket, that stay
+    whatever the pruner chooses.
     """
 
     request: ExportRequest
@@ -77,6 +80,7 @@ class ExportPlan:
     weights: WeightPlan
     layout: BundleLayout
     entries: tuple[RatioEntry, ...]
+    coordinates: dict[str, tuple[int, ...]]
     phrase: PhraseInput | None
     prompt: Prompt
     tokenizer: Tokenizer | None
@@ -133,7 +137,7 @@ class ExportPlan:
     @property
     def tower_needs(self) -> frozenset[Feature]:
         """Needs of the pruner that the tower serves; others come later or with the phrase."""
-        return _tower_needs(self.pruner, self.phrase)
+        return _tower_needs(self.pruner, self.phrase, self.spec)
 
     def bucket(self, entry: RatioEntry) -> Bucket:
         """The bucket of a ratio."""
@@ -167,7 +171,7 @@ def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPla
     dtype = config.dtype or target.dtype or stored_dtype(sources)
     require_dtype(target, dtype)
     phrase = plan_phrase(model.pruner, spec.text, config.prune)
-    needs = _tower_needs(model.pruner, phrase)
+    needs = _tower_needs(model.pruner, phrase, spec)
     pruned = {entry.bucket for entry in entries if _is_chosen(entry, config.prune)}
     parameters = list_parameters(
         model.family,
@@ -202,6 +206,7 @@ def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPla
         weights=_plan_weights(model, parameters, schemes, sources, quantization, dtype),
         layout=replace(layout, capacity=capacity),
         entries=entries,
+        coordinates=_plan_coordinates(model, config.prune, prefix, entries),
         phrase=phrase,
         prompt=prompt,
         tokenizer=tokenizer,
@@ -233,6 +238,32 @@ def _settle_entries(model: Model, prune: PruneConfig) -> tuple[RatioEntry, ...]:
     )
 
 
+def _plan_coordinates(
+    model: Model, prune: PruneConfig, prefix: int, entries: tuple[RatioEntry, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Tokens that stay whatever the pruner chooses, counted among the removable ones, by bucket.
+
+    Raises:
+        ConfigError: A count leaves nothing for the pruner to choose.
+    """
+    if not prune.keeps_coordinates:
+        return {}
+    spec, found = model.spec, {}
+    for bucket in spec.buckets:
+        ids = find_ids(bucket.removable, prefix, spec.position_grid(bucket))
+        tables = model.family.DECODER.rotary_tables(spec.decoder, 1 + max(map(max, ids)))
+        found[bucket.name] = find_coordinates(tables, ids, prune.ivc)
+    for entry in entries:
+        fixed = next(len(b.fixed) for b in spec.buckets if b.name == entry.bucket)
+        least = fixed + len(found[entry.bucket]) + 1
+        if entry.kept < min(least, entry.patches):
+            raise ConfigError(
+                f"keep {entry.kept} of {entry.patches} with {IVC}: {least - 1} visual tokens "
+                f"stay anyway; keep at least {least}, or lower prune.ivc, which is {prune.ivc:g}"
+            )
+    return found
+
+
 def _settle_out(request: ExportRequest, spec: ModelSpec, entries: tuple[RatioEntry, ...]) -> Path:
     """The bundle's folder: the one that was asked for, or one that is named by the counts."""
     counts = "-".join(
@@ -258,11 +289,13 @@ def _reads_clip(phrase: PhraseInput | None) -> bool:
     return phrase is not None and phrase.source == "clip"
 
 
-def _tower_needs(pruner: Pruner, phrase: PhraseInput | None) -> frozenset[Feature]:
+def _tower_needs(
+    pruner: Pruner, phrase: PhraseInput | None, spec: ModelSpec
+) -> frozenset[Feature]:
     later = {Feature.TOKENS, Feature.TEXT}
     if not _reads_clip(phrase):
         later.add(Feature.TEXT_PATCHES)
-    return pruner.NEEDS - later
+    return settle_needs(pruner.NEEDS, spec.features) - later
 
 
 def _plan_weights(

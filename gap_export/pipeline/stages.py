@@ -128,6 +128,7 @@ def trace_pruning(plan: ExportPlan, entry: RatioEntry) -> Traced:
             text_sign=-1 if plan.reads_clip else 1,
             grid=spec.position_grid(bucket),
             planes=spec.decoder.planes,
+            coordinates=plan.coordinates.get(bucket.name, ()),
         ),
         dtype=plan.dtype,
         dialect=plan.dialect,

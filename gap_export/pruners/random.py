@@ -14,6 +14,7 @@ from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Ke
 
 NEEDS: Final[frozenset[Feature]] = frozenset()
 EXTRA: Final = 0
+DRAWS: Final = True
 
 
 def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:

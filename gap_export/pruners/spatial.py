@@ -2,9 +2,9 @@
 
 The paper names a spatial baseline without its formula; this definition is ours: a square grid of
 m x m patches at the middles of m equal parts where the kept count is m squared and fits, else
-even steps along the raster. Several grids (the views of a tiled picture) share the count by
-their sizes, largest remainders first. Its own order is the raster, so `permuted` changes
-nothing here.
+even steps along the raster, as where tokens are missing that stay anyway. Several grids (the views
+of a tiled picture) share the count by their sizes, largest remainders first. Its own order is the
+raster, so `permuted` changes nothing here.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
 
 
 def _spread_all(geometry: Geometry, kept: int) -> tuple[int, ...]:
+    if geometry.missing:
+        return tuple(_middles(geometry.tokens, kept))
     sizes = [rows * columns for rows, columns in geometry.grids]
     shares = [kept * size // sum(sizes) for size in sizes]
     remainders = [kept * size % sum(sizes) for size in sizes]

@@ -18,6 +18,7 @@ from gap_export.config.records import PruneConfig
 from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import EagerVision, Pruner
 from gap_export.reference.choice import EXTRA_INDEX, Chosen, find_extra_place, place_tokens
+from gap_export.reference.coordinates import choose_eagerly, find_coordinates
 from gap_runtime.bundle.manifest import PhraseInput, Prompt, RatioEntry
 from gap_runtime.grounding.prompt import PHRASE_FIELD
 from gap_runtime.pictures.load import find_bucket
@@ -122,7 +123,9 @@ class Reference:
         if entry is None:
             order = list(range(bucket.patches))
             return Chosen(order=order, tokens=tokens, extra_place=None, scores=None)
-        choice = self.pruner.prune_eagerly(vision, entry.kept - len(bucket.fixed), self.prune)
+        kept = entry.kept - len(bucket.fixed)
+        stay = self._find_coordinates(question, removable)
+        choice = choose_eagerly(self.pruner, vision, kept, self.prune, stay)
         order = [removable[index] for index in choice.order] + list(bucket.fixed)
         if choice.rows is not None and entry.kept < entry.patches:
             merged = self.model.project(choice.rows)
@@ -140,6 +143,22 @@ class Reference:
             by_token = dict(zip(removable, choice.scores, strict=True))
             scores = tuple(by_token.get(k, math.inf) for k in range(bucket.patches))
         return Chosen(order=order, tokens=tokens, extra_place=extra_place, scores=scores)
+
+    def _find_coordinates(self, question: Question, removable: list[int]) -> list[int]:
+        """Removable tokens, counted among themselves, that stay whatever the pruner chooses."""
+        if not self.prune.keeps_coordinates:
+            return []
+        before, bucket = len(question.prefix), question.bucket
+        _, ids = place_tokens(
+            before,
+            bucket.patches,
+            0,
+            list(range(bucket.patches)),
+            "gap",
+            grid=self.spec.position_grid(bucket),
+        )
+        places = [[axis[before + token] for axis in ids] for token in removable]
+        return find_coordinates(self.model.rotary_frequencies(), places, self.prune.ivc)
 
     def answer(
         self,

@@ -74,6 +74,12 @@ class EagerLlama:
         rows: Tensor = table(torch.tensor(token_ids, dtype=torch.int64))
         return rows
 
+    def rotary_frequencies(self) -> list[float]:
+        """Angle by which each rotary pair turns in a step, in radians."""
+        rotary: Any = self._decoder.rotary_emb
+        frequencies: list[float] = rotary.inv_freq.double().tolist()
+        return frequencies
+
     def start_cache(self) -> Any:
         """An empty cache of the library's own kind."""
         return DynamicCache()

@@ -71,6 +71,7 @@ class EagerGrounder:
         self._arrange, self._fixed_token = arrange, fixed_token
         self.encode, self.encode_phrase = language.encode, language.encode_phrase
         self.decode, self.embed = language.decode, language.embed
+        self.rotary_frequencies = language.rotary_frequencies
         self.start_cache, self.run_decoder = language.start_cache, language.run_decoder
         self.observe = language.observe
 

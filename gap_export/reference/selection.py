@@ -19,6 +19,16 @@ _NEIGHBOURS: Final = 32
 """Nearest tokens that a kept one takes in, as published (arXiv:2403.15388)."""
 
 
+def read_attention(vision: EagerVision) -> Tensor:
+    """Attention that each token gets in the block that gives the patches, mean over heads: [N].
+
+    What CLS pays, or all tokens of a view where there is no CLS token.
+    """
+    by_head = vision.attentions[vision.layer - 1].double()
+    paid = by_head[:, :, 0] if vision.leading else by_head.mean(dim=2)
+    return vision.by_token(vision.without_leading(paid.mean(dim=1)))
+
+
 def attend_as_one(vision: EagerVision) -> Tensor:
     """What CLS pays to each token in the block after the patches, all heads taken as one: [N]."""
     queries = vision.queries[vision.merge_block].double()

@@ -51,6 +51,9 @@ class Scene:
             Feature.CLS_ATTENTION: scores.cls_attention(
                 self.queries[block][:, 0], self.keys[block], HEADS
             ),
+            Feature.ATTENTION: scores.cls_attention(
+                self.queries[block][:, 0], self.keys[block], HEADS
+            ),
             Feature.COLUMN_ATTENTION: scores.column_attention(
                 self.queries[block], self.keys[block], HEADS
             ),

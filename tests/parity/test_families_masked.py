@@ -17,7 +17,7 @@ from truths.families import find_truth
 from gap_runtime import Bundle, Grounder
 from gap_runtime.registry import list_plugins, load_plugin
 
-MERGING = ("prumerge", "prumerge_plus", "trim", "visionzip")
+MERGING = ("nuwa", "prumerge", "prumerge_plus", "trim", "visionzip")
 """A pruner that merges and is not listed is taken for one that selects, and fails as such."""
 # TRIM without its extra token selects too.
 SELECTING = sorted({*list_plugins("gap_export.pruners")} - {*MERGING} | {"trim"})
@@ -154,7 +154,7 @@ def test_merged_tokens_and_their_answers_are_those_of_the_formulas(
             tokens |= {look.removable[k]: row for k, row in zip(made.order, merged, strict=True)}
             if entry.extra:
                 tokens[truth.EXTRA] = oracle.project(torch.tensor(made.extra)[None])[0]
-        assert entry.extra == int(pruner != "visionzip")
+        assert entry.extra == int(pruner not in {"nuwa", "visionzip"})
         order = [index for index in tokens if index != truth.EXTRA]
         prefix, rule = manifest.layout.prefix, "last-visual" if entry.extra else None
         before, after = values.prompt_ids[:prefix], values.prompt_ids[prefix:]

@@ -12,7 +12,8 @@ import torch
 from makers.checkpoints import make_llava_checkpoint
 from makers.families import make_picture, make_samples
 from torch import nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
+from truths import pruners as truth
 from truths.masked import MaskedLlava
 
 from gap_export.blocks.scores import column_attention
@@ -135,6 +136,34 @@ def test_what_needs_no_cls_is_exported(checkpoint, export, tmp_path, pruner):
     )
     found = values.decoded.prefill_logits
     assert np.abs(found - expected[0].numpy()).max() < 1e-4 * expected.abs().max()
+
+
+def test_nuwa_goes_by_the_attention_that_patches_receive(checkpoint, export, tmp_path):
+    folder = export(
+        checkpoint,
+        tmp_path / "b",
+        reference=False,
+        prune__strategy="nuwa",
+        prune__keep=[9],
+        prompt__answer=1,
+    )
+    bundle = Bundle.open(folder)
+    values = Grounder(bundle, "onnxruntime:cpu").run_stages(
+        make_picture(90, 61, seed=2), "the café mug", bundle.manifest.ratios[0], most=1
+    )
+    model = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.float64, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        seen = model.model.vision_tower(
+            torch.tensor(values.pixels).double(), output_hidden_states=True, output_attentions=True
+        )
+    layer = model.config.vision_feature_layer
+    column = seen.attentions[layer][0].mean((0, 1)).numpy()
+    expected = truth.nuwa(column, seen.hidden_states[layer][0].numpy(), 9, [(5, 5)])
+    assert values.kept_index[0].tolist() == expected.order
+    rows = model.model.multi_modal_projector(torch.tensor(expected.rows)).detach().numpy()
+    np.testing.assert_allclose(values.visual_tokens[0], rows, atol=1e-4 * np.abs(rows).max())
 
 
 @pytest.mark.parametrize("pruner", [name for name in PRUNERS if PRUNERS[name] & CLS_FEATURES])

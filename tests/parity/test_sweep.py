@@ -15,7 +15,9 @@ from makers import families
 
 from gap_export.analysis.sweep import share_files
 from gap_export.cli import main as cli
+from gap_export.config.load import load_config
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.evaluation.data import open_data
 
 VARIANTS = ["cls_attention-compact", "cls_attention-gap", "unpruned"]
 
@@ -205,6 +207,34 @@ def test_all_pruners_are_those_that_the_model_can_serve(tmp_path, monkeypatch, c
     error = capsys.readouterr().err
     assert "openai/clip-vit" in error
     assert "--set prune.phrase=embeddings" in error
+
+
+def test_pruners_that_draw_are_swept_with_every_seed(tmp_path):
+    from gap_export.analysis.sweep import SweepRequest, describe_sweep, plan_sweep
+
+    request = SweepRequest(
+        named=load_config("refshapes", {}),
+        target="cpu",
+        pruners=("random+ivc", "spatial"),
+        positions=("gap",),
+        ratios=(),
+        keep=(40, 20),
+        seeds=(4, 7, 4),
+        data=open_data("refshapes:test", limit=1),
+        backend="onnxruntime:cpu",
+        eager=False,
+        out=tmp_path / "out",
+        resume=False,
+    )
+    plan = plan_sweep(request)
+    found = {v.name: (v.pruner, v.draw, v.plan.prune.seed) for v in plan.variants[1:]}
+    assert found == {
+        "random+ivc-gap-seed4": ("random+ivc (seed 4)", ("random+ivc", 4), 4),
+        "random+ivc-gap-seed7": ("random+ivc (seed 7)", ("random+ivc", 7), 7),
+        "spatial-gap": ("spatial", None, 4),
+    }
+    assert [entry.kept for entry in plan.variants[1].plan.entries] == [40, 20]
+    assert describe_sweep(plan)["config"]["prune"]["seed"] == [4, 7, 4]
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])

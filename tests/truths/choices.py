@@ -30,6 +30,9 @@ TRUTHS = {
     ),
     "dart": lambda s, kept, _: truth.dart(s.tokens, kept),
     "divprune": lambda s, kept, _: truth.divprune(s.tokens, kept),
+    "nuwa": lambda s, kept, _: truth.nuwa(
+        s.attention, s.patches, kept, s.geometry.grids, s.geometry.missing
+    ),
     "prumerge": lambda s, kept, _: merge_truth(s, kept, s.one_head_attention),
     "prumerge_plus": lambda s, kept, _: merge_truth(s, kept, grid_scores(s, kept)),
     "random": lambda s, kept, config: truth.random(s.geometry.tokens, kept, config.seed),
@@ -41,7 +44,7 @@ TRUTHS = {
     "visionzip": lambda s, kept, _: truth.visionzip(s.attention, s.mean_keys, s.patches, kept),
     "vispruner": lambda s, kept, _: truth.vispruner(s.attention, s.patches, kept),
 }
-GREEDY = {"cdpruner", "dart", "divprune", "random", "spatial", "visionzip", "vispruner"}
+GREEDY = {"cdpruner", "dart", "divprune", "nuwa", "random", "spatial", "visionzip", "vispruner"}
 """Those without scores by which a near tie could be judged; a new one has scores or is listed."""
 
 

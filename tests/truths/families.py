@@ -78,6 +78,7 @@ class Seen:
             "dart": lambda: truth.dart(tokens, kept),
             "divprune": lambda: truth.divprune(tokens, kept),
             "cdpruner": lambda: truth.cdpruner(*text, tokens, kept, self.text_sign),
+            "nuwa": lambda: truth.nuwa(self.attention, patches, kept, grids),
             "random": lambda: truth.random(total, kept, 0),
             "spatial": lambda: truth.spatial(grids, kept),
             "prumerge": lambda: self._merge(a, kept),

@@ -363,6 +363,53 @@ def vispruner(scores_N, patches_NC, kept):
     return Truth(order=ranked[:important] + residual, scores=scores_N)
 
 
+# Nuwa.
+
+
+def nuwa(scores_N, patches_NC, kept, grids, missing=()):
+    """The best of every 2 x 2 cell, as few of each as will do; the weaker take in what is near."""
+    scores_N, patches_NC = float64(scores_N), float64(patches_NC)
+    where, cells, behind = [], {}, 0
+    for grid, (rows, columns) in enumerate(grids):
+        behind += rows * columns
+        for at in range(rows * columns):
+            if behind - rows * columns + at in missing:
+                continue
+            row, column = divmod(at, columns)
+            cells.setdefault((grid, row // 2, column // 2), []).append(len(where))
+            where.append((grid, row, column))
+    for each in (1, 2, 3, 4):
+        standing = []
+        for cell in cells.values():
+            standing += [cell[at] for at in top(scores_N[cell], min(each, len(cell)))]
+        if len(standing) >= kept:
+            break
+    standing.sort()
+    order = sorted(standing[at] for at in top(scores_N[standing], kept))
+    rows = [patches_NC[index].copy() for index in order]
+    # Linear interpolation at 0.55; what reaches the value itself is strong.
+    border = Fraction(55, 100) * (kept - 1)
+    weakest_first = list(reversed(top(scores_N[order], kept)))
+    for rank, k in enumerate(weakest_first):
+        if rank < border:
+            rows[k] = _take_in_neighbours(order[k], where, patches_NC)
+    return Truth(order=order, rows=np.array(rows))
+
+
+def _take_in_neighbours(center, where, patches_NC):
+    """A token and those around it, by likeness and by nearness within its grid."""
+    directions = unit_rows(patches_NC)
+    weights = np.zeros(len(where))
+    for index, (grid, row, column) in enumerate(where):
+        if grid == where[center][0]:
+            apart = math.hypot(row - where[center][1], column - where[center][2])
+            likeness = max(0.0, dot(directions[center], directions[index]))
+            weights[index] = likeness * max(0.0, 1 - apart / math.sqrt(280))
+    weights = weights / (weights.sum() + 1e-8)
+    weights[center] = 1.0
+    return weights @ patches_NC
+
+
 # DivPrune.
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from gap_export.analysis.report.draws import Draws, pool_draws, tabulate_draws
 from gap_export.analysis.report.gallery import Shown, choose_random, choose_worst, draw_choices
 from gap_export.analysis.report.plots import (
     draw_key,
@@ -82,6 +83,7 @@ def write_report(
     data = sweep.plan.request.data
     cells, pairs = flatten_cells(tables.cells, data), flatten_pairs(tables.pairs)
     advice = [] if within is None else advise(tables, within)
+    draws = pool_draws(sweep, protocols[0])
     figures = {
         "sweep": describe_sweep(sweep.plan),
         "protocols": list(protocols),
@@ -90,6 +92,7 @@ def write_report(
         "parts": flatten_parts(tables.cells),
         "comparisons": pairs,
         "published": dump_record(tables.published),
+        "draws": dump_record(tuple(draws)),
         "left_out": list(sweep.plan.left_out),
         "advice": [{**dump_record(each), "words": each.describe()} for each in advice],
     }
@@ -104,7 +107,7 @@ def write_report(
     text = json.dumps(_finite(figures), indent=1, allow_nan=False)
     write_page(out / "report.json", text + "\n")
     path = out / REPORT_FILE
-    write_page(path, make_page(_title(sweep), _render(sweep, tables, pictures, advice)))
+    write_page(path, make_page(_title(sweep), _render(sweep, tables, pictures, advice, draws)))
     return Report(path=path, figures=figures)
 
 
@@ -131,7 +134,13 @@ def _title(sweep: Sweep) -> str:
     return f"{request.named.name}: accuracy after pruning"
 
 
-def _render(sweep: Sweep, tables: Tables, pictures: int, advice: Sequence[Advice]) -> str:
+def _render(
+    sweep: Sweep,
+    tables: Tables,
+    pictures: int,
+    advice: Sequence[Advice],
+    draws: Sequence[Draws],
+) -> str:
     """The page's body."""
     jinja2 = _import_jinja()
     environment = jinja2.Environment(
@@ -160,6 +169,7 @@ def _render(sweep: Sweep, tables: Tables, pictures: int, advice: Sequence[Advice
         has_eager=request.eager,
         plots=[safe(plot) for plot in plot_pruners(tables)],
         accuracy=safe(tabulate_accuracy(tables)),
+        draws=safe(tabulate_draws(draws)),
         papers=compare_with_paper(tables),
         costs=[safe(plot) for plot in plot_costs(tables)],
         cost_table=safe(tabulate_costs(tables)),

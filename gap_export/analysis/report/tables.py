@@ -86,12 +86,16 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
-    """Everything that the report shows but for pictures; the first protocol is the main one."""
+    """Everything that the report shows but for pictures; the first protocol is the main one.
+
+    `by_count`: people asked by counts that stay, not by shares removed.
+    """
 
     protocols: tuple[str, ...]
     cells: tuple[Cell, ...]
     pairs: tuple[Pair, ...]
     published: tuple[Published, ...]
+    by_count: bool
 
     def find(self, pruner: str, positions: str, ratio: float, side: str = EXPORTED) -> Cell | None:
         """A cell under the main protocol; ratio 0 is the unpruned model whatever the pruner."""
@@ -133,6 +137,7 @@ def make_tables(sweep: Sweep, protocols: Sequence[str]) -> Tables:
         cells=tuple(cells),
         pairs=tuple(_compare(sweep, protocols)),
         published=read_published(),
+        by_count=bool(sweep.plan.request.keep),
     )
 
 

@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gap, compact, permuted, permuted-compact or compact-grid (default: the first three)",
     )
     parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="draw anew with each, for pruners that draw (default: the model's one seed)",
+    )
+    parser.add_argument(
         "--pytorch", action="store_true", help="ask PyTorch too, and count the differing answers"
     )
     parser.add_argument(
@@ -141,6 +148,7 @@ def _make_request(options: argparse.Namespace, data: Data) -> SweepRequest:
         positions=tuple(options.modes),
         ratios=() if options.keep else tuple(options.ratios or _RATIOS),
         keep=tuple(options.keep or ()),
+        seeds=tuple(options.seeds or ()),
         data=data,
         backend=options.backend,
         eager=options.pytorch,

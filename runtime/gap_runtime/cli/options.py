@@ -149,7 +149,13 @@ def add_counts(
         help=ratio,
     )
     group.add_argument(
-        "--keep", type=_read_counts, action=_ExtendFlat, nargs=nargs, metavar="N", help=keep
+        *("--keep", "--keeps"),
+        type=_read_counts,
+        action=_ExtendFlat,
+        nargs=nargs,
+        dest="keep",
+        metavar="N",
+        help=keep,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -29,6 +30,17 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     spread = Z_95 * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
     scale = 1 + square / count
     return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+
+
+def mean_interval(shares: Sequence[float]) -> tuple[float, float, float]:
+    """A mean of shares, one for each phrase, and its 95 % interval by the normal distribution."""
+    count = len(shares)
+    if not count:
+        return math.nan, 0.0, 1.0
+    mean = sum(shares) / count
+    variance = sum((share - mean) ** 2 for share in shares) / max(count - 1, 1)
+    spread = Z_95 * math.sqrt(variance / count)
+    return mean, max(mean - spread, 0.0), min(mean + spread, 1.0)
 
 
 def mcnemar_p(only_this: int, only_other: int) -> float:

@@ -35,7 +35,9 @@ def make_pair(pruner, ratio, lost, gained=0, **changes):
 
 
 def advise_on(*pairs, within=2.0):
-    return advise(Tables(protocols=("shikra",), cells=(), pairs=pairs, published=()), within)
+    return advise(
+        Tables(protocols=("shikra",), cells=(), pairs=pairs, published=(), by_count=False), within
+    )
 
 
 def test_the_largest_ratio_within_the_points():

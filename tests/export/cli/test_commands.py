@@ -200,7 +200,7 @@ def test_count_proposes_ratios_that_keep_what_the_rule_kept(
         (["--ratio", "0.25", "--ratio", "0.5"], [48, 32]),
         (["--ratios", "0.25", "--ratio", "0.5,0.75"], [48, 32, 16]),
         (["--keep", "7"], [7]),
-        (["--keep", "40,7", "--keep", "64"], [40, 7, 64]),
+        (["--keep", "40,7", "--keeps", "64"], [40, 7, 64]),
         (["--set", "prune.keep=7"], [7]),
         (["--set", "prune.keep=[7, 8]"], [7, 8]),
         (["--set", "prune.ratios=0.5"], [32]),

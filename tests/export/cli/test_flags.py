@@ -25,7 +25,7 @@ def find_parsers(program):
 
 
 HELP = {"-h", "--help"}
-COUNTS = {"--ratio", "--ratios", "--keep"}
+COUNTS = {"--ratio", "--ratios", "--keep", "--keeps"}
 """Shares to remove, or counts that stay: the same everywhere."""
 
 
@@ -63,7 +63,7 @@ EVALUATE = {
 }
 SWEEP_FLAGS = {
     *("--data", "--images", "--protocol", "--limit", "--ray", "--workers", *COUNTS),
-    *("--list", "--within"),
+    *("--list", "--within", "--seeds"),
     *("--pruners", "--positions", "--pytorch", "--gallery", "--out", "--resume", "--backend"),
     *("--extra-token", "--dtype", "--target", "--checkpoint", "--set", "--json"),
     *("-v", "--verbose"),

@@ -238,7 +238,7 @@ def test_unknown_set_key():
     assert message == (
         "refshapes.toml: unknown key 'prune.rato'; "
         "did you mean ratios or extra_token or strategy? have strategy, ratios, keep, positions, "
-        "seed, extra_token, phrase"
+        "seed, ivc, extra_token, phrase"
     )
     assert "unknown key 'prun'" in refusal("refshapes", prun__ratios=[0.5])
 
