@@ -84,7 +84,7 @@ results: $(STAMP)
 keeps: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/gap-export sweep refshapes-256 --data refshapes-256:test --limit 200 \
 		--keeps 192 128 64 40 --pruners visionzip cls_attention vispruner divprune dart column_attention \
-		nuwa prumerge_plus spatial random visionzip+ivc cls_attention+ivc --seeds 0 1 2 \
+		nuwa prumerge_plus spatial random --seeds 0 1 2 \
 		--positions gap compact --set prune.phrase=embeddings --backend onnxruntime:cpu --gallery 0 \
 		--out build/keeps --resume
 	$(BIN)/python refshapes/results.py build/keeps --counts --write docs/results.md
