@@ -5,8 +5,8 @@ sines are, act as the axes that a model reads places from. Which tokens that are
 positions alone: a constant of the graph. A pruner chooses among the others.
 
 References:
-    IVC-Prune (arXiv:2602.03060): 5 % of the visual tokens by each in LLaVA, 10 % in the other
-    models; with three position IDs the mean is over all three.
+    IVC-Prune (arXiv:2602.03060): 5 or 10 % of the visual tokens by each, by model; with three
+    position IDs the mean is over all three.
 """
 
 from __future__ import annotations
