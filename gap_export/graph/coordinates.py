@@ -4,6 +4,11 @@ The positions whose rotary cosines are largest in the mean over all frequencies,
 sines are, act as the axes that a model reads places from. Which tokens that are depends on
 positions alone: a constant of the graph. A pruner chooses among the others.
 
+    tokens        of N visual tokens
+    coordinates   round(share * N) by cosines, as many by sines; what is in both counts once
+    others        what the pruner sees: features, tokens and places of all the rest
+    kept          coordinates first, ascending, then the pruner's choice in its own order
+
 References:
     IVC-Prune (arXiv:2602.03060): 5 or 10 % of the visual tokens by each, by model; with three
     position IDs the mean is over all three.

@@ -363,9 +363,6 @@ def vispruner(scores_N, patches_NC, kept):
     return Truth(order=ranked[:important] + residual, scores=scores_N)
 
 
-# Nuwa.
-
-
 def nuwa(scores_N, patches_NC, kept, grids, missing=()):
     """The best of every 2 x 2 cell, as few of each as will do; the weaker take in what is near."""
     scores_N, patches_NC = float64(scores_N), float64(patches_NC)
@@ -379,18 +376,15 @@ def nuwa(scores_N, patches_NC, kept, grids, missing=()):
             cells.setdefault((grid, row // 2, column // 2), []).append(len(where))
             where.append((grid, row, column))
     for each in (1, 2, 3, 4):
-        standing = []
-        for cell in cells.values():
-            standing += [cell[at] for at in top(scores_N[cell], min(each, len(cell)))]
+        best = [(cell, top(scores_N[cell], min(each, len(cell)))) for cell in cells.values()]
+        standing = sorted(cell[at] for cell, places in best for at in places)
         if len(standing) >= kept:
             break
-    standing.sort()
     order = sorted(standing[at] for at in top(scores_N[standing], kept))
     rows = [patches_NC[index].copy() for index in order]
     # Linear interpolation at 0.55; what reaches the value itself is strong.
     border = Fraction(55, 100) * (kept - 1)
-    weakest_first = list(reversed(top(scores_N[order], kept)))
-    for rank, k in enumerate(weakest_first):
+    for rank, k in enumerate(reversed(top(scores_N[order], kept))):
         if rank < border:
             rows[k] = _take_in_neighbours(order[k], where, patches_NC)
     return Truth(order=order, rows=np.array(rows))
@@ -403,8 +397,8 @@ def _take_in_neighbours(center, where, patches_NC):
     for index, (grid, row, column) in enumerate(where):
         if grid == where[center][0]:
             apart = math.hypot(row - where[center][1], column - where[center][2])
-            likeness = max(0.0, dot(directions[center], directions[index]))
-            weights[index] = likeness * max(0.0, 1 - apart / math.sqrt(280))
+            nearness = max(0.0, 1 - apart / math.sqrt(280))
+            weights[index] = nearness * max(0.0, dot(directions[center], directions[index]))
     weights = weights / (weights.sum() + 1e-8)
     weights[center] = 1.0
     return weights @ patches_NC
