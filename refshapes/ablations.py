@@ -24,10 +24,10 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from arrangements import APART, EXACT, GRID, KEPT, MAIN, TOKENS, VARIANTS, WHOLE, Laid, Variant
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
+from arrangements import APART, EXACT, GRID, KEPT, MAIN, TOKENS, VARIANTS, WHOLE, Laid, Variant
 from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import ExportPlan, plan_export

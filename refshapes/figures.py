@@ -19,12 +19,12 @@ from typing import Any, Final
 
 import matplotlib as mpl
 import torch
-from ablations import MODEL, choose, read_asked
-from arrangements import APART, EXACT, MAIN, TOKENS, WHOLE
-from demo import draw_panels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ablations import MODEL, choose, read_asked
+from arrangements import APART, EXACT, MAIN, TOKENS, WHOLE
+from demo import draw_panels
 from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
