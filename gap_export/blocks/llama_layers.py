@@ -75,7 +75,10 @@ class LlamaDecoder(nn.Module):
         """
         # The batch is one, and linear layers of two dimensions need no reshaping.
         rows_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
-        hidden_SD, *planes = torch.split(rows_SD, self.width, 1) if self.planes else (rows_SD,)
+        parts: tuple[Tensor, ...] = (rows_SD,)
+        if self.planes:
+            parts = torch.split(rows_SD, self.width, 1)  # type: ignore[no-untyped-call]
+        hidden_SD, *planes = parts
         rows = Rows(
             cosine_BSd=self._choose(self.cosine, position_ids_AS),
             sine_BSd=self._choose(self.sine, position_ids_AS),
