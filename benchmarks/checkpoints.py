@@ -30,7 +30,17 @@ from typing import Any, Final
 
 import numpy as np
 
-Shapes = dict[str, tuple[int, ...]]
+from benchmarks.tiled import (
+    INTERNVL,
+    ONEVISION,
+    Shapes,
+    internvl_config,
+    internvl_shapes,
+    llama_config,
+    llama_shapes,
+    onevision_config,
+    onevision_shapes,
+)
 
 _BLOCK_BYTES: Final = 64 * 2**20
 _SHARD_BYTES: Final = 5 * 10**9
@@ -47,23 +57,6 @@ CLIP_TEXT: Final = {
 _PINPOINTS: Final = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-def llama_config(width: int, layers: int, heads: int, mlp: int, vocabulary: int) -> dict[str, Any]:
-    """A Llama 2 config."""
-    return {
-        "model_type": "llama",
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-
-
 LLAMA_7B: Final = llama_config(4096, 32, 32, 11008, 32000)
 LLAMA_13B: Final = llama_config(5120, 40, 40, 13824, 32000)
 MISTRAL_7B: Final = llama_config(4096, 32, 32, 14336, 32064) | {
@@ -73,26 +66,6 @@ MISTRAL_7B: Final = llama_config(4096, 32, 32, 14336, 32064) | {
     "sliding_window": None,
     "max_position_embeddings": 32768,
 }
-
-INTERNVL: Final = {
-    f"internvl3-{name}": llama_config(width, layers, heads, mlp, 151674)
-    | {
-        "model_type": "qwen2",
-        "num_key_value_heads": cached,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "tie_word_embeddings": False,
-    }
-    for name, width, layers, heads, cached, mlp in (
-        ("1b", 896, 24, 14, 2, 4864),
-        ("2b", 1536, 28, 12, 2, 8960),
-        ("8b", 3584, 28, 28, 4, 18944),
-    )
-}
-"""Decoders of InternVL3; their heads are no copies of the embedding tables."""
 
 RUN: Final = {
     "llava-185m": llama_config(1024, 12, 16, 2816, 32064),
@@ -116,28 +89,6 @@ def vision_config(side: int) -> dict[str, Any]:
         "patch_size": 14,
         "projection_dim": 768,
     }
-
-
-def llama_shapes(config: dict[str, Any], prefix: str, head: str) -> Shapes:
-    """Tensors of a Llama or Mistral, by the keys of its files."""
-    width, mlp = config["hidden_size"], config["intermediate_size"]
-    cached = width * config["num_key_value_heads"] // config["num_attention_heads"]
-    vocabulary = config["vocab_size"]
-    shapes: Shapes = {f"{prefix}embed_tokens.weight": (vocabulary, width)}
-    for layer in range(config["num_hidden_layers"]):
-        name = f"{prefix}layers.{layer}."
-        shapes |= {
-            f"{name}self_attn.q_proj.weight": (width, width),
-            f"{name}self_attn.k_proj.weight": (cached, width),
-            f"{name}self_attn.v_proj.weight": (cached, width),
-            f"{name}self_attn.o_proj.weight": (width, width),
-            f"{name}mlp.gate_proj.weight": (mlp, width),
-            f"{name}mlp.up_proj.weight": (mlp, width),
-            f"{name}mlp.down_proj.weight": (width, mlp),
-            f"{name}input_layernorm.weight": (width,),
-            f"{name}post_attention_layernorm.weight": (width,),
-        }
-    return shapes | {f"{prefix}norm.weight": (width,), head: (vocabulary, width)}
 
 
 def clip_shapes(config: dict[str, Any], prefix: str) -> Shapes:
@@ -352,69 +303,15 @@ def write_library(folder: Path, kind: str, text: dict[str, Any], *, sparse: bool
 
 
 def write_internvl(folder: Path, text: dict[str, Any], *, sparse: bool = False) -> None:
-    """InternVL3 in Hugging Face's layout: InternViT-300M and a Qwen2."""
-    vision = {
-        "model_type": "internvl_vision",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "attention_bias": True,
-        "image_size": [448, 448],
-        "patch_size": [14, 14],
-    }
-    data = {
-        "model_type": "internvl",
-        "image_token_id": 151667,
-        "downsample_ratio": 0.5,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
-        "vision_config": vision,
-        "text_config": text,
-        "tie_word_embeddings": False,
-    }
-    write_json(folder, "config.json", data)
+    """InternVL3 or 3.5 in Hugging Face's layout."""
+    write_json(folder, "config.json", internvl_config(text))
     write_safetensors(folder, internvl_shapes(text), sparse=sparse)
 
 
-def internvl_shapes(text: dict[str, Any]) -> Shapes:
-    """Tensors of an InternVL3 in Hugging Face's layout."""
-    embeddings = "vision_tower.embeddings."
-    shapes: Shapes = {
-        f"{embeddings}cls_token": (1, 1, 1024),
-        f"{embeddings}position_embeddings": (1, 1025, 1024),
-        f"{embeddings}patch_embeddings.projection.weight": (1024, 3, 14, 14),
-        f"{embeddings}patch_embeddings.projection.bias": (1024,),
-    }
-    for layer in range(24):
-        name = f"vision_tower.encoder.layer.{layer}."
-        for part in ("q_proj", "k_proj", "v_proj", "projection_layer"):
-            shapes[f"{name}attention.{part}.weight"] = (1024, 1024)
-            shapes[f"{name}attention.{part}.bias"] = (1024,)
-        shapes |= {
-            f"{name}mlp.fc1.weight": (4096, 1024),
-            f"{name}mlp.fc1.bias": (4096,),
-            f"{name}mlp.fc2.weight": (1024, 4096),
-            f"{name}mlp.fc2.bias": (1024,),
-        }
-        for part in ("layernorm_before", "layernorm_after"):
-            shapes |= {f"{name}{part}.weight": (1024,), f"{name}{part}.bias": (1024,)}
-        shapes |= {f"{name}lambda_1": (1024,), f"{name}lambda_2": (1024,)}
-    width, projector = text["hidden_size"], "multi_modal_projector."
-    shapes |= {
-        f"{projector}layer_norm.weight": (4096,),
-        f"{projector}layer_norm.bias": (4096,),
-        f"{projector}linear_1.weight": (width, 4096),
-        f"{projector}linear_1.bias": (width,),
-        f"{projector}linear_2.weight": (width, width),
-        f"{projector}linear_2.bias": (width,),
-    }
-    cached = width * text["num_key_value_heads"] // text["num_attention_heads"]
-    for layer in range(text["num_hidden_layers"]):
-        name = f"language_model.model.layers.{layer}.self_attn."
-        shapes[f"{name}q_proj.bias"] = (width,)
-        shapes |= {f"{name}k_proj.bias": (cached,), f"{name}v_proj.bias": (cached,)}
-    return shapes | llama_shapes(text, "language_model.model.", "language_model.lm_head.weight")
+def write_onevision(folder: Path, text: dict[str, Any], *, sparse: bool = False) -> None:
+    """LLaVA-OneVision in Hugging Face's layout."""
+    write_json(folder, "config.json", onevision_config(text))
+    write_safetensors(folder, onevision_shapes(text), sparse=sparse)
 
 
 def shikra_config() -> dict[str, Any]:
@@ -643,6 +540,9 @@ def write_checkpoint(name: str, folder: Path, *, decoder: bool = False) -> list[
         return ["--checkpoint", str(folder)]
     if name in INTERNVL:
         write_internvl(folder, INTERNVL[name])
+        return ["--checkpoint", str(folder)]
+    if name in ONEVISION:
+        write_onevision(folder, ONEVISION[name])
         return ["--checkpoint", str(folder)]
     if name.startswith("qwen"):
         # It needs this module itself.

@@ -64,6 +64,8 @@ NAMES: Final = (
     "qwen3-vl-2b",
     "qwen3-vl-4b",
     "qwen3-vl-8b",
+    "llava-onevision-qwen2-0.5b",
+    "llava-onevision-qwen2-7b",
 )
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.checkpoints import (
-    INTERNVL,
     LLAMA_7B,
     LLAMA_13B,
     write_internvl,
     write_library,
+    write_onevision,
 )
 from benchmarks.qwen import QWEN, write_qwen
+from benchmarks.tiled import INTERNVL, ONEVISION
 
 MODELS: Final = (
     {
@@ -32,6 +33,14 @@ MODELS: Final = (
     | {
         name: (f"InternVL3-{name[-2:].upper()}", partial(write_internvl, text=text))
         for name, text in INTERNVL.items()
+        if name.startswith("internvl3-")
+    }
+    | {
+        name: (
+            f"LLaVA-OneVision-{name.rpartition('-')[2].upper()}",
+            partial(write_onevision, text=text),
+        )
+        for name, text in ONEVISION.items()
     }
     | {
         name: (name.upper().replace("QWEN", "Qwen"), partial(write_qwen, name=name))

@@ -14,17 +14,25 @@ from benchmarks.checkpoints import (
     LLAMA_7B,
     LLAMA_13B,
     MISTRAL_7B,
-    Shapes,
     clip_shapes,
     eva_shapes,
     library_config,
     library_shapes,
-    llama_shapes,
     lora_shapes,
     shikra_config,
     vision_config,
 )
 from benchmarks.qwen import QWEN, qwen_shapes
+from benchmarks.tiled import (
+    INTERNVL,
+    ONEVISION,
+    Shapes,
+    internvl_config,
+    internvl_shapes,
+    llama_shapes,
+    onevision_config,
+    onevision_shapes,
+)
 from gap_export.checkpoint.shapes import SHAPES_FILE
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -64,6 +72,15 @@ def make_shapes() -> dict[str, Any]:
     found["eva_vit_g.pth"] = _describe(eva_shapes())
     for location, config in QWEN.values():
         found[location] = _describe(qwen_shapes(config), config, "bfloat16")
+    for name, text in INTERNVL.items():
+        version, _, size = name.removeprefix("internvl").partition("-")
+        # Both are what export_configs/ say.
+        ending = "hf" if version == "3" else "HF"
+        location = f"OpenGVLab/InternVL{version.replace('.', '_')}-{size.upper()}-{ending}"
+        found[location] = _describe(internvl_shapes(text), internvl_config(text))
+    for name, text in ONEVISION.items():
+        shapes, config = onevision_shapes(text), onevision_config(text)
+        found[f"llava-hf/{name}-ov-hf"] = _describe(shapes, config)
     return found
 
 

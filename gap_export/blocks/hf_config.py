@@ -108,15 +108,19 @@ def require_model_type(data: dict[str, Any], family: str, where: str) -> None:
 
 
 def require_clip_tower(vision: Any, where: str) -> None:
-    """Refuse a vision config that is not CLIP's, or whose sizes are not one number each.
+    """Refuse a vision config that is not CLIP's; see `require_tower`."""
+    require_tower(vision, where, "clip_vision_model")
+
+
+def require_tower(vision: Any, where: str, kind: str) -> None:
+    """Refuse a vision config of another `model_type`, or whose sizes are not one number each.
 
     Raises:
-        CheckpointError: Something else than CLIP's tower is described.
+        CheckpointError: Something else than such a tower is described.
     """
-    if vision.model_type != "clip_vision_model":
+    if vision.model_type != kind:
         raise CheckpointError(
-            f"{where}: vision_config.model_type '{vision.model_type}', expected "
-            f"clip_vision_model; {NO_WAY}"
+            f"{where}: vision_config.model_type '{vision.model_type}', expected {kind}; {NO_WAY}"
         )
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(vision, name), int):
@@ -154,6 +158,20 @@ def refuse_quantized(data: dict[str, Any], where: str) -> None:
         raise CheckpointError(
             f"{where}: the checkpoint is quantized; give the one that it was made from"
         )
+
+
+def untie_stored_head(checkpoint: Checkpoint, library: Any, head: str) -> None:
+    """Take a head that lies in the files for one of its own, whatever the config says.
+
+    Files are right where a config says otherwise, as its default does: so for the library.
+
+    Args:
+        checkpoint: The files.
+        library: The library's config, which is changed.
+        head: Name of the tensor in the modules here.
+    """
+    if any(library_name(key) == head for key in checkpoint.tensors):
+        library.tie_word_embeddings = library.text_config.tie_word_embeddings = False
 
 
 def find_image_token(data: dict[str, Any], default: int) -> int:

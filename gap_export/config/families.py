@@ -74,6 +74,14 @@ def find_family(model_type: str) -> str | None:
     return next(further, None)
 
 
+def find_usual_pruner(family: str) -> str | None:
+    """The pruner of a family where none is asked for; None where it is that of all families."""
+    if family not in list_plugins(FAMILIES):
+        return None
+    found: str | None = read_constant(FAMILIES, family, "PRUNER")
+    return found
+
+
 def describe_model_type(found: str) -> str:
     """One line about a `model_type` that no family reads: which there are, the nearest way."""
     names = list_plugins(FAMILIES)

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, Final
 
-from gap_export.config.families import FAMILIES
+from gap_export.config.families import FAMILIES, find_usual_pruner
 from gap_export.config.files import find_model
 from gap_export.config.pruners import require_strategy, resolve_pruner
 from gap_export.config.records import ExportConfig, NamedConfig, PruneConfig
@@ -62,6 +62,7 @@ def load_config(
     if "prompt.template" in overrides and "prompt.yields" not in overrides:
         _assign(data, "prompt.yields", value=False)
     _settle_counts(data, overrides, where)
+    _settle_pruner(data)
     _settle_names(data)
     config = load_record(ExportConfig, data, where)
     _require_usable(config, where)
@@ -92,6 +93,15 @@ def _settle_counts(data: dict[str, Any], overrides: dict[str, Any], where: str) 
         )
     if prune.get("keep"):
         prune["ratios"] = []
+
+
+def _settle_pruner(data: dict[str, Any]) -> None:
+    """The family's own pruner where none is asked for."""
+    prune = data["prune"]
+    if isinstance(prune, dict) and "strategy" not in prune:
+        usual = find_usual_pruner(str(data.get("family")))
+        if usual is not None:
+            prune["strategy"] = usual
 
 
 def _settle_names(data: dict[str, Any]) -> None:

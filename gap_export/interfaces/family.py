@@ -200,6 +200,10 @@ class FamilyOptions(Protocol):
     """Patterns of the `model_type` of models that it does not read, and what to do instead. Plain
     too."""
 
+    PRUNER: str
+    """The pruner where none is asked for and that of all families needs what this tower has not.
+    Plain too."""
+
     def build_fixed_tokens(self, spec: ModelSpec, bucket: Bucket) -> nn.Module:
         """Nothing to the tokens of a bucket that are never removed [B, F, D]."""
 

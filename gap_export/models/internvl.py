@@ -34,6 +34,7 @@ from gap_export.blocks.hf_config import (
     read_library_config,
     read_normalization,
     require_patches_alone,
+    untie_stored_head,
 )
 from gap_export.blocks.internvit import InternVitShape, InternVitTower
 from gap_export.blocks.projector import Projector
@@ -120,9 +121,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     resolve_layer(library.vision_config, library.vision_feature_layer, where)
     tower = _read_tower(library, where)
     text = library.text_config
-    if any(library_name(key) == llama.HEAD for key in checkpoint.tensors):
-        # Files are right where a config says otherwise, as its default does: so for the library.
-        library.tie_word_embeddings = text.tie_word_embeddings = False
+    untie_stored_head(checkpoint, library, llama.HEAD)
     preprocess = _read_preprocess(checkpoint, config, tower.side)
     image_token_id = find_image_token(data, library.image_token_id)
     prompt = choose_prompt(

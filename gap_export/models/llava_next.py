@@ -14,12 +14,9 @@ References:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers import LlavaNextImageProcessorPil as NextProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
@@ -47,6 +44,7 @@ from gap_export.blocks.hf_config import (
     require_clip_tower,
     require_patches_alone,
 )
+from gap_export.blocks.mosaic import NEWLINE, Newlines, read_buckets, read_canvases
 from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.adapter import (
     add_adapters,
@@ -59,19 +57,12 @@ from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
-from gap_export.errors import CheckpointError
 from gap_export.interfaces.family import EagerModel, ModelSpec
 from gap_export.interfaces.features import Feature
 from gap_export.reference.loader import open_loader
 from gap_export.reference.model import join_parts, load_processor
-from gap_runtime.errors import BundleError, ConfigError
-from gap_runtime.pictures.load import fitting_size
-from gap_runtime.pictures.modes.anyres import (
-    choose_canvas,
-    mosaic_grid,
-    mosaic_index,
-    newline_index,
-)
+from gap_export.reference.mosaic import pack_views
+from gap_runtime.pictures.modes.anyres import mosaic_index
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), V views, P patches of a view, N removable tokens, K kept, F newlines, D width.
@@ -88,7 +79,6 @@ NEIGHBOURS: Final = {
         "llava-next-mistral-7b are the nearest, and CONTRIBUTING.md says how a family is added"
     ),
 }
-_NEWLINE: Final = "image_newline"
 _QUESTION: Final = (
     "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
 )
@@ -97,7 +87,6 @@ _TEMPLATES: Final = {
     "mistral": f"[INST] <image>\n{_QUESTION} [/INST]",
 }
 _PREFIX: Final = 5
-_BUCKET: Final = re.compile(r"(\d+)x(\d+)(?:/(\d+):(\d+))?")
 
 
 def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
@@ -124,13 +113,8 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     clip = checkpoint.parts.get("clip")
     text_spec = None if clip is None else read_text_spec(clip, vision.hidden_size)
     mean, std = read_normalization(checkpoint, vision.image_size)
-    # The library writes (height, width).
-    canvases = tuple((int(width), int(height)) for height, width in library.image_grid_pinpoints)
     side = vision.image_size
-    if not canvases or any(size % side or size <= 0 for canvas in canvases for size in canvas):
-        raise CheckpointError(
-            f"{where}: image_grid_pinpoints {list(canvases)}, expected multiples of {side}"
-        )
+    canvases = read_canvases(library.image_grid_pinpoints, side, where)
     preprocess = Preprocess(
         mode="anyres", side=side, fill=(0, 0, 0), mean=mean, std=std, canvases=canvases
     )
@@ -144,7 +128,9 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         config=config.prompt,
     )
     return ModelSpec(
-        buckets=_read_buckets(config.image.canvas, preprocess, vision.patch_size),
+        buckets=read_buckets(
+            config.image.canvas or _usual_canvas(preprocess), preprocess, side // vision.patch_size
+        ),
         vision_width=vision.hidden_size,
         features=clip_features(vision, text_spec),
         text=text_spec,
@@ -166,7 +152,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     """Every tensor, all in the checkpoint but CLIP's text tower, with an adapter merged."""
     config = spec.library_config
     expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
-    expected |= tower_shapes(config.vision_config) | {_NEWLINE: (spec.decoder.width,)}
+    expected |= tower_shapes(config.vision_config) | {NEWLINE: (spec.decoder.width,)}
     adapters = read_adapters(checkpoint, library_name)
     sources = match_sources(
         replace_values(checkpoint, adapters, library_name),
@@ -207,7 +193,7 @@ def build_projector(spec: ModelSpec) -> nn.Module:
 
 def build_fixed_tokens(spec: ModelSpec, bucket: Bucket) -> nn.Module:
     """The newline, once for each row of the mosaic."""
-    return _Newlines(spec.decoder.width, len(bucket.fixed))
+    return Newlines(spec.decoder.width, len(bucket.fixed))
 
 
 def load_eager(
@@ -232,77 +218,11 @@ def load_eager(
             spec,
             layer=layer,
             process=process,
-            arrange=lambda bucket: _pack_views(bucket, side),
+            arrange=lambda bucket: pack_views(bucket, side),
         )
 
 
-class _Newlines(nn.Module):
-    def __init__(self, width: int, rows: int) -> None:
-        super().__init__()
-        self.image_newline = nn.Parameter(torch.empty(width))
-        self.rows = rows
-
-    def forward(self) -> Tensor:
-        return self.image_newline.expand(1, self.rows, -1)
-
-
-def _read_buckets(text: str | None, spec: Preprocess, patch: int) -> tuple[Bucket, ...]:
-    """The buckets that `image.canvas` lists; one for the squarest large canvas by default."""
-    if text is None:
-        width, height = max(spec.canvases, key=lambda size: (min(size), size[0] * size[1]))
-        text = f"{width}x{height}"
-    buckets = [_read_bucket(item.strip(), spec, spec.side // patch) for item in text.split(",")]
-    return tuple({bucket.name: bucket for bucket in buckets}.values())
-
-
-def _read_bucket(item: str, spec: Preprocess, tile_grid: int) -> Bucket:
-    match = _BUCKET.fullmatch(item)
-    if match is None:
-        raise ConfigError(
-            f"image.canvas '{item}': expected WIDTHxHEIGHT or WIDTHxHEIGHT/ASPECT, for example "
-            "672x672/4:3"
-        )
-    canvas = (int(match[1]), int(match[2]))
-    if canvas not in spec.canvases:
-        have = ", ".join(f"{width}x{height}" for width, height in spec.canvases)
-        raise ConfigError(f"image.canvas '{item}': the model has no such canvas; have {have}")
-    aspect = (int(match[3]), int(match[4])) if match[3] else canvas
-    if min(aspect) == 0:
-        raise ConfigError(f"image.canvas '{item}': an aspect of 0; expected one like 4:3")
-    mosaic = mosaic_grid(aspect, canvas, tile_grid, spec.side)
-    if 0 in mosaic:
-        raise ConfigError(f"image.canvas '{item}': so thin a picture leaves no tile; crop it")
-    bucket = Bucket(
-        name=f"{canvas[0]}x{canvas[1]}-{mosaic[0]}x{mosaic[1]}",
-        canvas=canvas,
-        grids=((tile_grid, tile_grid), mosaic),
-        strip=1,
-        fixed=newline_index(mosaic, tile_grid),
-    )
-    try:
-        fitting_size(bucket, spec)
-    except BundleError as error:
-        scale = -(-max(max(size) for size in spec.canvases) // min(aspect))
-        best = choose_canvas((aspect[0] * scale, aspect[1] * scale), spec.canvases)
-        raise ConfigError(
-            f"image.canvas '{item}': pictures of {aspect[0]}:{aspect[1]} go on other canvases, "
-            f"large ones on {best[0]}x{best[1]}; use {best[0]}x{best[1]}/{aspect[0]}:{aspect[1]}"
-        ) from error
-    return bucket
-
-
-def _pack_views(bucket: Bucket, side: int) -> Callable[[Tensor], Tensor]:
-    """How patches [V, P, ...] become one row: the whole view, then the mosaic without padding."""
-    (grid, _), (rows, columns) = bucket.grids
-    assert bucket.canvas is not None
-    across, down = bucket.canvas[0] // side, bucket.canvas[1] // side
-    top, left = (down * grid - rows) // 2, (across * grid - columns) // 2
-
-    def pack(values: Tensor) -> Tensor:
-        tiles = values[1:].reshape(down, across, grid, grid, *values.shape[2:])
-        bands = [torch.cat(list(band), dim=1) for band in tiles]
-        canvas = torch.cat(bands, dim=0)
-        mosaic = canvas[top : top + rows, left : left + columns]
-        return torch.cat([values[0], mosaic.flatten(0, 1)])
-
-    return pack
+def _usual_canvas(spec: Preprocess) -> str:
+    """The squarest large one, for pictures of its own aspect."""
+    width, height = max(spec.canvases, key=lambda size: (min(size), size[0] * size[1]))
+    return f"{width}x{height}"

@@ -16,18 +16,31 @@ from gap_export.reference.hooks import record_outputs
 # width, W text width.
 
 
+def _as_they_are(states: Tensor) -> Tensor:
+    return states
+
+
 class EagerClip:
     """A vision tower of CLIP's kind."""
 
-    def __init__(self, tower: CLIPVisionModel, layer: int, *, leading: int = 1) -> None:
+    def __init__(
+        self,
+        tower: CLIPVisionModel,
+        layer: int,
+        *,
+        leading: int = 1,
+        behind: Callable[[Tensor], Tensor] = _as_they_are,
+    ) -> None:
         """Wrap a loaded tower.
 
         Args:
             tower: The library's, whose blocks are named as CLIP's.
             layer: The hidden state that patches are taken from.
             leading: Tokens before the patches: 1 for CLIP's CLS.
+            behind: What becomes of the patches of each view before they are arranged.
         """
         self._tower, self._layer, self._leading = tower.eval(), layer, leading
+        self._behind = behind
 
     @torch.no_grad()
     def look(
@@ -52,7 +65,7 @@ class EagerClip:
             output = self._tower(
                 views.to(dtype), output_hidden_states=True, output_attentions=True
             )
-        patches = arrange(output.hidden_states[self._layer][:, self._leading :])
+        patches = arrange(self._behind(output.hidden_states[self._layer][:, self._leading :]))
         return EagerVision(
             patches=patches,
             tokens=project(patches),

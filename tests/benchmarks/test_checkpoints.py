@@ -5,7 +5,7 @@ from safetensors.numpy import load_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from benchmarks import checkpoints
+from benchmarks import checkpoints, tiled
 from gap_export.checkpoint.differences import holds_differences
 from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.tensor import read_tensor
@@ -59,20 +59,30 @@ def test_sizes_are_what_the_names_say():
 
 
 def test_tiled_models_have_as_many_parameters_as_published():
-    """0.9, 2.1 and 7.9 billion: heads are no copies of the embedding tables."""
+    """In billions; heads are no copies of the embedding tables but in OneVision's small one."""
     counts = {
-        name: sum(np.prod(shape) for shape in checkpoints.internvl_shapes(text).values())
-        for name, text in checkpoints.INTERNVL.items()
+        name: sum(np.prod(shape) for shape in make(text).values())
+        for make, texts in (
+            (tiled.internvl_shapes, tiled.INTERNVL),
+            (tiled.onevision_shapes, tiled.ONEVISION),
+        )
+        for name, text in texts.items()
     }
     assert {name: round(count / 1e8) / 10 for name, count in counts.items()} == {
         "internvl3-1b": 0.9,
         "internvl3-2b": 2.1,
         "internvl3-8b": 7.9,
+        "internvl3.5-1b": 1.1,
+        "internvl3.5-2b": 2.3,
+        "internvl3.5-4b": 4.7,
+        "internvl3.5-8b": 8.5,
+        "llava-onevision-qwen2-0.5b": 0.9,
+        "llava-onevision-qwen2-7b": 8.0,
     }
 
 
 def test_written_files_are_what_the_family_reads(tmp_path):
-    checkpoints.write_internvl(tmp_path / "m", checkpoints.INTERNVL["internvl3-1b"], sparse=True)
+    checkpoints.write_internvl(tmp_path / "m", tiled.INTERNVL["internvl3-1b"], sparse=True)
     plan = plan_export(
         make_request("internvl3-1b", checkpoint=tmp_path / "m", reference=False, target="standard")
     )

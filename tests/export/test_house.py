@@ -233,6 +233,7 @@ def test_protocols_ask_for_something():
     }
     assert members(FamilyOptions) == {
         "NEIGHBOURS",
+        "PRUNER",
         "TYPES",
         "build_fixed_tokens",
         "build_text_tower",

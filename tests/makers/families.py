@@ -44,14 +44,31 @@ CLIP_FAMILIES = tuple(
     family for family in FAMILIES if family not in {"minigpt-v2", "internvl3", "internvl3.5"}
 )
 """Those whose tower is CLIP's."""
-PHRASE = "the red ring left of the blue box"
-READ_PHRASE = frozenset(
-    name
-    for name in list_plugins("gap_export.pruners")
-    if Feature.TEXT in load_plugin("gap_export.pruners", name, "pruner").NEEDS
+WITHOUT_CLS = ("llava-onevision",)
+"""Families whose tower has no CLS token, which pruners that need one do not serve."""
+_WITHOUT_CLS_GIVEN = frozenset(
+    {
+        Feature.COLUMN_ATTENTION,
+        Feature.KEYS,
+        Feature.TOKENS,
+        Feature.TEXT,
+        Feature.TEXT_PATCHES,
+    }
 )
+EVERY_FAMILY = (*FAMILIES, *WITHOUT_CLS)
+PHRASE = "the red ring left of the blue box"
+_NEEDS = {
+    name: load_plugin("gap_export.pruners", name, "pruner").NEEDS
+    for name in list_plugins("gap_export.pruners")
+}
+READ_PHRASE = frozenset(name for name, needs in _NEEDS.items() if Feature.TEXT in needs)
 """Pruners that look at the phrase."""
 ANSWER = 5
+
+
+def serves(family, pruner):
+    """Whether a family gives what a pruner needs."""
+    return family not in WITHOUT_CLS or _NEEDS[pruner] <= _WITHOUT_CLS_GIVEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +77,7 @@ class FamilyCase:
 
     Everything lies in `home`. `model` and `checkpoint` are the arguments of that name of
     `gap-export`, `overrides` are needed always, `text` only where the pruner reads the phrase.
+    `pruner` is the one that is taken where none is named.
     `buckets` are the numbers of visual tokens of each bucket, all and never removed, `sizes`
     (width, height) of a picture for each. `files` is what the maker gave.
     """
@@ -75,6 +93,7 @@ class FamilyCase:
     picture: Path
     samples: Path
     files: Any
+    pruner: str = "cls_attention"
 
     def place(self, role=""):
         """The folder or file of a part, of the checkpoint itself without a role."""
@@ -105,13 +124,14 @@ class FamilyCase:
         self,
         out,
         *,
-        pruner="cls_attention",
+        pruner=None,
         bring="copy",
         reference=False,
         target="cpu",
         **overrides,
     ):
         """The plan of an export with a short answer; overrides have `__` for the dot."""
+        pruner = pruner or self.pruner
         values = self.overrides | {
             "dtype": "float32",
             "check.samples": str(self.samples),
@@ -436,6 +456,27 @@ def _make_internvl3_5(home, head_dim):
     )
 
 
+def _make_onevision(home, head_dim):
+    """Tiles of 4x4 patches in 31 pixels, in two buckets, of which the mosaic of one is shrunk."""
+    folder = originals.make_llava_onevision(
+        home / "llava-onevision-qwen2-tiny-hf",
+        vision_width=3 * (head_dim or 12),
+        width=6 * (head_dim or 14),
+        views=2,
+        tied=True,
+        seed=13,
+    )
+    return _find_case(
+        home,
+        model=str(folder),
+        overrides={"image.canvas": "93x93/4:3,62x31"},
+        buckets=((16 + 5 * 7, 5), (16 + 4 * 9, 4)),
+        sizes=((120, 90), (62, 31)),
+        files=folder,
+        pruner="column_attention",
+    )
+
+
 _MAKERS = {
     "llava": _make_llava,
     "llava-original": _make_llava_original,
@@ -445,4 +486,5 @@ _MAKERS = {
     "minigpt-v2": _make_minigpt,
     "internvl3": _make_internvl3,
     "internvl3.5": _make_internvl3_5,
+    "llava-onevision": _make_onevision,
 }

@@ -9,11 +9,20 @@ pruners that merge, tokens, slots, IDs and logits are compared with the formulas
 import numpy as np
 import pytest
 import torch
-from makers.families import ARCHITECTURES, FAMILIES, PHRASE, export, find_family
+from makers.families import (
+    ARCHITECTURES,
+    EVERY_FAMILY,
+    PHRASE,
+    WITHOUT_CLS,
+    export,
+    find_family,
+    serves,
+)
 from PIL import Image
 from truths import pruners as truth
 from truths.families import find_truth
 
+from gap_export.config.records import POSITION_MODES
 from gap_runtime import Bundle, Grounder
 from gap_runtime.registry import list_plugins, load_plugin
 
@@ -26,18 +35,20 @@ STEPS = 4
 
 
 def pairs(pruners):
-    """Every family with every pruner; by default those of one of each two neighbours."""
+    """Every family with every pruner that it serves, or with every mode; some by default."""
     return [
-        pytest.param(
-            family,
-            pruner,
-            marks=()
-            if family in ARCHITECTURES and (ARCHITECTURES.index(family) + k) % 2 == 0
-            else pytest.mark.matrix,
-        )
-        for family in FAMILIES
+        pytest.param(family, pruner, marks=() if _is_usual(family, k) else pytest.mark.matrix)
+        for family in EVERY_FAMILY
         for k, pruner in enumerate(pruners)
+        if pruner in POSITION_MODES or serves(family, pruner)
     ]
+
+
+def _is_usual(family, k):
+    """Those of one of each two neighbours; of a tower without CLS, of one in four."""
+    if family in WITHOUT_CLS:
+        return k % 4 == 3
+    return family in ARCHITECTURES and (ARCHITECTURES.index(family) + k) % 2 == 0
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +186,7 @@ def test_merged_tokens_and_their_answers_are_those_of_the_formulas(
     ("case", "mode"), pairs(["compact", "permuted", "permuted-compact"]), indirect=["case"]
 )
 def test_other_position_ids_do_not(case, oracle, seen, tmp_path, mode):
-    asked = ask_all(case, tmp_path / "b", "cls_attention", prune__positions=mode)
+    asked = ask_all(case, tmp_path / "b", case.pruner, prune__positions=mode)
     for manifest, entry, size, found, values in asked:
         expected = expect(oracle, seen(entry.bucket, values.pixels, size), manifest, values)
         for step in range(STEPS):

@@ -1,21 +1,21 @@
 """GAP is masking for models of tiles, in float64 with the library's own decoders.
 
-The packed sequence runs over all tiles and the whole picture behind them. The same in exported
+The packed sequence runs over all views, with newlines where there are any. The same in exported
 graphs, against other formulas: test_families_masked.py.
 """
 
 import pytest
 import torch
 from makers.families import find_family
-from transformers import InternVLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 EQUAL, APART = 1e-12, 1e-2
 
 
-@pytest.fixture(params=["internvl3", "internvl3.5"])
+@pytest.fixture(params=["internvl3", "internvl3.5", "llava-onevision"])
 def model(request, tmp_path_factory, monkeypatch):
     case = find_family(request.param, tmp_path_factory)
-    model = InternVLForConditionalGeneration.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         # So does its plain attention.
         case.files,
         dtype=torch.float64,
@@ -29,6 +29,18 @@ def model(request, tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(type(model.model.language_model.norm), "forward", norm)
     return model
+
+
+def see(model, draw):
+    """All visual tokens [N, D] of a random picture."""
+    side = model.config.vision_config.image_size
+    if isinstance(side, int):
+        # A mosaic of 9 tiles, which is shrunk, before newlines.
+        views = torch.randn(1, 10, 3, side, side, generator=draw, dtype=torch.float64)
+        sizes = torch.tensor([[3 * side, 3 * side]])
+        return model.model.get_image_features(views, sizes, return_dict=True).pooler_output[0]
+    views = torch.randn(4, 3, *side, generator=draw, dtype=torch.float64)
+    return model.model.get_image_features(views, return_dict=True).pooler_output.flatten(0, 1)
 
 
 @torch.no_grad()
@@ -49,11 +61,8 @@ def causal(length):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_pruned_tiles_answer_as_masked_ones(model, share):
     draw = torch.Generator().manual_seed(int(share * 10))
-    side = model.config.vision_config.image_size[0]
-    views = torch.randn(4, 3, side, side, generator=draw, dtype=torch.float64)
     with torch.no_grad():
-        visual = model.model.get_image_features(views, return_dict=True).pooler_output
-        visual = visual.flatten(0, 1)
+        visual = see(model, draw)
         embed = model.get_input_embeddings()
         ids = torch.randint(0, embed.num_embeddings, (15,), generator=draw)
         before, after = embed(ids[:4]), embed(ids[4:])

@@ -9,7 +9,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from makers.families import ARCHITECTURES, FAMILIES, export, find_family
+from makers.families import (
+    ARCHITECTURES,
+    EVERY_FAMILY,
+    WITHOUT_CLS,
+    export,
+    find_family,
+    serves,
+)
 from truths import pruners as truth
 
 from gap_export.config.records import EXTRA_RULES, POSITION_MODES
@@ -22,12 +29,22 @@ EXTRA = tuple(p for p in PRUNERS if load_plugin("gap_export.pruners", p, "pruner
 RATIOS = (0, 0.5, 0.9)
 MORE_RATIOS = (0, 0.25, 0.5, 0.9)
 """Of `make matrix`: the more a greedy pruner keeps, the longer its graph."""
-ALL = tuple(itertools.product(FAMILIES, PRUNERS, POSITION_MODES))
+ALL = tuple(
+    (family, pruner, mode)
+    for family, pruner, mode in itertools.product(EVERY_FAMILY, PRUNERS, POSITION_MODES)
+    if serves(family, pruner)
+)
 ROTATED = tuple(
     (ARCHITECTURES[j % len(ARCHITECTURES)], pruner, POSITION_MODES[j % len(POSITION_MODES)])
     for j, pruner in enumerate(PRUNERS)
 )
 """Every pruner once; `make matrix` has all combinations."""
+MORE = tuple(
+    (family, pruner, mode)
+    for family in WITHOUT_CLS
+    for pruner, mode in (("column_attention", "gap"), ("trim", "permuted"), ("dart", "compact"))
+)
+"""Of towers without CLS, whose pruners are fewer."""
 EXTRA_FAMILY = "llava-next-mistral"
 """Its newlines stand between the tokens that an extra one can be made of."""
 ALL_RULES = tuple(itertools.product(EXTRA_RULES, EXTRA, POSITION_MODES))
@@ -119,7 +136,7 @@ def test_there_are_pruners_with_an_extra_token_and_without():
     assert 0 < len(EXTRA) < len(PRUNERS)
 
 
-@pytest.mark.parametrize(("family", "pruner", "mode"), ROTATED)
+@pytest.mark.parametrize(("family", "pruner", "mode"), ROTATED + MORE)
 def test_pytorch_and_onnxruntime_agree(case, tmp_path, pruner, mode):
     require_equal(case, tmp_path / "b", pruner, mode)
 

@@ -21,6 +21,7 @@ from transformers import (
     InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import select_best_resolution
@@ -413,27 +414,67 @@ def _internvl(heads):
                 text_sign=1,
             )
 
-        @torch.no_grad()
-        def run(rows, position_ids, mask):
-            if mask is None:
-                mask = torch.full((len(rows), len(rows)), -torch.inf, dtype=torch.float64).triu(1)
-            hidden = model.model.language_model(
-                inputs_embeds=rows[None],
-                position_ids=position_ids[None],
-                attention_mask=mask[None, None],
-                use_cache=False,
-            ).last_hidden_state[0]
-            return model.lm_head(hidden)
-
         return FamilyTruth(
             look=look,
             project=model.model.multi_modal_projector,
             decoder=decoder,
             heads=6,
-            run=run,
+            run=_run_library(model),
         )
 
     return make
+
+
+# LLaVA-OneVision.
+
+
+def _onevision(case):
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        case.files, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(case.files)
+    decoder = _library_decoder(case.files)
+    decoder.setdefault("lm_head.weight", decoder["model.embed_tokens.weight"])
+
+    @torch.no_grad()
+    def look(pixels, size, phrase):
+        pixels = torch.as_tensor(pixels).double()
+        sizes = torch.tensor([[size[1], size[0]]])
+        rule = model.config.vision_aspect_ratio
+        features = model.model.get_image_features(pixels, sizes, return_dict=True)
+        tokens = features.pooler_output[0]
+        output = model.model.vision_tower(pixels[0], output_attentions=True)
+        column = output.attentions[-1].mean((1, 2))[..., None]
+        marked, _ = model.model.pack_image_features(
+            [column], sizes, torch.tensor([torch.nan]), vision_aspect_ratio=rule
+        )
+        shown = ~marked[0][:, 0].isnan()
+        patches = tokens[shown]
+        ids = tokenizer(phrase, add_special_tokens=False).input_ids
+        rows = decoder["model.embed_tokens.weight"][ids].double().numpy()
+        none = np.empty(0)
+        return Seen(
+            tokens=tokens,
+            removable=shown.nonzero()[:, 0].tolist(),
+            attention=none,
+            similarity=none,
+            column=marked[0][shown, 0].numpy(),
+            keys=none,
+            merge_attention=none,
+            merge_keys=none,
+            patches=patches,
+            text=torch.tensor(np.mean(truth.unit_rows(rows), axis=0)),
+            text_patches=torch.tensor(np.array(truth.unit_rows(patches.numpy()))),
+            text_sign=1,
+        )
+
+    return FamilyTruth(
+        look=look,
+        project=lambda rows: rows,
+        decoder=decoder,
+        heads=6,
+        run=_run_library(model),
+    )
 
 
 _MAKERS = {
@@ -445,6 +486,7 @@ _MAKERS = {
     "minigpt-v2": _minigpt,
     "internvl3": _internvl(heads=3),
     "internvl3.5": _internvl(heads=5),
+    "llava-onevision": _onevision,
 }
 
 
@@ -490,6 +532,24 @@ def _see_clip(tower, views, origin, tokens, clip_folder, phrase):
         text_patches=clip.visual_projection(tower.post_layernorm(patches)),
         text_sign=-1,
     )
+
+
+def _run_library(model):
+    """What asks the library's own decoder: rows, position IDs and a mask to logits."""
+
+    @torch.no_grad()
+    def run(rows, position_ids, mask):
+        if mask is None:
+            mask = torch.full((len(rows), len(rows)), -torch.inf, dtype=torch.float64).triu(1)
+        hidden = model.model.language_model(
+            inputs_embeds=rows[None],
+            position_ids=position_ids[None],
+            attention_mask=mask[None, None],
+            use_cache=False,
+        ).last_hidden_state[0]
+        return model.lm_head(hidden)
+
+    return run
 
 
 def _linear(rows, tensors, name):

@@ -23,8 +23,9 @@ class Preprocess:
 
     `mode` is a file in gap_runtime.pictures.modes: `pad` (to a square filled with `fill`),
     `stretch` (to a square), `resize` (to the canvas of its bucket), `anyres` (a view of the whole
-    picture, then tiles of it on the fitting one of `canvases`, (width, height) in pixels), or
-    `tiles` (tiles of the picture stretched to the nearest of `canvases`, then the whole).
+    picture, then tiles of it on the fitting one of `canvases`, (width, height) in pixels),
+    `anyres_max` (the same, for graphs that shrink what the tiles give), or `tiles` (tiles of the
+    picture stretched to the nearest of `canvases`, then the whole).
     `side` is that of every view.
     """
 

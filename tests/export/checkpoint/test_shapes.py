@@ -40,6 +40,10 @@ NAMED = {
     "qwen3-vl-2b": (2_127_532_032, 1036),
     "qwen3-vl-4b": (4_437_815_808, 1036),
     "qwen3-vl-8b": (8_767_123_696, 1036),
+    # InternViT-300M, its projector and Qwen2.5-0.5B with a head of its own.
+    "internvl3-1b": (938_193_024, 13 * 256),
+    # SigLIP's 26 blocks and Qwen2-0.5B; the published file has 1.79 GB.
+    "llava-onevision-qwen2-0.5b": (893_675_552, 729 + 40 * 55),
 }
 
 

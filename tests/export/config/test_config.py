@@ -377,7 +377,7 @@ def test_a_checkpoint_folder_names_its_own_family(tmp_path):
     assert named.config.checkpoint == str(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llava_onevision", "", "../llava"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llava_next_video", "", "../llava"])
 def test_a_folder_of_another_model_type(tmp_path, model_type):
     folder = model_folder(tmp_path / "mine", model_type)
     message = refusal(folder)

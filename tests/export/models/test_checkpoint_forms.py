@@ -110,7 +110,7 @@ def test_llava_next_in_its_authors_layout(find, tmp_path, values):
         ("llava_mistral", "llava-hf/llava-v1.6-mistral-7b-hf"),
         ("llama", "it is a part of a model alone"),
         ("qwen2_vl", "llava-next-vicuna-7b"),
-        ("llava_onevision", "llava-next-vicuna-7b"),
+        ("llavaonevision1_5", "llava-next-vicuna-7b"),
         ("internvl_chat", "OpenGVLab/InternVL3-1B-hf"),
         ("paligemma", "llava-next-vicuna-7b"),
         ("bert", "gap-export list"),

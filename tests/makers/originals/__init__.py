@@ -11,6 +11,7 @@ buffers, position numbers, heads nobody uses, a spare block, an optimizer, wrong
 | `make_clip` | openai/clip-vit-large-patch14-336 |
 | `make_llava_original` | liuhaotian/llava-v1.5-7b |
 | `make_llava_next` | llava-hf/llava-v1.6-vicuna-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf |
+| `make_llava_onevision` | llava-hf/llava-onevision-qwen2-0.5b-ov-hf |
 | `make_adapter` | adapters of PEFT, from 0.4 to today |
 | `make_llava_lora`, `make_vicuna` | liuhaotian/llava-v1.5-7b-lora, lmsys/vicuna-7b-v1.5 |
 | `make_shikra` | shikras/shikra-7b-delta-v1, a LLaMA, openai/clip-vit-large-patch14 |
@@ -30,6 +31,7 @@ from makers.originals.files import read_folder
 from makers.originals.internvl import make_internvl
 from makers.originals.llava import make_llava_original
 from makers.originals.llava_next import make_llava_next
+from makers.originals.llava_onevision import make_llava_onevision
 from makers.originals.minigpt import MinigptFiles, make_minigpt
 from makers.originals.shikra import ShikraFiles, make_shikra
 from makers.originals.tokenizers import make_sentencepiece, make_tokenizer_json
@@ -44,6 +46,7 @@ __all__ = [
     "make_internvl",
     "make_llava_lora",
     "make_llava_next",
+    "make_llava_onevision",
     "make_llava_original",
     "make_minigpt",
     "make_sentencepiece",
