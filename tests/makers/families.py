@@ -462,16 +462,16 @@ def _make_onevision(home, head_dim):
         home / "llava-onevision-qwen2-tiny-hf",
         vision_width=3 * (head_dim or 12),
         width=6 * (head_dim or 14),
-        views=2,
+        views=3,
         tied=True,
         seed=13,
     )
     return _find_case(
         home,
         model=str(folder),
-        overrides={"image.canvas": "93x93/4:3,62x31"},
-        buckets=((16 + 5 * 7, 5), (16 + 4 * 9, 4)),
-        sizes=((120, 90), (62, 31)),
+        overrides={"image.canvas": "93x62,62x31"},
+        buckets=((16 + 5 * 9, 5), (16 + 4 * 9, 4)),
+        sizes=((150, 100), (62, 31)),
         files=folder,
         pruner="column_attention",
     )
