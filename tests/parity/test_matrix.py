@@ -19,23 +19,25 @@ from makers.families import (
 )
 from truths import pruners as truth
 
-from gap_export.config.records import EXTRA_RULES, POSITION_MODES
+from gap_export.config.records import EXTRA_RULES, GRID_MODE, POSITION_MODES
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.registry import list_plugins, load_plugin
 
 PRUNERS = tuple(sorted(list_plugins("gap_export.pruners")))
 EXTRA = tuple(p for p in PRUNERS if load_plugin("gap_export.pruners", p, "pruner").EXTRA)
 """Pruners that make an extra token."""
+MODES = tuple(mode for mode in POSITION_MODES if mode != GRID_MODE)
+"""Of tokens with one ID, which all families here have."""
 RATIOS = (0, 0.5, 0.9)
 MORE_RATIOS = (0, 0.25, 0.5, 0.9)
 """Of `make matrix`: the more a greedy pruner keeps, the longer its graph."""
 ALL = tuple(
     (family, pruner, mode)
-    for family, pruner, mode in itertools.product(EVERY_FAMILY, PRUNERS, POSITION_MODES)
+    for family, pruner, mode in itertools.product(EVERY_FAMILY, PRUNERS, MODES)
     if serves(family, pruner)
 )
 ROTATED = tuple(
-    (ARCHITECTURES[j % len(ARCHITECTURES)], pruner, POSITION_MODES[j % len(POSITION_MODES)])
+    (ARCHITECTURES[j % len(ARCHITECTURES)], pruner, MODES[j % len(MODES)])
     for j, pruner in enumerate(PRUNERS)
 )
 """Every pruner once; `make matrix` has all combinations."""
@@ -47,9 +49,9 @@ MORE = tuple(
 """Of towers without CLS, whose pruners are fewer."""
 EXTRA_FAMILY = "llava-next-mistral"
 """Its newlines stand between the tokens that an extra one can be made of."""
-ALL_RULES = tuple(itertools.product(EXTRA_RULES, EXTRA, POSITION_MODES))
+ALL_RULES = tuple(itertools.product(EXTRA_RULES, EXTRA, MODES))
 ROTATED_RULES = tuple(
-    (rule, pruner, POSITION_MODES[(i + j + 2) % len(POSITION_MODES)])
+    (rule, pruner, MODES[(i + j + 2) % len(MODES)])
     for i, rule in enumerate(EXTRA_RULES)
     for j, pruner in enumerate(EXTRA)
     if (i + j) % 2 == 0
@@ -122,12 +124,12 @@ def require_places(out, case, pruner, mode, ratios):
 
 def test_no_mode_family_pruner_or_rule_is_left_out():
     assert Counter(p for _, p, _ in ROTATED) == dict.fromkeys(PRUNERS, 1)
-    families, modes = len(ARCHITECTURES), len(POSITION_MODES)
+    families, modes = len(ARCHITECTURES), len(MODES)
     by_family, by_mode = Counter(f for f, _, _ in ROTATED), Counter(m for _, _, m in ROTATED)
     assert min(by_family[each] for each in ARCHITECTURES) == len(PRUNERS) // families
     # Their numbers have no common divisor, so the first pairs are all there are.
     assert len({(f, m) for f, _, m in ROTATED}) == min(len(ROTATED), families * modes)
-    assert min(by_mode[each] for each in POSITION_MODES) >= len(PRUNERS) // modes
+    assert min(by_mode[each] for each in MODES) >= len(PRUNERS) // modes
     assert {r for r, _, _ in ROTATED_RULES} == set(EXTRA_RULES)
     assert {p for _, p, _ in ROTATED_RULES} == set(EXTRA)
 
