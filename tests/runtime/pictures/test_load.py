@@ -325,7 +325,9 @@ def test_stretch_mode_does_not_pad():
 
 
 def test_unknown_mode_is_refused(noise):
-    with pytest.raises(GapError, match="mode 'crop' is unknown; have anyres, pad, resize, str"):
+    with pytest.raises(
+        GapError, match="mode 'crop' is unknown; have anyres, anyres_max, pad, resize, str"
+    ):
         make_pixels(noise, make_spec(mode="crop"), ONE)
 
 

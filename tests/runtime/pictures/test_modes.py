@@ -50,6 +50,10 @@ def example(mode):
     if mode == "anyres":
         tiles = Bucket(name="wide", canvas=(16, 8), grids=((2, 2), (2, 4)), strip=1, fixed=())
         return make_spec(mode, canvases=((16, 8),)), tiles
+    if mode == "anyres_max":
+        grids = ((2, 2), (1, 2))
+        less = Bucket(name="16x8-2x4", canvas=(16, 8), grids=grids, strip=1, fixed=())
+        return make_spec(mode, canvases=((16, 8),)), less
     if mode == "tiles":
         tiles = Bucket(name="wide", canvas=(16, 8), grids=((2, 2),) * 3, strip=1, fixed=())
         return make_spec(mode, canvases=((16, 8),)), tiles
@@ -80,6 +84,7 @@ FRAMES = [
     # 200 x 100 fits the canvas of 16 x 8 exactly; 100 x 100 is 8 x 8 on it.
     ((200, 100), "anyres", (0, 0, 200, 100), (16, 8)),
     ((100, 100), "anyres", (0, 0, 100, 100), (8, 8)),
+    ((200, 100), "anyres_max", (0, 0, 200, 100), (16, 8)),
     ((100, 100), "tiles", (0, 0, 100, 100), (16, 8)),
 ]
 
@@ -228,7 +233,9 @@ def test_a_further_mode_is_one_file(make_bundle, manifest, llava_box):
 
 def test_without_its_file_a_bundle_of_it_is_refused(make_bundle, manifest):
     spec = dataclasses.replace(manifest.preprocess, mode="left_half")
-    with pytest.raises(SchemaError, match="mode 'left_half' is unknown; have anyres, pad, res"):
+    with pytest.raises(
+        SchemaError, match="mode 'left_half' is unknown; have anyres, anyres_max, pad, res"
+    ):
         Bundle.open(make_bundle(preprocess=spec))
 
 

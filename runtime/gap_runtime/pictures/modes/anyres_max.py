@@ -8,7 +8,7 @@ the whole mosaic in its name, `1536x1152-81x108`. Every value equals that of tra
 Sizes and canvases are (width, height) in pixels, grids are (rows, columns) in patches.
 
 References:
-    LLaVA-OneVision, arXiv:2408.03326; transformers 5.24: its PIL image processor and
+    arXiv:2408.03326; transformers 5.24: the PIL image processor of that model and its
     `pack_image_features` with `anyres_max_9`.
 """
 
