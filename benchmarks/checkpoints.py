@@ -538,11 +538,11 @@ def write_checkpoint(name: str, folder: Path, *, decoder: bool = False) -> list[
     if name == "minigpt-v2":
         write_minigpt(folder)
         return ["--checkpoint", str(folder)]
-    if name in INTERNVL:
-        write_internvl(folder, INTERNVL[name])
-        return ["--checkpoint", str(folder)]
-    if name in ONEVISION:
-        write_onevision(folder, ONEVISION[name])
+    if name in INTERNVL | ONEVISION:
+        if name in INTERNVL:
+            write_internvl(folder, INTERNVL[name])
+        else:
+            write_onevision(folder, ONEVISION[name])
         return ["--checkpoint", str(folder)]
     if name.startswith("qwen"):
         # It needs this module itself.
