@@ -67,7 +67,7 @@ def resolve(case):
         timeout=240,
     )
     if done.returncode:
-        return done.stderr.strip()
+        return f"{done.stderr.strip()} (pip's exit code {done.returncode})"
     installed = json.loads(done.stdout)["install"]
     return {
         each["metadata"]["name"].replace("_", "-"): each["metadata"]["version"]
@@ -75,11 +75,18 @@ def resolve(case):
     }
 
 
+def _is_verdict(text):
+    """Whether pip says of the packages that they do not fit, and not of the network."""
+    refused = "No matching distribution" in text or "ResolutionImpossible" in text
+    return refused and "connection" not in text.lower()
+
+
 def list_cases():
-    """Every case; pip takes seconds for each, so that a default run has one of each processor."""
+    """Every case; pip takes seconds for each, so that a default run has one."""
     for case in CASES:
         machine, python, asked = case
-        marks = () if (python, asked) == ("3.12", CUDA_13) else pytest.mark.matrix
+        is_usual = case == ("aarch64", "3.12", CUDA_13)
+        marks = () if is_usual else pytest.mark.matrix
         name = asked if isinstance(asked, str) else "+".join(asked)
         yield pytest.param(case, id=f"{machine}-{python}-{name}", marks=marks)
 
@@ -87,8 +94,8 @@ def list_cases():
 @pytest.mark.parametrize("case", list_cases())
 def test_they_resolve(case):
     found = resolve(case)
-    if isinstance(found, str) and "connection" in found.lower():
-        pytest.skip(f"the package registry is not reached: {found.splitlines()[0]}")
+    if isinstance(found, str) and not _is_verdict(found):
+        pytest.skip(f"pip does not get an answer from the registry: {found[-300:]}")
     assert isinstance(found, dict), found
     for name, versions in CASES[case].items():
         assert SpecifierSet(versions).contains(found[name]), found

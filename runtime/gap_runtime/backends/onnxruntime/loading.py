@@ -148,8 +148,10 @@ def _make_options(ort: ModuleType, bundle: Bundle, wanted: str) -> Any:
     }
     if wanted != "cpu" and _version(ort) >= _OPSET_24:
         entries["session.record_ep_graph_assignment_info"] = "1"
-    if wanted == "cuda" and bundle.manifest.target.provider == wanted:
-        # Weights in 4 bits are laid out for its fastest kernels while they are loaded.
+    quantized = bundle.manifest.quantization
+    if bundle.manifest.target.provider == wanted and quantized and quantized.weights == "int4":
+        # Weights in 4 bits are laid out for CUDA's fastest kernels while they are loaded. Those
+        # for 8 bits fail where a weight's inputs are no multiple of 64, which is not known here.
         entries["ep.cuda.fpa_intb_gemm"] = "1"
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
