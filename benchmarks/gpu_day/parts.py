@@ -28,6 +28,7 @@ from gap_runtime.backends.onnxruntime.session import OnnxDecoder
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER
 from gap_runtime.bundle.onnx_file import read_onnx
+from gap_runtime.errors import GapError
 
 _STEPS: Final = 48
 _COPY_BYTES: Final = 512 * 2**20
@@ -183,4 +184,7 @@ PARTS: Final = {
 
 
 if __name__ == "__main__":
-    PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))
+    try:
+        PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))
+    except GapError as failure:
+        sys.exit(f"error: {failure}")

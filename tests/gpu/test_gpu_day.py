@@ -1,6 +1,7 @@
 """The day with a GPU, rehearsed: every step of it runs on the CUDA of host memory.
 
-Kernels compute nothing there, so that checks fail. That they run to their end is looked at.
+Kernels compute nothing there, and there is no cuDNN, which pictures need: checks are refused. That
+every step runs to its end is looked at.
 """
 
 import os
@@ -38,7 +39,7 @@ def report(tmp_path_factory):
 def test_every_step_runs_to_its_end(report):
     titles = re.findall(r"^== \d+ s: (.*)$", report, re.MULTILINE)
     assert titles[:3] == ["the machine", "doctor", "memory and copies"]
-    assert titles[3:5] == ["cpu-float32 against PyTorch", "cuda-float16 against PyTorch"]
+    assert titles[3:5] == ["cuda-float16 against PyTorch", "cpu-float32 against PyTorch"]
     assert titles[-1] == "where a step's time goes"
     assert report.endswith("== done\n")
     assert "Traceback" not in report
@@ -51,5 +52,5 @@ def test_what_it_says(report):
     assert "what was copied in comes out: True" in report
     assert re.search(r"GraphDecoder: loaded in .* step \d+\.\d+ ms", report)
     assert re.search(r"OnnxDecoder: loaded in .* draft of 8 rows", report)
-    assert re.search(r"again: first phrase .* ms, further ones", report)
-    assert re.search(r"us a step  GroupQueryAttention", report)
+    assert report.count("its convolution needs cuDNN on CUDA") == 3
+    assert re.search(r"us a step  \w+", report)
