@@ -22,7 +22,7 @@ FAMILIES = {
     "qwen3": (make_qwen3_checkpoint, "96x64"),
 }
 PRUNERS = (
-    *("cdpruner", "column_attention", "dart", "divprune", "random", "spatial"),
+    *("cdpruner", "column_attention", "dart", "divprune", "nuwa", "random", "spatial"),
     *("text_similarity", "trim"),
 )
 USUAL = {("qwen3", "column_attention", "compact-grid")}
