@@ -53,6 +53,8 @@ from gap_runtime.pictures.preprocess import Bucket
 DECODER: Final = llama
 TOWER_LAYERS: Final = "visual.blocks"
 PARTS: Final[dict[str, str]] = {}
+_TEMPLATE: Final = QUESTION
+"""Without a system line, as published."""
 _PREFIX: Final = 4
 _CANVASES: Final = "1024x1024,1184x896,896x1184"
 _HALF: Final = (0.5, 0.5, 0.5)
@@ -100,7 +102,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         stop_ids=find_stop_ids(checkpoint, getattr(text, "eos_token_id", None)),
         preprocess=read_preprocess(checkpoint, vision, _HALF),
         box=json_boxes(1000.0, "original"),
-        template=config.prompt.template or QUESTION,
+        template=config.prompt.template or _TEMPLATE,
         prefix=_PREFIX,
         library_config=library,
     )
