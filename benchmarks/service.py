@@ -28,15 +28,23 @@ from queue import Empty, SimpleQueue
 
 import psutil
 
+from gap_runtime import Bundle, Grounder
 from gap_runtime.evaluation.refshapes import draw_scene
 
 _START = "from gap_runtime.cli.main import main; raise SystemExit(main())"
 _WARM = 100
+_ALONE = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured. Times are in milliseconds; memory is the resident set in MiB."""
+    """What was measured. Times are in milliseconds; memory is the resident set in MiB.
+
+    Pictures are kept until their memory is used up, so memory grows with new pictures: the same
+    ones are asked about twice. `alone_` is one client. The two `cpu_` are of the processor, of a
+    request in the service and of the same call of the library, on one thread: other work on the
+    machine does not change them.
+    """
 
     requests: int
     clients: int
@@ -47,11 +55,14 @@ class Figures:
     p99: float
     memory_ready: float
     memory_after_first: float
-    memory_at_end: float
+    memory_after_all: float
+    memory_after_all_again: float
     alone_p50: float
     alone_model_p50: float
     alone_overhead_p50: float
     alone_overhead_p95: float
+    cpu_of_a_request: float
+    cpu_of_the_library: float
 
 
 def make_bodies() -> Iterator[bytes]:
@@ -105,6 +116,25 @@ def read_memory(process: subprocess.Popen[str]) -> float:
     return float(psutil.Process(process.pid).memory_info().rss) / 2**20
 
 
+def read_cpu(process: subprocess.Popen[str]) -> float:
+    """Milliseconds of the processor that a process took so far."""
+    times = psutil.Process(process.pid).cpu_times()
+    return float(times.user + times.system) * 1e3
+
+
+def time_library(bundle: str, bodies: list[bytes]) -> float:
+    """Milliseconds of the processor of a call about the bytes of a picture that is known."""
+    asked = [json.loads(body) for body in bodies]
+    pairs = [(base64.b64decode(each["image"]), each["phrase"]) for each in asked]
+    with Grounder(Bundle.open(bundle)) as grounder:
+        for image, phrase in pairs:
+            grounder.ground(image, phrase)
+        began = time.process_time()
+        for image, phrase in pairs:
+            grounder.ground(image, phrase)
+        return (time.process_time() - began) * 1e3 / len(pairs)
+
+
 def press(
     address: str, bodies: list[bytes], clients: int
 ) -> tuple[Counter[str], list[float], float]:
@@ -140,14 +170,19 @@ def measure(bundle: str, requests: int, clients: int) -> Figures:
     process, address = start(bundle)
     try:
         bodies = list(islice(make_bodies(), requests))
-        alone = Client(address)
-        alone.ask(bodies[0])
+        Client(address).ask(bodies[0])
         ready = read_memory(process)
         press(address, bodies[:_WARM], clients)
         first = read_memory(process)
         statuses, took, seconds = press(address, bodies, clients)
         end = read_memory(process)
-        single = [alone.ask(body)[1:] for body in bodies[:200]]
+        press(address, bodies, clients)
+        again = read_memory(process)
+        # A new one: a connection that nothing comes over for long is closed.
+        alone = Client(address)
+        before = read_cpu(process)
+        single = [alone.ask(body)[1:] for body in bodies[:_ALONE]]
+        cpu = (read_cpu(process) - before) / len(single)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -163,11 +198,14 @@ def measure(bundle: str, requests: int, clients: int) -> Figures:
         p99=cuts[98],
         memory_ready=ready,
         memory_after_first=first,
-        memory_at_end=end,
+        memory_after_all=end,
+        memory_after_all_again=again,
         alone_p50=statistics.median(whole for whole, _ in single),
         alone_model_p50=statistics.median(model for _, model in single),
         alone_overhead_p50=over[len(over) // 2],
         alone_overhead_p95=over[int(len(over) * 0.95)],
+        cpu_of_a_request=cpu,
+        cpu_of_the_library=time_library(bundle, bodies[:_ALONE]),
     )
 
 

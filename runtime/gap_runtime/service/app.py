@@ -37,6 +37,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 _LOG: Final = logging.getLogger(__name__)
 _CLOSED: Final = 499
 """A client that has gone reads no status; proxies call it so."""
+_COUNT_SECONDS: Final = 1.0
 _PAGE_RULES: Final = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -96,6 +97,7 @@ class Service:
         self.worker = Worker(settings.queue)
         self.metrics = Metrics(settings.queue, lambda: self.worker.waiting)
         self._is_ready = False
+        self._next_count = 0.0
         self.app = Starlette(
             routes=[
                 self._route("/", self._show_page, "GET", is_open=True),
@@ -230,6 +232,12 @@ class Service:
                 raise too_large
         return bytes(body)
 
+    def _note_kept(self) -> None:
+        """Count kept pictures, not more often than anybody looks: there may be thousands."""
+        if time.monotonic() >= self._next_count:
+            self.metrics.set_kept(*self._models.count_kept())
+            self._next_count = time.monotonic() + _COUNT_SECONDS
+
     async def _ask(self, request: Request, question: Question) -> tuple[Reply, float]:
         """The reply, and the milliseconds that the question waited for its turn."""
         self._models.require_ratio(question)
@@ -239,7 +247,7 @@ class Service:
             queue_ms = (time.perf_counter() - asked) * 1e3
             reply = self._models.answer(question, given_up)
             self.metrics.count_groundings(reply.found, queue_ms)
-            self.metrics.set_kept(*self._models.count_kept())
+            self._note_kept()
             return reply, queue_ms
 
         return await self.worker.run(
