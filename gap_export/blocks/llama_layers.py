@@ -77,7 +77,7 @@ class LlamaDecoder(nn.Module):
         rows_SD = embeddings_BSD.squeeze(0).to(self.lm_head.weight.dtype)
         parts: tuple[Tensor, ...] = (rows_SD,)
         if self.planes:
-            parts = torch.split(rows_SD, self.width, 1)  # type: ignore[no-untyped-call]
+            parts = torch.split(rows_SD, self.width, 1)
         hidden_SD, *planes = parts
         rows = Rows(
             cosine_BSd=self._choose(self.cosine, position_ids_AS),
