@@ -177,6 +177,7 @@ CASES = {
     "twice in a layer": (lambda: Stack(lambda _: Twice()), {2: 1, 3: 1, 4: 1, 5: 1, 6: 1}),
     "twice in one layer": (lambda: Stack(one(Twice)), {2: 1, 4: 1, 5: 1, 6: 1}),
     "in two layers": (lambda: make_tied(2, 4), {3: 1, 5: 1, 6: 1}),
+    "in all layers": (lambda: make_tied(*range(LAYERS)), {2: 1, 3: 1, 4: 1, 5: 1, 6: 1}),
     "in a layer and before": (lambda: make_tied_to("first"), {2: 1, 4: 1, 5: 1, 6: 1}),
     "in a layer and behind": (lambda: make_tied_to("last"), {2: 1, 4: 1, 5: 1, 6: 1}),
 }

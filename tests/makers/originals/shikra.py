@@ -104,9 +104,9 @@ def make_shikra(
     folder = make_sentencepiece(
         home / "delta", vocabulary=vocabulary, added=SHIKRA_TOKENS, legacy=None
     )
-    # The difference of two equal buffers.
+    # The difference of two equal buffers, which stay in float32 whatever the weights are in.
     zeros = {name: torch.zeros_like(value) for name, value in buffers.items()}
-    save_tensors(folder, delta | cast(zeros, dtype), "bin", shards=2)
+    save_tensors(folder, delta | zeros, "bin", shards=2)
     wrong = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
     wrong |= {"transformers_version": "4.28.0.dev0"}
     config |= wrong | {
