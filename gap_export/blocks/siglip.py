@@ -126,7 +126,7 @@ def _weigh(size: int, less: int) -> list[list[float]]:
     return table
 
 
-class _Siglip(SiglipVisionModel):
+class _Siglip(SiglipVisionModel):  # type: ignore[misc]  # the library gives it no type
     """The library's tower, whose parameters may have no values when it is made."""
 
     def _init_weights(self, module: nn.Module) -> None:

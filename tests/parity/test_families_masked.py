@@ -37,17 +37,19 @@ STEPS = 4
 def pairs(pruners):
     """Every family with every pruner that it serves, or with every mode; some by default."""
     return [
-        pytest.param(family, pruner, marks=() if _is_usual(family, k) else pytest.mark.matrix)
+        pytest.param(
+            family, pruner, marks=() if _is_usual(family, pruner, k) else pytest.mark.matrix
+        )
         for family in EVERY_FAMILY
         for k, pruner in enumerate(pruners)
         if pruner in POSITION_MODES or serves(family, pruner)
     ]
 
 
-def _is_usual(family, k):
-    """Those of one of each two neighbours; of a tower without CLS, of one in four."""
+def _is_usual(family, pruner, k):
+    """Those of one of each two neighbours; of a tower without CLS its usual pruner."""
     if family in WITHOUT_CLS:
-        return k % 4 == 3
+        return pruner == "column_attention"
     return family in ARCHITECTURES and (ARCHITECTURES.index(family) + k) % 2 == 0
 
 

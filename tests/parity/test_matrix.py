@@ -44,7 +44,7 @@ ROTATED = tuple(
 MORE = tuple(
     (family, pruner, mode)
     for family in WITHOUT_CLS
-    for pruner, mode in (("column_attention", "gap"), ("trim", "permuted"), ("dart", "compact"))
+    for pruner, mode in (("column_attention", "gap"), ("trim", "permuted"))
 )
 """Of towers without CLS, whose pruners are fewer."""
 EXTRA_FAMILY = "llava-next-mistral"

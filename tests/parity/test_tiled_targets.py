@@ -15,8 +15,13 @@ CASES = [
     ("internvl3.5", "portable", {}),
     ("internvl3.5", "cpu", {"quantize__weights": "int4"}),
     ("llava-onevision", "standard", {"dtype": "float16"}),
-    ("llava-onevision", "portable", {}),
-    ("llava-onevision", "cpu", {"quantize__weights": "int4", "quantize__vision": True}),
+    pytest.param("llava-onevision", "portable", {}, marks=pytest.mark.matrix),
+    pytest.param(
+        "llava-onevision",
+        "cpu",
+        {"quantize__weights": "int4", "quantize__vision": True},
+        marks=pytest.mark.matrix,
+    ),
 ]
 
 
@@ -36,7 +41,14 @@ def test_the_check_passes(tmp_path_factory, tmp_path, family, target, overrides)
         assert all(row.kept_equal and row.positions_equal for row in report.rows)
 
 
-@pytest.mark.parametrize("family", ["internvl3", "internvl3.5", "llava-onevision"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "internvl3",
+        "internvl3.5",
+        pytest.param("llava-onevision", marks=pytest.mark.matrix),
+    ],
+)
 def test_bfloat16_is_exported(tmp_path_factory, tmp_path, family):
     case = find_family(family, tmp_path_factory)
     plan = case.plan(tmp_path / "b", dtype="bfloat16", prune__ratios=[0.5])
