@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gap_export.interfaces.features import Feature
+from gap_export.interfaces.features import Feature, settle_needs
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.plan import plan_export
@@ -68,7 +68,8 @@ ANSWER = 5
 
 def serves(family, pruner):
     """Whether a family gives what a pruner needs."""
-    return family not in WITHOUT_CLS or _NEEDS[pruner] <= _WITHOUT_CLS_GIVEN
+    needs = settle_needs(_NEEDS[pruner], _WITHOUT_CLS_GIVEN)
+    return family not in WITHOUT_CLS or needs <= _WITHOUT_CLS_GIVEN
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -456,7 +456,8 @@ def _onevision(case):
         return Seen(
             tokens=tokens,
             removable=shown.nonzero()[:, 0].tolist(),
-            attention=none,
+            # What serves in the place of CLS's.
+            attention=marked[0][shown, 0].numpy(),
             similarity=none,
             column=marked[0][shown, 0].numpy(),
             keys=none,
