@@ -5,6 +5,8 @@
 # make matrix  parity of every family, pruner and position mode (about half an hour)
 # make gpu-contract  what onnxruntime-gpu's real CUDA provider does with every form of graph, without a GPU
 # make gpu-day  what a GPU machine without a network needs, in build/gpu-day; run at once where a GPU is here
+# make fuzz    change input at every border for MINUTES, and count what comes of it
+# make faults  every call to the system fails once in turn
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
 # make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
 # make keeps   the sweep over the counts that papers quote: GAP against compact (about an hour; goes on)
@@ -20,8 +22,11 @@ SAMPLES := refshapes/samples-256
 SAMPLE := test-027.png
 PHRASE := the triangle below the cross
 PHRASES := 100
+MINUTES := 10
+SEED := 0
+FUZZED := build/fuzz/bundle
 
-.PHONY: setup demo test lint unit device docs matrix gpu-contract gpu-day effect results keeps why train clean
+.PHONY: setup demo test lint unit device docs matrix fuzz faults gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -70,6 +75,16 @@ gpu-contract: $(STAMP)
 
 gpu-day: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_day build/gpu-day
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[fuzz]"
+	$(BIN)/gap-export refshapes --ratio 0,0.5 --out $(FUZZED)
+	cd tests && PYTHONPATH=. OMP_NUM_THREADS=1 ../$(BIN)/python -W ignore -m fuzz \
+		--bundle ../$(FUZZED) --minutes $(MINUTES) --seed $(SEED)
+	cd tests && PYTHONPATH=. ../$(BIN)/python -W ignore -m fuzz.guided $(MINUTES)
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m matrix tests/export/test_faults.py
 
 effect: $(STAMP)
 	$(BIN)/python refshapes/effect.py --out build/effect.json

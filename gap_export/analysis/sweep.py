@@ -37,6 +37,7 @@ from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.results import Answers, Header, Subject
 from gap_runtime.evaluation.run import Spread, describe_data, evaluate
 from gap_runtime.records import dump_record
+from gap_runtime.records.plain import read_json
 from gap_runtime.registry import list_plugins
 from gap_runtime.report.page import write_page
 
@@ -386,10 +387,7 @@ def _open_folder(plan: SweepPlan) -> None:
         return
     if not resume:
         raise ConfigError(f"{out}: exists; go on with it by --resume, or give another --out")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give another --out") from error
+    found = read_json(path, InputError, advice="give another --out")
     if not isinstance(found, dict) or found.get("gap_sweep") != _SCHEMA:
         raise InputError(f"{path}: was written by another version; give another --out")
     for key, value in wanted.items():

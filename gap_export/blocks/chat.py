@@ -6,7 +6,6 @@ picture and what stands behind the phrase (`USER:` and `ASSISTANT:`, `[INST]` an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import PromptConfig
 from gap_export.errors import CheckpointError
 from gap_runtime.grounding.prompt import IMAGE_FIELD, PHRASE_FIELD
+from gap_runtime.records.files import read_text
+from gap_runtime.records.plain import read_table
 
 _FILES: Final = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 """Where a chat template may lie under the key of that name, that of the processor first."""
@@ -156,18 +157,18 @@ def _without_start(text: str, tokenizer: Any, files: TokenizerFiles) -> str:
 def _find_chat_template(folder: Path) -> str | None:
     """The chat template of a folder, by the library's order of files."""
     if (folder / _PLAIN).is_file():
-        return (folder / _PLAIN).read_text(encoding="utf-8")
+        return read_text(folder / _PLAIN, CheckpointError)
     for name in _FILES:
         if not (folder / name).is_file():
             continue
-        try:
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{folder / name}: not valid JSON ({error})") from error
-        found = data.get("chat_template") if isinstance(data, dict) else None
+        found = read_table(folder / name, CheckpointError).get("chat_template")
         if isinstance(found, list):
             # Several by name, of which one is the usual.
-            named = {each.get("name"): each.get("template") for each in found}
+            named = {
+                str(each.get("name")): each.get("template")
+                for each in found
+                if isinstance(each, dict)
+            }
             found = named.get("default")
         if isinstance(found, str) and found:
             return found

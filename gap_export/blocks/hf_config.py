@@ -44,6 +44,12 @@ IGNORED: Final = (
 )
 """Patterns of keys of buffers that every module makes itself."""
 
+_LIBRARY_ERRORS: Final = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    StrictDataclassError,
+)
+"""What the library's config classes raise over values that they cannot use."""
+
 Config = TypeVar("Config")
 
 
@@ -55,7 +61,7 @@ def parse_config(make: Callable[[], Config], where: str, kind: str) -> Config:
     """
     try:
         return make()
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except _LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{where}: not a {kind} config ({reason:.200})") from error
 

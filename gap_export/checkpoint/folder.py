@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 from gap_export.config.families import describe_folder
 from gap_export.errors import CheckpointError
+from gap_runtime.records.files import is_file, refusal
+from gap_runtime.records.plain import read_table
 
 _LAYOUTS: Final = (
     ("model.safetensors.index.json", "model.safetensors"),
@@ -32,10 +33,10 @@ HUB_FILES: Final = (
 
 def list_files(place: Path) -> list[Path]:
     """The files of a checkpoint's folder that an export may read; of a file, what lies beside."""
-    folder = place.parent if place.is_file() else place
-    patterns = HUB_FILES if place.is_file() else (*HUB_FILES, *TORCH_FILES)
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found | {place} if place.is_file() else found)
+    folder = place.parent if is_file(place) else place
+    patterns = HUB_FILES if is_file(place) else (*HUB_FILES, *TORCH_FILES)
+    found = {path for pattern in patterns for path in folder.glob(pattern) if is_file(path)}
+    return sorted(found | {place} if is_file(place) else found)
 
 
 def list_weight_files(folder: Path) -> list[str]:
@@ -50,12 +51,12 @@ def list_weight_files(folder: Path) -> list[str]:
 def find_weight_files(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[str, set[str]]:
     """Weight files of a folder, each with the tensors that the index places in it."""
     for index, single in _LAYOUTS:
-        if (folder / index).is_file():
+        if is_file(folder / index):
             return _placed_tensors(folder / index)
-        if (folder / single).is_file():
+        if is_file(folder / single):
             return {single: set()}
-    adapters = [name for name in _ADAPTERS if (folder / name).is_file()][:1]
-    if (folder / BESIDE_ADAPTERS).is_file() and (folder / ADAPTER_CONFIG).is_file():
+    adapters = [name for name in _ADAPTERS if is_file(folder / name)][:1]
+    if is_file(folder / BESIDE_ADAPTERS) and is_file(folder / ADAPTER_CONFIG):
         if not adapters:
             raise CheckpointError(
                 f"{folder}: no adapter in it ({' or '.join(_ADAPTERS)}), though there is "
@@ -66,11 +67,11 @@ def find_weight_files(folder: Path, ignored: frozenset[str] = frozenset()) -> di
         return {name: set() for name in adapters}
     others = sorted(
         path.name
-        for path in folder.iterdir()
+        for path in _list_folder(folder)
         if any(path.match(pattern) for pattern in TORCH_FILES)
         and not any(path.match(pattern) for pattern in NO_WEIGHTS)
         and path.name not in ignored
-        and path.is_file()
+        and is_file(path)
     )
     if len(others) == 1:
         return {others[0]: set()}
@@ -87,6 +88,18 @@ def find_weight_files(folder: Path, ignored: frozenset[str] = frozenset()) -> di
     raise CheckpointError(f"{folder}: {advice}")
 
 
+def _list_folder(folder: Path) -> list[Path]:
+    """What lies in a folder.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise refusal(folder, error, CheckpointError, "mend its permissions") from error
+
+
 def _placed_tensors(index: Path) -> dict[str, set[str]]:
     """Files that an index names, each with its tensors."""
     weight_map = read_json(index).get("weight_map")
@@ -98,7 +111,7 @@ def _placed_tensors(index: Path) -> dict[str, set[str]]:
             raise CheckpointError(f"{index}: no file name for '{key}'; download it again")
         files.setdefault(name, set()).add(key)
     for name in sorted(files):
-        if not (index.parent / name).is_file():
+        if not is_file(index.parent / name):
             raise CheckpointError(
                 f"{index.parent / name}: shard is missing ({len(files[name])} tensors); "
                 "download the checkpoint again"
@@ -110,12 +123,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        CheckpointError: The file is none.
+        CheckpointError: The file cannot be read, or is none.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
+    return read_table(path, CheckpointError)

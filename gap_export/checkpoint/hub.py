@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gap_export.checkpoint.folder import HUB_FILES, NO_WEIGHTS, TORCH_FILES
 from gap_export.errors import CheckpointError
+from gap_runtime.records.files import is_file, is_folder, read_text
 
 
 def is_hub_id(location: str) -> bool:
@@ -24,9 +25,9 @@ def find_snapshot(hub_id: str, revision: str | None) -> Path | None:
     home = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
     revision = revision or "main"
     name = home / "refs" / revision
-    commit = name.read_text(encoding="utf-8").strip() if name.is_file() else revision
+    commit = read_text(name, CheckpointError).strip() if is_file(name) else revision
     folder = home / "snapshots" / commit
-    return folder if folder.is_dir() else None
+    return folder if is_folder(folder) else None
 
 
 def download(hub_id: str, revision: str | None, advice: str) -> Path:

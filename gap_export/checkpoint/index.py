@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from gap_export.checkpoint.config_values import require_values
 from gap_export.checkpoint.folder import ADAPTER_CONFIG, find_weight_files, read_json
 from gap_export.checkpoint.hub import download, find_snapshot, is_hub_id
 from gap_export.checkpoint.safetensors_file import index_safetensors_file
@@ -14,6 +15,7 @@ from gap_export.checkpoint.tensor import FileIndex, TensorLocation
 from gap_export.config.families import describe_folder
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
+from gap_runtime.records.files import exists, is_file, is_folder, read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,7 @@ class Checkpoint:
         """SHA-256 of the config and the index of tensors, with the parts'; not of values."""
         digest = hashlib.sha256()
         for config in (self.folder / "config.json", self.folder / ADAPTER_CONFIG):
-            digest.update(config.read_bytes() if config.is_file() else b"")
+            digest.update(read_bytes(config, CheckpointError) if is_file(config) else b"")
         for key in sorted(self.tensors):
             tensor = self.tensors[key]
             digest.update(f"{key} {tensor.file.name} {tensor.offset} ".encode())
@@ -53,9 +55,13 @@ class Checkpoint:
             CheckpointError: The file is not a JSON object.
         """
         path = self.folder / name
-        if not path.is_file():
+        if not exists(path):
             return None
-        return read_json(path)
+        data = read_json(path)
+        # The words of a vocabulary may be anything.
+        if not name.startswith("tokenizer"):
+            require_values(data, str(path))
+        return data
 
     def require_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder.
@@ -109,7 +115,7 @@ def open_checkpoint(
             missing, cut short or not to be trusted.
     """
     path = Path(location).expanduser()
-    if path.exists():
+    if exists(path):
         return _index_path(path, revision, ignored)
     advice = "a local checkpoint folder works too: gap-export FOLDER, or --checkpoint FOLDER"
     folder = None if fetch is None else fetch(location, revision, advice)
@@ -123,14 +129,14 @@ def open_checkpoint(
 def locate_checkpoint(location: str, revision: str | None = None) -> Path | None:
     """Where `open_checkpoint` finds a checkpoint on this machine; None where it would download."""
     path = Path(location).expanduser()
-    if path.exists():
+    if exists(path):
         return path
     return find_snapshot(location, revision) if is_hub_id(location) else None
 
 
 def locate_part(location: str, beside: Path) -> Path | None:
     """Where `open_part` finds a part on this machine; None where it would download."""
-    found = next((place for place in _part_places(location, beside) if place.exists()), None)
+    found = next((place for place in _part_places(location, beside) if exists(place)), None)
     if found is None and is_hub_id(location):
         return find_snapshot(location, None)
     return found
@@ -151,7 +157,7 @@ def open_part(location: str, beside: Path, role: str, *, fetch: Fetch | None = N
     """
     places = _part_places(location, beside)
     for place in places:
-        if place.exists():
+        if exists(place):
             return _index_path(place, None)
     looked = ", ".join(map(str, places)) or "nothing"
     advice = f"looked for {looked}; give it with --set parts.{role}=DIR"
@@ -176,7 +182,7 @@ def _part_places(location: str, beside: Path) -> list[Path]:
 def _index_path(
     path: Path, revision: str | None, ignored: frozenset[str] = frozenset()
 ) -> Checkpoint:
-    if path.is_file():
+    if not is_folder(path):
         return _index_files(path.parent, {path.name: set()}, None, revision)
     return _index_files(path, find_weight_files(path, ignored), None, revision)
 
@@ -197,10 +203,12 @@ def _index_files(
         # A hub cache holds links into a blob store; graphs need the real file.
         try:
             found = _index_file((folder / name).resolve(), folder / name)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # A circle of links is a RuntimeError to pathlib.
+            reason = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"{folder / name}: cannot be read ({error.strerror}); mend its permissions or "
-                "download it again"
+                f"{folder / name}: cannot be read ({reason}); mend its permissions or download "
+                "it again"
             ) from error
         keys = found.tensors.keys() | found.unreadable.keys()
         missing, repeated = sorted(wanted - keys), sorted(owners.keys() & keys)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gap_export.checkpoint.tensor import FileIndex, TensorLocation
 from gap_export.errors import CheckpointError
+from gap_runtime.records.files import SMALL_BYTES, open_file
+from gap_runtime.records.plain import parse_json
 
 _DTYPES: Final = {
     "F32": "float32",
@@ -25,24 +27,29 @@ def index_safetensors_file(path: Path, shown: Path) -> FileIndex:
     The safetensors library does not tell where a tensor lies in the file, so the header (its
     length in 8 bytes, then JSON) is read here.
     """
-    size = path.stat().st_size
     advice = "the file is cut short or no safetensors file; download it again"
-    with path.open("rb") as file:
+    with open_file(path, CheckpointError, advice="download it again") as file:
+        size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if size < 8 or start > size:
             raise CheckpointError(f"{shown}: {size} bytes hold no complete header; {advice}")
+        if start > SMALL_BYTES:
+            raise CheckpointError(f"{shown}: a header of {start:,} bytes; {advice}")
+        header = parse_json(
+            file.read(start - 8), f"{shown}: its header cannot be read", CheckpointError, advice
+        )
         try:
-            header = json.loads(file.read(start - 8))
             entries = {key: value for key, value in header.items() if key != "__metadata__"}
-            end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            spans = {key: _read_span(entry) for key, entry in entries.items()}
+            end = start + max((last for _, last in spans.values()), default=0)
             tensors = {
                 key: TensorLocation(
                     key=key,
                     file=path,
                     shown=shown,
-                    offset=start + entry["data_offsets"][0],
+                    offset=start + spans[key][0],
                     dtype=_DTYPES[entry["dtype"]],
-                    shape=tuple(entry["shape"]),
+                    shape=tuple(map(_read_whole, entry["shape"])),
                 )
                 for key, entry in entries.items()
                 if entry["dtype"] in _DTYPES
@@ -56,10 +63,33 @@ def index_safetensors_file(path: Path, shown: Path) -> FileIndex:
     if end != size:
         raise CheckpointError(f"{shown}: {size} bytes, expected {end}; {advice}")
     for key, tensor in tensors.items():
-        first, last = entries[key]["data_offsets"]
+        first, last = spans[key]
         if min(tensor.shape, default=0) < 0 or tensor.length != last - first:
             raise CheckpointError(
                 f"{shown}: tensor '{key}' of shape {list(tensor.shape)} lies in "
                 f"{last - first} bytes; {advice}"
             )
     return FileIndex(tensors=tensors, unreadable=unreadable)
+
+
+def _read_span(entry: Any) -> tuple[int, int]:
+    """First byte and end of a tensor's values, counted from the header's end."""
+    first, last = map(_read_size, entry["data_offsets"])
+    if first > last:
+        raise ValueError(f"values from {first} to {last}")
+    return first, last
+
+
+def _read_size(value: Any) -> int:
+    """A number of bytes."""
+    size = _read_whole(value)
+    if size < 0:
+        raise ValueError(f"{size} bytes")
+    return size
+
+
+def _read_whole(value: Any) -> int:
+    """A whole number that a machine can hold."""
+    if type(value) is not int or abs(value) >= 2**63:
+        raise TypeError(f"{value!r:.40} is no whole number")
+    return value

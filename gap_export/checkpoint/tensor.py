@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
+from gap_runtime.records.files import open_file
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +74,10 @@ def read_tensor(tensor: TensorLocation) -> torch.Tensor:
     import torch  # noqa: PLC0415 - slow to import, and an index needs none of it
 
     data = torch.empty(tensor.span, dtype=torch.uint8)
-    with tensor.file.open("rb") as file:
+    with open_file(tensor.file, CheckpointError) as file:
         file.seek(tensor.offset)
-        read = file.readinto(data.numpy().data)
+        # Straight into the tensor's memory, which every reader of bytes can.
+        read = file.readinto(data.numpy().data)  # type: ignore[attr-defined]
     if read != tensor.span:
         raise CheckpointError(
             f"{tensor.shown}: ends inside tensor '{tensor.key}'; was it changed while in use?"

@@ -32,6 +32,7 @@ from gap_export.checkpoint.tokenizer_files import (
     TokenizerFiles,
 )
 from gap_export.errors import CheckpointError
+from gap_runtime.records.plain import read_table
 
 
 def read_tokenizer(files: TokenizerFiles | Path) -> Tokenizer | None:
@@ -51,7 +52,7 @@ def read_tokenizer(files: TokenizerFiles | Path) -> Tokenizer | None:
         if files.reads_sentencepiece:
             return _build(files, read_sentencepiece(folder / SENTENCEPIECE_FILE))
         if path.is_file():
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_table(path, CheckpointError)
             return (_load if files.takes_file else _build)(files, data)
         return _convert_clip(folder) if files.exists else None
     except CheckpointError:

@@ -14,6 +14,7 @@ import torch
 from gap_export.checkpoint.legacy_torch_file import MAGIC, load_legacy
 from gap_export.checkpoint.torch_pickle import DAMAGE, Record, Skeleton, unpickling
 from gap_export.errors import CheckpointError
+from gap_runtime.records.files import open_file
 
 _CONTAINERS: Final = ("model", "state_dict", "module")
 """Where training scripts keep the state dict, beside the optimizer's and others."""
@@ -73,7 +74,7 @@ def read_settings(path: Path, shown: Path) -> dict[str, Any]:
 
 def _load(path: Path, shown: Path) -> Skeleton:
     """What a torch file holds, in either of torch's formats."""
-    with path.open("rb") as file:
+    with open_file(path, CheckpointError, advice="download it again") as file:
         head = file.read(64)
         if MAGIC in head:
             return load_legacy(file, shown)

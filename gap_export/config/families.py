@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Final
 
 from gap_export.config.shipped import list_configs
 from gap_runtime.errors import ConfigError, UnknownNameError
+from gap_runtime.records.files import exists, is_file, read_text
+from gap_runtime.records.plain import read_json
 from gap_runtime.registry import list_plugins, read_constant
 
 FAMILIES: Final = "gap_export.models"
@@ -21,16 +22,13 @@ NO_WAY: Final = (
 def resolve_family(folder: Path) -> str:
     """The family that the `model_type` of a folder's config.json names."""
     path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not exists(path):
         advice = describe_folder(folder) or (
             "no config.json in it that tells the family; give the model's name and the folder: "
             f"gap-export NAME --checkpoint {folder} (NAME: {', '.join(list_configs())})"
         )
-        raise ConfigError(f"{folder}: {advice}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+        raise ConfigError(f"{folder}: {advice}")
+    data = read_json(path, ConfigError)
     found = str(data.get("model_type", "")) if isinstance(data, dict) else ""
     family = find_family(found)
     if family is None:
@@ -40,11 +38,12 @@ def resolve_family(folder: Path) -> str:
 
 def describe_folder(folder: Path) -> str | None:
     """What a folder is that is no model, and what to give instead; None where nothing is known."""
-    if (folder / "config.json").is_file():
+    if exists(folder / "config.json"):
         return None
     adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', adapter.read_text("utf-8"))
+    if is_file(adapter):
+        text = read_text(adapter, ConfigError)
+        found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', text)
         base = found[1] if found else "FOLDER"
         return (
             "an adapter of PEFT, not a model; give the model and the adapter: gap-export NAME "
@@ -53,7 +52,7 @@ def describe_folder(folder: Path) -> str | None:
     if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
         head = folder / "refs" / "main"
         commits = sorted(path.name for path in (folder / "snapshots").iterdir())
-        commit = head.read_text("utf-8").strip() if head.is_file() else ""
+        commit = read_text(head, ConfigError).strip() if is_file(head) else ""
         chosen = commit if commit in commits else commits[-1] if commits else "COMMIT"
         return f"the top of a hub cache; give the files' folder: {folder / 'snapshots' / chosen}"
     inner = sorted(path.parent for path in folder.glob("*/config.json"))

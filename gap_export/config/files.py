@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +12,8 @@ from gap_export.config.records import ExportConfig
 from gap_export.config.shipped import list_configs, package_data
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError, describe_unknown
 from gap_runtime.records import load_record
+from gap_runtime.records.files import exists, is_folder
+from gap_runtime.records.plain import read_toml
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -23,7 +24,7 @@ def is_model(word: str) -> bool:
         word.endswith(".toml")
         or word.startswith((".", "/", "~"))
         or word in list_configs()
-        or Path(word).is_dir()
+        or is_folder(word)
         or _HUB_ID.fullmatch(word) is not None
     )
 
@@ -38,7 +39,7 @@ def find_model(model: str) -> tuple[str, dict[str, Any], str]:
     """Bundle name, raw data and the source's name for messages."""
     if model.endswith(".toml"):
         path = Path(model)
-        if not path.is_file():
+        if not exists(path):
             raise ConfigError(f"{model}: no such configuration file")
         return path.stem, _read_model_file(path), path.name
     if model in list_configs():
@@ -46,7 +47,7 @@ def find_model(model: str) -> tuple[str, dict[str, Any], str]:
         path = package_data("export_configs") / f"{model}.toml"
         return model, _read_model_file(path), path.name
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if is_folder(folder):
         data = {"family": resolve_family(folder), "checkpoint": str(folder)}
         return folder.resolve().name, data, str(folder)
     if model.startswith((".", "/", "~")):
@@ -59,7 +60,7 @@ def find_model(model: str) -> tuple[str, dict[str, Any], str]:
 
 def _read_model_file(path: Path) -> dict[str, Any]:
     """A model file; relative folders in it are relative to the file."""
-    data = _read_toml(path)
+    data = read_toml(path, RecordError)
     checkpoint = data.get("checkpoint")
     check = data.get("check")
     if isinstance(check, dict) and isinstance(check.get("samples"), str):
@@ -69,13 +70,6 @@ def _read_model_file(path: Path) -> dict[str, Any]:
         prune["strategy"] = str(path.resolve().parent / Path(prune["strategy"]).expanduser())
     if isinstance(checkpoint, str):
         beside = path.resolve().parent / checkpoint
-        if checkpoint.startswith(".") or beside.is_dir():
+        if checkpoint.startswith(".") or is_folder(beside):
             data["checkpoint"] = str(beside.resolve())
     return data
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: not valid TOML ({error})") from error

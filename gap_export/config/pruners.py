@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
+from gap_runtime.records.files import is_file
 from gap_runtime.registry import list_plugins, read_constant
 
 PRUNERS: Final = "gap_export.pruners"
@@ -48,7 +49,7 @@ def require_strategy(strategy: str) -> None:
     names = list_plugins(PRUNERS)
     strategy = strategy.removesuffix(IVC)
     if is_pruner_file(strategy):
-        if not Path(strategy).is_file():
+        if not is_file(strategy):
             raise ConfigError(f"{strategy}: no such pruner file")
     elif strategy not in names:
         published = {_plain(each): each for name in names for each in _published_as(name)}

@@ -19,6 +19,7 @@ What is done then:
     stages       modules -> traced, quantized, written and proved graphs
     graph_cache  graphs that several exports share
     staging      the folder aside, and the rename
+    remains      what killed exports have left, and who is at work
     nonfinite    where float16 overflows
     result       what an export gave
     api          all of this as one call

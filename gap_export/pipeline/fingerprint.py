@@ -25,10 +25,12 @@ from gap_export.reference.samples import SAMPLES_FILE, find_samples, read_sample
 from gap_runtime.bundle.hashes import hash_bytes
 from gap_runtime.bundle.manifest import FileEntry, Manifest
 from gap_runtime.bundle.validation import read_manifest
-from gap_runtime.errors import GapError
+from gap_runtime.errors import ConfigError, GapError
 from gap_runtime.grounding.check import CheckReport
 from gap_runtime.machines.target import load_target
 from gap_runtime.records import dump_record, load_record
+from gap_runtime.records.files import read_bytes
+from gap_runtime.records.plain import read_json
 
 IDENTITY_FILE: Final = "export.json"
 _PACKAGES: Final = (
@@ -123,7 +125,7 @@ def _read_whole(folder: Path) -> tuple[ExportRecord, Manifest] | None:
         return None
     try:
         manifest = read_manifest(folder)
-        record = load_record(ExportRecord, json.loads(path.read_bytes()), IDENTITY_FILE)
+        record = load_record(ExportRecord, read_json(path, ConfigError), IDENTITY_FILE)
         sizes = {name: (folder / name).stat().st_size for name in manifest.files}
     except (GapError, OSError, ValueError):
         return None
@@ -138,7 +140,7 @@ def describe_pruner(prune: PruneConfig) -> str:
     if not is_pruner_file(prune.strategy):
         return prune.strategy
     path = Path(prune.strategy.removesuffix(IVC))
-    return f"{prune.name}-{hash_bytes(path.read_bytes())}"
+    return f"{prune.name}-{hash_bytes(read_bytes(path, ConfigError))}"
 
 
 def _list_inputs(named: NamedConfig, parts: dict[str, str], *, reference: bool) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from gap_export.reference.samples import SAMPLES_FILE, find_samples
 from gap_export.weights.write import require_linkable, require_space
 from gap_runtime.display import format_bytes
 from gap_runtime.machines.memory import free_memory
+from gap_runtime.records.files import open_file
 
 
 def require_readable(plan: ExportPlan) -> None:
@@ -22,13 +23,8 @@ def require_readable(plan: ExportPlan) -> None:
         CheckpointError: One cannot be opened.
     """
     for path in _input_files(plan):
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror}), which the export needs; mend its "
-                "permissions or the disk"
-            ) from error
+        with open_file(path, CheckpointError, advice="mend its permissions or the disk"):
+            pass
 
 
 def _input_files(plan: ExportPlan) -> Iterator[Path]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import json
+import ctypes
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
-
 from gap_export.errors import ExportError
+from gap_export.pipeline.remains import clear, find_remains, find_writer, lock
+from gap_runtime.bundle.files import store
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.errors import ConfigError
+from gap_runtime.records.plain import read_json
 
-_REMAINS: Final = re.compile(r"\.(partial|replaced)-(\d+)$")
+_HERE: Final = -100
+_RENAME_EXCHANGE: Final = 2
+"""Linux's numbers: paths from the working folder, and both names at once."""
 
 
 def require_replaceable(out: Path) -> str | None:
@@ -38,9 +39,9 @@ def require_replaceable(out: Path) -> str | None:
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out")
     try:
         # Read loosely: a bundle of another schema may be replaced too.
-        data = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))
+        data = read_json(out / MANIFEST_FILE, ConfigError)
         known = {MANIFEST_FILE, *data["files"]}
-    except (ValueError, LookupError, TypeError) as error:
+    except (ConfigError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{out}: its {MANIFEST_FILE} cannot be read; remove it or choose another --out"
         ) from error
@@ -72,6 +73,8 @@ def _describe(manifest: dict[str, Any]) -> str:
 def folder_aside(out: Path) -> Iterator[Path]:
     """A hidden folder beside the bundle, removed whatever happens.
 
+    What killed exports have left there is removed, whatever their bundle was to be.
+
     Raises:
         ConfigError: It cannot be made, or another export writes the same bundle.
     """
@@ -80,85 +83,85 @@ def folder_aside(out: Path) -> Iterator[Path]:
             out.parent.mkdir(parents=True, exist_ok=True)
             # Held only meanwhile, so that of two exports one is the first.
             with contextlib.ExitStack() as door:
-                _lock(out.parent, door, wait=True)
+                lock(out.parent, door, wait=True)
                 _require_alone(out)
-                _clear_remains(out)
+                for left in find_remains(out.parent):
+                    clear(left)
                 folder = out.parent / f".{out.name}.partial-{os.getpid()}"
                 folder.mkdir()
-                _lock(folder, locks)
+                try:
+                    lock(folder, locks)
+                finally:
+                    # Before the lock is let go, or where there is none.
+                    locks.callback(_remove, folder)
         except OSError as error:
-            raise ConfigError(f"{out.parent}: cannot be written ({error.strerror})") from error
+            raise ConfigError(
+                f"{out.parent}: cannot be written ({error.strerror or error})"
+            ) from error
         try:
             yield folder
         except OSError as error:
             raise ExportError(
                 f"{out}: {error.strerror or error}; the export was undone"
             ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what is in the hidden folder's place, as far as the system lets it."""
+    with contextlib.suppress(OSError):
+        if folder.is_symlink():
+            # The bundle's place was one, to a bundle elsewhere, which stays as it is.
+            folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_alone(out: Path) -> None:
     """Refuse to export where another export is at work, by the lock that it holds."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        with contextlib.ExitStack() as trial:
-            if not _lock(path, trial):
-                process = path.name.rpartition("-")[2]
-                raise ConfigError(
-                    f"{out}: another export is writing it (process {process}); wait for its end, "
-                    "or give another --out"
-                )
-
-
-def _lock(folder: Path, locks: contextlib.ExitStack, *, wait: bool = False) -> bool:
-    """Lock a folder until the stack is left; whether nobody else holds it.
-
-    It goes with its process, however that ends. True as well where there are no such locks.
-    """
-    try:
-        import fcntl  # noqa: PLC0415 - Windows has none
-    except ImportError:
-        return True
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    locks.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        # A filesystem without locks.
-        return True
-    return True
+    process = find_writer(out)
+    if process is not None:
+        raise ConfigError(
+            f"{out}: another export is writing it (process {process}); wait for its end, or give "
+            "another --out"
+        )
 
 
 def move_into_place(folder: Path, out: Path) -> None:
-    """Make the folder the bundle; an older one gives way only now."""
+    """Make the folder the bundle, when all of it is on the disk; an older one gives way only now.
+
+    The two are exchanged in one step, so that at every moment there is a whole bundle, of which
+    the older one is left in the folder. Where the system cannot, two renames follow each other.
+
+    Raises:
+        OSError: It cannot be done; the older bundle is in its place.
+    """
+    for path in sorted(folder.rglob("*")):
+        store(path)
+    store(folder)
+    if not out.exists():
+        folder.rename(out)
+    elif not _exchange(folder, out):
+        _replace(folder, out)
+    # The bundle is there; whether its name is on the disk is not worth undoing it.
+    with contextlib.suppress(OSError):
+        store(out.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two folders each other's names in one step; False where the system has no such step."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = (_HERE, os.fsencode(one), _HERE, os.fsencode(other))
+    return bool(rename(*names, _RENAME_EXCHANGE) == 0)
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Two renames, the first undone where the second fails."""
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    if out.exists():
-        out.rename(old)
+    out.rename(old)
     try:
         folder.rename(out)
     except OSError:
-        if old.exists():
-            old.rename(out)
+        old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _clear_remains(out: Path) -> None:
-    """Remove what killed exports left, and put back a bundle that one had just moved away."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
-        found = _REMAINS.search(path.name)
-        if found is None:
-            continue
-        # In a container each run may get the ID of the one that was killed.
-        process = int(found.group(2))
-        if process != os.getpid() and psutil.pid_exists(process):
-            continue
-        if found.group(1) == "replaced" and not out.exists():
-            path.rename(out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from gap_export.config.shipped import package_data
 from gap_export.errors import ExportError
+from gap_runtime.records.plain import read_json
 
 SAMPLES_FILE: Final = "samples.json"
 
@@ -36,7 +36,7 @@ def read_samples(folder: str | None) -> list[Sample]:
     home = find_samples(folder)
     path = home / SAMPLES_FILE
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path, ExportError, advice="it lists {image, phrase}")
         samples = [
             Sample(
                 name=f"{k:02d}-{Path(entry['image']).stem}",
@@ -45,8 +45,6 @@ def read_samples(folder: str | None) -> list[Sample]:
             )
             for k, entry in enumerate(entries)
         ]
-    except FileNotFoundError as error:
-        raise ExportError(f"{path}: no such file; it lists {{image, phrase}}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise ExportError(f"{path}: expected a list of {{image, phrase}}") from error
     names = [sample.path.name for sample in samples]

@@ -7,7 +7,6 @@ that is taken as it is goes through the library's own object.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,8 @@ from gap_export.checkpoint.tokenizer_files import (
     TOKENIZER_FILE,
     TokenizerFiles,
 )
+from gap_export.errors import CheckpointError
+from gap_runtime.records.plain import read_table
 
 Encode = Callable[[str], list[int]]
 
@@ -81,7 +82,7 @@ def _open(files: TokenizerFiles) -> tuple[Encode, Encode]:
     """What encodes a text that begins a sentence, and one that goes on behind an added token."""
     if not files.reads_sentencepiece:
         path = files.folder / TOKENIZER_FILE
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+        vocabulary = read_table(path, CheckpointError)["model"]["vocab"]
         alone = {piece for piece in vocabulary if re.fullmatch(r"<0x..>", piece)}
         alone |= {token.content for token in read_added_tokens(files)}
         begin = lambda text: _merge("\u2581" + text, vocabulary, alone)  # noqa: E731

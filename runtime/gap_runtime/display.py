@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from gap_runtime.errors import show_line
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 _LINE_SECONDS: Final = 60
@@ -64,7 +67,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(show_line(text), markup=False, soft_wrap=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; numbers are right-aligned."""
@@ -139,8 +142,10 @@ def _print_whole(console: Console, table: Table) -> None:
 
 
 def _make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    table = Table(title=Text(show_line(title)), title_justify="left", title_style="bold")
+    cells = [
+        [f"{v:.3g}" if isinstance(v, float) else show_line(str(v)) for v in row] for row in rows
+    ]
     for k, name in enumerate(header):
         numeric = all(isinstance(row[k], (int, float)) for row in rows)
         widths = [_least_width(text) for text in (*name.split(), *(row[k] for row in cells))]
@@ -148,7 +153,8 @@ def _make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
             name, justify="right" if numeric else "left", min_width=max(widths, default=0)
         )
     for row in cells:
-        table.add_row(*row)
+        # As it is: brackets in a name are no colours.
+        table.add_row(*map(Text, row))
     return table
 
 

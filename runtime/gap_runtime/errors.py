@@ -7,13 +7,38 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Final
+
+LONGEST_LINE: Final = 2000
+"""Characters of a line at most; what is cut is cut from its middle."""
+_END: Final = 500
+"""Of these at the end, where messages say what to do."""
+
+
+def show_line(text: str) -> str:
+    """A text as one line of printable characters, others written as in a Python string.
+
+    A name in a file from a stranger may hold line breaks, colours of a terminal, or marks that
+    turn the direction of writing. All that is printed for people passes through here.
+    """
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE - _END - 5]} ... {text[-_END:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
+        for each in text
+    )
 
 
 class GapError(Exception):
     """Root of all errors that a user can act on."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """The message as one line, whatever a file or an argument has put into it."""
+        return show_line(super().__str__())
 
     @property
     def kind(self) -> str:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gap_runtime.bundle.bundle import describe_file
@@ -20,13 +22,16 @@ from gap_runtime.bundle.manifest import (
     Prompt,
     Pruning,
     RatioEntry,
+    Reference,
+    ReferenceSample,
     Source,
     Stage,
 )
 from gap_runtime.bundle.tensors import StoredTensor, TensorSpec
 from gap_runtime.grounding import grounder
 from gap_runtime.machines.target import load_target
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import Box, BoxFormat
+from gap_runtime.pictures.load import make_pixels
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 BOX_WORD = "[0.25,0.25,0.75,0.50]"
@@ -291,6 +296,62 @@ def make_bundle(tmp_path, manifest, tokenizer_file):
         return folder
 
     return make
+
+
+def _make_samples(manifest, image="photo.png", sizes=((8, 8),), wrong=()):
+    """A reference that a fake backend agrees with, and its files.
+
+    One sample per bucket and size; of the ratio and bucket pairs in `wrong` the answer differs.
+    """
+    samples, arrays, files = [], {}, {}
+    for bucket, size in zip(manifest.buckets, sizes, strict=True):
+        name = f"00-{bucket.name}"
+        picture = Image.new("RGB", size, (200, 100, 50))
+        file = io.BytesIO()
+        picture.save(file, "png")
+        files[f"{bucket.name}{image}"] = file.getvalue()
+        arrays[f"{name}/pixels"] = make_pixels(picture, manifest.preprocess, bucket)
+        for entry in manifest.ratios:
+            if entry.bucket != bucket.name:
+                continue
+            layout = manifest.layout.at(entry)
+            key, answer = f"{name}/kept-{entry.kept}", 11
+            arrays[f"{key}/visual_tokens"] = np.arange(
+                layout.visual * 2, dtype=np.float32
+            ).reshape(1, -1, 2)
+            arrays[f"{key}/kept_index"] = np.arange(entry.kept)[None]
+            arrays[f"{key}/position_ids"] = np.arange(layout.prompt)[None]
+            arrays[f"{key}/logits"] = np.eye(12, dtype=np.float32)[11]
+            if (entry.ratio, entry.bucket) in wrong:
+                answer = 8
+            samples.append(
+                ReferenceSample(
+                    key=key,
+                    sample=name,
+                    image=f"{bucket.name}{image}",
+                    phrase="the red mug",
+                    bucket=bucket.name,
+                    ratio=entry.ratio,
+                    kept=entry.kept,
+                    answer="[0.25,0.25,0.75,0.50]",
+                    token_ids=(answer,),
+                    # Padded pictures are square here, so that both frames are the same.
+                    boxes=(Box(0.25 * size[0], 0.25 * size[1], 0.75 * size[0], 0.5 * size[1]),),
+                    prompt_ids=(2, 4, 5, 6, 7, 8, 9, 3),
+                    token_margins=(0.5, 0.5),
+                )
+            )
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    files["reference.npz"] = packed.getvalue()
+    reference = Reference(arrays="reference.npz", dtype="float32", samples=tuple(samples))
+    return {"reference": reference, "more": files}
+
+
+@pytest.fixture
+def make_samples():
+    """The function that makes a reference that a fake backend agrees with, and its files."""
+    return _make_samples
 
 
 class FakeStage:

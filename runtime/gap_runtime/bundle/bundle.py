@@ -18,6 +18,7 @@ from gap_runtime.bundle.layout import is_ratio, suggest_ratio
 from gap_runtime.bundle.manifest import FileEntry, Manifest, RatioEntry
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import BundleError, ConfigError, HashError
+from gap_runtime.records.files import is_file, open_file, refusal
 
 _SMALL_BYTES: Final = 256 * 2**20
 """Files up to this size are hashed at every opening; larger ones when all are asked for."""
@@ -63,9 +64,14 @@ class Bundle:
         files = self.manifest.files
         for name, entry in files.items():
             path = self.folder / name
-            if not path.is_file():
-                raise BundleError(f"{path}: missing; copy the bundle again or export again")
-            size = path.stat().st_size
+            if not is_file(path):
+                raise BundleError(
+                    f"{path}: missing or no regular file; copy the bundle again or export again"
+                )
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise refusal(path, error, BundleError, "copy the bundle again") from error
             if size != entry.size:
                 raise HashError(
                     f"{path}: {size} bytes, expected {entry.size}; "
@@ -148,19 +154,20 @@ class Bundle:
         path = self.folder / stored.file
         reading = (path, stored.offset, stored.length)
         Thread(target=_read_ahead, args=reading, daemon=True).start()
-        return np.memmap(
-            path,
-            dtype="uint16" if stored.dtype == "bfloat16" else stored.dtype,
-            mode="r",
-            offset=stored.offset,
-            shape=stored.shape,
-        )
+        with open_file(path, BundleError, advice="copy the bundle again") as file:
+            return np.memmap(
+                file,
+                dtype="uint16" if stored.dtype == "bfloat16" else stored.dtype,
+                mode="r",
+                offset=stored.offset,
+                shape=stored.shape,
+            )
 
 
 def _read_ahead(path: Path, offset: int, length: int) -> None:
     """Bring a part of a file into the page cache, so that no token waits for the disk."""
     # Whoever needs the file will say what is wrong with it.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(BundleError):
         for _ in read_blocks(path, offset, length):
             pass
 

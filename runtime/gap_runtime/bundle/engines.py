@@ -9,6 +9,7 @@ An engine is written aside and renamed, its record last. Without a record that f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.errors import ConfigError, EngineError, RecordError
 from gap_runtime.machines.target import Target, list_targets, load_target
 from gap_runtime.records import dump_record, load_record
+from gap_runtime.records.plain import read_json
 
 ENGINES: Final = "engines"
 STEP_ROWS: Final = 1
@@ -238,8 +240,8 @@ def read_engine_record(folder: Path, stage: str) -> EngineRecord | None:
     """What is said of an engine; None where nothing is, or nothing that can be read."""
     path = _record_file(folder, stage)
     try:
-        return load_record(EngineRecord, json.loads(path.read_text("utf-8")), str(path))
-    except (OSError, ValueError, RecordError):
+        return load_record(EngineRecord, read_json(path, RecordError), str(path))
+    except RecordError:
         return None
 
 
@@ -272,22 +274,43 @@ def new_engine(folder: Path, stage: str) -> Iterator[Path]:
     """A file to write an engine to, in place when the block ends; its record is to follow.
 
     After an error nothing of it is left, not even an empty folder.
+
+    Raises:
+        EngineError: It cannot be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with write_whole(engine_file(folder, stage)) as aside:
             yield aside
+    except OSError as error:
+        raise _unwritable(engine_file(folder, stage), error) from error
     finally:
-        for empty in (folder, folder.parent):
-            if not any(empty.iterdir()):
-                empty.rmdir()
+        # What is not empty is not removed.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def _unwritable(path: Path, error: OSError) -> EngineError:
+    return EngineError(
+        f"{path}: cannot be written ({error.strerror or error}); make room or mend the place, and "
+        "build again"
+    )
 
 
 def write_engine_record(folder: Path, record: EngineRecord) -> None:
-    """Say what the engine of a stage is; without that it is none."""
-    with write_whole(_record_file(folder, record.stage)) as aside:
-        text = json.dumps(dump_record(record), indent=2, sort_keys=True) + "\n"
-        aside.write_text(text, encoding="utf-8")
+    """Say what the engine of a stage is; without that it is none.
+
+    Raises:
+        EngineError: It cannot be written there.
+    """
+    path = _record_file(folder, record.stage)
+    text = json.dumps(dump_record(record), indent=2, sort_keys=True) + "\n"
+    try:
+        with write_whole(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def describe_engine(path: Path) -> tuple[int, str | None]:

@@ -260,5 +260,5 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into a folder."""
-        text = json.dumps(self.dump(), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self.dump(), indent=2, sort_keys=True, allow_nan=False) + "\n"
         (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")

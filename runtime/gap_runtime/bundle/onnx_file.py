@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from gap_runtime.errors import BundleError
+from gap_runtime.records.files import read_bytes
 
 # Field numbers of onnx.proto, by message.
 _MODEL_GRAPH: Final = 7
@@ -23,6 +24,8 @@ _TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_NAME: Final = 1
 
+_LARGEST: Final = 2**31
+"""Bytes of a file of protocol buffers at most."""
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 
 
@@ -69,15 +72,13 @@ def read_onnx(path: Path) -> OnnxFile:
         BundleError: The file is missing or no ONNX file.
     """
     try:
-        data = memoryview(path.read_bytes())
+        data = memoryview(read_bytes(path, BundleError, limit=_LARGEST, advice="export again"))
         model = list(_fields(data))
         graphs = [value for number, value in model if number == _MODEL_GRAPH]
         if len(graphs) != 1:
             raise ValueError(f"{len(graphs)} graphs in it")
         opsets = dict(_read_opset(value) for number, value in model if number == _MODEL_OPSET)
         return _read_graph(graphs[0], opsets)
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}); export again") from error
     except (ValueError, IndexError) as error:
         raise BundleError(f"{path}: not an ONNX file ({error}); export again") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from pathlib import Path
 from typing import get_args
@@ -21,10 +21,13 @@ from gap_runtime.bundle.manifest import (
     RatioEntry,
     Stage,
 )
+from gap_runtime.bundle.ranges import find_absurd_value
 from gap_runtime.errors import BundleError, RecordError, SchemaError, suggest
 from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
 from gap_runtime.records import load_record
+from gap_runtime.records.files import is_folder
+from gap_runtime.records.plain import read_json
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -35,16 +38,13 @@ def read_manifest(folder: Path) -> Manifest:
         SchemaError: The bundle was written in another format.
     """
     path = folder / MANIFEST_FILE
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise BundleError(f"{folder}: no such bundle folder; make one with gap-export")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise BundleError(
             f"{folder}: no {MANIFEST_FILE} in it, so it is no bundle; make one with gap-export"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read as JSON ({error}); export again") from error
+        )
+    data = read_json(path, BundleError, advice="export again")
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         advice = (
@@ -71,9 +71,9 @@ def _require_whole(manifest: Manifest, path: Path) -> None:
     lost = sorted(set(named) - set(manifest.files))
     if lost:
         raise SchemaError(f"{path}: '{lost[0]}' is not among its files; export again")
-    outside = [name for name in manifest.files if ".." in Path(name).parts or name.startswith("/")]
-    if outside:
-        raise SchemaError(f"{path}: '{outside[0]}' lies outside the bundle; export again")
+    absurd = find_absurd_value(manifest)
+    if absurd is not None:
+        raise SchemaError(f"{path}: {absurd}; export again")
     embedding, dtypes = manifest.embedding, get_args(ModelDtype)
     if embedding.dtype not in dtypes:
         raise SchemaError(
@@ -104,12 +104,10 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
         and all((spec.shape, spec.dtype) == (wanted, cache.dtype) for spec in caches),
         "layout.capacity": layout.capacity
         == max(layout.at(entry).capacity for entry in manifest.ratios),
-        "preprocess": manifest.preprocess.side > 0 and min(manifest.preprocess.std) > 0,
         "preprocess.canvases": _are_canvases_usable(manifest.preprocess),
         "buckets": _are_buckets_usable(manifest.buckets, manifest.preprocess),
         "ratios": _are_ratios_usable(manifest),
         "phrase": _is_phrase_told(manifest),
-        "box.scale": manifest.box.scale > 0,
         "box.pattern": _groups(manifest.box.pattern) == 4 and _groups(manifest.box.attempt) == 0,
     }
     wrong = [name for name, holds in claims.items() if not holds]

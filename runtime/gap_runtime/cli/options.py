@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
-from gap_runtime.errors import ConfigError, GapError
+from gap_runtime.errors import ConfigError, GapError, show_line
 
 if TYPE_CHECKING:
     from gap_runtime.bundle.bundle import Bundle
@@ -90,10 +90,7 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         try:
             code = main(arguments)
         except GapError as error:
-            if "--json" in arguments:
-                print(json.dumps({"error": {"kind": error.kind, "message": str(error)}}))
-            print(f"error: {error}", file=sys.stderr)
-            code = error.exit_code
+            code = _report(error, arguments)
         # Here, not at exit, where a reader that has gone could not be dealt with.
         sys.stdout.flush()
         return code
@@ -104,6 +101,23 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         # The reader of the output has gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # What the system refuses where no border had a word for it, a full disk for example.
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _report(ConfigError(f"{where}{error.strerror or error}"), arguments)
+
+
+def _report(error: GapError, arguments: Sequence[str]) -> int:
+    """Say an error; its exit code."""
+    if "--json" in arguments:
+        print(json.dumps({"error": {"kind": error.kind, "message": str(error)}}))
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def print_line(text: str) -> None:
+    """A line of a result, on stdout, whatever a file has put into it."""
+    print(show_line(text))
 
 
 def print_json(data: Any) -> None:

@@ -11,10 +11,12 @@ from PIL import Image
 
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import MANIFEST_FILE
+from gap_runtime.errors import BundleError
 from gap_runtime.evaluation.results import Subject
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.view import View
 from gap_runtime.pictures.boxes import PictureFrame
+from gap_runtime.records.files import read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ def describe_bundle(bundle: Bundle, backend: str) -> Subject:
     manifest = bundle.manifest
     return Subject(
         name=manifest.name,
-        sha256=hashlib.sha256((bundle.folder / MANIFEST_FILE).read_bytes()).hexdigest(),
+        sha256=hashlib.sha256(read_bytes(bundle.folder / MANIFEST_FILE, BundleError)).hexdigest(),
         engine=backend,
         strategy=manifest.pruning.strategy,
         positions=manifest.pruning.positions,

@@ -21,10 +21,11 @@ from typing import Any, Final
 from gap_runtime.errors import ConfigError, InputError
 from gap_runtime.evaluation import READERS
 from gap_runtime.evaluation.expression import Expression
-from gap_runtime.evaluation.files import LINE_BYTES, read_json, read_lines, unreadable
+from gap_runtime.evaluation.files import LINE_BYTES, read_json, read_lines
 from gap_runtime.evaluation.parquet import read_columns
 from gap_runtime.evaluation.source import Reader, Source
 from gap_runtime.evaluation.splits import COUNTS, USUAL_BY, compare_counts
+from gap_runtime.records.files import exists, is_folder, open_file
 from gap_runtime.registry import list_plugins, load_plugin
 
 MOST: Final = 2_000_000
@@ -76,7 +77,7 @@ def open_data(spec: str, *, images: Path | None = None, limit: int | None = None
         InputError: A file or a record in it cannot be used.
         ConfigError: The line of text cannot be understood.
     """
-    if images is not None and not images.is_dir():
+    if images is not None and not is_folder(images):
         raise InputError(f"{images}: no such folder of pictures; give another with --images")
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit}: at least 1 is needed")
@@ -111,18 +112,18 @@ def open_data(spec: str, *, images: Path | None = None, limit: int | None = None
 def _parse(spec: str, images: Path | None) -> tuple[str, Source, str]:
     """A name for people, what to read (its paths still as given), and the format that is named."""
     # A file is a file, whatever characters are in its name.
-    text, settings = (spec, {}) if Path(spec).exists() else _split_settings(spec)
+    text, settings = (spec, {}) if exists(spec) else _split_settings(spec)
     by, wanted = settings.get("by", ""), settings.get("format", "")
-    match = None if Path(text).exists() else _NAMED.fullmatch(text)
+    match = None if exists(text) else _NAMED.fullmatch(text)
     if match is None:
         path = Path(text)
-        if not path.exists():
+        if not exists(path):
             raise InputError(f"--data {text}: no such file; {_EXPECTED}")
         source = Source(paths=(path,), name="", split="", by=by, images=images)
         return path.name, source, wanted
     name, split, place = match.group(1), match.group(2), match.group(3)
     paths: tuple[Path, ...] = (Path(place),) if place else ()
-    if paths and not paths[0].exists():
+    if paths and not exists(paths[0]):
         raise InputError(f"--data {text}: {place}: no such file or folder")
     source = Source(paths=paths, name=name, split=split, by=by, images=images)
     return f"{name}:{split}", source, wanted
@@ -161,7 +162,7 @@ def _choose(source: Source, wanted: str, spec: str) -> tuple[str, Reader, Source
         if name not in readers or readers[name].SUFFIXES:
             raise ConfigError(f"--data {spec}: '{source.name}' needs a place; {_EXPECTED}")
         return name, readers[name], source
-    if source.path.is_dir():
+    if is_folder(source.path):
         return _locate(source, readers, spec)
     return _recognise(source, readers)
 
@@ -217,12 +218,12 @@ def _read_head(path: Path, suffix: str) -> Any:
     if suffix == ".json":
         return read_json(path)
     if suffix == ".csv":
+        with open_file(path, InputError) as file:
+            text = file.readline(LINE_BYTES).decode("utf-8-sig", "replace")
         try:
-            with path.open(encoding="utf-8-sig", errors="replace") as file:
-                line = file.readline(LINE_BYTES)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        return [cell.strip() for cell in next(csv.reader([line]), [])]
+            return [cell.strip() for cell in next(csv.reader(text.splitlines()), [])]
+        except csv.Error as error:
+            raise InputError(f"{path}: not valid CSV ({error})") from error
     return None
 
 

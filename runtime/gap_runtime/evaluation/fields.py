@@ -120,5 +120,4 @@ def _four_numbers(value: Any, key: str, where: str) -> list[float]:
 def _is_number(item: Any) -> bool:
     if isinstance(item, bool) or not isinstance(item, (int, float)):
         return False
-    # A whole number of any length is a number to JSON.
-    return math.isfinite(item) if isinstance(item, float) else abs(item) < 10**9
+    return math.isfinite(item) and abs(item) < 10**9

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import InputError
+from gap_runtime.records.files import open_file
+from gap_runtime.records.plain import parse_json
 
 LINE_BYTES: Final = 2**20
 """Longest line of a file of lines."""
@@ -21,21 +23,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         InputError: The file cannot be read, or a line is no JSON or too long.
     """
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(LINE_BYTES + 1):
-                number += 1
-                where = f"{path}:{number}"
-                if len(line) > LINE_BYTES:
-                    raise InputError(
-                        f"{where}: the line is longer than {LINE_BYTES:,} bytes; expected a JSON "
-                        "record a line"
-                    )
-                if line.strip():
-                    yield number, parse_json(line, where)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with open_file(path, InputError) as file:
+        number = 0
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > LINE_BYTES:
+                raise InputError(
+                    f"{where}: the line is longer than {LINE_BYTES:,} bytes; expected a JSON "
+                    "record a line"
+                )
+            if line.strip():
+                yield number, parse_json(line, where, InputError)
 
 
 def read_json(path: Path) -> Any:
@@ -44,7 +43,7 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: The file cannot be read, is no JSON, or is too large.
     """
-    return parse_json(read_bytes(path), str(path))
+    return parse_json(read_bytes(path), str(path), InputError)
 
 
 def read_records(path: Path) -> list[Any]:
@@ -65,31 +64,11 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         InputError: The file cannot be read, or is too large.
     """
-    try:
-        size = path.stat().st_size
+    with open_file(path, InputError) as file:
+        size = os.fstat(file.fileno()).st_size
         if size > FILE_BYTES:
             raise InputError(
                 f"{path}: {size:,} bytes, at most {FILE_BYTES:,} are read as a whole; "
                 "use a format of lines (.jsonl)"
             )
-        return path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def parse_json(data: bytes, where: str) -> Any:
-    """The value of JSON text.
-
-    Raises:
-        InputError: It is none.
-    """
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where}: not valid JSON ({reason:.100})") from error
-
-
-def unreadable(path: Path, error: OSError) -> InputError:
-    """The error for a file that cannot be read."""
-    return InputError(f"{path}: cannot be read ({error.strerror or error})")
+        return file.read()

@@ -1,9 +1,12 @@
 """The file of answers: a line that says of what, then one line for each phrase and ratio.
 
-    {"gap_answers": 1, "subject": {...}, "data": {...}, "box": {...}}
+    {"gap_answers": 2, "subject": {...}, "data": {...}, "box": {...}}
     {"key", "ratio", "picture", "phrase", "size", "box", "answer", "token_ids", "milliseconds",
-     "found", "calls", "drafted", "accepted"}, and "frame" where boxes depend on it
-    {"key", "ratio", "picture", "phrase", "problem"}
+     "found", "calls", "drafted", "accepted", "proof"}, and "frame" where boxes depend on it
+    {"key", "ratio", "picture", "phrase", "problem", "proof"}
+
+`proof` is a hash of the first line and of all before it in its own, so that a row that was
+changed, or came from another file, is found. Files of version 1 have none.
 
 Answers know nothing of protocols: the same file is scored by any. Every line is written at once,
 so that a run may be killed at any time; a torn last line is dropped when it goes on.
@@ -12,6 +15,7 @@ so that a run may be killed at any time; a torn last line is dropped when it goe
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +23,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
 
+from gap_runtime.bundle.hashes import hash_bytes
+from gap_runtime.bundle.layout import is_ratio
 from gap_runtime.errors import ConfigError, InputError, RecordError
-from gap_runtime.evaluation.files import LINE_BYTES, unreadable
+from gap_runtime.evaluation.files import LINE_BYTES
 from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame
 from gap_runtime.records import dump_record, load_record
+from gap_runtime.records.files import exists, open_file
+from gap_runtime.records.plain import parse_json
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+_UNPROVEN: Final = 1
+"""The version before rows were proven."""
 _MARK: Final = "gap_answers"
 _START: Final = f'{{"{_MARK}"'.encode()
 
@@ -99,13 +109,40 @@ class Answers:
     rows: tuple[Row, ...]
 
 
-def dump_row(row: Row) -> bytes:
-    """The line of a row."""
+def dump_row(row: Row, mark: bytes | None) -> bytes:
+    """The line of a row, with its proof; without a mark (of `mark_file`), without one."""
     data = dump_record(row)
     known = _COUNTED if row.frame is None else _FRAMED
     for name in data.keys() - (_FAILED if row.problem is not None else known):
         del data[name]
-    return (json.dumps(data, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    line = json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    if mark is None:
+        return line + b"\n"
+    body = line[:-1]
+    return body + _PROOF + _prove(mark, body) + b'"}\n'
+
+
+def mark_file(first_line: bytes) -> bytes:
+    """What the proofs of a file begin with: the hash of its first line."""
+    return hash_bytes(first_line).encode()
+
+
+def _prove(mark: bytes, body: bytes) -> bytes:
+    return hash_bytes(mark + body)[:_PROOF_DIGITS].encode()
+
+
+def _require_proof(line: bytes, mark: bytes, where: str) -> None:
+    """Refuse a row that is not as it was written, in the file that it was written to.
+
+    Raises:
+        InputError: It has no proof, or another one.
+    """
+    body, _, end = line.rpartition(_PROOF)
+    if end.rstrip(b"\r\n") != _prove(mark, body) + b'"}':
+        raise InputError(
+            f"{where}: not as it was written (its proof differs); remove the line, and --resume "
+            "asks again"
+        )
 
 
 def _dump_header(header: Header) -> bytes:
@@ -119,35 +156,47 @@ def read_answers(path: Path) -> Answers:
     Raises:
         InputError: It cannot be read, or is no file of answers.
     """
-    try:
-        with path.open("rb") as file:
-            read = _read_whole(file, path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with open_file(path, InputError) as file:
+        read = _read_whole(file, path)
     if read is None:
         raise InputError(f"{path}: empty; expected a file that `evaluate --out` wrote")
-    header, rows, _ = read
-    return Answers(header=header, rows=tuple(rows))
+    return Answers(header=read.header, rows=tuple(read.rows))
 
 
-def _read_whole(file: BinaryIO, path: Path) -> tuple[Header, list[Row], int] | None:
-    """Header, rows and the bytes of whole lines; None where not even the first is whole."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Whole:
+    """What a file holds. `length` in bytes is that of its whole lines, `mark` for their proofs."""
+
+    header: Header
+    rows: list[Row]
+    length: int
+    mark: bytes | None
+
+
+def _read_whole(file: BinaryIO, path: Path) -> _Whole | None:
+    """The whole lines of a file; None where not even the first is whole."""
     rows: list[Row] = []
     header: Header | None = None
+    mark: bytes | None = None
     length = 0
     seen: set[tuple[str, float]] = set()
     for number, (line, is_last) in enumerate(_split_lines(file, path), start=1):
         where = f"{path}:{number}"
         try:
-            data = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
+            data = parse_json(line, where, InputError, "the file was changed")
+        except InputError:
             if is_last:
                 # A machine that lost power may leave anything in the last line.
                 break
-            raise InputError(f"{where}: not valid JSON; the file was changed") from error
+            raise
         if header is None:
+            is_proven = isinstance(data, dict) and data.get(_MARK) == SCHEMA
+            mark = mark_file(line) if is_proven else None
             header = _read_header(data, where)
         else:
+            if mark is not None:
+                _require_proof(line, mark, where)
+                del data[_PROOF_FIELD]
             row = _read_row(data, where)
             if (row.key, row.ratio) in seen:
                 raise InputError(
@@ -157,7 +206,7 @@ def _read_whole(file: BinaryIO, path: Path) -> tuple[Header, list[Row], int] | N
             seen.add((row.key, row.ratio))
             rows.append(row)
         length += len(line)
-    return None if header is None else (header, rows, length)
+    return None if header is None else _Whole(header=header, rows=rows, length=length, mark=mark)
 
 
 def _split_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, bool]]:
@@ -175,7 +224,7 @@ def _read_header(data: Any, where: str) -> Header:
     found = data.pop(_MARK, None) if isinstance(data, dict) else None
     if found is None:
         raise InputError(f"{where}: expected a file that `evaluate --out` wrote")
-    if found != SCHEMA:
+    if type(found) is not int or found not in {SCHEMA, _UNPROVEN}:
         raise InputError(f"{where}: answers of version {found!r:.20}, this version reads {SCHEMA}")
     try:
         return load_record(Header, data, where)
@@ -183,6 +232,11 @@ def _read_header(data: Any, where: str) -> Header:
         raise InputError(str(error)) from error
 
 
+_FARTHEST: Final = 1e9
+"""Pixels from the corner of a picture, beyond which nothing lies."""
+_PROOF_FIELD: Final = "proof"
+_PROOF: Final = f', "{_PROOF_FIELD}": "'.encode()
+_PROOF_DIGITS: Final = 16
 _PLAIN: Final = frozenset({"key", "ratio", "picture", "phrase"})
 _ASKED: Final = _PLAIN | {"size", "box", "answer", "token_ids", "milliseconds", "found"}
 _COUNTED: Final = _ASKED | {"calls", "drafted", "accepted"}
@@ -198,21 +252,21 @@ def _read_row(data: Any, where: str) -> Row:
     try:
         if "problem" in data:
             return Row(**_plain(data), problem=str(data["problem"]))
-        width, height = data["size"]
-        x0, y0, x1, y1 = map(float, data["box"])
-        if not (x0 < x1 and y0 < y1 and width > 0 and height > 0):
-            raise ValueError("its box or size spans no area")
+        width, height = map(_require_count, data["size"])
+        box = _require_area(data["box"])
+        if not (box.x0 < width and box.y0 < height and box.x1 > 0 and box.y1 > 0):
+            raise ValueError("its box lies outside its picture")
         return Row(
             **_plain(data),
-            size=(int(width), int(height)),
-            box=Box(x0, y0, x1, y1),
+            size=(width, height),
+            box=box,
             answer=_require_text(data["answer"]),
-            token_ids=tuple(data["token_ids"]),
+            token_ids=tuple(map(_require_count, data["token_ids"])),
             milliseconds=_require_times(data["milliseconds"]),
-            found=tuple(Box(a, b, c, d) for a, b, c, d in data["found"]),
-            calls=int(data.get("calls", 0)),
-            drafted=int(data.get("drafted", 0)),
-            accepted=int(data.get("accepted", 0)),
+            found=tuple(map(_require_area, data["found"])),
+            calls=_require_count(data.get("calls", 0)),
+            drafted=_require_count(data.get("drafted", 0)),
+            accepted=_require_count(data.get("accepted", 0)),
             frame=_read_frame(data["frame"]) if "frame" in data else None,
         )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -237,7 +291,7 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
     """What every row holds."""
     return {
         "key": _require_text(data["key"]),
-        "ratio": float(data["ratio"]),
+        "ratio": _require_share(data["ratio"]),
         "picture": _require_text(data["picture"]),
         "phrase": _require_text(data["phrase"]),
     }
@@ -246,9 +300,28 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
 def _require_times(value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         raise TypeError("expected milliseconds by stage")
-    # Fails where one is no number.
-    sum(value.values())
+    if not all(0 <= each < math.inf for each in value.values()):
+        raise ValueError("milliseconds are numbers from 0 on")
     return value
+
+
+def _require_share(value: Any) -> float:
+    if isinstance(value, bool) or not is_ratio(value):
+        raise ValueError("its ratio is no share in [0, 1)")
+    return float(value)
+
+
+def _require_count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
+
+
+def _require_area(value: Any) -> Box:
+    x0, y0, x1, y1 = map(float, value)
+    if not (-_FARTHEST < x0 < x1 < _FARTHEST and -_FARTHEST < y0 < y1 < _FARTHEST):
+        raise ValueError("a box spans no area")
+    return Box(x0, y0, x1, y1)
 
 
 def _require_text(value: Any) -> str:
@@ -273,14 +346,15 @@ class AnswerWriter:
         """
         self.rows: list[Row] = []
         self._path, self._file = path, None
+        self._mark: bytes | None = None
         if path is None:
             return
-        if path.exists() and not resume:
+        if exists(path) and not resume:
             raise ConfigError(f"{path}: exists; go on with it by --resume, or give another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a line is with the system as soon as it is written.
-            self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
+            self._file = path.open("r+b" if exists(path) else "x+b", buffering=0)
             self._lock()
             self._continue(header, path)
         except OSError as error:
@@ -292,7 +366,7 @@ class AnswerWriter:
 
     def _continue(self, header: Header, path: Path) -> None:
         assert self._file is not None
-        with path.open("rb") as file:
+        with open_file(path, InputError) as file:
             read = _read_whole(file, path)
         if read is None:
             start = self._file.read(len(_START)) or b""
@@ -300,11 +374,13 @@ class AnswerWriter:
                 raise InputError(f"{path}: no file of answers; give another --out")
             self._file.seek(0)
             self._file.truncate(0)
-            self._file.write(_dump_header(header))
+            first = _dump_header(header)
+            self._mark = mark_file(first)
+            self._file.write(first)
             return
-        found, self.rows, length = read
-        _require_same(found, header, path)
-        self._file.truncate(length)
+        self.rows, self._mark = read.rows, read.mark
+        _require_same(read.header, header, path)
+        self._file.truncate(read.length)
         self._file.seek(0, os.SEEK_END)
 
     def _lock(self) -> None:
@@ -333,7 +409,7 @@ class AnswerWriter:
         self.rows.append(row)
         if self._file is not None:
             try:
-                line = dump_row(row)
+                line = dump_row(row, self._mark)
                 while line:
                     line = line[self._file.write(line) or 0 :]
             except OSError as error:

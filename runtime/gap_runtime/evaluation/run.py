@@ -15,7 +15,7 @@ from gap_runtime.evaluation.answer import Answer, Answerer
 from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.expression import Expression, Picture
 from gap_runtime.evaluation.results import Answers, AnswerWriter, DataFacts, Header, Row
-from gap_runtime.pictures.boxes import BoxFormat, PictureFrame, parse_boxes
+from gap_runtime.pictures.boxes import BoxFormat, PictureFrame, clip_box, parse_boxes
 
 Open = Callable[[], Answerer]
 """Loads a model where it is needed; picklable, for that may be another machine."""
@@ -71,6 +71,8 @@ def evaluate(
     """
     order = {each.key: k for k, each in enumerate(data.expressions)}
     with AnswerWriter(header, path, resume=resume) as writer:
+        if path is not None:
+            _require_asked(writer.rows, data, path)
         done = {(row.key, row.ratio) for row in writer.rows}
         units = plan_units(data, ratios, done)
         advance = begin(sum(len(unit.questions) for unit in units)) if begin else None
@@ -83,6 +85,27 @@ def evaluate(
         wanted = [row for row in writer.rows if row.ratio in ratios]
     rows = sorted(wanted, key=lambda row: (ratios.index(row.ratio), order[row.key]))
     return Answers(header=header, rows=tuple(rows))
+
+
+def _require_asked(rows: list[Row], data: Data, path: Path) -> None:
+    """Refuse rows that answer something else than the data ask.
+
+    Raises:
+        InputError: With the first one.
+    """
+    asked = {each.key: each for each in data.expressions}
+    for row in rows:
+        each = asked.get(row.key)
+        if each is None or (row.picture, row.phrase) != (each.picture.key, each.phrase):
+            raise InputError(
+                f"{path}: its row '{row.key:.60}' is no phrase of the data; give another --out"
+            )
+        # What a reader gave as integers comes back as floats, which compare alike.
+        if row.box not in {None, each.box} or each.size not in {None, row.size or each.size}:
+            raise InputError(
+                f"{path}: its row '{row.key:.60}' has another box or size than the data; give "
+                "another --out"
+            )
 
 
 def plan_units(data: Data, ratios: tuple[float, ...], done: set[tuple[str, float]]) -> list[Unit]:
@@ -143,6 +166,8 @@ def _require_size(each: Expression, picture: Image.Image) -> None:
             f"{each.picture.key}: the picture is {picture.width}x{picture.height}, the data say "
             f"{each.size[0]}x{each.size[1]}; is it another version of it?"
         )
+    if clip_box(list(each.box), *picture.size) is None:
+        raise InputError(f"{each.picture.key}: the true box lies outside the picture")
 
 
 def _report(each: Expression, ratio: float, problem: str) -> Row:

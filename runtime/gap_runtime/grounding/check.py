@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from gap_runtime.backends import DEFAULT_BACKEND
+from gap_runtime.bundle.arrays import ReferenceArrays
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry, Reference, ReferenceSample
 from gap_runtime.errors import CheckError
@@ -97,7 +96,7 @@ def check_bundle(
         )
     backend = choose_backend(bundle, backend)
     grounder = Grounder(bundle, backend, keep_pictures=0)
-    arrays = np.load(bundle.folder / manifest.reference.arrays, allow_pickle=False)
+    arrays = ReferenceArrays(bundle, manifest.reference)
     rows: list[CheckRow] = []
     for entry in manifest.ratios:
         if ratios is not None and entry.ratio not in ratios:
@@ -142,41 +141,33 @@ def _samples_at(reference: Reference, entry: RatioEntry, bundle: Bundle) -> list
 
 
 def _check_sample(
-    grounder: Grounder, arrays: Any, sample: ReferenceSample, entry: RatioEntry
+    grounder: Grounder, arrays: ReferenceArrays, sample: ReferenceSample, entry: RatioEntry
 ) -> Compared:
     manifest = grounder.bundle.manifest
+    expected = arrays.read(sample)
     picture = load_picture(grounder.bundle.folder / sample.image)
     view = grounder.look(picture)
     values = grounder.run_stages(view, sample.phrase, entry, draft=False)
-    recorded = f"{sample.key}/probabilities"
+    recorded = expected.get("probabilities")
     reference_score = (
-        grounder.score(sample.token_ids, arrays[recorded].tolist()) if recorded in arrays else None
+        None if recorded is None else grounder.score(sample.token_ids, recorded.tolist())
     )
     drafted = grounder.run_stages(view, sample.phrase, entry)
     place = first_divergence(drafted.decoded.token_ids, values.decoded.token_ids)
     margin = None
     if place is not None:
         again = grounder.run_stages(view, sample.phrase, entry, draft=False, most=place + 1)
-        chosen = drafted.decoded.token_ids[place : place + 1] or list(manifest.prompt.stop_ids)
-        margin = find_margin(again.decoded.last_logits, chosen)
+        logits = again.decoded.last_logits
+        ended = [stop for stop in manifest.prompt.stop_ids if stop < len(logits)]
+        chosen = drafted.decoded.token_ids[place : place + 1] or ended
+        margin = find_margin(logits, chosen)
     answer = grounder.encoder.decode(values.decoded.token_ids)
     bucket = manifest.bucket(entry.bucket)
     frame = frame_picture(picture.size, manifest.preprocess, bucket)
     boxes = parse_boxes(answer, manifest.box, frame).boxes
     row = compare_stages(
         values,
-        {
-            "pixels": arrays[f"{sample.sample}/pixels"],
-            **{
-                name: arrays[f"{sample.key}/{name}"]
-                for name in ("visual_tokens", "kept_index", "position_ids", "logits")
-            },
-            **(
-                {"scores": arrays[f"{sample.key}/scores"]}
-                if f"{sample.key}/scores" in arrays
-                else {}
-            ),
-        },
+        expected,
         sample,
         ratio=entry.ratio,
         answer=answer,
@@ -194,7 +185,7 @@ def _check_sample(
         picture=picture,
         phrase=sample.phrase,
         kept_index=tuple(int(k) for k in values.kept_index[0]),
-        reference_kept_index=tuple(int(k) for k in arrays[f"{sample.key}/kept_index"][0]),
+        reference_kept_index=tuple(int(k) for k in expected["kept_index"][0]),
         boxes=boxes,
         reference_boxes=sample.boxes,
     )

@@ -18,6 +18,7 @@ from gap_runtime.backends import BACKENDS, DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle, identify_files
 from gap_runtime.bundle.files import write_whole
 from gap_runtime.errors import ConfigError, EngineError
+from gap_runtime.records.plain import read_table
 from gap_runtime.registry import list_plugins
 
 AUTO: Final = "auto"
@@ -68,9 +69,8 @@ def choose_backend(bundle: Bundle, name: str) -> str:
     if name != AUTO:
         return name
     try:
-        data = json.loads(_remembered_in(bundle).read_text(encoding="utf-8"))
-        known = str(data["backend"])
-    except (OSError, ValueError, KeyError, TypeError):
+        known = str(read_table(_remembered_in(bundle), EngineError)["backend"])
+    except (EngineError, KeyError):
         return DEFAULT_BACKEND
     # It may have been another version's.
     return known if known.partition(":")[0] in list_plugins(BACKENDS) else DEFAULT_BACKEND

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.grounding.draft import Drafter
+from gap_runtime.records.files import read_text
 
 PHRASE_FIELD: Final = "{phrase}"
 IMAGE_FIELD: Final = "<image>"
@@ -32,8 +33,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         BundleError: The file is no tokenizer.
     """
+    text = read_text(path, BundleError, advice="copy the bundle again or export again")
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception
         raise BundleError(f"{path}: not a tokenizer ({error})") from error
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
 from gap_runtime.errors import RecordError, UnknownNameError, describe_unknown
 from gap_runtime.records import load_record
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from gap_runtime.records.plain import read_toml
 
 ModelDtype = Literal["float32", "float16", "bfloat16"]
 """What a model's weights are stored in and its graphs compute in."""
@@ -68,8 +63,4 @@ def load_target(name: str) -> Target:
     if name not in list_targets():
         raise UnknownNameError(describe_unknown("target", name, list_targets()))
     path = _FOLDER / f"{name}.toml"
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: not valid TOML ({error})") from error
-    return load_record(Target, {**data, "name": name}, path.name)
+    return load_record(Target, {**read_toml(path, RecordError), "name": name}, path.name)

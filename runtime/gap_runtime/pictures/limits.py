@@ -6,6 +6,8 @@ from typing import Final
 
 from gap_runtime.errors import InputError
 
+MAX_FILE_BYTES: Final = 2**30
+"""Larger files of pictures are refused: so many bytes hold more pixels than are read."""
 MAX_PIXELS: Final = 100_000_000
 """Larger pictures are refused, and those that would be larger while they are resized."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -15,6 +17,7 @@ from gap_runtime.errors import InputError
 from gap_runtime.pictures import limits
 from gap_runtime.pictures.boxes import PictureFrame
 from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
+from gap_runtime.records.files import open_file
 
 ImageInput = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray
 """What a picture may be given as."""
@@ -32,6 +35,29 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 """How to turn a picture upright, by its EXIF orientation."""
+_OPPOSITE: Final = {6: 8, 8: 6}
+"""The orientation that undoes another one, where it is not the same."""
+FORMATS: Final = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "ICO",
+)
+"""Formats of pictures that are read, of all that Pillow knows: what people have, and what says
+itself where it is broken. Some of the others run programs, or guess."""
+_BROKEN: Final = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, AttributeError),
+    *(RuntimeError, ArithmeticError, AssertionError, MemoryError, struct.error),
+)
+"""What Pillow raises over a damaged file."""
+_LOG: Final = logging.getLogger(__name__)
 
 
 def load_picture(path: str | Path, *, turned: bool = True) -> Image.Image:
@@ -109,32 +135,47 @@ def read_picture(
         InputError: As for `load_picture`.
     """
     most = limits.MAX_PIXELS if most_pixels is None else most_pixels
+    if isinstance(file, (str, Path)):
+        with open_file(file, InputError, limit=limits.MAX_FILE_BYTES) as opened:
+            return _decode(opened, name, most, turned=turned)
+    return _decode(file, name, most, turned=turned)
+
+
+def _decode(file: BinaryIO, name: str, most: int, *, turned: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # The size is checked below, with a lower limit than Pillow's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
+            with Image.open(file, formats=_list_formats()) as picture:
                 # Before it is unpacked: a small file may hold a huge picture.
                 if picture.width * picture.height > most:
                     raise InputError(
                         f"{picture.width}x{picture.height} pixels, "
                         f"at most {most:,} in all are read; scale it down"
                     )
+                # What cameras put behind a photograph is its own preview.
+                if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":
+                    _LOG.warning("%s: the first of its %d pictures is taken", name, frames)
                 return to_rgb(picture, turned=turned)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: no such file") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{name}: a folder, expected a picture file") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name}: not a picture in a format that Pillow reads") from error
+        raise InputError(
+            f"{name}: not a picture in a format that is read ({', '.join(FORMATS)})"
+        ) from error
     except Image.DecompressionBombError as error:
         raise InputError(
             f"{name}: more than {limits.MAX_PIXELS:,} pixels; scale it down"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
+    except _BROKEN as error:
         raise InputError(f"{name}: the picture is broken ({error})") from error
+
+
+@cache
+def _list_formats() -> list[str]:
+    """Those of FORMATS that the installed Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
@@ -143,9 +184,7 @@ def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
     Raises:
         InputError: The picture holds values that have no fixed range (32-bit float).
     """
-    # Pillow's exif_transpose writes the EXIF anew and stumbles over careless entries.
-    turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1)) if turned else None
-    upright = picture if turn is None else picture.transpose(turn)
+    upright = _turn(picture, turned=turned)
     if upright.mode == "F":
         raise InputError("a picture of 32-bit floats has no fixed range; save it with 8 bits")
     if upright.mode.startswith("I"):
@@ -158,6 +197,20 @@ def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
         upright = upright.convert("RGBA")
     # Without metadata, so that a picture that comes again is not turned again.
     return Image.fromarray(np.asarray(upright.convert("RGB")))
+
+
+def _turn(picture: Image.Image, *, turned: bool) -> Image.Image:
+    """A picture upright, or as it is stored, whatever Pillow does while it reads the format."""
+    # Pillow's exif_transpose writes the EXIF anew and stumbles over careless entries.
+    stored = picture.getexif().get(_ORIENTATION, 1)
+    picture.load()
+    # It turns some formats upright by itself while it loads them, and then says so.
+    left = picture.getexif().get(_ORIENTATION, 1)
+    if turned:
+        turn = _TURNS.get(left)
+    else:
+        turn = _TURNS.get(_OPPOSITE.get(stored) or stored) if stored != left else None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def make_pixels(picture: Image.Image, spec: Preprocess, bucket: Bucket) -> np.ndarray:

@@ -1,13 +1,14 @@
 """Torch files in the format from before torch 1.6: read as the others are, and refused as they."""
 
 import os
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import torch
 from makers.stored import assert_values, save_state, some_tensors
 from tools.refusals import refuse_checkpoint
 
+from gap_export.checkpoint import torch_file
 from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.torch_file import read_settings
 
@@ -64,16 +65,16 @@ def test_the_same_state_in_both_formats(tmp_path):
 def test_values_are_not_read(tmp_path, monkeypatch):
     path = save(tmp_path, {"a": torch.ones(2**20), "b": torch.ones(2**20)})
     size, read = path.stat().st_size, []
-    opened = Path.open
+    opened = torch_file.open_file
 
-    def watched(self, mode="r", *args, **kwargs):
-        file = opened(self, mode, *args, **kwargs)
-        if mode == "rb":
+    @contextmanager
+    def watched(*args, **kwargs):
+        with opened(*args, **kwargs) as file:
             plain = file.read
             monkeypatch.setattr(file, "read", lambda n=-1: read.append(plain(n)) or read[-1])
-        return file
+            yield file
 
-    monkeypatch.setattr(Path, "open", watched)
+    monkeypatch.setattr(torch_file, "open_file", watched)
     assert len(open_checkpoint(str(tmp_path)).tensors) == 2
     assert 0 < sum(map(len, read)) < size / 100
 

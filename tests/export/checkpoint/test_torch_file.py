@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from makers.stored import assert_values, save_state, some_tensors
 from tools.refusals import refuse_checkpoint
 
+from gap_export.checkpoint import torch_file
 from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.tensor import read_tensor
 from gap_export.errors import CheckpointError
@@ -129,16 +131,16 @@ def test_torch_tensors_lie_where_the_index_says(tmp_path, aligned):
 def test_values_of_torch_files_are_not_read(tmp_path, monkeypatch):
     path = save_state(tmp_path, {"a": torch.ones(2**20), "b": torch.ones(2**20)})
     size, read = path.stat().st_size, []
-    opened = Path.open
+    opened = torch_file.open_file
 
-    def watched(self, mode="r", *args, **kwargs):
-        file = opened(self, mode, *args, **kwargs)
-        if mode == "rb":
+    @contextmanager
+    def watched(*args, **kwargs):
+        with opened(*args, **kwargs) as file:
             plain = file.read
             monkeypatch.setattr(file, "read", lambda n=-1: read.append(plain(n)) or read[-1])
-        return file
+            yield file
 
-    monkeypatch.setattr(Path, "open", watched)
+    monkeypatch.setattr(torch_file, "open_file", watched)
     assert len(open_checkpoint(str(tmp_path)).tensors) == 2
     assert 0 < sum(map(len, read)) < size / 100
 

@@ -1,5 +1,6 @@
 """A whole export: what failure, a kill and an older bundle leave."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from tools.commands import dry_run
 
 from gap_export.errors import ExportError, GraphError
 from gap_export.pipeline import run as pipeline
-from gap_export.pipeline import stages
+from gap_export.pipeline import stages, staging
+from gap_export.pipeline.remains import lock
 from gap_export.pipeline.run import export
 from gap_export.pipeline.staging import folder_aside
 from gap_runtime.bundle.manifest import SCHEMA
@@ -126,6 +128,8 @@ def test_a_move_that_fails_halfway_leaves_the_older_bundle(
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
+    # As where the system cannot exchange two folders.
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     monkeypatch.setattr(type(old), "rename", refuse)
     with pytest.raises(ExportError, match="Input/output error"):
         run_export(make_plan(tiny_llava, old))
@@ -225,10 +229,15 @@ def test_a_stale_partial_folder_is_cleaned(tiny_llava, tmp_path, make_plan, run_
 def test_the_partial_folder_of_a_living_export_is_left_alone(
     tiny_llava, tmp_path, make_plan, run_export
 ):
-    living = tmp_path / f".new.partial-{os.getppid()}"
+    living = tmp_path / f".other.partial-{os.getppid()}"
     living.mkdir()
-    run_export(make_plan(tiny_llava, tmp_path / "new"))
-    assert living.is_dir()
+    with contextlib.ExitStack() as locks:
+        assert lock(living, locks) == "here"
+        run_export(make_plan(tiny_llava, tmp_path / "new"))
+        assert living.is_dir()
+    # Its number lives on, but nobody holds it any more.
+    run_export(make_plan(tiny_llava, tmp_path / "newer"))
+    assert not living.exists()
 
 
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gap_runtime.backends import SlotSaver, open_backend, openvino
+from gap_runtime.backends.openvino import session as openvino_session
 from gap_runtime.backends.openvino.missing import find_missing
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER, VISION
@@ -58,6 +59,13 @@ class Request:
             data["logits"][k] = total + data["position_ids"][0, row]
 
 
+class Model(str):
+    """A graph that was read: its path, and nothing that could be compared with a manifest."""
+
+    __slots__ = ()
+    inputs = outputs = ()
+
+
 @pytest.fixture
 def library(monkeypatch):
     """A made-up OpenVINO; what it was asked to compile, and how."""
@@ -72,7 +80,7 @@ def library(monkeypatch):
                 raise RuntimeError(
                     "Exception from src/core.cpp:1:\nCheck 'a' failed\nno such operator: Foo\n\n"
                 )
-            return path
+            return Model(path)
 
         def get_property(self, device, name):
             assert (device in self.available_devices, name) == (True, "OPTIMIZATION_CAPABILITIES")
@@ -86,6 +94,7 @@ def library(monkeypatch):
     module.Core, module.Tensor, module.__version__ = Core, Tensor, "2026.4.1-123"
     module.Shape, module.Type = list, SimpleNamespace(bf16="bf16")
     monkeypatch.setitem(sys.modules, "openvino", module)
+    monkeypatch.setattr(openvino_session, "require_interface", lambda *_: None)
     monkeypatch.delenv("GAP_RUNTIME_THREADS", raising=False)
     return SimpleNamespace(compiled=compiled, core=Core)
 

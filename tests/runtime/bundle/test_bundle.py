@@ -91,7 +91,7 @@ def test_folder_without_a_manifest(tmp_path):
 @pytest.mark.parametrize("content", [b"", b'{"schema": 1', b"\xff\xfe{", b"schema: 1"])
 def test_broken_json_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"manifest\.json: cannot be read as JSON"):
+    with pytest.raises(BundleError, match=r"manifest\.json: not valid JSON"):
         Bundle.open(tmp_path)
 
 

@@ -1,8 +1,15 @@
 """A file is there whole or not at all."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
+from gap_runtime.bundle import files
+from gap_runtime.bundle.engines import new_engine
 from gap_runtime.bundle.files import write_whole
+from gap_runtime.errors import EngineError
 
 
 def test_what_was_written_takes_the_place(tmp_path):
@@ -38,3 +45,41 @@ def test_an_error_before_anything_was_written(tmp_path):
     with pytest.raises(FileNotFoundError), write_whole(tmp_path / "a.txt"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_written_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
+    path, stored = tmp_path / "a.txt", []
+    monkeypatch.setattr(files, "store", lambda each: stored.append((each, path.exists())))
+    with write_whole(path) as aside:
+        aside.write_text("new", encoding="utf-8")
+    assert stored == [(aside, False), (tmp_path, True)]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    path = tmp_path / "a.txt"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead = tmp_path / f".a.txt.partial-{process.pid}"
+    living = tmp_path / f".a.txt.partial-{os.getppid()}"
+    other = tmp_path / ".a.txt.partial-x"
+    for each in (dead, living, other):
+        each.write_text("half", encoding="utf-8")
+    with write_whole(path) as aside:
+        aside.write_text("new", encoding="utf-8")
+    assert sorted(tmp_path.iterdir()) == sorted([living, other, path])
+
+
+def test_an_engine_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(EngineError, match=r"decoder\.engine: cannot be written \(Not a directory"),
+        new_engine(tmp_path / "file" / "engines" / "rtx", "decoder"),
+    ):
+        pass
+    folder = tmp_path / "engines" / "rtx"
+    with (
+        pytest.raises(EngineError, match=r"cannot be written \(No space left on device\)"),
+        new_engine(folder, "decoder"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from gap_runtime import __version__
 from gap_runtime.cli.main import main
+from gap_runtime.cli.options import run_command
 
 
 @pytest.fixture
@@ -400,3 +401,13 @@ def test_interrupt_ends_without_a_traceback(make_bundle, monkeypatch, capsys):
     monkeypatch.setattr("gap_runtime.bundle.bundle.Bundle.open", interrupt)
     assert main(["info", str(make_bundle())]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_what_the_system_refuses_is_one_line(capsys):
+    def full(_):
+        raise OSError(28, "No space left on device", "/x/y")
+
+    assert run_command(full, []) == 2
+    assert capsys.readouterr().err == "error: /x/y: No space left on device\n"
+    assert run_command(full, ["--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "config"

@@ -15,7 +15,7 @@ from gap_runtime.errors import ConfigError, EngineError, InputError
 from gap_runtime.evaluation.answer import Answer, BundleAnswerer
 from gap_runtime.evaluation.data import open_data
 from gap_runtime.evaluation.protocol import list_protocols, load_protocol
-from gap_runtime.evaluation.results import Header, Subject, read_answers
+from gap_runtime.evaluation.results import AnswerWriter, Header, Subject, read_answers
 from gap_runtime.evaluation.run import describe_data, evaluate
 from gap_runtime.evaluation.spread import RayCluster
 from gap_runtime.pictures.boxes import PictureFrame
@@ -272,7 +272,7 @@ ERRORS = [
     (["--data", "refshapes:test", "--resume"], "config", "name it with --out"),
     (["--data", "refshapes:test", "--workers", "2"], "config", "goes with --ray"),
     (["--data", "refshapes:test", "--limit", "0"], "config", "--limit 0"),
-    (["--data", "refshapes:test", "--compare", "no.jsonl"], "input", "no.jsonl: cannot be read"),
+    (["--data", "refshapes:test", "--compare", "no.jsonl"], "input", "no.jsonl: no such file"),
     (["--data", "refshapes:test", "--backend", "abacus"], "unknown-name", "backend 'abacus'"),
     ([], "config", "--data"),
 ]
@@ -373,3 +373,33 @@ def test_a_bundle_answers_as_it_grounds(make_bundle, answer_with):
 def test_a_header_tells_everything_apart(header):
     other = dataclasses.replace(header.subject, positions="compact")
     assert dataclasses.replace(header, subject=other) != header
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"phrase": "another"}, "is no phrase of the data"),
+        ({"picture": "z.png"}, "is no phrase of the data"),
+        ({"key": "99"}, "is no phrase of the data"),
+        ({"box": (0.0, 0.0, 5.0, 6.0)}, "has another box or size than the data"),
+    ],
+)
+def test_rows_are_held_to_what_the_data_ask(mine, header, tmp_path, change, said):
+    """Also rows whose proof is right, for anybody can make one."""
+    path = tmp_path / "out.jsonl"
+    whole = evaluate(mine, header, FakeAnswerer, ratios=(0.5,), path=path)
+    row = next(row for row in whole.rows if row.problem is None)
+    path.unlink()
+    with AnswerWriter(header, path, resume=False) as writer:
+        writer.add(dataclasses.replace(row, **change))
+    with pytest.raises(InputError, match=said):
+        evaluate(mine, header, FakeAnswerer, ratios=(0.5,), path=path, resume=True)
+
+
+def test_a_true_box_outside_its_picture_is_in_no_figure(tmp_path, header):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    path = tmp_path / "mine.jsonl"
+    record = {"image": "a.png", "phrase": "one", "box": [20, 0, 25, 5]}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    found = evaluate(open_data(str(path)), header, FakeAnswerer, ratios=(0.5,))
+    assert [row.problem for row in found.rows] == ["a.png: the true box lies outside the picture"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from gap_runtime.evaluation.results import (
     Row,
     Subject,
     dump_row,
+    mark_file,
     read_answers,
 )
 from gap_runtime.evaluation.score import score_rows
@@ -233,7 +235,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path, header):
     assert found.rows[2].answer.startswith('a "quote" \u00e9')
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4
-    assert set(json.loads(lines[2])) == {"key", "ratio", "picture", "phrase", "problem"}
+    assert set(json.loads(lines[2])) == {"key", "ratio", "picture", "phrase", "problem", "proof"}
 
 
 @pytest.mark.parametrize("torn", ["", '{"key', "\0\0\0\n", '{"key": "4"}\x00\n'])
@@ -243,7 +245,55 @@ def test_going_on_drops_a_torn_line_only(tmp_path, header, torn):
     whole = path.read_bytes()
     path.write_bytes(whole + torn.encode())
     assert [row.key for row in write(path, header, make_row(3), resume=True)] == ["1", "2", "3"]
-    assert path.read_bytes() == whole + dump_row(make_row(3))
+    mark = mark_file(whole.splitlines(keepends=True)[0])
+    assert path.read_bytes() == whole + dump_row(make_row(3), mark)
+
+
+def test_a_row_that_was_changed_is_found(tmp_path, header):
+    """By its proof, whatever of it was changed; the last line too, for it is whole."""
+    path = tmp_path / "out.jsonl"
+    write(path, header, make_row(1), failed(2), make_row(3))
+    lines = path.read_bytes().splitlines(keepends=True)
+    tried = 0
+    for number in (1, 2, 3):
+        for old, new in (
+            (b'"a.png"', b'"b.png"'),
+            (b"0.5", b"0.6"),
+            (b"mug", b"cup"),
+            (b'"proof": "', b'"proof": "0'),
+            (b'"proof"', b'"prove"'),
+        ):
+            changed = list(lines)
+            changed[number] = changed[number].replace(old, new)
+            if changed == lines:
+                continue
+            tried += 1
+            path.write_bytes(b"".join(changed))
+            with pytest.raises(InputError, match=rf"jsonl:{number + 1}: not as it was written"):
+                read_answers(path)
+            with pytest.raises(InputError, match="not as it was written"):
+                AnswerWriter(header, path, resume=True)
+    assert tried > 10
+
+
+def test_a_row_of_another_file_is_found(tmp_path, header):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    write(one, header, make_row(1))
+    subject = dataclasses.replace(header.subject, name="another")
+    write(other, dataclasses.replace(header, subject=subject), make_row(2))
+    one.write_bytes(one.read_bytes() + other.read_bytes().splitlines(keepends=True)[1])
+    with pytest.raises(InputError, match=r"one\.jsonl:3: not as it was written"):
+        read_answers(one)
+
+
+def test_files_from_before_rows_were_proven_are_read_and_gone_on_with(tmp_path, header):
+    path = tmp_path / "out.jsonl"
+    write(path, header, make_row(1), make_row(2))
+    old = without_proofs(path)
+    path.write_text("".join(f"{line}\n" for line in old), encoding="utf-8")
+    assert [row.key for row in write(path, header, make_row(3), resume=True)] == ["1", "2", "3"]
+    assert "proof" not in path.read_text(encoding="utf-8")
+    assert len(read_answers(path).rows) == 3
 
 
 def test_going_on_after_any_byte(tmp_path, header):
@@ -304,6 +354,13 @@ def test_two_runs_do_not_write_to_one_file(tmp_path, header):
         AnswerWriter(header, path, resume=True)
 
 
+def without_proofs(path):
+    """The lines of a file as version 1 had them, whose values are all that can be checked."""
+    first, *rows = path.read_text(encoding="utf-8").splitlines()
+    plain = [re.sub(r', "proof": "\w+"', "", row) for row in rows]
+    return [first.replace('{"gap_answers": 2', '{"gap_answers": 1'), *plain]
+
+
 def change(**fields):
     def edit(line):
         return json.dumps({**json.loads(line), **fields})
@@ -314,12 +371,18 @@ def change(**fields):
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (lambda _: "oops", "not valid JSON; the file was changed"),
+        (lambda _: "oops", r"not valid JSON \(.*\); the file was changed"),
         (lambda _: "[]", "expected the fields accepted, answer, box"),
         (change(more=1), "expected the fields"),
         (change(box=[1, 2, 3]), "wrong kind"),
         (change(box=[3, 2, 1, 4]), "spans no area"),
-        (change(size=[0, 5]), "spans no area"),
+        (change(size=[0, 5]), "lies outside its picture"),
+        (change(size=[100, -1]), "is no count"),
+        (change(box=[200, 0, 210, 10]), "lies outside its picture"),
+        (change(box=[0, 0, 1e308, 10]), "spans no area"),
+        (change(found=[[1, 2, float("nan"), 4]]), "spans no area"),
+        (change(ratio=7), "no share"),
+        (change(token_ids=["1"]), "is no count"),
         (change(answer=None), "wrong kind"),
         (change(milliseconds=[]), "wrong kind"),
         (change(key="2"), "comes twice"),
@@ -328,7 +391,7 @@ def change(**fields):
 def test_a_changed_file_names_the_line(tmp_path, header, edit, part):
     path = tmp_path / "out.jsonl"
     write(path, header, make_row(1), make_row(2))
-    first, second, third = path.read_text(encoding="utf-8").splitlines()
+    first, second, third = without_proofs(path)
     path.write_text("\n".join([first, edit(second), third, ""]), encoding="utf-8")
     with pytest.raises(InputError, match=part) as caught:
         read_answers(path)
@@ -339,7 +402,7 @@ def test_a_changed_file_names_the_line(tmp_path, header, edit, part):
 def test_answers_from_before_calls_were_counted(tmp_path, header):
     path = tmp_path / "out.jsonl"
     write(path, header, make_row(1))
-    first, line = path.read_text(encoding="utf-8").splitlines()
+    first, line = without_proofs(path)
     older = {
         k: v for k, v in json.loads(line).items() if k not in {"calls", "drafted", "accepted"}
     }
@@ -351,13 +414,13 @@ def test_answers_from_before_calls_were_counted(tmp_path, header):
 def test_a_file_of_another_version(tmp_path, header):
     path = tmp_path / "out.jsonl"
     write(path, header)
-    path.write_text(path.read_text(encoding="utf-8").replace('answers": 1', 'answers": 2'))
-    with pytest.raises(InputError, match="answers of version 2, this version reads 1"):
+    path.write_text(path.read_text(encoding="utf-8").replace('answers": 2', 'answers": 3'))
+    with pytest.raises(InputError, match="answers of version 3, this version reads 2"):
         read_answers(path)
     path.write_text("")
     with pytest.raises(InputError, match="empty"):
         read_answers(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file"):
         read_answers(Path(tmp_path) / "nowhere.jsonl")
 
 

@@ -1,71 +1,19 @@
 """Whole bundles checked on a fake backend: every ratio and bucket, the page, drafts."""
 
 import dataclasses
-import io
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.manifest import Reference, ReferenceSample
 from gap_runtime.cli.main import main
 from gap_runtime.errors import CheckError
 from gap_runtime.grounding.check import check_bundle
-from gap_runtime.pictures.boxes import Box
-from gap_runtime.pictures.load import make_pixels
 
 
-def make_samples(manifest, image="photo.png", sizes=((8, 8),), wrong=()):
-    """A reference that a fake backend agrees with, and its files.
-
-    One sample per bucket and size; of the ratio and bucket pairs in `wrong` the answer differs.
-    """
-    samples, arrays, files = [], {}, {}
-    for bucket, size in zip(manifest.buckets, sizes, strict=True):
-        name = f"00-{bucket.name}"
-        picture = Image.new("RGB", size, (200, 100, 50))
-        file = io.BytesIO()
-        picture.save(file, "png")
-        files[f"{bucket.name}{image}"] = file.getvalue()
-        arrays[f"{name}/pixels"] = make_pixels(picture, manifest.preprocess, bucket)
-        for entry in manifest.ratios:
-            if entry.bucket != bucket.name:
-                continue
-            layout = manifest.layout.at(entry)
-            key, answer = f"{name}/kept-{entry.kept}", 11
-            arrays[f"{key}/visual_tokens"] = np.arange(layout.visual * 2.0).reshape(1, -1, 2)
-            arrays[f"{key}/kept_index"] = np.arange(entry.kept)[None]
-            arrays[f"{key}/position_ids"] = np.arange(layout.prompt)[None]
-            arrays[f"{key}/logits"] = np.eye(12, dtype=np.float32)[11]
-            if (entry.ratio, entry.bucket) in wrong:
-                answer = 8
-            samples.append(
-                ReferenceSample(
-                    key=key,
-                    sample=name,
-                    image=f"{bucket.name}{image}",
-                    phrase="the red mug",
-                    bucket=bucket.name,
-                    ratio=entry.ratio,
-                    kept=entry.kept,
-                    answer="[0.25,0.25,0.75,0.50]",
-                    token_ids=(answer,),
-                    # Padded pictures are square here, so that both frames are the same.
-                    boxes=(Box(0.25 * size[0], 0.25 * size[1], 0.75 * size[0], 0.5 * size[1]),),
-                    prompt_ids=(2, 4, 5, 6, 7, 8, 9, 3),
-                    token_margins=(0.5, 0.5),
-                )
-            )
-    packed = io.BytesIO()
-    np.savez(packed, **arrays)
-    files["reference.npz"] = packed.getvalue()
-    reference = Reference(arrays="reference.npz", dtype="float32", samples=tuple(samples))
-    return {"reference": reference, "more": files}
-
-
-def test_a_bundle_that_answers_as_the_reference_passes(make_bundle, manifest, answer_with):
+def test_a_bundle_that_answers_as_the_reference_passes(
+    make_samples, make_bundle, manifest, answer_with
+):
     answer_with(11)
     report = check_bundle(Bundle.open(make_bundle(**make_samples(manifest))))
     assert [row.reasons for row in report.rows] == [(), ()]
@@ -74,7 +22,7 @@ def test_a_bundle_that_answers_as_the_reference_passes(make_bundle, manifest, an
 
 
 def test_a_bundle_with_an_extra_token_is_checked_with_it(
-    make_bundle, manifest, with_extra, answer_with
+    make_samples, make_bundle, manifest, with_extra, answer_with
 ):
     answer_with(11)
     changes = {**with_extra, **make_samples(dataclasses.replace(manifest, **with_extra))}
@@ -127,7 +75,7 @@ def answer_otherwise(answer_with, monkeypatch):
 
 
 @pytest.mark.usefixtures("answer_otherwise")
-def test_other_answers_with_drafts_fail_in_float32(make_bundle, manifest):
+def test_other_answers_with_drafts_fail_in_float32(make_samples, make_bundle, manifest):
     report = check_bundle(Bundle.open(make_bundle(**make_samples(manifest))))
     assert [row.reasons for row in report.rows] == [
         ("answers with and without drafts part at token 1",)
@@ -136,7 +84,9 @@ def test_other_answers_with_drafts_fail_in_float32(make_bundle, manifest):
 
 
 @pytest.mark.usefixtures("answer_otherwise")
-def test_other_answers_with_drafts_are_counted_in_float16(make_bundle, manifest, capsys):
+def test_other_answers_with_drafts_are_counted_in_float16(
+    make_samples, make_bundle, manifest, capsys
+):
     folder = make_bundle(**make_samples(manifest), dtype="float16")
     report = check_bundle(Bundle.open(folder))
     assert report.passed
@@ -149,7 +99,9 @@ def test_other_answers_with_drafts_are_counted_in_float16(make_bundle, manifest,
 TILE_SIZES = ((16, 8), (8, 16))
 
 
-def test_every_bucket_is_checked_with_its_own_samples(make_bundle, manifest, tiled, answer_with):
+def test_every_bucket_is_checked_with_its_own_samples(
+    make_samples, make_bundle, manifest, tiled, answer_with
+):
     backend = answer_with(11)
     samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
     report = check_bundle(Bundle.open(make_bundle(**tiled, **samples)))
@@ -169,7 +121,9 @@ def test_every_bucket_is_checked_with_its_own_samples(make_bundle, manifest, til
     ]
 
 
-def test_a_difference_in_one_bucket_is_told_of_it_alone(make_bundle, manifest, tiled, answer_with):
+def test_a_difference_in_one_bucket_is_told_of_it_alone(
+    make_samples, make_bundle, manifest, tiled, answer_with
+):
     answer_with(11)
     changed_manifest = dataclasses.replace(manifest, **tiled)
     samples = make_samples(changed_manifest, sizes=TILE_SIZES, wrong=[(0.25, "tall")])
@@ -178,7 +132,9 @@ def test_a_difference_in_one_bucket_is_told_of_it_alone(make_bundle, manifest, t
     assert report.rows[3].reasons == ("answers part at token 0",)
 
 
-def test_a_bucket_without_samples_cannot_be_checked(make_bundle, manifest, tiled, answer_with):
+def test_a_bucket_without_samples_cannot_be_checked(
+    make_samples, make_bundle, manifest, tiled, answer_with
+):
     answer_with(11)
     samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
     known = samples["reference"].samples
@@ -191,7 +147,7 @@ def test_a_bucket_without_samples_cannot_be_checked(make_bundle, manifest, tiled
 
 
 def test_check_as_json_has_a_row_for_every_bucket_and_ratio(
-    make_bundle, manifest, tiled, answer_with, capsys
+    make_samples, make_bundle, manifest, tiled, answer_with, capsys
 ):
     answer_with(11)
     samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES)
@@ -206,7 +162,9 @@ def test_check_as_json_has_a_row_for_every_bucket_and_ratio(
 
 
 @pytest.mark.parametrize("wrong", [(), [(0.25, "tall")]])
-def test_check_writes_its_page(make_bundle, manifest, tiled, answer_with, tmp_path, pages, wrong):
+def test_check_writes_its_page(
+    make_samples, make_bundle, manifest, tiled, answer_with, tmp_path, pages, wrong
+):
     answer_with(11)
     samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES, wrong=wrong)
     out = tmp_path / "report.html"
@@ -222,7 +180,7 @@ def test_check_writes_its_page(make_bundle, manifest, tiled, answer_with, tmp_pa
 
 
 def test_a_page_that_cannot_be_written_is_told_before_the_work(
-    make_bundle, manifest, answer_with, tmp_path, capsys
+    make_samples, make_bundle, manifest, answer_with, tmp_path, capsys
 ):
     backend = answer_with(11)
     bundle = make_bundle(**make_samples(manifest))

@@ -132,7 +132,7 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path, content):
 
 
 def test_missing_tokenizer_is_refused(tmp_path):
-    with pytest.raises(BundleError, match=r"nowhere\.json: not a tokenizer"):
+    with pytest.raises(BundleError, match=r"nowhere\.json: no such file"):
         load_tokenizer(tmp_path / "nowhere.json")
 
 

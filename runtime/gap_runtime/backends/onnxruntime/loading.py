@@ -12,6 +12,7 @@ from importlib import import_module, metadata
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
 
+from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends.onnxruntime.providers import (
     CUDA,
     Provider,
@@ -27,12 +28,15 @@ from gap_runtime.machines.threads import read_threads
 
 _ERRORS: Final = (
     "EPFail",
+    "EngineError",
     "Fail",
     "InvalidArgument",
     "InvalidGraph",
     "InvalidProtobuf",
     "NoModel",
     "NoSuchFile",
+    "ModelLoaded",
+    "ModelRequiresCompilation",
     "NotImplemented",
     "RuntimeException",
 )
@@ -122,6 +126,8 @@ def open_session(
         raise EngineError(
             f"{path}: {_installed_packages()} cannot load it: {first_words(error)}"
         ) from error
+    found = (session.get_inputs(), session.get_outputs())
+    require_interface(path, stage, *(map(_read_tensor, side) for side in found))
     if name not in session.get_providers():
         failure = (
             f"{path}: {_installed_packages()} could not start {provider.name} (driver, CUDA "
@@ -160,6 +166,16 @@ def _make_options(ort: ModuleType, bundle: Bundle, wanted: str) -> Any:
 
 def _version(ort: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in ort.__version__.split(".")[:2])
+
+
+def _read_tensor(found: Any) -> GraphTensor:
+    """An input or output of a session."""
+    kind = str(found.type).removeprefix("tensor(").removesuffix(")")
+    return GraphTensor(
+        name=found.name,
+        dtype={"float": "float32"}.get(kind, kind),
+        shape=tuple(size if isinstance(size, int) else None for size in found.shape),
+    )
 
 
 def needs_plugin(ort: ModuleType, provider: Provider) -> bool:

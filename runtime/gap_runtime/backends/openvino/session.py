@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from gap_runtime.backends._calls import Calls
+from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import provider_cache
@@ -24,6 +25,8 @@ from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.threads import read_threads
 
 _CPU: Final = "CPU"
+_DTYPES: Final = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64"}
+"""Dtypes by OpenVINO's words; others are not told apart."""
 _PRECISIONS: Final = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _CAPABILITIES: Final = {"f16": "FP16", "bf16": "BF16"}
 """What OpenVINO says a device has that computes so; every device has float32."""
@@ -175,12 +178,25 @@ def _compile(bundle: Bundle, stage: Stage, device: str) -> tuple[ModuleType, Any
     try:
         settings = _choose_settings(core, bundle, wanted)
         model = core.read_model(str(path))
+        found = [[_read_tensor(each) for each in side] for side in (model.inputs, model.outputs)]
+        require_interface(path, stage, *found)
         return ov, core.compile_model(model, wanted, settings)
     except RuntimeError as error:
         raise EngineError(
             f"{path}: OpenVINO {ov.__version__.partition('-')[0]} cannot load it on {wanted}: "
             f"{_first_words(error)}"
         ) from error
+
+
+def _read_tensor(found: Any) -> GraphTensor:
+    """An input or output of a model."""
+    return GraphTensor(
+        name=found.get_any_name(),
+        dtype=_DTYPES.get(found.get_element_type().get_type_name()),
+        shape=tuple(
+            None if size.is_dynamic else size.get_length() for size in found.get_partial_shape()
+        ),
+    )
 
 
 def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError, EngineError
+from gap_runtime.records.files import is_file, read_bytes
 
 _OPTIONS: Final = ("package",)
 _ATTENTION_ADVICE: Final = (
@@ -397,7 +398,7 @@ def _load_timings(job: _Job, config: Any) -> Callable[[], None]:
         # It measures nothing at a build.
         return lambda: None
     path = job.request.timing_cache or default_timing_cache(job.trt, job.capabilities[0])
-    known = path.read_bytes() if path.is_file() else b""
+    known = read_bytes(path, EngineError) if is_file(path) else b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         job.display.say(f"{path}: timings of another device or version; they are measured again")

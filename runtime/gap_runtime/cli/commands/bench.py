@@ -12,6 +12,7 @@ from gap_runtime.cli.options import (
     add_draft,
     open_bundle,
     print_json,
+    print_line,
 )
 from gap_runtime.errors import ConfigError
 
@@ -99,7 +100,7 @@ def _time_all(options: argparse.Namespace, display: Display) -> int:
         return 0
     for each in timed:
         if each.milliseconds is None:
-            print(f"{each.backend}: {each.problem}")
+            print_line(f"{each.backend}: {each.problem}")
         else:
             print(f"{each.backend}: {each.milliseconds:.1f} ms")
     display.say(f"--backend auto takes {timed[0].backend} for this bundle from now on")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from gap_runtime.cli.options import add_bundle, open_bundle, print_json
+from gap_runtime.cli.options import add_bundle, open_bundle, print_json, print_line
 
 SUMMARY: Final = "show what a bundle holds"
 
@@ -25,26 +25,37 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.display import format_bytes  # noqa: PLC0415
 
     layout = manifest.layout
-    print(f"{manifest.name}: {manifest.family}, {manifest.dtype}, opset {manifest.target.opset}")
-    print(f"pruner {manifest.pruning.strategy}, positions {manifest.pruning.positions}")
-    print(
+    print_line(
+        f"{manifest.name}: {manifest.family}, {manifest.dtype}, opset {manifest.target.opset}"
+    )
+    print_line(f"pruner {manifest.pruning.strategy}, positions {manifest.pruning.positions}")
+    print_line(
         f"prompt: {layout.prefix} text + visual + up to {layout.suffix} text, "
         f"answer up to {layout.answer}; cache {layout.capacity} slots"
     )
     for entry in manifest.ratios:
         extra = f" and {entry.extra} made of the rest" if entry.extra else ""
         bucket = f" ({entry.bucket})" if entry.bucket else ""
-        print(f"ratio {entry.ratio:g}{bucket}: keeps {entry.kept} of {entry.patches}{extra}")
+        print_line(f"ratio {entry.ratio:g}{bucket}: keeps {entry.kept} of {entry.patches}{extra}")
     for stage in manifest.stages:
-        print(f"stage {stage.file}")
+        print_line(f"stage {stage.file}")
         for label, specs in (("in ", stage.inputs), ("out", stage.outputs)):
             for spec in specs[:6]:
                 shape = ", ".join(map(str, spec.shape))
-                print(f"  {label} {spec.name} {spec.dtype} [{shape}]  {spec.meaning}")
+                print_line(f"  {label} {spec.name} {spec.dtype} [{shape}]  {spec.meaning}")
             if len(specs) > 6:
-                print(f"  {label} ... {len(specs) - 6} more of the KV cache")
+                print_line(f"  {label} ... {len(specs) - 6} more of the KV cache")
     total = sum(entry.size for entry in manifest.files.values())
-    print(f"{len(manifest.files)} files, {format_bytes(total)}")
+    print_line(f"{len(manifest.files)} files, {format_bytes(total)}")
     answers = len(manifest.reference.samples) if manifest.reference else 0
-    print(f"{answers} reference answers")
+    dtype = f", PyTorch in {manifest.reference.dtype}" if manifest.reference else ""
+    print_line(f"{answers} reference answers{dtype}")
+    source, pruning = manifest.source, manifest.pruning
+    revision = f" at {source.revision}" if source.revision else ""
+    print_line(f"made from {source.checkpoint}{revision}, index {source.index_sha256[:12]}")
+    made_by = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    print_line(f"made for {manifest.target.name}, seed {pruning.seed}, by {made_by}")
+    if manifest.quantization is not None:
+        fewer = manifest.quantization
+        print_line(f"{fewer.weights} weights by {fewer.method}: {', '.join(fewer.parts)}")
     return 0

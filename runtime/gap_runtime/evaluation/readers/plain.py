@@ -7,7 +7,7 @@ y1 instead. `id` names a phrase, else its line does. `width` and `height` are ch
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +15,10 @@ from typing import Any, Final
 from gap_runtime.errors import InputError
 from gap_runtime.evaluation.expression import Expression, find_picture
 from gap_runtime.evaluation.fields import read_corners, read_name, read_path, read_size, read_text
-from gap_runtime.evaluation.files import LINE_BYTES, read_lines, unreadable
+from gap_runtime.evaluation.files import LINE_BYTES, read_lines
 from gap_runtime.evaluation.source import Source
+from gap_runtime.records.files import open_file
+from gap_runtime.records.plain import parse_json
 
 SUFFIXES: Final = (".jsonl", ".csv")
 USUAL: Final = None
@@ -59,7 +61,10 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and fields of every line of a CSV, numbers as numbers."""
     csv.field_size_limit(LINE_BYTES)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with (
+            open_file(path, InputError) as opened,
+            io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as file,
+        ):
             rows = csv.DictReader(file, restkey="", restval="", strict=True)
             names = [name.strip() for name in rows.fieldnames or []]
             rows.fieldnames = names
@@ -76,8 +81,6 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if "" in row:
                     raise InputError(f"{where}: more fields than the first line names")
                 yield rows.line_num, _read_cells(row, where)
-    except OSError as error:
-        raise unreadable(path, error) from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid CSV ({error})") from error
 
@@ -100,8 +103,8 @@ def _read_cells(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _read_number(text: str, name: str, where: str) -> float:
     try:
-        number = json.loads(text.strip() or "null")
-    except ValueError:
+        number = parse_json(text.strip() or "null", where, InputError)
+    except InputError:
         number = None
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise InputError(f"{where}: '{name}' is {text[:40]!r}, expected numbers in pixels")

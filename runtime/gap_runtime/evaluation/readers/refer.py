@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -112,7 +113,7 @@ def load_plain_pickle(path: Path) -> Any:
         raise InputError(f"{path}: {error}") from error
     except (
         *(pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, EOFError),
-        *(OverflowError, MemoryError, RecursionError, AssertionError, ImportError),
+        *(OverflowError, MemoryError, RecursionError, AssertionError, ImportError, struct.error),
     ) as error:
         raise InputError(
             f"{path}: a damaged pickle ({' '.join(str(error).split()):.100})"

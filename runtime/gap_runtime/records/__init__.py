@@ -1,12 +1,14 @@
 """Strict records: plain data (from JSON or TOML) to frozen dataclasses and back.
 
-Every key must be known, every value of the declared type and among the declared words; an error
-carries the dotted path.
+A file to read is opened in `records.files`, JSON and TOML are parsed in `records.plain`, and
+nowhere else. Every key must be known, every value of the declared type and among the declared
+words; an error carries the dotted path.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -14,6 +16,8 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 from gap_runtime.errors import RecordError, WordError, suggest
 
 Record = TypeVar("Record")
+_BEYOND: Final = 2**63
+"""Above what any size, count or seed can be."""
 
 
 def load_record(kind: type[Record], data: Any, where: str) -> Record:
@@ -92,7 +96,11 @@ def _convert(hint: Any, value: Any, place: _Place) -> Any:
     if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
         return hint(*_convert_tuple(tuple(get_type_hints(hint).values()), value, place))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < _BEYOND else math.inf
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{place}: found {_name(value)}, expected a finite number")
+    if hint is int and type(value) is int and abs(value) >= _BEYOND:
+        raise RecordError(f"{place}: found {_name(value)}, expected a number of 64 bits")
     if hint is Any or (type(value) is hint):
         return value
     raise RecordError(f"{place}: found {_name(value)}, expected {_hint_name(hint)}")
@@ -117,7 +125,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, place: _Place) -> Any:
         if choice is type(None) and value is None:
             return None
         if choice is not type(None) and type(value) is choice:
-            return value
+            return _convert(choice, value, place)
     for choice in args:
         if choice is not type(None):
             try:

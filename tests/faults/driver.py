@@ -1,0 +1,142 @@
+"""Runs one command over and over, each time with another call that fails; needs the shim loaded.
+
+    LD_PRELOAD=shim.so python -m faults.driver JOB HOME ERRNO FIRST STEP
+
+Every case is a fork of one process that has imported everything and traced the graphs. On stdout
+comes a line of JSON for each: the number of the call, its name, the exit code, what was said.
+"""
+
+import ctypes
+import io
+import json
+import os
+import shutil
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from PIL import Image
+
+MOST = 5000
+
+
+def main():
+    job, home, error, first, step = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6])
+    shim = ctypes.CDLL(None)
+    shim.fault_name.restype = ctypes.c_char_p
+    arguments, run = JOBS[job](home)
+    for number in range(first, MOST, step):
+        prepare(home, job)
+        found = fork(shim, run, arguments, home / "place", number, error)
+        print(json.dumps({"number": number, **found, **look(home)}), flush=True)
+        if not found["failed"]:
+            # The command makes no more calls than that.
+            return
+
+
+def fork(shim, run, arguments, place, number, error):
+    """One case in a process of its own."""
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(out)
+        said, code = io.StringIO(), -1
+        shim.fault_arm(os.fsencode(place), number, error)
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(said):
+                code = run(arguments)
+        except BaseException:
+            said.write(traceback.format_exc())
+        failed = shim.fault_name().decode()
+        found = {"code": code, "said": said.getvalue(), "failed": failed}
+        os.write(into, json.dumps(found).encode())
+        os._exit(0)
+    os.close(into)
+    with os.fdopen(out, "rb") as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"code": None, "said": "it died", "failed": "?"}
+
+
+def export_job(home):
+    from makers.families import GRAPHS
+
+    from gap_export.cli.main import main as run
+    from gap_export.pipeline import run as pipeline
+
+    pipeline.GraphCache = lambda: GRAPHS
+    arguments = [
+        *(str(home / "checkpoint"), "--ratio", "0.5", "--out", str(home / "place" / "bundle")),
+        *("--set", "prompt.template=<image> {phrase}", "--set", "prompt.answer=8", "--force"),
+        "--no-reference",
+    ]
+    # Traces the graphs for all the forks.
+    shutil.rmtree(home / "traced", ignore_errors=True)
+    with redirect_stdout(io.StringIO()):
+        assert run([*arguments, "--out", str(home / "traced")]) == 0
+    return arguments, run
+
+
+def evaluate_job(home):
+    from gap_runtime.cli.main import main as run
+
+    arguments = [
+        *("evaluate", str(home / "place" / "bundle"), "--data", "refshapes:test", "--limit", "2"),
+        *("--ratio", "0.5", "--out", str(home / "place" / "answers.jsonl")),
+    ]
+    return arguments, run
+
+
+def ground_job(home):
+    from gap_runtime.cli.main import main as run
+
+    Image.new("RGB", (90, 60), (200, 100, 50)).save(home / "picture.png")
+    return ["ground", str(home / "place" / "bundle"), str(home / "picture.png"), "a square"], run
+
+
+JOBS = {
+    "export": export_job,
+    "replace": export_job,
+    "evaluate": evaluate_job,
+    "ground": ground_job,
+}
+
+
+def prepare(home, job):
+    """The place as it is before the command."""
+    place = home / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    if job != "export":
+        shutil.copytree(home / "first", place / "bundle")
+
+
+def look(home):
+    """What lies in the place afterwards."""
+    from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.errors import GapError
+
+    place = home / "place"
+    names = sorted(path.name for path in place.iterdir())
+    state = {"names": names, "bundle": "none", "answers": "none"}
+    if "bundle" in names:
+        try:
+            bundle = Bundle.open(place / "bundle", verify_all=True)
+            state["bundle"] = bundle.manifest.name
+        except GapError as error:
+            state["bundle"] = f"broken: {error}"
+    if "answers.jsonl" in names and not (place / "answers.jsonl").stat().st_size:
+        state["answers"] = "empty"
+    elif "answers.jsonl" in names:
+        from gap_runtime.evaluation.results import read_answers
+
+        try:
+            state["answers"] = str(len(read_answers(place / "answers.jsonl").rows))
+        except GapError as error:
+            state["answers"] = str(error)
+    return state
+
+
+if __name__ == "__main__":
+    main()
