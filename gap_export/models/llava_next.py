@@ -129,7 +129,9 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     )
     return ModelSpec(
         buckets=read_buckets(
-            config.image.canvas or _usual_canvas(preprocess), preprocess, side // vision.patch_size
+            _usual_canvas(preprocess) if config.image.canvas is None else config.image.canvas,
+            preprocess,
+            side // vision.patch_size,
         ),
         vision_width=vision.hidden_size,
         features=clip_features(vision, text_spec),

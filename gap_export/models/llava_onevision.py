@@ -129,7 +129,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     )
     return ModelSpec(
         buckets=read_buckets(
-            config.image.canvas or _usual_canvases(preprocess),
+            _usual_canvases(preprocess) if config.image.canvas is None else config.image.canvas,
             preprocess,
             grid,
             lambda mosaic: shrink_mosaic(mosaic, grid, views),

@@ -89,7 +89,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         )
     return ModelSpec(
         buckets=read_buckets(
-            config.image.canvas or _CANVASES,
+            _CANVASES if config.image.canvas is None else config.image.canvas,
             token,
             window,
             "so that the tower's windows are equal",

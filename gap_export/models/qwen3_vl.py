@@ -90,7 +90,10 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     token = vision.patch_size * MERGE
     return ModelSpec(
         buckets=read_buckets(
-            config.image.canvas or _CANVASES, token, token, "the pixels of a visual token"
+            _CANVASES if config.image.canvas is None else config.image.canvas,
+            token,
+            token,
+            "the pixels of a visual token",
         ),
         vision_width=STRIP * vision.hidden_size * (1 + decoder.planes),
         features={Feature.COLUMN_ATTENTION: ()},

@@ -231,11 +231,14 @@ def _read_ratio(text: str) -> float:
     if share:
         raise argparse.ArgumentTypeError(f"'{text}': did you mean {float(share[1]) / 100:g}?")
     try:
-        return float(text)
+        ratio = float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"'{text}' is no share of visual tokens to remove, as 0.5"
         ) from error
+    if not math.isfinite(ratio):
+        raise argparse.ArgumentTypeError(f"'{text}' is outside [0, 1)")
+    return ratio
 
 
 def _read_counts(text: str) -> list[int]:

@@ -8,6 +8,7 @@ import functools
 import logging
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -68,6 +69,12 @@ class FakeBinding:
         assert pointer
 
 
+def as_found(spec):
+    """An input or output in onnxruntime's words."""
+    kind = {"float32": "float"}.get(spec.dtype, spec.dtype)
+    return SimpleNamespace(name=spec.name, type=f"tensor({kind})", shape=list(spec.shape))
+
+
 class FakeSession:
     """A session that runs nothing. `ort` says where it would run and what it tells."""
 
@@ -79,12 +86,13 @@ class FakeSession:
         wanted = [name for name, _ in providers or []] + [name for name, _ in options.added]
         started = [name for name in wanted if name not in ort.broken]
         self.started = [*started, *([] if CPU in started else [CPU])]
+        self.stage = ort.stages[Path(path).name]
         self.runs = []
         ort.sessions.append(self)
         if ort.tells_places:
             self.get_input_memory_infos = lambda: [
                 SimpleNamespace(name="Cpu" if name in ort.on_host else "Cuda")
-                for name in ort.inputs
+                for name in (spec.name for spec in self.stage.inputs)
             ]
         if ort.parts is not None:
             self.get_provider_graph_assignment_info = lambda: [
@@ -101,7 +109,10 @@ class FakeSession:
         return self.started
 
     def get_inputs(self):
-        return [SimpleNamespace(name=name) for name in self.ort.inputs]
+        return [as_found(spec) for spec in self.stage.inputs]
+
+    def get_outputs(self):
+        return [as_found(spec) for spec in self.stage.outputs]
 
     def io_binding(self):
         return FakeBinding()
@@ -131,8 +142,7 @@ def ort(monkeypatch, decoder_bundle):
     module.broken, module.failure = set(), ""
     module.tells_places, module.on_host, module.parts = True, set(), None
     module.sessions, module.registered, module.devices = [], [], []
-    stage = decoder_bundle.manifest.stage(DECODER)
-    module.inputs = [spec.name for spec in stage.inputs]
+    module.stages = {stage.file: stage for stage in decoder_bundle.manifest.stages}
     module.get_available_providers = lambda: module.available
     module.SessionOptions = FakeOptions
     module.InferenceSession = functools.partial(FakeSession, module)
