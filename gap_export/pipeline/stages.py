@@ -106,6 +106,7 @@ def pruning_key(plan: ExportPlan, entry: RatioEntry) -> tuple[object, ...]:
         replace(plan.prune, ratios=(), keep=()),
         plan.layout.at(entry),
         entry.kept,
+        plan.coordinates.get(entry.bucket, ()),
     )
 
 

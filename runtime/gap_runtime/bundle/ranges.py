@@ -156,7 +156,8 @@ def _list_claims_of_sample(
         if sample.ratio is None
         else entries.get((sample.ratio, sample.bucket))
     )
-    yield _Claim(f"{place}.kept", sample.kept, sample.kept == kept, f"{kept} at its ratio")
+    wanted = "the kept count of one of the ratios" if kept is None else f"{kept} at its ratio"
+    yield _Claim(f"{place}.kept", sample.kept, sample.kept == kept, wanted)
     ids = sample.token_ids
     yield _Claim(f"{place}.token_ids", ids, _are_ids(ids, logits), "tokens of the model")
     usable = _are_ids(sample.prompt_ids, rows)
