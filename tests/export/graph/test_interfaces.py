@@ -65,6 +65,7 @@ def test_the_page_says_what_graphs_take_and_give(name, tmp_path, tmp_path_factor
         "d": decoder.head_dim,
         "L": plan.layout.capacity,
         "axes": 1,
+        "R": decoder.row_width,
         "W": width,
         "prefix": plan.layout.prefix,
         "suffix": plan.layout.suffix,
