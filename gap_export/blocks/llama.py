@@ -13,6 +13,7 @@ None may have a window that a prompt outgrows, or rotary frequencies that change
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gap_export.blocks.llama_layers import LlamaDecoder, LlamaSizes
+from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import (
     TensorSource,
     build_without_memory,
@@ -165,6 +168,39 @@ def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
 def optional_tensors(spec: DecoderSpec) -> frozenset[str]:
     """Those that a checkpoint may leave out: a head that is the embedding table."""
     return frozenset({HEAD} if spec.sizes.is_tied else ())
+
+
+def match_weights(
+    checkpoint: Checkpoint,
+    decoder: DecoderSpec,
+    expected: dict[str, tuple[int, ...]],
+    *,
+    rename: Callable[[str], str],
+    ignored: Sequence[str],
+) -> dict[str, TensorSource]:
+    """Where the tensors of a model with this decoder lie in one checkpoint; a tied head is found.
+
+    Args:
+        checkpoint: The files.
+        decoder: What it is made of; its linear layers may be packed.
+        expected: Shapes by name, the decoder's among them.
+        rename: From a key of the files to a name in the modules here.
+        ignored: Patterns of keys that no module takes.
+
+    Raises:
+        CheckpointError: One is missing, has another shape or is not known.
+    """
+    sources = match_sources(
+        checkpoint,
+        expected,
+        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
+        packable=linear_layers(decoder),
+        rename=rename,
+        ignored=ignored,
+        optional=optional_tensors(decoder),
+    )
+    tie_head(sources)
+    return sources
 
 
 def tie_head(sources: dict[str, TensorSource]) -> None:

@@ -46,7 +46,6 @@ from gap_export.checkpoint.adapter import (
     replace_values,
 )
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -160,16 +159,13 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
     expected |= expected_shapes(lambda: InternVitTower(tower, frozenset(), tower.layers))
     adapters = read_adapters(checkpoint, library_name)
-    sources = match_sources(
+    sources = llama.match_weights(
         replace_values(checkpoint, adapters, library_name),
+        spec.decoder,
         expected,
-        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
-        packable=llama.linear_layers(spec.decoder),
         rename=library_name,
         ignored=(*IGNORED, *([] if tower.is_normed else [_LAST_NORM]), r"embeddings\.mask_token$"),
-        optional=llama.optional_tensors(spec.decoder),
     )
-    llama.tie_head(sources)
     add_adapters(sources, adapters)
     return sources
 

@@ -55,7 +55,7 @@ from gap_export.checkpoint.adapter import (
 )
 from gap_export.checkpoint.differences import refuse_differences
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing, without_quantization
+from gap_export.checkpoint.packed import read_packing, without_quantization
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -186,16 +186,13 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     inside = not original or any("vision_tower." in key for key in files.tensors)
     if inside:
         expected |= tower_shapes(config.vision_config)
-    sources = match_sources(
+    sources = llama.match_weights(
         files,
+        spec.decoder,
         expected,
-        packing=read_packing(files.require_json("config.json"), "config.json"),
-        packable=llama.linear_layers(spec.decoder),
         rename=_canonical_name,
         ignored=IGNORED,
-        optional=llama.optional_tensors(spec.decoder),
     )
-    llama.tie_head(sources)
     clip = checkpoint.parts.get("clip")
     if clip is not None:
         sources |= find_clip_weights(clip, vision=not inside, text=spec.text is not None)

@@ -53,7 +53,6 @@ from gap_export.checkpoint.adapter import (
     replace_values,
 )
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -156,16 +155,13 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
     expected |= tower_shapes(config.vision_config) | {NEWLINE: (spec.decoder.width,)}
     adapters = read_adapters(checkpoint, library_name)
-    sources = match_sources(
+    sources = llama.match_weights(
         replace_values(checkpoint, adapters, library_name),
+        spec.decoder,
         expected,
-        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
-        packable=llama.linear_layers(spec.decoder),
         rename=library_name,
         ignored=IGNORED,
-        optional=llama.optional_tensors(spec.decoder),
     )
-    llama.tie_head(sources)
     if spec.text is not None:
         sources |= find_clip_weights(checkpoint.parts["clip"], vision=False, text=True)
     add_adapters(sources, adapters)

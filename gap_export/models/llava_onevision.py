@@ -49,7 +49,6 @@ from gap_export.checkpoint.adapter import (
     replace_values,
 )
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -161,16 +160,13 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     expected |= expected_shapes(lambda: _make_projector(config))
     expected |= {NEWLINE: (spec.decoder.width,)}
     adapters = read_adapters(checkpoint, library_name)
-    sources = match_sources(
+    sources = llama.match_weights(
         replace_values(checkpoint, adapters, library_name),
+        spec.decoder,
         expected,
-        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
-        packable=llama.linear_layers(spec.decoder),
         rename=library_name,
         ignored=(*IGNORED, *UNUSED),
-        optional=llama.optional_tensors(spec.decoder),
     )
-    llama.tie_head(sources)
     add_adapters(sources, adapters)
     return sources
 

@@ -37,7 +37,6 @@ from gap_export.blocks.qwen import (
 from gap_export.blocks.qwen3_vision import Qwen3Mergers, Qwen3Tower
 from gap_export.blocks.qwen_vision import MERGE, STRIP
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.packed import match_sources, read_packing
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
@@ -114,17 +113,13 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """Every tensor, all in the checkpoint, in the key names of any version of the library."""
     tower = expected_shapes(lambda: build_tower(spec, spec.buckets[0], frozenset()))
-    sources = match_sources(
+    return llama.match_weights(
         checkpoint,
+        spec.decoder,
         tower | expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder),
-        packing=read_packing(checkpoint.require_json("config.json"), "config.json"),
-        packable=llama.linear_layers(spec.decoder),
         rename=canonical_name,
         ignored=IGNORED,
-        optional=llama.optional_tensors(spec.decoder),
     )
-    llama.tie_head(sources)
-    return sources
 
 
 def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:
