@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.checkpoints import write_json, write_safetensors
+from benchmarks.shards import write_json, write_safetensors
 from benchmarks.tiled import Shapes
 
 _ROPE_25: Final = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
