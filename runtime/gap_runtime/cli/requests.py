@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import InputError, suggest
+from gap_runtime.records.plain import parse_json
 
 STDIN: Final = "-"
 """Instead of pictures: requests come as JSON lines on standard input."""
 _KEYS: Final = ("image", "phrase", "ratio", "keep", "id")
 _LONGEST: Final = 1_000_000
-"""Characters of a line that are read at most."""
+"""Bytes of a line that are read at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,47 +51,46 @@ def _list_folder(folder: Path) -> list[str]:
 
 
 def read_requests(
-    lines: Iterable[str], phrases: Sequence[str]
+    lines: Iterable[bytes], phrases: Sequence[str]
 ) -> Iterator[PictureRequest | InputError]:
     """A request for each line that is not empty, or what is wrong with it.
 
     Args:
-        lines: JSON objects with `image`, `phrase` (a text or a list of them), and where wanted
-            `ratio`, `keep` and `id`.
+        lines: In UTF-8, JSON objects with `image`, `phrase` (a text or a list of them), and where
+            wanted `ratio`, `keep` and `id`.
         phrases: For lines that have none.
     """
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"line {number}"
         try:
-            yield _read_line(line, tuple(phrases))
+            if len(line) > _LONGEST:
+                raise InputError(f"{where}: {len(line):,} bytes, at most {_LONGEST:,} are read")
+            yield _read_request(parse_json(line, where, InputError), where, tuple(phrases))
         except InputError as error:
-            yield InputError(f"line {number}: {error}")
+            yield error
 
 
-def _read_line(line: str, phrases: tuple[str, ...]) -> PictureRequest:
-    if len(line) > _LONGEST:
-        raise InputError(f"{len(line):,} characters, at most {_LONGEST:,} are read")
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"no JSON ({error})") from error
+def _read_request(data: Any, where: str, phrases: tuple[str, ...]) -> PictureRequest:
     if not isinstance(data, dict):
-        raise InputError(f"{type(data).__name__} where an object is expected")
+        raise InputError(f"{where}: {type(data).__name__} where an object is expected")
     for key in data:
         if key not in _KEYS:
-            raise InputError(f"unknown key {key!r:.40}; {suggest(key, _KEYS)}")
+            raise InputError(f"{where}: unknown key {key!r:.40}; {suggest(key, _KEYS)}")
     image, asked = data.get("image"), data.get("phrase", list(phrases))
     asked = [asked] if isinstance(asked, str) else asked
     if not isinstance(image, str) or not image:
-        raise InputError("'image' has to be the path of a picture")
+        raise InputError(f"{where}: 'image' has to be the path of a picture")
     if not isinstance(asked, list) or not asked or not all(isinstance(p, str) for p in asked):
-        raise InputError("'phrase' has to be a text or a list of texts")
+        raise InputError(f"{where}: 'phrase' has to be a text or a list of texts")
     ratio, keep = data.get("ratio"), data.get("keep")
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
-        raise InputError("'ratio' has to be a number, the share of visual tokens removed")
+        raise InputError(
+            f"{where}: 'ratio' has to be a number, the share of visual tokens removed"
+        )
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int)):
-        raise InputError("'keep' has to be a count of visual tokens")
+        raise InputError(f"{where}: 'keep' has to be a count of visual tokens")
     return PictureRequest(
         image=image, phrases=tuple(asked), ratio=ratio, keep=keep, id=data.get("id")
     )

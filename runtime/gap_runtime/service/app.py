@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import logging
 import threading
 import time
@@ -13,7 +12,7 @@ import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from functools import lru_cache, partial
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,6 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from gap_runtime.errors import ConfigError, EngineError, GapError, InputError
+from gap_runtime.records.plain import parse_json
 from gap_runtime.service.chat import make_completion, read_chat, stream_completion
 from gap_runtime.service.metrics import CONTENT_TYPE, Metrics
 from gap_runtime.service.models import Models, Reply
@@ -191,7 +191,7 @@ class Service:
         return JSONResponse(reply.dump(queue_ms))
 
     async def _complete(self, request: Request) -> Response:
-        data = _parse_json(await self._read_body(request))
+        data = parse_json(await self._read_body(request), "the body", InputError)
         asked = read_chat(data, self._models, self._settings)
         reply, queue_ms = await self._ask(request, asked.question)
         if not asked.stream:
@@ -206,7 +206,9 @@ class Service:
             body = await self._read_body(request)
             return read_form_question(await _parse_form(request, body), self._settings)
         if kind == "application/json":
-            return read_json_question(_parse_json(await self._read_body(request)), self._settings)
+            return read_json_question(
+                parse_json(await self._read_body(request), "the body", InputError), self._settings
+            )
         raise MediaTypeError(
             f"a body of type {kind or 'unknown'!r:.60}; expected multipart/form-data or "
             "application/json"
@@ -265,13 +267,6 @@ async def _wait_until_gone(request: Request) -> None:
     """Come back when the client has closed the connection; its body was read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _parse_json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the body is no JSON ({error})") from error
 
 
 async def _parse_form(request: Request, body: bytes) -> Mapping[str, list[str | bytes]]:

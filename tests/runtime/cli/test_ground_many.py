@@ -61,6 +61,11 @@ def test_a_broken_picture_does_not_stop_the_others(ground, folder):
     assert err.count("error: ") == 1
 
 
+def pipe_in(monkeypatch, data):
+    """Bytes on standard input, which is read strictly as in most locales."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8", "strict"))
+
+
 def test_json_lines_in_a_pipe(ground, folder, monkeypatch):
     lines = [
         {"image": f"{folder}/a.png", "phrase": "the mug", "id": 7},
@@ -70,7 +75,7 @@ def test_json_lines_in_a_pipe(ground, folder, monkeypatch):
         {"picture": f"{folder}/a.png"},
     ]
     text = "".join(f"{json.dumps(line)}\n" for line in lines) + "\nno json\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    pipe_in(monkeypatch, text.encode())
     code, out, err = ground("-", "--phrase", "the mug")
     found = [json.loads(line) for line in out.splitlines()]
     assert code == 2
@@ -78,22 +83,24 @@ def test_json_lines_in_a_pipe(ground, folder, monkeypatch):
     assert [each.get("id") for each in found] == [7, None, None, "x", None, None, None]
     assert "nowhere.png: no such file" in found[3]["error"]["message"]
     assert "line 5: unknown key 'picture'; " in found[5]["error"]["message"]
-    assert "line 7: no JSON" in found[6]["error"]["message"]
+    assert "line 7: not valid JSON" in found[6]["error"]["message"]
     assert err.count("error: ") == 3
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[]", "list where an object"),
-        ('{"image": 7, "phrase": "x"}', "path of a picture"),
-        ('{"image": "a.png", "phrase": []}', "a text or a list of texts"),
-        ('{"image": "a.png", "phrase": "x", "ratio": "half"}', "'ratio' has to be a number"),
-        ('{"image": "a.png", "phrase": "x", "keep": true}', "'keep' has to be a count"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[" * 1000, "nested over 64 deep"),
+        (b"[]", "list where an object"),
+        (b'{"image": 7, "phrase": "x"}', "path of a picture"),
+        (b'{"image": "a.png", "phrase": []}', "a text or a list of texts"),
+        (b'{"image": "a.png", "phrase": "x", "ratio": "half"}', "'ratio' has to be a number"),
+        (b'{"image": "a.png", "phrase": "x", "keep": true}', "'keep' has to be a count"),
     ],
 )
 def test_a_line_that_says_nothing_useful_is_told(ground, monkeypatch, line, said):
-    monkeypatch.setattr("sys.stdin", io.StringIO(line))
+    pipe_in(monkeypatch, line)
     code, out, _ = ground("-")
     assert code == 2
     assert said in json.loads(out)["error"]["message"]

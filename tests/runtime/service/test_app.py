@@ -156,15 +156,15 @@ def test_what_cannot_be_used_is_one_line(serve, name):
 @pytest.mark.parametrize(
     ("body", "kind", "status", "said"),
     [
-        (b"{", "application/json", 400, "no JSON"),
-        (b"[" * 100_000, "application/json", 400, "no JSON"),
-        (b"\xff\xfe", "application/json", 400, "no JSON"),
+        (b"{", "application/json", 400, "not valid JSON"),
+        (b"[" * 100_000, "application/json", 400, "not valid JSON"),
+        (b"\xff\xfe", "application/json", 400, "not valid JSON"),
         (b"x", "text/plain", 415, "expected multipart/form-data or application/json"),
         (b"x", "multipart/form-data", 400, "the form cannot be read"),
         (b"x", "multipart/form-data; boundary=b", 400, ""),
         (b"--b\r\n\r\nx", "multipart/form-data; boundary=b", 400, ""),
         (b"", "multipart/form-data; boundary=b", 400, ""),
-        (b"", "application/json", 400, "no JSON"),
+        (b"", "application/json", 400, "not valid JSON"),
     ],
 )
 def test_bodies_that_are_none_are_told(serve, body, kind, status, said):

@@ -19,7 +19,7 @@ from gap_runtime.cli.options import (
     print_json,
 )
 from gap_runtime.cli.requests import STDIN, PictureRequest, find_pictures, read_requests
-from gap_runtime.errors import ConfigError, GapError, InputError, NoBoxError
+from gap_runtime.errors import ConfigError, GapError, InputError, NoBoxError, show_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     if options.inputs == [STDIN]:
         if options.draw is not None:
             raise ConfigError("--draw: goes with pictures that are named, not with stdin")
-        return _ground_all(options, read_requests(sys.stdin, options.phrase or ()))
+        return _ground_all(options, read_requests(sys.stdin.buffer, options.phrase or ()))
     pictures, phrases = _read_inputs(options)
     if len(pictures) == 1:
         return _ground_one(options, pictures[0], phrases)
@@ -221,11 +221,12 @@ def _print_line(data: dict[str, Any]) -> None:
 
 def _show(display: Display, grounding: Grounding, start: str, *, quiet: bool) -> None:
     """A line for every box; on stderr what is no box, and unless quiet the times."""
+    start = show_line(start)
     if not quiet:
         for box in grounding.boxes:
             print(start + " ".join(f"{value:.1f}" for value in box))
     if not grounding.boxes:
-        said = "; ".join(grounding.problems)
+        said = show_line("; ".join(grounding.problems))
         print(
             f"error: {start}no usable box: {said} (answer: {grounding.answer!r})", file=sys.stderr
         )
