@@ -28,12 +28,14 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from arrangements import APART, EXACT, GRID, KEPT, MAIN, TOKENS, VARIANTS, WHOLE, Laid, Variant
+from gap_export.config.pruners import IVC
 from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import ExportPlan, plan_export
 from gap_export.pipeline.request import make_request
 from gap_export.reference.answers import Reference
 from gap_export.reference.choice import Chosen
+from gap_runtime.bundle.hashes import hash_file
 from gap_runtime.display import Display, Pace
 from gap_runtime.evaluation.data import open_data
 from gap_runtime.evaluation.expression import Expression
@@ -179,12 +181,26 @@ def ask_phrase(
             )
 
 
-def read_asked(path: Path) -> list[Asked]:
-    """The answers that are there; a torn last line is left out."""
+def describe_run(plan: ExportPlan, keep: int) -> str:
+    """What answers depend on besides phrase and variant; the first line of their file."""
+    files = sorted(plan.checkpoint.folder.glob("*.safetensors"))
+    weights = {path.name: hash_file(path) for path in files}
+    return json.dumps({"model": MODEL, "keep": keep, "weights": weights})
+
+
+def require_same_run(path: Path, run: str) -> None:
+    """Begin a file of answers, or end the command where it holds those of another run."""
     if not path.is_file():
-        return []
+        path.write_text(f"{run}\n", encoding="utf-8")
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    if first != run:
+        raise SystemExit(f"{path}: answers of another run ({first:.80}); give another --out")
+
+
+def read_asked(path: Path) -> list[Asked]:
+    """The answers behind the line of `describe_run`; a torn last line is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_text(encoding="utf-8").split("\n")[1:-1]:
         data = json.loads(line)
         said = data["said"]
         found.append(Asked(**(data | {"said": None if said is None else tuple(said)})))
@@ -202,7 +218,7 @@ def ask_all(plan: ExportPlan, expressions: Sequence[Expression], path: Path) -> 
     }
     count = sum(1 for wanted in left.values() if wanted)
     reference, asker = open_reference(plan), Asker(plan)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8")
     # What a stop left of a last line goes.
     path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     with path.open("a", encoding="utf-8") as file, Display().progress("asking") as show:
@@ -374,11 +390,17 @@ def find_interval(shares: np.ndarray, seeds: int) -> tuple[float, float]:
 
 
 def find_p(variant: Variant, hits: dict[str, dict[tuple[str, int], bool]]) -> float | None:
-    """McNemar's p against the model's pruner with GAP, or none, where one seed answers."""
+    """McNemar's p against the model's pruner with GAP, or none, where one seed answers.
+
+    A pruner with coordinate tokens is held against the same one without them.
+    """
+    pruner = variant.pruner
     base = {
         None: f"{WHOLE}: IDs as they are",
         MAIN: f"{APART}: right IDs, right order (GAP)",
-    }.get(variant.pruner, f"{KEPT}: {MAIN}")
+    }.get(pruner, f"{KEPT}: {MAIN}")
+    if pruner is not None and pruner.endswith(IVC):
+        base = f"{KEPT}: {pruner.removesuffix(IVC)}"
     own, other = hits[variant.name], hits.get(base)
     if len(variant.seeds) > 1 or variant.name == base or other is None:
         return None
@@ -442,7 +464,9 @@ def main() -> None:
     request = make_request(MODEL, keep=options.keep, pruner=MAIN, out=options.out, reference=False)
     plan = plan_export(request)
     options.out.mkdir(parents=True, exist_ok=True)
-    found = ask_all(plan, expressions, options.out / "answers.jsonl")
+    answers = options.out / "answers.jsonl"
+    require_same_run(answers, describe_run(plan, options.keep))
+    found = ask_all(plan, expressions, answers)
     figures = score(plan, expressions, found)
     summary = {
         "model": MODEL,

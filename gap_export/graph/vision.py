@@ -234,7 +234,7 @@ class PruneStage(nn.Module):
         """Visual tokens; picked where all were projected for the pruner already."""
         ready = None if features is None else features.values.get(Feature.TOKENS)
         if ready is None or choice.mix_BKN is not None or self.layout.extra or self.planes:
-            # Projecting after the choice spares the removed patches' work; no pruner reads planes.
+            # Projecting after the choice spares the removed patches' work, and their planes'.
             tokens_BKD: Tensor = self.projector(rows_BKC)
             return tokens_BKD
         order = choice.order

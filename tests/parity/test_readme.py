@@ -76,6 +76,13 @@ def test_files_that_a_document_names_are_there(page):
     assert missing == set()
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_document_are_indented(page):
+    """Else they are no code, and the test above does not see them."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"^gap-(?:export|runtime) .*", text, flags=re.MULTILINE)
+
+
 def test_the_documents_show_every_command_of_the_exporter():
     shown = " ".join(str(command.values[0]) for command in commands())
     for command in ("list", "positions", "count", "evaluate", "sweep"):
