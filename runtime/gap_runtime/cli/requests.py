@@ -43,7 +43,10 @@ def find_pictures(names: Sequence[str]) -> list[str]:
 def _list_folder(folder: Path) -> list[str]:
     from PIL import Image  # noqa: PLC0415 - libraries only when a command runs
 
-    suffixes = Image.registered_extensions()
+    from gap_runtime.pictures.load import FORMATS  # noqa: PLC0415
+
+    known = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in known.items() if name in FORMATS}
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not files:
         raise InputError(f"{folder}: no picture in this folder (folders in it are not looked at)")

@@ -179,6 +179,8 @@ class KeptViews:
         found = self._views.setdefault(key, view)
         found.is_kept = True
         self._views.move_to_end(key)
+        # A phrase may be refused and never come to an answer; the picture lies here already.
+        self.trim()
         return found
 
     def count_bytes(self) -> int:

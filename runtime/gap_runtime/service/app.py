@@ -120,19 +120,24 @@ class Service:
     async def _live(self, _: Starlette) -> AsyncIterator[None]:
         """Load the models as soon as requests can come; they wait for it."""
         warming = asyncio.ensure_future(self._warm_up())
+        warming.add_done_callback(self._tell_failure)
         try:
             yield
         finally:
             warming.cancel()
 
     async def _warm_up(self) -> None:
-        try:
-            await self.worker.run(lambda _: self._models.warm_up())
-        except GapError as error:
-            if self._on_failure is not None:
-                self._on_failure(error)
-            return
+        await self.worker.run(lambda _: self._models.warm_up())
         self._is_ready = True
+
+    def _tell_failure(self, warming: asyncio.Future[None]) -> None:
+        """End the service where its models cannot be loaded, for whatever reason."""
+        error = None if warming.cancelled() else warming.exception()
+        if error is None or self._on_failure is None:
+            return
+        if not isinstance(error, GapError):
+            error = EngineError(f"the models cannot be loaded ({type(error).__name__}: {error})")
+        self._on_failure(error)
 
     def _route(
         self, path: str, endpoint: Endpoint, method: str, *, is_open: bool = False

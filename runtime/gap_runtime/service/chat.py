@@ -16,7 +16,7 @@ from gap_runtime.service.models import Models, Reply
 from gap_runtime.service.questions import Question, read_image, read_number, require_phrases
 from gap_runtime.service.settings import ServiceSettings
 
-_ROLES: Final = {"system", "developer", "user", "assistant", "tool", "function"}
+_ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _BORDER: Final = re.compile(r"(?<=\n)|(?<=[:>\]] )|(?<=[>\]])")
 _BEHIND: Final = re.compile(r"<|\n|\s\[/|\s[A-Z]+:")
 """Where what a person would write ends: a mark of the chat, or the name of who answers."""
@@ -42,7 +42,8 @@ def read_chat(data: object, models: Models, settings: ServiceSettings) -> ChatRe
     """
     if not isinstance(data, dict):
         raise InputError(f"the body is a JSON {type(data).__name__}, expected an object")
-    if data.get("n") not in {None, 1}:
+    choices = data.get("n")
+    if isinstance(choices, bool) or choices not in (None, 1):
         raise InputError("'n' has to be 1: the answer is greedy, so there is but one")
     model = data.get("model")
     if model is not None and not isinstance(model, str):
@@ -141,7 +142,7 @@ def make_completion(reply: Reply, queue_ms: float) -> dict[str, Any]:
             }
         ],
         "usage": _count_tokens(reply),
-        "grounding": {**reply.dump(queue_ms)["results"][0], "score": found.score},
+        "grounding": reply.dump(queue_ms)["results"][0],
     }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import Any, Final
@@ -113,7 +113,7 @@ def fetch_picture(url: str, settings: ServiceSettings) -> bytes:
     try:
         with opener.open(url, timeout=min(_PATIENCE, settings.seconds)) as answer:
             data: bytes = answer.read(settings.body_bytes + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"the image cannot be fetched ({error})") from error
     if len(data) > settings.body_bytes:
         raise InputError(f"the image is larger than {settings.body_mb:g} MB")

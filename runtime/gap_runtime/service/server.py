@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -51,21 +55,37 @@ def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], N
         timeout_graceful_shutdown=max(1, round(settings.grace)),
         lifespan="on",
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     if threading.current_thread() is threading.main_thread():
         # uvicorn stops at SIGTERM, then sends it again to whoever had it before: nobody.
         signal.signal(signal.SIGTERM, lambda *_: None)
     announce(_describe(listening))
-    with listening:
+    # uvicorn raises Ctrl-C again when it has stopped; what runs still gets its time.
+    with listening, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
-    if not service.worker.stop(settings.grace):
+    if not service.worker.stop(server.count_left(settings.grace)):
         # A graph that still runs cannot be interrupted, and would keep the process alive.
         sys.stderr.flush()
         os._exit(1)
     models.close()
     if failures:
         raise failures[0]
+
+
+class _Server(uvicorn.Server):
+    """A server that knows when it was told to stop."""
+
+    _stopped = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop politely."""
+        self._stopped = min(self._stopped, time.monotonic())
+        super().handle_exit(sig, frame)
+
+    def count_left(self, grace: float) -> float:
+        """Seconds of a grace that are left."""
+        return grace - max(0.0, time.monotonic() - self._stopped)
 
 
 def _listen(settings: ServiceSettings) -> socket.socket:

@@ -72,7 +72,8 @@ class Worker:
         if self.waiting >= self._queue:
             raise BusyError(self.waiting, max(1, math.ceil(self.waiting * self._mean_seconds)))
         given_up = threading.Event()
-        inner = self._pool.submit(self._time, work, given_up)
+        held = [work]
+        inner = self._pool.submit(self._time, held, given_up)
         self.waiting += 1
         inner.add_done_callback(self._make_counter())
         future = asyncio.wrap_future(inner)
@@ -89,15 +90,16 @@ class Worker:
             given_up.set()
             if leaving is not None:
                 leaving.cancel()
-            if not future.done():
-                # Work that has not begun never will; what runs looks at the event.
-                future.cancel()
+            # Work that has not begun never will; what runs looks at the event.
+            if inner.cancel():
+                # The pool keeps what was cancelled until its turn comes; not the picture in it.
+                held.clear()
 
-    def _time(self, work: Callable[[threading.Event], T], given_up: threading.Event) -> T:
-        """Do the work, and remember how long work takes; in the thread."""
+    def _time(self, held: list[Callable[[threading.Event], T]], given_up: threading.Event) -> T:
+        """Do the one work that is held, and remember how long work takes; in the thread."""
         began = time.perf_counter()
         try:
-            return work(given_up)
+            return held.pop()(given_up)
         finally:
             self._mean_seconds += _WEIGHT * (time.perf_counter() - began - self._mean_seconds)
 

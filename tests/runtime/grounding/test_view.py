@@ -105,6 +105,16 @@ def test_another_picture_or_ratio_finds_the_text_before_it(make_grounder, backen
     assert backend.calls[0][1]["pixels"] is backend.calls[2][1]["pixels"]
 
 
+def test_pictures_are_within_their_memory_before_any_phrase(make_grounder):
+    grounder = make_grounder(keep=1)
+    for number in range(4):
+        values = np.full((600, 600, 3), number, np.uint8)
+        with pytest.raises(InputError):
+            grounder.look(Image.fromarray(values)).ground("a </s> b")
+    count, size = grounder.count_kept()
+    assert (count, size <= 2**20) == (0, True)
+
+
 def test_a_picture_that_comes_again_is_known_by_its_content(make_grounder, backend):
     grounder = make_grounder()
     values = np.asarray(make_picture(1))

@@ -318,9 +318,16 @@ def test_readiness_follows_the_models(serve, grounder, monkeypatch):
     assert grounder.bundle.folder.name == "bundle"
 
 
-def test_models_that_cannot_be_loaded_are_told(grounder, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (EngineError("no graph"), "no graph"),
+        (MemoryError("full"), "the models cannot be loaded (MemoryError: full)"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_told(grounder, monkeypatch, error, said):
     def fail(_):
-        raise EngineError("no graph")
+        raise error
 
     monkeypatch.setattr(Models, "warm_up", fail)
     told = []
@@ -330,7 +337,7 @@ def test_models_that_cannot_be_loaded_are_told(grounder, monkeypatch):
         deadline = time.monotonic() + 10
         while not told and time.monotonic() < deadline:
             assert client.get("/readyz").status_code == 503
-    assert [str(error) for error in told] == ["no graph"]
+    assert [str(each) for each in told] == [said]
 
 
 def chat(client, content, **more):
@@ -393,6 +400,9 @@ def test_chat_that_cannot_be_answered_is_told(serve, content, said):
         {"messages": []},
         {"messages": [7]},
         {"messages": [{"role": "king"}]},
+        {"messages": [{"role": []}]},
+        {"messages": [{"role": "user", "content": parts("x")}], "n": []},
+        {"messages": [{"role": "user", "content": parts("x")}], "n": True},
         {"messages": [{"role": "user", "content": parts("x")}], "n": 2},
         {"messages": [{"role": "user", "content": parts("x")}], "stream_options": 7},
     ],

@@ -1,8 +1,10 @@
 """One worker: order, a full queue, work that takes too long, clients that leave."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -35,7 +37,8 @@ def test_work_is_done_in_order_in_one_other_thread():
 
     assert drive(ask) == 0
     assert [k for k, _ in seen] == [0, 1]
-    assert len({thread for _, thread in seen} - {threading.get_ident()}) == 1
+    assert len({thread for _, thread in seen}) == 1
+    assert threading.get_ident() not in {thread for _, thread in seen}
 
 
 def test_errors_of_the_work_come_back():
@@ -83,6 +86,27 @@ def test_late_work_is_given_up_and_what_waits_is_not_begun():
 
     assert drive(ask) < 2
     assert begun == []
+
+
+def test_work_that_is_given_up_before_its_turn_is_let_go_of():
+    class Picture:
+        pass
+
+    async def ask(worker):
+        picture = Picture()
+        alive = weakref.ref(picture)
+        slow = asyncio.ensure_future(worker.run(lambda event: event.wait(5), seconds=0.5))
+        await asyncio.sleep(0)
+        with pytest.raises(LateError):
+            await worker.run(lambda _, picture=picture: picture, seconds=0.01)
+        del picture
+        gc.collect()
+        gone = alive() is None
+        with pytest.raises(LateError):
+            await slow
+        return gone
+
+    assert drive(ask)
 
 
 def test_a_client_that_leaves_frees_the_worker():

@@ -9,6 +9,13 @@ from typing import Final
 
 from gap_runtime.cli.options import add_backend, add_count, add_draft, add_kept_pictures
 from gap_runtime.errors import ConfigError
+from gap_runtime.service.settings import (
+    DEFAULT_PORT,
+    LOCALHOST,
+    ServiceSettings,
+    is_loopback,
+    read_token,
+)
 
 SUMMARY: Final = "answer over HTTP, in OpenAI's form too, with a page to try it"
 _LIBRARIES: Final = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
@@ -24,10 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "two side by side",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="NAME", help="where to listen (default 127.0.0.1)"
+        "--host", default=LOCALHOST, metavar="NAME", help=f"where to listen (default {LOCALHOST})"
     )
     parser.add_argument(
-        "--port", type=int, default=8765, metavar="N", help="default 8765; 0 takes a free one"
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        metavar="N",
+        help=f"default {DEFAULT_PORT}; 0 takes a free one",
     )
     parser.add_argument(
         "--host-name",
@@ -48,13 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "none are fetched",
     )
     limits = (
-        ("--queue", int, 16, "requests that may wait or run; more are told to come back"),
-        ("--seconds", float, 60.0, "time that a request may take"),
-        ("--body-mb", float, 10.0, "largest body, in MB"),
-        ("--megapixels", float, 32.0, "largest picture, in millions of pixels"),
-        ("--grace", float, 30.0, "seconds that requests may still take after SIGTERM"),
+        ("--queue", int, "requests that may wait or run; more are told to come back"),
+        ("--seconds", float, "time that a request may take"),
+        ("--body-mb", float, "largest body, in MB"),
+        ("--megapixels", float, "largest picture, in millions of pixels"),
+        ("--grace", float, "seconds that requests may still take after SIGTERM or Ctrl-C"),
     )
-    for flag, kind, default, what in limits:
+    usual = ServiceSettings()
+    for flag, kind, what in limits:
+        default = getattr(usual, flag.removeprefix("--").replace("-", "_"))
         parser.add_argument(
             flag, type=kind, default=default, metavar="N", help=f"{what} (default {default:g})"
         )
@@ -77,11 +90,6 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.grounding.grounder import Grounder  # noqa: PLC0415
     from gap_runtime.service.models import Models  # noqa: PLC0415
     from gap_runtime.service.server import serve  # noqa: PLC0415
-    from gap_runtime.service.settings import (  # noqa: PLC0415
-        ServiceSettings,
-        is_loopback,
-        read_token,
-    )
 
     display = Display()
     settings = ServiceSettings(
