@@ -202,11 +202,13 @@ class _Lora:
     rank: int | None
 
 
+@dataclass(frozen=True, slots=True)
 class _Config:
     """The sizes of the tower, the language model's config and LoRA's settings."""
 
-    def __init__(self, tower: EvaShape, text: LlamaConfig, lora: _Lora) -> None:
-        self.tower, self.text, self.lora = tower, text, lora
+    tower: EvaShape
+    text: LlamaConfig
+    lora: _Lora
 
 
 def _read_tower(part: Checkpoint, config: ExportConfig) -> EvaShape:

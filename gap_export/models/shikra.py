@@ -219,11 +219,13 @@ def load_eager(
         )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Config:
     """Both towers' configs and the hidden state that patches are taken from."""
 
-    def __init__(self, vision: Any, text: LlamaConfig, layer: int) -> None:
-        self.vision, self.text, self.layer = vision, text, layer
+    vision: Any
+    text: LlamaConfig
+    layer: int
 
 
 def _find_patch_token(files: TokenizerFiles) -> int | None:

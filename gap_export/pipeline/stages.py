@@ -47,6 +47,7 @@ _NOT_IN_GRAPHS: Final = frozenset(
         "buckets",
         "image_text",
         "image_token_id",
+        "notes",
         "prefix",
         "stop_ids",
         "template",

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from makers.families import FAMILIES, find_family
+from makers.families import EVERY_FAMILY, FAMILIES, find_family
 
 from gap_export.pipeline import graph_cache, stages
 from gap_export.pipeline.graph_cache import GraphCache
@@ -88,6 +88,20 @@ def test_what_keys_leave_out_is_not_read(kind, plan):
         getattr(stages, f"trace_{kind}")(other, *more)
     key = getattr(stages, f"{kind}_key")
     assert key(other, *more) == key(plan, *more)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_two_plans_of_one_export_have_the_same_keys(family, tmp_path, tmp_path_factory):
+    """No key holds where an object lies in memory, or where a folder lies."""
+    case = find_family(family, tmp_path_factory)
+    first, second = (
+        each.plan(tmp_path / "out", reference=reference)
+        for each, reference in ((case, False), (case.copy(tmp_path / "elsewhere"), True))
+    )
+    assert stages.decoder_key(first) == stages.decoder_key(second)
+    assert [stages.tower_key(first, each) for each in first.spec.buckets] == [
+        stages.tower_key(second, each) for each in second.spec.buckets
+    ]
 
 
 @pytest.mark.parametrize(
