@@ -52,7 +52,9 @@ def parameters(bundle, part):
     return {name.rpartition(".layers.2.")[2] for name in names if f".layers.2.{part}" in name}
 
 
-@pytest.mark.parametrize("target", ["cpu", "standard", "portable"])
+@pytest.mark.parametrize(
+    "target", ["cpu", pytest.param("standard", marks=pytest.mark.matrix), "portable"]
+)
 def test_biases_of_queries_keys_and_values_alone(make, export, tmp_path, target):
     folder, settings = make("qwen2")
     bundle = export(folder, tmp_path / "b", target=target, **settings)
@@ -62,8 +64,17 @@ def test_biases_of_queries_keys_and_values_alone(make, export, tmp_path, target)
     assert not parameters(bundle, "mlp.") & {"mlp.gate_proj.bias", "mlp.down_proj.bias"}
 
 
-@pytest.mark.parametrize("target", ["cpu", "standard", "portable"])
-@pytest.mark.parametrize("head_dim", [16, 14])
+@pytest.mark.parametrize(
+    ("target", "head_dim"),
+    [
+        ("cpu", 14),
+        ("standard", 16),
+        pytest.param("portable", 14, marks=pytest.mark.matrix),
+        pytest.param("cpu", 16, marks=pytest.mark.matrix),
+        pytest.param("standard", 14, marks=pytest.mark.matrix),
+        pytest.param("portable", 16, marks=pytest.mark.matrix),
+    ],
+)
 def test_norms_of_queries_and_keys(make, export, tmp_path, target, head_dim):
     folder, settings = make("qwen3", head_dim=head_dim)
     bundle = export(folder, tmp_path / "b", target=target, **settings)

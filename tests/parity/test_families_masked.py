@@ -47,10 +47,10 @@ def pairs(pruners):
 
 
 def _is_usual(family, pruner, k):
-    """Those of one of each two neighbours; of a tower without CLS its usual pruner."""
+    """One family of each pruner and mode, in turns; of a tower without CLS its usual pruner."""
     if family in WITHOUT_CLS:
         return pruner == "column_attention"
-    return family in ARCHITECTURES and (ARCHITECTURES.index(family) + k) % 2 == 0
+    return family in ARCHITECTURES and (ARCHITECTURES.index(family) + k) % len(ARCHITECTURES) == 0
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def plain_accuracy(accuracy, export, tmp_path_factory):
         pytest.param("int8", False, "float32", 2, marks=pytest.mark.matrix),
         ("int8", True, "float32", 2),
         pytest.param("int4", False, "float32", 5, marks=pytest.mark.matrix),
-        ("int4", True, "float32", 5),
+        pytest.param("int4", True, "float32", 5, marks=pytest.mark.matrix),
         # onnxruntime is known to fuse this pair wrongly at one of its optimization levels.
         ("int4", False, "float16", 5),
     ],
@@ -155,8 +155,7 @@ CASES = [
         family,
         weights,
         marks=[]
-        if (family, weights)
-        in {("llava", "int8"), ("minigpt-v2", "int4"), ("llava-next-mistral", "int4")}
+        if (family, weights) in {("llava", "int8"), ("llava-next-mistral", "int4")}
         else [pytest.mark.matrix],
     )
     for family in ARCHITECTURES

@@ -57,7 +57,7 @@ def answer(folder, size):
     return np.concatenate(recorded), values, grounder.encoder.encode("the mug")
 
 
-@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("portable", marks=pytest.mark.matrix)])
 def test_gap_is_masking(checkpoint, export, tmp_path, target):
     folder = export(checkpoint, tmp_path / "b", target=target, **settings(checkpoint))
     oracle = MaskedQwen(checkpoint, "qwen2_5_vl")

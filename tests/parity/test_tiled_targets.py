@@ -9,11 +9,11 @@ from gap_runtime.pictures.load import load_picture
 
 CASES = [
     ("internvl3", "standard", {}),
-    ("internvl3", "portable", {"dtype": "float16"}),
+    pytest.param("internvl3", "portable", {"dtype": "float16"}, marks=pytest.mark.matrix),
     ("internvl3", "cpu", {"quantize__weights": "int8", "quantize__vision": True}),
-    ("internvl3.5", "standard", {"dtype": "float16"}),
+    pytest.param("internvl3.5", "standard", {"dtype": "float16"}, marks=pytest.mark.matrix),
     ("internvl3.5", "portable", {}),
-    ("internvl3.5", "cpu", {"quantize__weights": "int4"}),
+    pytest.param("internvl3.5", "cpu", {"quantize__weights": "int4"}, marks=pytest.mark.matrix),
     ("llava-onevision", "standard", {"dtype": "float16"}),
     pytest.param("llava-onevision", "portable", {}, marks=pytest.mark.matrix),
     pytest.param(
@@ -45,7 +45,7 @@ def test_the_check_passes(tmp_path_factory, tmp_path, family, target, overrides)
     "family",
     [
         "internvl3",
-        "internvl3.5",
+        pytest.param("internvl3.5", marks=pytest.mark.matrix),
         pytest.param("llava-onevision", marks=pytest.mark.matrix),
     ],
 )

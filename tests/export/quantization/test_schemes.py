@@ -42,8 +42,15 @@ def spoil(place, key):
         edit_tensors(place, change)
 
 
-@pytest.mark.parametrize("vision", [False, True])
-@pytest.mark.parametrize("family", BROKEN)
+@pytest.mark.parametrize(
+    ("family", "vision"),
+    [
+        # With a quantized tower for one of them, in the default run.
+        pytest.param(family, vision, marks=[pytest.mark.matrix] if vision and k else [])
+        for k, family in enumerate(BROKEN)
+        for vision in (False, True)
+    ],
+)
 def test_what_stays_as_it_lies_is_looked_through(family, vision, tmp_path, tmp_path_factory):
     """Also where other weights are quantized, and without a reference that would show it."""
     role, key, dtype = BROKEN[family]
