@@ -215,13 +215,15 @@ def read_normalization(
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if data.get(name) is False:
             raise CheckpointError(f"{where}: {name} is off, expected on")
-    if data.get("resample") not in {None, int(Image.Resampling.BICUBIC)}:
+    # Values that cannot be hashed are compared as others are.
+    if data.get("resample") not in (None, int(Image.Resampling.BICUBIC)):
         raise CheckpointError(f"{where}: resample {data['resample']}, expected 3 (bicubic)")
     if abs((data.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
         raise CheckpointError(f"{where}: rescale_factor {data['rescale_factor']}, expected 1/255")
     for name in ("size", "crop_size") if side is not None else ():
         sizes = data.get(name) or side
-        if set(sizes.values() if isinstance(sizes, dict) else [sizes]) != {side}:
+        each = [*sizes.values()] if isinstance(sizes, dict) else [sizes]
+        if not each or any(size != side for size in each):
             raise CheckpointError(f"{where}: {name} {sizes}, but the vision tower takes {side}")
     mean = tuple(float(v) for v in data.get("image_mean") or CLIP_MEAN)
     std = tuple(float(v) for v in data.get("image_std") or CLIP_STD)

@@ -40,6 +40,7 @@ _ACTIVATIONS: Final = frozenset(
         *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python"),
         *("gelu_python_tanh", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "relu6"),
         *("leaky_relu", "linear", "mish", "sigmoid", "silu", "swish", "tanh", "laplace"),
+        *("hardswish", "prelu", "sqrtsoftplus", "xielu"),
     )
 )
 """What the library calls the functions that it knows."""

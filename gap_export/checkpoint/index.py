@@ -15,7 +15,7 @@ from gap_export.checkpoint.tensor import FileIndex, TensorLocation
 from gap_export.config.families import describe_folder
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
-from gap_runtime.records.files import exists, is_file, is_folder, read_bytes
+from gap_runtime.records.files import exists, expand, is_file, is_folder, read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ def open_checkpoint(
         CheckpointError: No such folder or file, the hub cannot be reached, or a weight file is
             missing, cut short or not to be trusted.
     """
-    path = Path(location).expanduser()
+    path = expand(location)
     if exists(path):
         return _index_path(path, revision, ignored)
     advice = "a local checkpoint folder works too: gap-export FOLDER, or --checkpoint FOLDER"
@@ -128,7 +128,7 @@ def open_checkpoint(
 
 def locate_checkpoint(location: str, revision: str | None = None) -> Path | None:
     """Where `open_checkpoint` finds a checkpoint on this machine; None where it would download."""
-    path = Path(location).expanduser()
+    path = expand(location)
     if exists(path):
         return path
     return find_snapshot(location, revision) if is_hub_id(location) else None
@@ -173,7 +173,7 @@ def _part_places(location: str, beside: Path) -> list[Path]:
     """Where a part may lie, without those that would be the checkpoint itself."""
     if not location:
         return []
-    path = Path(location).expanduser()
+    path = expand(location)
     names = [path] if path.name in {"", ".."} else [path, Path(path.name)]
     places = [path, *(base / name for base in (beside, beside.parent) for name in names)]
     return list(dict.fromkeys(places))

@@ -20,6 +20,7 @@ from gap_export.checkpoint.folder import list_weight_files
 from gap_export.checkpoint.hub import explain_failure, find_snapshot, is_hub_id
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
+from gap_runtime.records.files import exists, expand
 
 SHAPES_FILE: Final = Path(__file__).with_name("shapes.json")
 _CODES: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -38,7 +39,7 @@ class ShapeSource:
 
     def is_packaged(self, location: str, revision: str | None = None) -> bool:
         """Whether a checkpoint that is not here is known by its packaged shapes."""
-        is_here = Path(location).expanduser().exists() or _find_whole(location, revision)
+        is_here = exists(expand(location)) or _find_whole(location, revision)
         return location in self._packaged and revision is None and not is_here
 
     def __call__(self, location: str, revision: str | None, advice: str) -> Path | None:
@@ -153,4 +154,4 @@ def _find_whole(location: str, revision: str | None) -> Path | None:
         names = list_weight_files(folder)
     except CheckpointError:
         return None
-    return folder if all((folder / name).exists() for name in names) else None
+    return folder if all(exists(folder / name) for name in names) else None

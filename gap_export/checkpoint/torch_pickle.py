@@ -26,6 +26,7 @@ DAMAGE: Final = (
     LookupError,
     OSError,
     RuntimeError,
+    TypeError,
     ValueError,
 )
 """What a broken file raises where it is taken apart."""

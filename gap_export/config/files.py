@@ -12,7 +12,7 @@ from gap_export.config.records import ExportConfig
 from gap_export.config.shipped import list_configs, package_data
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError, describe_unknown
 from gap_runtime.records import load_record
-from gap_runtime.records.files import exists, is_folder
+from gap_runtime.records.files import exists, expand, is_folder
 from gap_runtime.records.plain import read_toml
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
@@ -46,7 +46,7 @@ def find_model(model: str) -> tuple[str, dict[str, Any], str]:
         # Before folders: one of the same name can still be given as ./NAME.
         path = package_data("export_configs") / f"{model}.toml"
         return model, _read_model_file(path), path.name
-    folder = Path(model).expanduser()
+    folder = expand(model)
     if is_folder(folder):
         data = {"family": resolve_family(folder), "checkpoint": str(folder)}
         return folder.resolve().name, data, str(folder)
@@ -64,10 +64,10 @@ def _read_model_file(path: Path) -> dict[str, Any]:
     checkpoint = data.get("checkpoint")
     check = data.get("check")
     if isinstance(check, dict) and isinstance(check.get("samples"), str):
-        check["samples"] = str(path.resolve().parent / Path(check["samples"]).expanduser())
+        check["samples"] = str(path.resolve().parent / expand(check["samples"]))
     prune = data.get("prune")
     if isinstance(prune, dict) and is_pruner_file(str(prune.get("strategy"))):
-        prune["strategy"] = str(path.resolve().parent / Path(prune["strategy"]).expanduser())
+        prune["strategy"] = str(path.resolve().parent / expand(prune["strategy"]))
     if isinstance(checkpoint, str):
         beside = path.resolve().parent / checkpoint
         if checkpoint.startswith(".") or is_folder(beside):

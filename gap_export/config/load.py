@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from gap_export.config.records import ExportConfig, NamedConfig, PruneConfig
 from gap_runtime.bundle.layout import require_ratio
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
 from gap_runtime.records import load_record
+from gap_runtime.records.plain import parse_toml
 from gap_runtime.registry import list_plugins
 
 _DTYPE_NAMES: Final = {
@@ -123,8 +123,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sign or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
         raise ConfigError(f"--set {text}: expected KEY=VALUE, for example prompt.answer=32")
     try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key, parse_toml(f"value = {value}", f"--set {key}", ConfigError)["value"]
+    except ConfigError:
         return key, value
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Final
 
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
-from gap_runtime.records.files import is_file
+from gap_runtime.records.files import expand, is_file
 from gap_runtime.registry import list_plugins, read_constant
 
 PRUNERS: Final = "gap_export.pruners"
@@ -24,7 +23,7 @@ def resolve_pruner(name: str) -> str:
     if name.endswith(IVC):
         return resolve_pruner(name.removesuffix(IVC)) + IVC
     if is_pruner_file(name):
-        return str(Path(name).expanduser().resolve())
+        return str(expand(name).resolve())
     names = list_plugins(PRUNERS)
     if name in names:
         return name

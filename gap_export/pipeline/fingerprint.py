@@ -29,7 +29,7 @@ from gap_runtime.errors import ConfigError, GapError
 from gap_runtime.grounding.check import CheckReport
 from gap_runtime.machines.target import load_target
 from gap_runtime.records import dump_record, load_record
-from gap_runtime.records.files import read_bytes
+from gap_runtime.records.files import expand, read_bytes
 from gap_runtime.records.plain import read_json
 
 IDENTITY_FILE: Final = "export.json"
@@ -99,9 +99,7 @@ def find_finished(request: ExportRequest) -> ExportResult | None:
     """
     name, out = request.named.name, request.out
     # The usual name has counts in it that only the family knows, but the same export has the same.
-    folders = (
-        sorted(Path().glob(f"{glob.escape(name)}-*of*")) if out is None else [out.expanduser()]
-    )
+    folders = sorted(Path().glob(f"{glob.escape(name)}-*of*")) if out is None else [expand(out)]
     for folder in folders:
         found = _read_whole(folder)
         if found is None:

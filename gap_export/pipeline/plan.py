@@ -45,11 +45,13 @@ from gap_runtime.bundle.manifest import (
     Quantization,
     RatioEntry,
 )
+from gap_runtime.bundle.ranges import is_plain_name
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.errors import ConfigError
 from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.machines.target import ModelDtype, Target, load_target
 from gap_runtime.pictures.preprocess import Bucket
+from gap_runtime.records.files import expand
 from gap_runtime.registry import load_plugin
 
 
@@ -270,8 +272,15 @@ def _settle_out(request: ExportRequest, spec: ModelSpec, entries: tuple[RatioEnt
         f"{'-'.join(str(e.kept) for e in entries if e.bucket == b.name)}of{b.patches}"
         for b in spec.buckets
     )
-    out = (request.out or Path(f"{request.named.name}-{counts}")).expanduser()
-    return out.resolve() if out.is_symlink() else out
+    out = expand(request.out or Path(f"{request.named.name}-{counts}"))
+    if out.is_symlink() or out.name in {"", ".."}:
+        out = out.resolve()
+    if str(out).startswith("~") or not is_plain_name(out.name):
+        raise ConfigError(
+            f"{out!s:.200}: no place for a bundle; give --out a folder whose name is printable, "
+            "without \\, and at most 200 characters long"
+        )
+    return out
 
 
 def _count_extra(pruner: Pruner, config: PruneConfig, kept: int, bucket: Bucket) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from gap_export.checkpoint.tokenizer import read_tokenizer, write_tokenizer
 from gap_export.checkpoint.tokenizer_files import TOKENIZER_FILE
+from gap_export.errors import ExportError
 from gap_export.interfaces.family import InputStatistics
 from gap_export.pipeline.asking import load_reference, measure_reference
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
@@ -40,6 +41,7 @@ from gap_export.weights.read import SourceReader
 from gap_export.weights.write import bring_weights
 from gap_runtime.bundle.bundle import Bundle, describe_file
 from gap_runtime.bundle.manifest import (
+    MANIFEST_FILE,
     SCHEMA,
     CacheShape,
     FileEntry,
@@ -49,8 +51,9 @@ from gap_runtime.bundle.manifest import (
     Source,
     Stage,
 )
+from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.display import Display, format_bytes
-from gap_runtime.errors import BackendMissingError, CheckError, EngineError
+from gap_runtime.errors import BackendMissingError, BundleError, CheckError, EngineError
 from gap_runtime.grounding.check import CheckReport, check_bundle
 from gap_runtime.pictures.load import load_picture
 
@@ -116,8 +119,26 @@ def export(
             manifest = replace(manifest, files=files)
         # Last, so that a folder that was left behind never looks like a bundle.
         manifest.write(folder)
+        _require_readable(folder)
         move_into_place(folder, plan.out)
     return ExportResult(folder=plan.out, manifest=manifest, report=report, note=note, plan=plan)
+
+
+def _require_readable(folder: Path) -> None:
+    """Never publish a manifest that the runtime would refuse.
+
+    Raises:
+        ExportError: With what it would say.
+    """
+    try:
+        read_manifest(folder)
+    except BundleError as error:
+        where = f"{folder / MANIFEST_FILE}: "
+        found = str(error).removeprefix(where).removesuffix("; export again")
+        raise ExportError(
+            f"the bundle would not be read again: {found}; nothing was written; change the "
+            "setting that it comes from"
+        ) from error
 
 
 def _start_record(plan: ExportPlan) -> ExportRecord | None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from gap_export.errors import ExportError
 from gap_export.pipeline.remains import clear, find_remains, find_writer, lock
-from gap_runtime.bundle.files import store
+from gap_runtime.bundle.files import name_aside, store
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.errors import ConfigError
 from gap_runtime.records.plain import read_json
@@ -85,12 +85,14 @@ def folder_aside(out: Path) -> Iterator[Path]:
             with contextlib.ExitStack() as door:
                 lock(out.parent, door, wait=True)
                 _require_alone(out)
-                for left in find_remains(out.parent):
-                    clear(left)
-                folder = out.parent / f".{out.name}.partial-{os.getpid()}"
+                _sweep(out.parent)
+                folder = out.parent / name_aside(out.name, "partial")
                 folder.mkdir()
                 try:
-                    lock(folder, locks)
+                    if lock(folder, locks) == "elsewhere":
+                        raise ConfigError(
+                            f"{folder}: another process took hold of it; export once more"
+                        )
                 finally:
                     # Before the lock is let go, or where there is none.
                     locks.callback(_remove, folder)
@@ -106,13 +108,25 @@ def folder_aside(out: Path) -> Iterator[Path]:
             ) from error
 
 
+def _sweep(home: Path) -> None:
+    """Remove what killed exports of this machine have left, as far as the system lets it."""
+    for left in find_remains(home):
+        if left.is_ours:
+            with contextlib.suppress(OSError):
+                clear(left)
+
+
 def _remove(folder: Path) -> None:
     """Remove what is in the hidden folder's place, as far as the system lets it."""
-    with contextlib.suppress(OSError):
-        if folder.is_symlink():
-            # The bundle's place was one, to a bundle elsewhere, which stays as it is.
-            folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    # Twice, as a call may fail that would not fail again.
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink():
+                # The bundle's place was one, to a bundle elsewhere, which stays as it is.
+                folder.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
 
 
 def _require_alone(out: Path) -> None:
@@ -132,11 +146,14 @@ def move_into_place(folder: Path, out: Path) -> None:
     the older one is left in the folder. Where the system cannot, two renames follow each other.
 
     Raises:
+        ConfigError: Something appeared in the place meanwhile that would be lost.
         OSError: It cannot be done; the older bundle is in its place.
     """
     for path in sorted(folder.rglob("*")):
         store(path)
     store(folder)
+    # Minutes may have gone by since it was asked first.
+    require_replaceable(out)
     if not out.exists():
         folder.rename(out)
     elif not _exchange(folder, out):
@@ -157,11 +174,11 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _replace(folder: Path, out: Path) -> None:
     """Two renames, the first undone where the second fails."""
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    old = out.parent / name_aside(out.name, "replaced")
     out.rename(old)
     try:
         folder.rename(out)
     except OSError:
         old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)

@@ -8,6 +8,7 @@ from typing import Final
 
 from gap_export.config.shipped import package_data
 from gap_export.errors import ExportError
+from gap_runtime.records.files import expand
 from gap_runtime.records.plain import read_json
 
 SAMPLES_FILE: Final = "samples.json"
@@ -24,7 +25,7 @@ class Sample:
 
 def find_samples(folder: str | None) -> Path:
     """The folder of the samples: that one, or the packaged one."""
-    return Path(folder).expanduser() if folder else package_data("refshapes") / "samples"
+    return expand(folder) if folder else package_data("refshapes") / "samples"
 
 
 def read_samples(folder: str | None) -> list[Sample]:

@@ -16,10 +16,11 @@ HERE = Path(__file__).parent / "corpus"
 
 def _in_file(name, parse):
     """A parser of files on bytes."""
-    folder = Path(tempfile.mkdtemp(prefix="gap-fuzz-"))
-    path = folder / name
+    home = tempfile.TemporaryDirectory(prefix="gap-fuzz-")
+    path = Path(home.name) / name
 
-    def run(data):
+    def run(data, _home=home):
+        # The folder goes when nobody holds the parser any more.
         path.write_bytes(data)
         return parse(path)
 
@@ -45,16 +46,26 @@ PARSERS = {
 }
 
 
+INSTANCES = {
+    "images": [{"id": k, "file_name": "0.png", "width": 20, "height": 10} for k in range(4)],
+    "annotations": [
+        {"id": k, "image_id": k, "bbox": [1, 2, 8, 7], "category_id": 1} for k in range(4)
+    ],
+    "categories": [{"id": 1, "name": "mug"}],
+}
+"""What the pickles of the corpus refer to."""
+
+
 def _read_refer(path):
-    (path.parent / "instances.json").write_text(
-        json.dumps({"images": [], "annotations": [], "categories": []})
-    )
+    (path.parent / "instances.json").write_text(json.dumps(INSTANCES))
     return open_data(f"refcoco:val@{path.parent}")
 
 
 def corpus(name):
     """Bytes to begin with: those of the repository, by parser."""
-    return [path.read_bytes() for path in sorted((HERE / name).glob("*"))] or [b""]
+    found = [path.read_bytes() for path in sorted((HERE / name).glob("*"))]
+    assert found, f"nothing to begin with for {name}"
+    return found
 
 
 def parsed(name):

@@ -3,8 +3,10 @@
 More of it, at every border: `make fuzz MINUTES=10`.
 """
 
+import gc
 import json
 import random
+import tempfile
 
 import pytest
 
@@ -21,6 +23,24 @@ def test_changed_bytes_are_read_or_refused(name):
     for data in [*corpus(name), *sample(name, COUNT)]:
         outcome, said = judge(lambda data=data: parse(data))
         assert outcome not in FAILURES, (data[:2000], said)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_what_is_changed_is_read_as_it_is(name):
+    """Of what is refused at once, changes would be refused for the same reason."""
+    parse = PARSERS[name]()
+    for data in corpus(name):
+        assert judge(lambda data=data: parse(data)) == ("done", "")
+
+
+def test_parsers_leave_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in PARSERS:
+        parse = PARSERS[name]()
+        judge(lambda parse=parse: parse(b""))
+        del parse
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 FOUND = sorted((HERE / "found").glob("*/*"))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gap_runtime.cli.options import print_json, print_line
 from gap_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from gap_export.pipeline.remains import Remains
 
 SUMMARY: Final = "say what killed exports have left in a folder, and remove it"
 
@@ -28,29 +32,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from gap_export.pipeline.remains import clear, find_remains  # noqa: PLC0415
-    from gap_runtime.display import Display, format_bytes  # noqa: PLC0415
+    from gap_export.pipeline.remains import find_remains, lock  # noqa: PLC0415
+    from gap_runtime.display import Display  # noqa: PLC0415
 
     for folder in options.folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
-    found = [left for folder in options.folders for left in find_remains(folder)]
-    if options.json:
-        print_json([{"folder": str(each.folder), "size": each.size} for each in found])
-    for left in found:
-        what = "a bundle that gave way" if left.is_whole else "an export that was stopped"
-        if not options.json:
-            print_line(f"{left.folder}  {format_bytes(left.size)}, {what}: {left.bundle.name}")
-        if options.remove:
+    found: list[Remains] = []
+    with ExitStack() as doors:
+        for folder in dict.fromkeys(folder.resolve() for folder in options.folders):
             try:
-                clear(left)
+                # As an export does, so that none begins while what it leaves is judged.
+                lock(folder, doors, wait=True)
+                found += find_remains(folder)
             except OSError as error:
                 raise InputError(
-                    f"{left.folder}: cannot be removed ({error.strerror or error})"
+                    f"{folder}: cannot be read ({error.strerror or error})"
                 ) from error
+        _say(found, as_json=options.json)
+        if options.remove:
+            _remove([left for left in found if left.is_ours])
     display = Display()
     if not found:
         display.say("nothing is left of killed exports")
-    elif not options.remove:
+    elif not all(left.is_ours for left in found):
+        display.say("what another machine left is removed there, or by hand")
+    if not options.remove and any(left.is_ours for left in found):
         display.say("gap-export clean --remove removes it; so does the next export beside it")
     return 0
+
+
+def _say(found: list[Remains], *, as_json: bool) -> None:
+    from gap_runtime.display import format_bytes  # noqa: PLC0415
+
+    if as_json:
+        print_json([{"folder": str(each.folder), "size": each.measure()} for each in found])
+        return
+    for left in found:
+        what = "a bundle that gave way" if left.is_whole else "an export that was stopped"
+        where = "" if left.is_ours else f" on {left.host}"
+        size = format_bytes(left.measure())
+        print_line(f"{left.folder}  {size}, {what}{where}: {left.bundle.name}")
+
+
+def _remove(found: list[Remains]) -> None:
+    """Remove all that can be.
+
+    Raises:
+        InputError: Something could not; with the first of it.
+    """
+    from gap_export.pipeline.remains import clear  # noqa: PLC0415
+
+    failed: list[tuple[Path, OSError]] = []
+    for left in found:
+        try:
+            clear(left)
+        except OSError as error:
+            failed.append((left.folder, error))
+    if failed:
+        folder, first = failed[0]
+        raise InputError(f"{folder}: cannot be removed ({first.strerror or first})") from first

@@ -6,12 +6,26 @@ import contextlib
 import glob
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-_PROCESS: Final = re.compile(r"\.partial-(\d+)$")
+_LONGEST_HOST: Final = 64
+
+
+def name_aside(name: str, state: str) -> str:
+    """A hidden name beside `name` that is this process's alone, also in a folder of a network.
+
+    .NAME.STATE-HOST-PID
+    """
+    return f".{name}.{state}-{host_name()}-{os.getpid()}"
+
+
+def host_name() -> str:
+    """This machine's name, as it may stand in a file's."""
+    return re.sub(r"[^\w.-]", "_", socket.gethostname())[:_LONGEST_HOST] or "host"
 
 
 @contextmanager
@@ -25,14 +39,16 @@ def write_whole(path: Path) -> Iterator[Path]:
         OSError: It cannot be written there.
     """
     _clear_remains(path)
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    aside = path.with_name(name_aside(path.name, "partial"))
     try:
         yield aside
         store(aside)
         aside.replace(path)
-        store(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+    # The file is there; whether its name is on the disk is no reason to call it failed.
+    with contextlib.suppress(OSError):
+        store(path.parent)
 
 
 def store(path: Path) -> None:
@@ -53,10 +69,11 @@ def store(path: Path) -> None:
 
 
 def _clear_remains(path: Path) -> None:
-    """Remove what processes that are no more have written beside a file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        found = _PROCESS.search(left.name)
-        if found is not None and not is_alive(int(found[1])):
+    """Remove what processes of this machine that are no more have written beside a file."""
+    start = f".{path.name}.partial-{host_name()}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*"):
+        number = left.name.removeprefix(start)
+        if re.fullmatch(r"[0-9]+", number) and not is_alive(int(number)):
             with contextlib.suppress(OSError):
                 left.unlink()
 

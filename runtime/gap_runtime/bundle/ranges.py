@@ -20,6 +20,7 @@ _MOST: Final = 2**31
 """Above any count of tokens, rows or pixels."""
 _LONGEST_NAME: Final = 200
 _LONGEST_PATTERN: Final = 500
+_LONGEST_ANSWER: Final = 10_000
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _PHRASE: Final = "{phrase}"
 _IMAGE: Final = "<image>"
@@ -168,6 +169,10 @@ def _list_claims_of_sample(
     for box in sample.boxes:
         usable = 0 <= box.x0 < box.x1 < _MOST and 0 <= box.y0 < box.y1 < _MOST
         yield _Claim(f"{place}.boxes", tuple(box), usable, "corners inside a picture")
+    answer = sample.answer
+    usable = len(answer) <= _LONGEST_ANSWER
+    yield _Claim(f"{place}.answer", answer, usable, f"at most {_LONGEST_ANSWER:,} characters")
+    # Only a text of that length, as the pattern may be a slow one.
     attempts = re.findall(manifest.box.attempt, sample.answer)
     found = sum(
         re.fullmatch(manifest.box.pattern, each) is not None

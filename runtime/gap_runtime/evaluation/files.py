@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import InputError
+from gap_runtime.records import files
 from gap_runtime.records.files import open_file
 from gap_runtime.records.plain import parse_json
 
@@ -64,11 +64,5 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         InputError: The file cannot be read, or is too large.
     """
-    with open_file(path, InputError) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > FILE_BYTES:
-            raise InputError(
-                f"{path}: {size:,} bytes, at most {FILE_BYTES:,} are read as a whole; "
-                "use a format of lines (.jsonl)"
-            )
-        return file.read()
+    advice = "use a format of lines (.jsonl)"
+    return files.read_bytes(path, InputError, limit=FILE_BYTES, smaller=advice)

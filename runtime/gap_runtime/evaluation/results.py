@@ -269,7 +269,7 @@ def _read_row(data: Any, where: str) -> Row:
             accepted=_require_count(data.get("accepted", 0)),
             frame=_read_frame(data["frame"]) if "frame" in data else None,
         )
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{where}: a value of the wrong kind ({error}); was it changed?"
         ) from error

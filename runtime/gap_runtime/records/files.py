@@ -22,7 +22,12 @@ SMALL_BYTES: Final = 256 * 2**20
 
 @contextmanager
 def open_file(
-    path: str | Path, kind: type[GapError], *, limit: int | None = None, advice: str = ""
+    path: str | Path,
+    kind: type[GapError],
+    *,
+    limit: int | None = None,
+    advice: str = "",
+    smaller: str = "",
 ) -> Iterator[BinaryIO]:
     """A regular file, open to be read; also what fails while it is read becomes the error.
 
@@ -31,26 +36,32 @@ def open_file(
         kind: Of the error.
         limit: Most bytes that it may have; any number by default.
         advice: End of the message, what to do.
+        smaller: The same where it is too large, if that is something else.
 
     Raises:
         GapError: Of that kind: it is missing, no regular file, too large, or cannot be read.
     """
     try:
-        with _open_regular(path, kind, limit, advice) as file:
+        with _open_regular(path, kind, limit, advice, smaller or advice) as file:
             yield file
     except OSError as error:
         raise refusal(path, error, kind, advice) from error
 
 
 def read_bytes(
-    path: str | Path, kind: type[GapError], *, limit: int = SMALL_BYTES, advice: str = ""
+    path: str | Path,
+    kind: type[GapError],
+    *,
+    limit: int = SMALL_BYTES,
+    advice: str = "",
+    smaller: str = "",
 ) -> bytes:
     """All bytes of a regular file.
 
     Raises:
         GapError: As for `open_file`.
     """
-    with open_file(path, kind, limit=limit, advice=advice) as file:
+    with open_file(path, kind, limit=limit, advice=advice, smaller=smaller) as file:
         return file.read()
 
 
@@ -90,9 +101,17 @@ def exists(path: str | Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - Path's raises for names that are too long
 
 
+def expand(path: str | Path) -> Path:
+    """A path with `~` as somebody's home; that of nobody stays as it is written."""
+    try:
+        return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises where there is none
+    except ValueError:
+        return Path(path)
+
+
 @contextmanager
 def _open_regular(
-    path: str | Path, kind: type[GapError], limit: int | None, advice: str
+    path: str | Path, kind: type[GapError], limit: int | None, advice: str, smaller: str
 ) -> Iterator[BinaryIO]:
     # Without waiting for who may write to a pipe; a regular file is read as ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -107,7 +126,7 @@ def _open_regular(
             raise kind(_end(f"{path}: {what}, expected a file", advice))
         if limit is not None and found.st_size > limit:
             raise kind(
-                _end(f"{path}: {found.st_size:,} bytes, at most {limit:,} are read", advice)
+                _end(f"{path}: {found.st_size:,} bytes, at most {limit:,} are read", smaller)
             )
         with io.BufferedReader(io.FileIO(handle, closefd=False)) as file:
             yield file

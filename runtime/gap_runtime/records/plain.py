@@ -79,16 +79,30 @@ def read_toml(path: Path, kind: type[GapError]) -> dict[str, Any]:
     """The value of a TOML file.
 
     Raises:
-        GapError: Of that kind: the file cannot be read, is no TOML, or as for `parse_json`.
+        GapError: Of that kind: the file cannot be read, or as for `parse_toml`.
     """
-    text = read_text(path, kind)
+    return parse_toml(read_text(path, kind), str(path), kind)
+
+
+def parse_toml(text: str, where: str, kind: type[GapError]) -> dict[str, Any]:
+    """The value of TOML text.
+
+    Args:
+        text: The text.
+        where: Start of the message.
+        kind: Of the error.
+
+    Raises:
+        GapError: Of that kind: it is no TOML, nested too deeply, or holds too long a number.
+    """
     try:
         data = tomllib.loads(text)
         _require_flat(data)
+        _require_short(data)
     except RecursionError as error:
-        raise kind(_say(str(path), "TOML", f"nested over {DEEPEST} deep", "")) from error
+        raise kind(_say(where, "TOML", f"nested over {DEEPEST} deep", "")) from error
     except ValueError as error:
-        raise kind(_say(str(path), "TOML", str(error), "")) from error
+        raise kind(_say(where, "TOML", str(error), "")) from error
     return data
 
 
@@ -105,6 +119,15 @@ def _require_flat(value: Any) -> None:
         if not level:
             return
     raise RecursionError
+
+
+def _require_short(value: Any) -> None:
+    """Refuse integers that are too long, in what is known to be flat; TOML has several forms."""
+    if isinstance(value, int) and abs(value) >= 10**LONGEST_INTEGER:
+        raise ValueError(f"an integer of over {LONGEST_INTEGER} digits")
+    if isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            _require_short(each)
 
 
 def _parse_integer(digits: str) -> int:

@@ -21,6 +21,13 @@ GOOD = {
 }
 
 
+def test_every_function_that_the_library_knows_has_its_name_here():
+    from transformers.activations import ACT2FN
+
+    for name in ACT2FN:
+        require_values({"hidden_act": name}, "config.json")
+
+
 def test_usual_values_are_taken():
     require_values(GOOD, "config.json")
 

@@ -1,6 +1,8 @@
 """Torch files in the format from before torch 1.6: read as the others are, and refused as they."""
 
 import os
+import pickle
+import pickletools
 from contextlib import contextmanager
 
 import pytest
@@ -101,6 +103,21 @@ def test_a_storage_of_another_length_than_its_tensors_need(tmp_path):
     assert data.count(count) == 1
     path.write_bytes(data.replace(count, (8).to_bytes(8, "little")))
     assert "needs 32 bytes" in refuse_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keys", [[{}], 5, [None], "0", {"a": 1}])
+def test_keys_of_storages_that_are_none(tmp_path, keys):
+    """The last pickle, which is read when the others are proven."""
+    path = save(tmp_path, {"a": torch.zeros(7)})
+    with path.open("rb") as file:
+        for _ in range(4):
+            list(pickletools.genops(file))
+        start = file.tell()
+        list(pickletools.genops(file))
+        rest = file.read()
+    data = path.read_bytes()[:start] + pickle.dumps(keys, 2) + rest
+    path.write_bytes(data)
+    assert "cut short or damaged" in refuse_checkpoint(tmp_path)
 
 
 def test_another_machines_byte_order(tmp_path):

@@ -10,12 +10,14 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from tools.places import ROOT
 
+from gap_export.checkpoint.index import open_checkpoint
 from gap_export.cli.options import add_export_arguments, read_config
 from gap_export.config import shipped
 from gap_export.config.counts import count_ratios
 from gap_export.config.load import load_config, parse_override
 from gap_export.config.records import DTYPES, PruneConfig
 from gap_export.config.shipped import list_configs
+from gap_export.errors import CheckpointError
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError
 from gap_runtime.machines.target import load_target
 from gap_runtime.registry import list_plugins
@@ -289,10 +291,20 @@ def test_set_text_that_is_no_assignment(text):
         ("prune.extra_token=append", ("prune.extra_token", "append")),
         ("parts.clip=../clip-vit", ("parts.clip", "../clip-vit")),
         ("image.canvas=672x672/4:3,336x672", ("image.canvas", "672x672/4:3,336x672")),
+        ("prune.seed=" + "7" * 5000, ("prune.seed", "7" * 5000)),
+        ("prune.seed=" + "[" * 5000, ("prune.seed", "[" * 5000)),
     ],
 )
 def test_set_text_is_toml_or_a_bare_string(text, expected):
     assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-that-name", "~nobody-of-that-name/x", "~\0"])
+def test_the_home_of_nobody(model):
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_config(model, {})
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        open_checkpoint(model)
 
 
 @pytest.mark.parametrize("count", [0, -1])

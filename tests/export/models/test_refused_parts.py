@@ -246,6 +246,8 @@ def test_a_config_that_cannot_be_read(find, tmp_path, name, role, text):
         ({"resample": 2}, "resample 2, expected 3"),
         ({"rescale_factor": 1 / 127}, "expected 1/255"),
         ({"size": {"shortest_edge": 77}}, "but the vision tower takes"),
+        ({"size": {"shortest_edge": [70]}}, "but the vision tower takes"),
+        ({"resample": [3]}, "expected 3"),
         ({"image_mean": [0.5]}, "need 3 values"),
     ],
 )

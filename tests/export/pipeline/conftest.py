@@ -20,7 +20,7 @@ def quick(monkeypatch):
         size = 0
         shards, placed = {}, {}
 
-    for name in ("write_graphs", "_start_record"):
+    for name in ("write_graphs", "_start_record", "_require_readable"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: None)
     monkeypatch.setattr(pipeline, "_trace", lambda *_: Graphs(visions=(), decoder=None, text=None))
     monkeypatch.setattr(pipeline, "bring_weights", lambda *_, **__: {})

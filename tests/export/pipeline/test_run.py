@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tools.commands import dry_run
@@ -18,6 +19,7 @@ from gap_export.pipeline import stages, staging
 from gap_export.pipeline.remains import lock
 from gap_export.pipeline.run import export
 from gap_export.pipeline.staging import folder_aside
+from gap_runtime.bundle.files import host_name
 from gap_runtime.bundle.manifest import SCHEMA
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.display import Display
@@ -142,7 +144,7 @@ def test_a_bundle_that_a_killed_export_had_moved_away_is_put_back(
     old, tiny_llava, tmp_path, make_plan, run_export
 ):
     before = snapshot(old)
-    old.rename(tmp_path / f".old.replaced-{dead_process()}")
+    old.rename(tmp_path / f".old.replaced-{host_name()}-{dead_process()}")
     with pytest.raises(GraphError, match="planted"):
         run_export(make_plan(tiny_llava, old))
     assert snapshot(old) == before
@@ -217,7 +219,7 @@ def test_a_full_disk_is_one_clear_error(tiny_llava, tmp_path, make_plan, run_exp
 def test_a_stale_partial_folder_is_cleaned(tiny_llava, tmp_path, make_plan, run_export, pid):
     """Also where it has this process's ID, as in a container that numbers from 1 each time."""
     number = os.getpid() if pid == "own" else dead_process()
-    stale = tmp_path / f".new.partial-{number}"
+    stale = tmp_path / f".new.partial-{host_name()}-{number}"
     stale.mkdir()
     (stale / "decoder.onnx").write_text("half", encoding="utf-8")
     run_export(make_plan(tiny_llava, tmp_path / "new"))
@@ -229,7 +231,7 @@ def test_a_stale_partial_folder_is_cleaned(tiny_llava, tmp_path, make_plan, run_
 def test_the_partial_folder_of_a_living_export_is_left_alone(
     tiny_llava, tmp_path, make_plan, run_export
 ):
-    living = tmp_path / f".other.partial-{os.getppid()}"
+    living = tmp_path / f".other.partial-{host_name()}-{os.getppid()}"
     living.mkdir()
     with contextlib.ExitStack() as locks:
         assert lock(living, locks) == "here"
@@ -238,6 +240,43 @@ def test_the_partial_folder_of_a_living_export_is_left_alone(
     # Its number lives on, but nobody holds it any more.
     run_export(make_plan(tiny_llava, tmp_path / "newer"))
     assert not living.exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_appears_in_the_place_meanwhile_is_not_lost(
+    old, tiny_llava, make_plan, run_export, monkeypatch
+):
+    before = snapshot(old)
+
+    def appear(*_):
+        (old / "thesis.txt").write_text("mine", encoding="utf-8")
+        return None, "not checked"
+
+    monkeypatch.setattr(pipeline, "_check", appear)
+    with pytest.raises(ConfigError, match=r"'thesis\.txt', which is no part of the bundle"):
+        run_export(make_plan(tiny_llava, old))
+    assert (old / "thesis.txt").read_text(encoding="utf-8") == "mine"
+    (old / "thesis.txt").unlink()
+    assert snapshot(old) == before
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_bundle_that_would_be_refused_is_never_published(tmp_path, exported):
+    (tmp_path / "manifest.json").write_bytes((exported.folder / "manifest.json").read_bytes())
+    pipeline._require_readable(tmp_path)
+    data = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
+    data["layout"]["answer"] = 2**40
+    (tmp_path / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ExportError, match=r"would not be read again: .*nothing was") as at:
+        pipeline._require_readable(tmp_path)
+    assert "export again" not in str(at.value)
+    assert str(tmp_path) not in str(at.value)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\b", "x" * 201, "~nobody-of-that-name/x", "/"])
+def test_a_place_whose_name_no_bundle_can_have(tiny_llava, make_plan, name):
+    with pytest.raises(ConfigError, match="no place for a bundle"):
+        make_plan(tiny_llava, Path(name))
 
 
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(
@@ -261,7 +300,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
-    partial = tmp_path / f".out.partial-{process.pid}"
+    partial = tmp_path / f".out.partial-{host_name()}-{process.pid}"
     assert list(tmp_path.iterdir()) == [partial]
     assert not (partial / "manifest.json").exists()
     result = run_export(make_plan(tiny_llava, tmp_path / "out"))

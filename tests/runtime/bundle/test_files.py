@@ -55,18 +55,42 @@ def test_what_was_written_is_on_the_disk_before_it_takes_the_place(tmp_path, mon
     assert stored == [(aside, False), (tmp_path, True)]
 
 
+def test_a_folder_that_cannot_be_stored_is_no_failure(tmp_path, monkeypatch):
+    """The file is in its place by then."""
+
+    def fail(path, store=files.store):
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        store(path)
+
+    monkeypatch.setattr(files, "store", fail)
+    with write_whole(tmp_path / "a.txt") as aside:
+        aside.write_text("new", encoding="utf-8")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "new"
+
+
+@pytest.mark.parametrize("name", ["box-1", "a.b", "a/b\n", "", "ü" * 300])
+def test_any_name_of_a_machine_is_part_of_a_files(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files.socket, "gethostname", lambda: name)
+    with write_whole(tmp_path / "a.txt") as aside:
+        aside.write_text("new", encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_what_killed_processes_left_is_removed(tmp_path):
     path = tmp_path / "a.txt"
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    dead = tmp_path / f".a.txt.partial-{process.pid}"
-    living = tmp_path / f".a.txt.partial-{os.getppid()}"
+    dead = tmp_path / f".a.txt.partial-{files.host_name()}-{process.pid}"
+    living = tmp_path / f".a.txt.partial-{files.host_name()}-{os.getppid()}"
     other = tmp_path / ".a.txt.partial-x"
-    for each in (dead, living, other):
+    # Of another machine, where a process of that number may well live.
+    away = tmp_path / f".a.txt.partial-elsewhere-{process.pid}"
+    for each in (dead, living, other, away):
         each.write_text("half", encoding="utf-8")
     with write_whole(path) as aside:
         aside.write_text("new", encoding="utf-8")
-    assert sorted(tmp_path.iterdir()) == sorted([living, other, path])
+    assert sorted(tmp_path.iterdir()) == sorted([living, other, away, path])
 
 
 def test_an_engine_that_cannot_be_written_is_one_line(tmp_path):

@@ -61,6 +61,7 @@ SAMPLE = ("reference", "samples", 0)
         ((*SAMPLE, "token_margins"), [-0.5, 0.5], "reference.samples[0].token_margins"),
         ((*SAMPLE, "token_margins"), [], "reference.samples[0].token_margins"),
         ((*SAMPLE, "boxes"), [[5, 5, 1, 1]], "reference.samples[0].boxes"),
+        ((*SAMPLE, "answer"), "[" * 10_001, "at most 10,000 characters"),
         ((*SAMPLE, "kept"), 5, "reference.samples[0].kept is 5"),
         ((*SAMPLE, "ratio"), 0.9, "reference.samples[0].kept"),
         ((*SAMPLE, "key"), "00-/kept-4", "reference.samples"),

@@ -72,7 +72,16 @@ def test_files_of_tables(tmp_path):
     assert read_table(path, InputError) == {"a": 1}
 
 
-@pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2", "\xff", "x = " + "[" * 100 + "]" * 100])
+LONG = ("7" * 41, "7" * 5000, "1_" * 41 + "1", "0x" + "f" * 40)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a = ", "a = 1\na = 2", "\xff", "x = " + "[" * 100 + "]" * 100, "x = " + "[" * 9000),
+        *(f"x = [{{y = {digits}}}]" for digits in LONG),
+    ],
+)
 def test_toml(tmp_path, text):
     path = tmp_path / "x.toml"
     path.write_text('a = "b"', encoding="utf-8")
