@@ -2,6 +2,7 @@
 # make demo    export, check, ground and draw the embedded model
 # make test    lint, types, layers, tests, and the runtime alone in clean environments
 # make docs     all pages as a site, in build/site; a broken link is an error
+# make dist     wheels and sdists of both distributions in build/dist, tried in empty environments
 # make matrix  parity of every family, pruner and position mode (about half an hour)
 # make gpu-contract  what onnxruntime-gpu's real CUDA provider does with every form of graph, without a GPU
 # make gpu-day  what a GPU machine without a network needs, in build/gpu-day; run at once where a GPU is here
@@ -26,7 +27,7 @@ MINUTES := 10
 SEED := 0
 FUZZED := build/fuzz/bundle
 
-.PHONY: setup demo test lint unit device docs matrix fuzz faults gpu-contract gpu-day effect results keeps why train clean
+.PHONY: setup demo test lint unit device docs dist matrix fuzz faults gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -65,6 +66,11 @@ device: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable ./runtime --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The exporter's environment is another torch: some minutes and gigabytes.
+dist: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[dist]"
+	bash tests/dist.sh
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix
