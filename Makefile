@@ -8,6 +8,7 @@
 # make gpu-day  what a GPU machine without a network needs, in build/gpu-day; run at once where a GPU is here
 # make fuzz    change input at every border for MINUTES, and count what comes of it
 # make faults  every call to the system fails once in turn
+# make kills   exports, builds, evaluations and sweeps are killed at KILLS random moments
 # make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
 # make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
 # make keeps   the sweep over the counts that papers quote: GAP against compact (about an hour; goes on)
@@ -25,9 +26,10 @@ PHRASE := the triangle below the cross
 PHRASES := 100
 MINUTES := 10
 SEED := 0
+KILLS := 200
 FUZZED := build/fuzz/bundle
 
-.PHONY: setup demo test lint unit device docs dist matrix fuzz faults gpu-contract gpu-day effect results keeps why train clean
+.PHONY: setup demo test lint unit device docs dist matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -90,7 +92,11 @@ fuzz: $(STAMP)
 	cd tests && PYTHONPATH=. ../$(BIN)/python -W ignore -m fuzz.guided $(MINUTES)
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest -m matrix tests/export/test_faults.py
+	$(BIN)/python -m pytest -m matrix -rP tests/export/test_faults.py
+
+kills: $(STAMP)
+	cd tests && PYTHONPATH=. OMP_NUM_THREADS=1 ../$(BIN)/python -W ignore -m kills \
+		--home ../build/kills --kills $(KILLS) --seed $(SEED)
 
 effect: $(STAMP)
 	$(BIN)/python refshapes/effect.py --out build/effect.json

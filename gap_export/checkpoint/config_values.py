@@ -14,13 +14,18 @@ from typing import Any, Final
 from gap_export.errors import CheckpointError
 
 _MOST: Final = 2**31
+_DEEPEST: Final = 1000
+"""Above the layers of any model; each is traced or looked at."""
 _WORD: Final = 200
+
+_DEPTHS: Final = frozenset(("num_hidden_layers", "depth"))
+"""Whole numbers above 0, of layers."""
 
 _COUNTS: Final = frozenset(
     (
-        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("hidden_size", "intermediate_size", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "vocab_size", "num_channels", "in_channels"),
-        *("max_position_embeddings", "mm_hidden_size", "embed_dim", "depth", "num_heads"),
+        *("max_position_embeddings", "mm_hidden_size", "embed_dim", "num_heads"),
         *("projection_dim", "spatial_merge_size", "temporal_patch_size", "out_hidden_size"),
     )
 )
@@ -98,6 +103,7 @@ def _are_channels(value: Any, least: float) -> bool:
 _Rule = tuple[Callable[[Any], bool], str]
 _RULES: Final[tuple[tuple[frozenset[str], _Rule], ...]] = (
     (_COUNTS, (_is_count, "a whole number above 0")),
+    (_DEPTHS, (lambda value: _is_count(value) and value <= _DEEPEST, "1 to 1000 layers")),
     (_SCALES, (_is_scale, "a number above 0")),
     (_WORDS, (_is_word, "a word")),
     (_TABLES, (lambda value: isinstance(value, dict), "a table")),

@@ -105,7 +105,9 @@ def export(
             stages = write_graphs(plan, weights, folder, graphs)
         with display.step(f"bringing {format_bytes(weights.size)} of weights"):
             hashes = bring_weights(weights, folder, plan.request.bring, copy_of=reader.copy_of)
-            shutil.rmtree(folder / _COPIES, ignore_errors=True)
+            if (folder / _COPIES).exists():
+                # What stayed would become part of the bundle.
+                shutil.rmtree(folder / _COPIES)
             reader.require_finite(weights)
         _write_tokenizers(plan, folder)
         with display.step("hashing"):

@@ -1,14 +1,18 @@
-/* Calls to the system that touch a folder, counted; the one that is asked for fails.
+/* Calls to the system that open, read, write, map, name, lock, list or remove something in a
+ * folder, counted; the one that is asked for fails.
  *
  * Loaded before all else (LD_PRELOAD). fault_arm says which folder, which call and which errno;
  * calls before it, and of other folders, go through. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -53,6 +57,19 @@ static int fails_fd(const char *what, int fd) {
   return fails(what, path);
 }
 
+/* A name in a folder that is open, as the removal of trees gives it. */
+static int fails_at(const char *what, int at, const char *name) {
+  char link[64], path[8192];
+  if (!prefix[0] || !name || name[0] == '/' || at == AT_FDCWD) return fails(what, name);
+  int before = errno;
+  snprintf(link, sizeof link, "/proc/self/fd/%d", at);
+  ssize_t size = readlink(link, path, 4095);
+  errno = before;
+  if (size < 0) return 0;
+  snprintf(path + size, sizeof path - size, "/%s", name);
+  return fails(what, path);
+}
+
 #define REAL(name) \
   static __typeof__(&name) real; \
   if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
@@ -81,13 +98,13 @@ int open64(const char *path, int flags, ...) {
 int openat(int at, const char *path, int flags, ...) {
   REAL(openat);
   MODE(flags);
-  return fails("open", path) ? -1 : real(at, path, flags, mode);
+  return fails_at("open", at, path) ? -1 : real(at, path, flags, mode);
 }
 
 int openat64(int at, const char *path, int flags, ...) {
   REAL(openat64);
   MODE(flags);
-  return fails("open", path) ? -1 : real(at, path, flags, mode);
+  return fails_at("open", at, path) ? -1 : real(at, path, flags, mode);
 }
 
 FILE *fopen(const char *path, const char *how) {
@@ -144,6 +161,47 @@ int linkat(int at, const char *from, int to_at, const char *to, int flags) {
 int mkdir(const char *path, mode_t mode) {
   REAL(mkdir);
   return fails("mkdir", path) ? -1 : real(path, mode);
+}
+
+int unlink(const char *path) {
+  REAL(unlink);
+  return fails("unlink", path) ? -1 : real(path);
+}
+
+int unlinkat(int at, const char *path, int flags) {
+  REAL(unlinkat);
+  const char *what = flags & AT_REMOVEDIR ? "rmdir" : "unlink";
+  return fails_at(what, at, path) ? -1 : real(at, path, flags);
+}
+
+int rmdir(const char *path) {
+  REAL(rmdir);
+  return fails("rmdir", path) ? -1 : real(path);
+}
+
+DIR *opendir(const char *path) {
+  REAL(opendir);
+  return fails("list", path) ? NULL : real(path);
+}
+
+DIR *fdopendir(int fd) {
+  REAL(fdopendir);
+  return fails_fd("list", fd) ? NULL : real(fd);
+}
+
+int flock(int fd, int what) {
+  REAL(flock);
+  return fails_fd("flock", fd) ? -1 : real(fd, what);
+}
+
+int ioctl(int fd, unsigned long request, ...) {
+  static int (*real)(int, unsigned long, void *);
+  if (!real) real = dlsym(RTLD_NEXT, "ioctl");
+  va_list rest;
+  va_start(rest, request);
+  void *argument = va_arg(rest, void *);
+  va_end(rest);
+  return fails_fd("ioctl", fd) ? -1 : real(fd, request, argument);
 }
 
 int fsync(int fd) {

@@ -40,6 +40,12 @@ def run(bundle, groundings, kept_mib):
     return before, (count_memory(), count_files())
 
 
+def test_100_groundings_keep_memory_and_files_level(refshapes_bundle):
+    before, after = run(refshapes_bundle, 100, kept_mib=8)
+    assert after[1] == before[1]
+    assert after[0] - before[0] < 24 * MIB, (before, after)
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("kept_mib", [0, 8, 256])
 def test_2000_groundings_keep_memory_and_files_level(refshapes_bundle, kept_mib):

@@ -184,6 +184,7 @@ class FakeTensorrt(types.ModuleType):
         self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
         self.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
         self.ComputeCapability = types.SimpleNamespace(SM80=80, SM86=86, SM89=89, SM120=120)
+        self.TensorIOMode = types.SimpleNamespace(INPUT="in", OUTPUT="out")
         self.BuilderFlag = types.SimpleNamespace(TF32="tf32")
         if self.is_rtx:
             self.BuilderFlag.REQUIRE_USER_ALLOCATION = "require-user-allocation"
@@ -355,6 +356,28 @@ class _Engine:
     def __init__(self, trt, told):
         self.trt, self.path, self.profiles = trt, told["path"], told["profiles"]
         self.graph = trt.graphs[Path(self.path).name]
+
+    @property
+    def _tensors(self):
+        stage = self.graph.stage
+        sides = {"in": _tensors(stage.inputs), "out": _tensors(stage.outputs)}
+        return {each.name: (side, each) for side in sides for each in sides[side]}
+
+    @property
+    def num_io_tensors(self):
+        return len(self._tensors)
+
+    def get_tensor_name(self, index):
+        return list(self._tensors)[index]
+
+    def get_tensor_mode(self, name):
+        return self._tensors[name][0]
+
+    def get_tensor_dtype(self, name):
+        return self._tensors[name][1].dtype
+
+    def get_tensor_shape(self, name):
+        return self._tensors[name][1].shape
 
     def get_aliased_input_tensor(self, name):
         is_in_place = "KV_CACHE_UPDATE" in self.graph.layers and name.startswith("next_")

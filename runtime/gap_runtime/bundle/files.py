@@ -45,7 +45,9 @@ def write_whole(path: Path) -> Iterator[Path]:
         store(aside)
         aside.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        # In its place it has the other name by now; else the first error is the one to tell.
+        with contextlib.suppress(OSError):
+            aside.unlink()
     # The file is there; whether its name is on the disk is no reason to call it failed.
     with contextlib.suppress(OSError):
         store(path.parent)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gap_runtime.backends._interface import GraphTensor, require_interface
+from gap_runtime.backends.onnxruntime.loading import list_errors
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BundleError
@@ -74,3 +75,20 @@ def test_anything_else_is_named(changes, said):
     with pytest.raises(BundleError, match=r"decoder\.onnx: ") as caught:
         check(**changes)
     assert said in str(caught.value)
+
+
+def field(number, data):
+    """A field of bytes, as ONNX files have them."""
+    return bytes([number << 3 | 2, len(data)]) + data
+
+
+def test_a_graph_whose_names_are_no_text_is_an_error_of_the_library():
+    """Found by the fuzzer: a message that quotes such a name cannot become a text."""
+    ort = pytest.importorskip("onnxruntime")
+    node = field(1, b"x") + field(2, b"y") + field(4, b"\xed" * 6)
+    kind = field(2, field(1, b"\x08\x01"))
+    sides = field(11, field(1, b"x") + kind) + field(12, field(1, b"y") + kind)
+    graph = b"\x08\x08" + field(7, field(1, node) + field(2, b"g") + sides) + field(8, b"\x10\x12")
+    with pytest.raises(UnicodeDecodeError) as caught:
+        ort.InferenceSession(graph, providers=["CPUExecutionProvider"], enable_fallback=0)
+    assert isinstance(caught.value, list_errors(ort))

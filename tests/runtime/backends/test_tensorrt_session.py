@@ -287,6 +287,25 @@ def test_an_engine_whose_bytes_changed(open_bundle):
     refuse(bundle, "its bytes have changed since it was built")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "float32"}, "is float32 ["),
+        ({"shape": (1, 3, 5)}, "[1, 3, 5], the manifest says"),
+        ({"name": "other"}, "alone; build it again"),
+    ],
+)
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_an_engine_that_takes_or_gives_something_else(open_bundle, side, change, said):
+    """Its record is made again by whoever makes the engine."""
+    bundle, trt, _ = open_bundle()
+    stage = bundle.manifest.stage("decoder")
+    *others, last = getattr(stage, side)
+    other = dataclasses.replace(stage, **{side: (*others, dataclasses.replace(last, **change))})
+    trt.graphs[stage.file].stage = other
+    refuse(bundle, "decoder.engine: ", side[:-1], said)
+
+
 def test_an_engine_for_another_gpu(open_bundle):
     bundle, _, gpu = open_bundle()
     gpu.capability = (8, 6)

@@ -301,4 +301,5 @@ def list_errors(ort: ModuleType) -> tuple[type[Exception], ...]:
     """All error classes of onnxruntime, which share no base of their own."""
     state = ort.capi.onnxruntime_pybind11_state
     own = (getattr(state, name) for name in _ERRORS if hasattr(state, name))
-    return (RuntimeError, *own)
+    # Its messages quote names of a damaged graph, which may be no text.
+    return (RuntimeError, UnicodeDecodeError, *own)

@@ -16,10 +16,12 @@ from typing import Any, Final
 import numpy as np
 
 from gap_runtime.backends._cuda import CapturedGraph, Device, DeviceCache, DeviceMemory
+from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends._kv_cache import SlotCopy, cache_specs
 from gap_runtime.backends.tensorrt.kernels import CompiledKernels
 from gap_runtime.backends.tensorrt.library import (
     RTX,
+    dtype_name,
     find_mismatch,
     import_package,
     last_error,
@@ -38,7 +40,7 @@ from gap_runtime.bundle.engines import (
 )
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import MOST_LOGITS, TensorSpec
-from gap_runtime.errors import EngineError
+from gap_runtime.errors import BundleError, EngineError
 from gap_runtime.machines.memory import free_memory
 
 _SMALL_INPUTS: Final = ("embeddings", "position_ids", "write_slot", "logits_rows")
@@ -74,6 +76,7 @@ class _Engine:
         self._require_room()
         self.log = make_log(self.trt)
         self.engine: Any = load_engine(self.trt, self.log, self.path)
+        self._require_interface(stage)
         # Profiles never run at the same time, so that all contexts work in the same memory.
         self.scratch = self.device.allocate(scratch_bytes(self.engine))
         self._kernels = (
@@ -81,6 +84,24 @@ class _Engine:
             if record.package == RTX
             else None
         )
+
+    def _require_interface(self, stage: Stage) -> None:
+        """Refuse an engine that takes or gives something else than the manifest says.
+
+        Its record proves bytes, not what is in them.
+        """
+        held: dict[bool, list[GraphTensor]] = {True: [], False: []}
+        for k in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(k)
+            is_input = self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
+            shape = (None if size < 0 else size for size in self.engine.get_tensor_shape(name))
+            dtype = dtype_name(self.engine.get_tensor_dtype(name))
+            held[is_input].append(GraphTensor(name=name, dtype=dtype, shape=tuple(shape)))
+        try:
+            require_interface(self.path, stage, held[True], held[False])
+        except BundleError as error:
+            found = str(error).removesuffix("; export again")
+            raise EngineError(f"{found}; build it again: {self.rebuild}") from error
 
     def _require_room(self) -> None:
         """Refuse an engine that a machine of one memory has no room for; others say so themselves.

@@ -1,0 +1,1 @@
+"""Commands killed at random moments; what is there afterwards is one of the promised states."""
