@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.tracing.farthest import choose_farthest
 
 # B batch (1), N visual tokens, D token width.
 
@@ -38,13 +39,8 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     nearest_B1N = torch.where(is_own_NN, _FAR, distance_NN).amin(dim=1)[None, None]
     # A token's distance to itself makes it the nearest for good once it is chosen.
     distance_NN = torch.where(is_own_NN, _OWN, distance_NN)
-    chosen = [nearest_B1N.argmax(dim=-1)]
-    for step in range(1, kept):
-        # A lookup is one Gather.
-        row_B1N = functional.embedding(chosen[-1], distance_NN)
-        nearest_B1N = row_B1N if step == 1 else torch.minimum(nearest_B1N, row_B1N)
-        chosen.append(nearest_B1N.argmax(dim=-1))
-    return Kept(order=torch.cat(chosen, dim=1))
+    first_B1 = nearest_B1N.argmax(dim=-1)
+    return Kept(order=choose_farthest(distance_NN, first_B1, kept))
 
 
 def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:

@@ -23,6 +23,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gap_export.errors import ExportError
 from gap_export.interfaces.dialect import Dialect
+from gap_export.tracing.farthest import translate_farthest
 from gap_export.tracing.graph import Traced, named_values
 from gap_export.tracing.tidy import quiet, tidy
 from gap_runtime.bundle.tensors import TensorSpec
@@ -137,7 +138,13 @@ def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return linear_as_gemm(op, x, weight, bias)
 
-    table = {torch.ops.aten.linear.default: linear}
+    def farthest(distance: Any, first: Any, count: int) -> Any:
+        return translate_farthest(op, distance, first, count)
+
+    table = {
+        torch.ops.aten.linear.default: linear,
+        torch.ops.gap.choose_farthest.default: farthest,
+    }
     translate = dialect.translate_attention
     if translate is None:
         return table
@@ -197,10 +204,22 @@ def _set_interface(
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Name nodes after the module that they come from, for those who read a parser's errors."""
+    """Name nodes after the module that they come from, for those who read a parser's errors.
+
+    A node that the optimizer made is of no module; it gets the one that reads it.
+    """
+    scopes: dict[ir.Node, str] = {}
+    for node in reversed(graph):
+        kept = node.metadata_props.get(_SCOPES)
+        readers = (use.node for value in node.outputs for use in value.uses())
+        scopes[node] = (
+            next((scopes[reader] for reader in readers), "")
+            if kept is None
+            else ast.literal_eval(kept)[-2]
+        )
     counts: Counter[str] = Counter()
     for node in graph:
-        scope = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))[-2]
+        scope = scopes[node]
         name = node.op_type if scope.startswith(_NO_SCOPE) else f"{scope}/{node.op_type}"
         name = name.lstrip("/")
         counts[name] += 1

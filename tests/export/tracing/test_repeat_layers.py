@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 from makers.families import find_family
+from makers.qwen import make_qwen3_checkpoint, make_qwen_checkpoint
 
 from gap_export.pipeline import stages
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
 from gap_export.tracing import repeat_layers
 
 LAYERS = 5
@@ -81,6 +84,53 @@ def test_copied_blocks_of_a_tower(
     assert continued.parameters == whole.parameters
 
 
+@pytest.mark.parametrize(
+    ("make", "size", "options", "copied"),
+    [
+        # Two kinds of blocks, of windows and of the whole picture.
+        (
+            make_qwen_checkpoint,
+            "168x112",
+            {"depth": 8, "full": (3, 7)},
+            {2: 1, 4: 1, 5: 1, 6: 1, 7: 3},
+        ),
+        (
+            make_qwen3_checkpoint,
+            "96x64",
+            {"depth": 6, "stacked": (0, 3)},
+            {2: 1, 3: 1, 4: 1, 5: 1},
+        ),
+    ],
+)
+def test_copied_blocks_of_a_qwen_tower(
+    make, size, options, copied, tmp_path, monkeypatch, traced_layers
+):
+    plan = plan_export(
+        make_request(
+            str(make(tmp_path / "model", **options)),
+            ratios=0.5,
+            pruner="divprune",
+            settings={"image.canvas": size, "prompt.template": "<image>{phrase}"},
+            out=tmp_path / "out",
+        )
+    )
+    bucket = plan.spec.buckets[0]
+    runs, trace = [], repeat_layers.trace
+
+    def count(*arguments, **options):
+        runs.append(arguments)
+        return trace(*arguments, **options)
+
+    monkeypatch.setattr(repeat_layers, "trace", count)
+    continued = stages.trace_tower(plan, bucket)
+    assert len(runs) == 1, "the copies were given up"
+    whole = trace_whole(monkeypatch, lambda: stages.trace_tower(plan, bucket))
+
+    assert sources(traced_layers) == [copied]
+    assert describe(continued) == describe(whole)
+    assert continued.parameters == whole.parameters
+
+
 def test_depth_is_not_traced(tmp_path, tmp_path_factory, traced_layers):
     plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out")
     traced = stages.trace_decoder(with_layers(plan, 40))
@@ -101,7 +151,7 @@ def with_blocks(plan, count):
     """The plan of a model whose tower has so many blocks up to its patches."""
     config = copy.deepcopy(plan.spec.library_config)
     if hasattr(config, "tower"):
-        config.tower = replace(config.tower, layers=count)
+        config = replace(config, tower=replace(config.tower, layers=count))
     else:
         config.vision_config.num_hidden_layers = count + 1
         config.vision_feature_layer = -2
