@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gap_export.checkpoint.folder import HUB_FILES, NO_WEIGHTS, TORCH_FILES
 from gap_export.errors import CheckpointError
+from gap_runtime.bundle.hub import describe_failure
 from gap_runtime.records.files import is_file, is_folder, read_text
 
 
@@ -62,7 +63,5 @@ def explain_failure(hub_id: str, error: Exception, advice: str) -> CheckpointErr
     if constants.HF_HUB_OFFLINE:
         reason = "it is not in the cache here, and HF_HUB_OFFLINE is set; unset it to download"
         return CheckpointError(f"{hub_id}: {reason}; {advice}")
-    # The first sentence, whole: the library's go on about its own arguments.
-    reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
-    reason = reason or type(error).__name__
-    return CheckpointError(f"{hub_id}: cannot be fetched from the hub ({reason:.300}); {advice}")
+    reason = describe_failure(error)
+    return CheckpointError(f"{hub_id}: cannot be fetched from the hub ({reason}); {advice}")

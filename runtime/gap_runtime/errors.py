@@ -88,6 +88,10 @@ class HashError(BundleError):
     """A file of a bundle that has changed since it was exported."""
 
 
+class HubError(BundleError):
+    """A bundle that cannot be brought from the hub, or to it."""
+
+
 class EngineError(GapError):
     """A backend that cannot load or run a stage."""
 

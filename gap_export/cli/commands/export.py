@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gap_export.cli.options import add_export_arguments, read_request
 from gap_runtime.cli.options import print_json
+from gap_runtime.cli.sharing import add_push_arguments, push_bundle
 
 if TYPE_CHECKING:
     from gap_export.pipeline.estimate import Estimate
@@ -41,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="export again what is there already, unchanged"
     )
+    parser.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="then share the bundle on the hub, with a card; ORG/NAME@BRANCH for a branch",
+    )
+    add_push_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
 
@@ -53,13 +60,52 @@ def run(options: argparse.Namespace) -> int:
     request = read_request(options)
     if options.dry_run:
         return _dry_run(display, request, as_json=options.json)
+    if options.push is not None:
+        return _export_and_push(options, display, request)
     return make_bundle(request, display, force=options.force, as_json=options.json)
+
+
+def _export_and_push(options: argparse.Namespace, display: Display, request: ExportRequest) -> int:
+    """Export, push and say both; what a push would be refused for is found before the work."""
+    from gap_runtime.bundle.bundle import Bundle  # noqa: PLC0415
+    from gap_runtime.bundle.hub import parse_name  # noqa: PLC0415
+    from gap_runtime.bundle.license import UNKNOWN, find_license  # noqa: PLC0415
+    from gap_runtime.bundle.manifest import Source  # noqa: PLC0415
+    from gap_runtime.bundle.push import require_login  # noqa: PLC0415
+
+    name = parse_name(options.push)
+    require_login(name)
+    config = request.named.config
+    source = Source(checkpoint=config.checkpoint, revision=config.revision, index_sha256="")
+    license = find_license(source, options.license)  # noqa: A001 - the field's word
+    license.require_shareable(accepted=options.accept_license)
+    result = _make(request, display, force=options.force, as_json=options.json)
+    if license.name == UNKNOWN:
+        license = find_license(result.manifest.source, options.license)  # noqa: A001
+    pushed = push_bundle(
+        options, display, Bundle.open(result.folder), name, license, report=result.report
+    )
+    if options.json:
+        print_json(result.summarize() | {"pushed": pushed})
+    else:
+        print(result.folder)
+    return 0
 
 
 def make_bundle(
     request: ExportRequest, display: Display, *, force: bool = False, as_json: bool = False
 ) -> int:
     """Export and say what was made; the exit code."""
+    result = _make(request, display, force=force, as_json=as_json)
+    if as_json:
+        print_json(result.summarize())
+    else:
+        print(result.folder)
+    return 0
+
+
+def _make(request: ExportRequest, display: Display, *, force: bool, as_json: bool) -> ExportResult:
+    """Export and say on stderr what was made."""
     from gap_export.pipeline.api import export_request  # noqa: PLC0415
 
     result = export_request(request, display, force=force)
@@ -71,11 +117,7 @@ def make_bundle(
     elif not as_json:
         _show_plan(display, result.plan)
         _show_result(display, result)
-    if as_json:
-        print_json(result.summarize())
-    else:
-        print(result.folder)
-    return 0
+    return result
 
 
 def _dry_run(display: Display, request: ExportRequest, *, as_json: bool) -> int:

@@ -36,7 +36,8 @@ class Bundle:
         """Open a bundle and check that its files are those that were exported.
 
         Args:
-            path: The bundle's folder.
+            path: The bundle's folder; or `hub:org/name@revision`, which is downloaded where it
+                is not in the hub's cache here.
             verify_all: Hash every file. Otherwise files above 256 MiB (the weights of a large
                 model) are checked by size alone.
 
@@ -44,8 +45,13 @@ class Bundle:
             BundleError: The folder is no bundle, or a file is missing.
             SchemaError: The bundle was written in another format.
             HashError: A file has changed.
+            HubError: It cannot be brought from the hub.
         """
         folder = Path(path)
+        if isinstance(path, str) and path.startswith("hub:"):
+            from gap_runtime.bundle.hub import parse_name, pull  # noqa: PLC0415 - it opens bundles
+
+            folder = pull(parse_name(path))
         bundle = cls(folder=folder, manifest=read_manifest(folder))
         bundle.verify(limit=None if verify_all else _SMALL_BYTES)
         return bundle

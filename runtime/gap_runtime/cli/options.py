@@ -135,7 +135,7 @@ def _finite(data: Any) -> Any:
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command on one bundle."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder, or hub:org/name@revision")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

@@ -1,0 +1,221 @@
+"""Bundles on the hub: their names, the download, and the proof of what came."""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from gap_runtime.bundle.bundle import Bundle, describe_file
+from gap_runtime.bundle.manifest import MANIFEST_FILE
+from gap_runtime.bundle.validation import read_manifest
+from gap_runtime.errors import ConfigError, GapError, HubError
+from gap_runtime.records.files import is_file
+
+PREFIX: Final = "hub:"
+CARD_FILE: Final = "README.md"
+_HALF: Final = ".cache/huggingface"
+"""What the library keeps in a folder that it downloads to, so that it can go on."""
+
+_STATUSES: Final = {
+    401: "the token is not valid; run `hf auth login`, or set HF_TOKEN",
+    403: "the token may not do that; make one with the right to write",
+    409: "somebody else changed it meanwhile; try again",
+    412: "somebody else changed it meanwhile; try again",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubName:
+    """A repository on the hub, `org/name`, at a branch, tag or commit; null is its main one."""
+
+    repository: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        """As it is written on a command line."""
+        return self.repository + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_name(text: str) -> HubName:
+    """`org/name` or `org/name@revision`, with `hub:` before it or without.
+
+    Raises:
+        ConfigError: It is no such name.
+        HubError: huggingface_hub is not installed.
+    """
+    repository, _, revision = text.removeprefix(PREFIX).partition("@")
+    library = load_library()
+    try:
+        library.utils.validate_repo_id(repository)
+    except library.errors.HFValidationError as error:
+        raise ConfigError(f"'{text}': {describe_failure(error)}") from error
+    if "/" not in repository or text.endswith("@"):
+        raise ConfigError(f"'{text}': expected org/name or org/name@revision")
+    return HubName(repository=repository, revision=revision or None)
+
+
+def load_library() -> Any:
+    """huggingface_hub, with its errors.
+
+    Raises:
+        HubError: It is not installed.
+    """
+    try:
+        import huggingface_hub  # noqa: PLC0415 - an extra, and slow to import
+        import huggingface_hub.errors  # noqa: PLC0415
+    except ImportError as error:
+        raise HubError(
+            "the hub is reached by huggingface_hub, which is not installed; "
+            "pip install 'gap-runtime[hub]'"
+        ) from error
+    return huggingface_hub
+
+
+def library_failures() -> tuple[type[Exception], ...]:
+    """What calls of huggingface_hub may raise where the world, and not the caller, is wrong."""
+    errors = load_library().errors
+    # The HTTP library differs between its releases; what they raise without an answer is of it.
+    http = errors.HfHubHTTPError.__bases__[0]
+    return (http, OSError, ValueError, RuntimeError, errors.XetDownloadError)
+
+
+def describe_failure(error: Exception) -> str:
+    """What huggingface_hub's error means, in a few words and on one line."""
+    errors = load_library().errors
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return describe_failure(error.__cause__)
+    # A gated repository is one that is not found, too.
+    kinds = {
+        errors.GatedRepoError: "its authors ask who wants it: accept their terms on its page",
+        errors.RepositoryNotFoundError: (
+            "no such repository, or a private one that your token does not open"
+        ),
+        errors.RevisionNotFoundError: "no such branch, tag or commit in it",
+        errors.FileMetadataError: "what answers there is no hub; see HF_ENDPOINT and proxies",
+    }
+    if isinstance(error.__cause__, errors.FileMetadataError):
+        error = error.__cause__
+    for kind, words in kinds.items():
+        if isinstance(error, kind):
+            return words
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in _STATUSES:
+        return _STATUSES[response.status_code]
+    if type(error).__name__ == "IncompleteSnapshotError":
+        return "only a part of it is here, and the hub cannot be reached; pull again to go on"
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return f"no network to the hub ({type(error.__cause__).__name__})"
+    # The first sentence, whole: the library's go on about its own arguments.
+    reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
+    return f"{reason or type(error).__name__:.300}"
+
+
+def explain_failure(name: HubName, what: str, error: Exception) -> GapError:
+    """One line about what could not be done with a repository.
+
+    Args:
+        name: Of the repository.
+        what: Is not possible, `be pulled` for example.
+        error: The library's.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    if constants.HF_HUB_OFFLINE:
+        return HubError(
+            f"{PREFIX}{name}: cannot {what}: HF_HUB_OFFLINE is set and it is not all in the cache "
+            "here; unset it"
+        )
+    return HubError(f"{PREFIX}{name}: cannot {what}: {describe_failure(error)}")
+
+
+def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False) -> Path:
+    """A bundle from the hub: what is not here yet is downloaded, and compared with the manifest.
+
+    Of the repository come the files that its manifest names, and its card. What was half
+    downloaded goes on. Without a network a bundle that is whole in the cache is taken.
+
+    Args:
+        name: Of the repository.
+        folder: Where it goes; the hub's own cache by default.
+        verify_all: Hash what was downloaded earlier, too.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        HubError: It cannot be downloaded, or what came is not what its manifest says.
+        ConfigError: The folder holds something else.
+        BundleError: The repository holds no bundle.
+    """
+    if folder is not None:
+        _require_free(folder)
+    seen = _download(name, name.revision, [MANIFEST_FILE])
+    if not is_file(seen / MANIFEST_FILE):
+        raise HubError(
+            f"{PREFIX}{name}: has no {MANIFEST_FILE}, so it is no bundle; a model itself is "
+            "exported with gap-export"
+        )
+    manifest = read_manifest(seen)
+    names = [*manifest.files, MANIFEST_FILE, CARD_FILE]
+    place = folder or seen
+    was_whole = all(is_file(place / each) for each in names[:-1])
+    # A commit, so that both downloads are of the same state.
+    place = _download(name, seen.name, [glob.escape(each) for each in names], folder)
+    if verify_all or not was_whole:
+        _verify(name, Bundle(folder=place, manifest=manifest))
+    return place
+
+
+def _download(
+    name: HubName, revision: str | None, patterns: list[str], folder: Path | None = None
+) -> Path:
+    library = load_library()
+    try:
+        return Path(
+            library.snapshot_download(
+                name.repository,
+                revision=revision,
+                allow_patterns=patterns,
+                local_dir=folder,
+                library_name="gap-runtime",
+                library_version=metadata.version("gap-runtime"),
+            )
+        )
+    except library_failures() as error:
+        raise explain_failure(name, "be pulled", error) from error
+
+
+def _verify(name: HubName, bundle: Bundle) -> None:
+    """Compare all that came with the manifest; what differs is removed, so that it comes again."""
+    wrong = []
+    for each, entry in bundle.manifest.files.items():
+        path = bundle.folder / each
+        if not is_file(path):
+            raise HubError(
+                f"{PREFIX}{name}: {each} is in its manifest and not in the repository; its owner "
+                "has to push it again"
+            )
+        if describe_file(path) != entry:
+            wrong.append(each)
+            real = Path(os.path.realpath(path))
+            path.unlink()
+            real.unlink(missing_ok=True)
+    if wrong:
+        raise HubError(
+            f"{PREFIX}{name}: {', '.join(wrong)}: the BLAKE3 differs from the manifest's; what "
+            "came was removed. Pull again; if it stays so, its owner has to push it again"
+        )
+
+
+def _require_free(folder: Path) -> None:
+    """Refuse a folder that holds something else than a half-pulled bundle."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no folder; give another --out")
+    if any(folder.iterdir()) and not (folder / _HALF).is_dir():
+        raise ConfigError(f"{folder}: holds something else; give an empty folder or a new one")

@@ -1,0 +1,48 @@
+"""`gap-runtime pull`: a bundle from the hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from gap_runtime.cli.options import print_json, print_line
+
+SUMMARY: Final = "download a bundle from the hub and compare it with its manifest"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("name", metavar="ORG/NAME", help="repository, or ORG/NAME@REVISION")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for it (default: the hub's cache)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    from gap_runtime.bundle.hub import parse_name, pull  # noqa: PLC0415
+    from gap_runtime.bundle.validation import read_manifest  # noqa: PLC0415
+    from gap_runtime.display import Display, format_bytes  # noqa: PLC0415
+
+    name = parse_name(options.name)
+    display = Display()
+    with display.step(f"pulling {name}"):
+        folder = pull(name, options.out, verify_all=True)
+    files = read_manifest(folder).files
+    size = sum(entry.size for entry in files.values())
+    display.say(f"{len(files)} files, {format_bytes(size)}, as the manifest has them")
+    if options.json:
+        print_json(
+            {
+                "bundle": str(folder),
+                "repository": name.repository,
+                "revision": name.revision,
+                "files": len(files),
+                "bytes": size,
+            }
+        )
+    else:
+        print_line(str(folder))
+    return 0
