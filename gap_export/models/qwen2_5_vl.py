@@ -57,6 +57,7 @@ from gap_runtime.pictures.preprocess import Bucket
 DECODER: Final = llama
 TOWER_LAYERS: Final = "visual.blocks"
 PARTS: Final[dict[str, str]] = {}
+PRUNER: Final = "divprune"
 _PREFIX: Final = 15
 _CANVASES: Final = "1008x1008,1120x896,896x1120"
 _TEMPLATE: Final = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + QUESTION

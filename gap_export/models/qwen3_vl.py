@@ -52,6 +52,7 @@ from gap_runtime.pictures.preprocess import Bucket
 DECODER: Final = llama
 TOWER_LAYERS: Final = "visual.blocks"
 PARTS: Final[dict[str, str]] = {}
+PRUNER: Final = "divprune"
 _TEMPLATE: Final = QUESTION
 """Without a system line, as published."""
 _PREFIX: Final = 4
