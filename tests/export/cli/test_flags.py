@@ -53,6 +53,7 @@ def test_the_flags_of_gap_export_are_these():
             "--dry-run",
             "--json",
         ),
+        *("--push", "--private", "--license", "--accept-license"),
         *("-v", "--verbose"),
     }
 
@@ -109,6 +110,12 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
             },
         ),
         "doctor": ([], {"--json", "--all"}),
+        "pull": (["name"], {"--json", "--out"}),
+        "push": (
+            ["bundle", "name"],
+            {"--accept-license", "--accuracy", "--backend", "--json"}
+            | {"--license", "--no-check", "--private"},
+        ),
         "triton": (["bundle"], {"--json", "--out", "--backend"}),
         "serve": (
             ["bundles"],
