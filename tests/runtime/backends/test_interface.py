@@ -83,12 +83,14 @@ def field(number, data):
 
 
 def test_a_graph_whose_names_are_no_text_is_an_error_of_the_library():
-    """Found by the fuzzer: a message that quotes such a name cannot become a text."""
+    """Found by the fuzzer: a message that quotes such a name cannot become a text.
+
+    It is a UnicodeDecodeError then; older versions have an error of their own.
+    """
     ort = pytest.importorskip("onnxruntime")
     node = field(1, b"x") + field(2, b"y") + field(4, b"\xed" * 6)
     kind = field(2, field(1, b"\x08\x01"))
     sides = field(11, field(1, b"x") + kind) + field(12, field(1, b"y") + kind)
     graph = b"\x08\x08" + field(7, field(1, node) + field(2, b"g") + sides) + field(8, b"\x10\x12")
-    with pytest.raises(UnicodeDecodeError) as caught:
+    with pytest.raises(list_errors(ort)):
         ort.InferenceSession(graph, providers=["CPUExecutionProvider"], enable_fallback=0)
-    assert isinstance(caught.value, list_errors(ort))
