@@ -31,7 +31,6 @@ from gap_runtime.evaluation.results import read_answers
 
 ROUND = 5
 """Kills in one place before the command may end."""
-TORN = "expected a file that `evaluate --out` wrote"
 
 
 def prepare_evaluation(home):

@@ -20,6 +20,8 @@ from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import BundleError, ConfigError, HashError
 from gap_runtime.records.files import is_file, open_file, refusal
 
+HUB: Final = "hub:"
+"""Before the name of a repository: that bundle, on the hub."""
 _SMALL_BYTES: Final = 256 * 2**20
 """Files up to this size are hashed at every opening; larger ones when all are asked for."""
 
@@ -48,7 +50,7 @@ class Bundle:
             HubError: It cannot be brought from the hub.
         """
         folder = Path(path)
-        if isinstance(path, str) and path.startswith("hub:"):
+        if isinstance(path, str) and path.startswith(HUB):
             from gap_runtime.bundle.hub import parse_name, pull  # noqa: PLC0415 - it opens bundles
 
             folder = pull(parse_name(path))

@@ -9,13 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from gap_runtime.bundle.bundle import Bundle, describe_file
+from gap_runtime.bundle.bundle import HUB, Bundle, describe_file
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import ConfigError, GapError, HubError
 from gap_runtime.records.files import is_file
 
-PREFIX: Final = "hub:"
 CARD_FILE: Final = "README.md"
 _HALF: Final = ".cache/huggingface"
 """What the library keeps in a folder that it downloads to, so that it can go on."""
@@ -47,7 +46,7 @@ def parse_name(text: str) -> HubName:
         ConfigError: It is no such name.
         HubError: huggingface_hub is not installed.
     """
-    repository, _, revision = text.removeprefix(PREFIX).partition("@")
+    repository, _, revision = text.removeprefix(HUB).partition("@")
     library = load_library()
     try:
         library.utils.validate_repo_id(repository)
@@ -126,10 +125,10 @@ def explain_failure(name: HubName, what: str, error: Exception) -> GapError:
 
     if constants.HF_HUB_OFFLINE:
         return HubError(
-            f"{PREFIX}{name}: cannot {what}: HF_HUB_OFFLINE is set and it is not all in the cache "
+            f"{HUB}{name}: cannot {what}: HF_HUB_OFFLINE is set and it is not all in the cache "
             "here; unset it"
         )
-    return HubError(f"{PREFIX}{name}: cannot {what}: {describe_failure(error)}")
+    return HubError(f"{HUB}{name}: cannot {what}: {describe_failure(error)}")
 
 
 def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False) -> Path:
@@ -156,7 +155,7 @@ def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False)
     seen = _download(name, name.revision, [MANIFEST_FILE])
     if not is_file(seen / MANIFEST_FILE):
         raise HubError(
-            f"{PREFIX}{name}: has no {MANIFEST_FILE}, so it is no bundle; a model itself is "
+            f"{HUB}{name}: has no {MANIFEST_FILE}, so it is no bundle; a model itself is "
             "exported with gap-export"
         )
     manifest = read_manifest(seen)
@@ -196,7 +195,7 @@ def _verify(name: HubName, bundle: Bundle) -> None:
         path = bundle.folder / each
         if not is_file(path):
             raise HubError(
-                f"{PREFIX}{name}: {each} is in its manifest and not in the repository; its owner "
+                f"{HUB}{name}: {each} is in its manifest and not in the repository; its owner "
                 "has to push it again"
             )
         if describe_file(path) != entry:
@@ -206,7 +205,7 @@ def _verify(name: HubName, bundle: Bundle) -> None:
             real.unlink(missing_ok=True)
     if wrong:
         raise HubError(
-            f"{PREFIX}{name}: {', '.join(wrong)}: the BLAKE3 differs from the manifest's; what "
+            f"{HUB}{name}: {', '.join(wrong)}: the BLAKE3 differs from the manifest's; what "
             "came was removed. Pull again; if it stays so, its owner has to push it again"
         )
 

@@ -18,7 +18,7 @@ from gap_runtime.bundle.hub import (
 )
 from gap_runtime.bundle.manifest import Source
 from gap_runtime.errors import ConfigError
-from gap_runtime.records.files import is_file, is_folder
+from gap_runtime.records.files import expand, is_file, is_folder
 
 UNKNOWN: Final = "unknown"
 _FREE: Final = frozenset(
@@ -99,7 +99,7 @@ def find_license(source: Source, given: str | None = None) -> License:
         return License(name=given.lower(), said_by="as you say")
     if source.index_sha256 in _EMBEDDED:
         return License(name="apache-2.0", said_by="gap-export's own model")
-    folder = Path(source.checkpoint).expanduser()
+    folder = expand(source.checkpoint)
     if is_folder(folder):
         return _read_card(folder / CARD_FILE)
     if source.checkpoint.count("/") == 1:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.bundle import HUB, Bundle
 from gap_runtime.bundle.hub import (
     CARD_FILE,
     HubName,
@@ -42,7 +42,7 @@ def require_login(name: HubName) -> None:
     library = load_library()
     if library.get_token() is None:
         raise HubError(
-            f"hub:{name}: no token for the hub; run `hf auth login`, or set HF_TOKEN, with one "
+            f"{HUB}{name}: no token for the hub; run `hf auth login`, or set HF_TOKEN, with one "
             "that may write"
         )
     try:
@@ -130,7 +130,7 @@ def _list_old(api: Any, name: HubName, there: Iterable[str], commit: str) -> set
         return set()
     if MANIFEST_FILE not in others:
         raise ConfigError(
-            f"hub:{name}: holds no bundle but {others[0]}"
+            f"{HUB}{name}: holds no bundle but {others[0]}"
             f"{f' and {len(others) - 1} more' if others[1:] else ''}; push to a repository of "
             "its own"
         )
