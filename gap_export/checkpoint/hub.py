@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gap_export.checkpoint.folder import HUB_FILES, NO_WEIGHTS, TORCH_FILES
 from gap_export.errors import CheckpointError
-from gap_runtime.bundle.hub import describe_failure
+from gap_runtime.bundle.hub_library import describe_failure
 from gap_runtime.records.files import is_file, is_folder, read_text
 
 

@@ -7,9 +7,10 @@ import os
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from gap_runtime.bundle.bundle import HUB, Bundle, describe_file
+from gap_runtime.bundle.hub_library import describe_failure, library_failures, load_library
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import ConfigError, GapError, HubError
@@ -18,13 +19,6 @@ from gap_runtime.records.files import is_file
 CARD_FILE: Final = "README.md"
 _HALF: Final = ".cache/huggingface"
 """What the library keeps in a folder that it downloads to, so that it can go on."""
-
-_STATUSES: Final = {
-    401: "the token is not valid; run `hf auth login`, or set HF_TOKEN",
-    403: "the token may not do that; make one with the right to write",
-    409: "somebody else changed it meanwhile; try again",
-    412: "somebody else changed it meanwhile; try again",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,62 +49,6 @@ def parse_name(text: str) -> HubName:
     if "/" not in repository or text.endswith("@"):
         raise ConfigError(f"'{text}': expected org/name or org/name@revision")
     return HubName(repository=repository, revision=revision or None)
-
-
-def load_library() -> Any:
-    """huggingface_hub, with its errors.
-
-    Raises:
-        HubError: It is not installed.
-    """
-    try:
-        import huggingface_hub  # noqa: PLC0415 - an extra, and slow to import
-        import huggingface_hub.errors  # noqa: PLC0415
-    except ImportError as error:
-        raise HubError(
-            "the hub is reached by huggingface_hub, which is not installed; "
-            "pip install 'gap-runtime[hub]'"
-        ) from error
-    return huggingface_hub
-
-
-def library_failures() -> tuple[type[Exception], ...]:
-    """What calls of huggingface_hub may raise where the world, and not the caller, is wrong."""
-    errors = load_library().errors
-    # The HTTP library differs between its releases; what they raise without an answer is of it.
-    http = errors.HfHubHTTPError.__bases__[0]
-    return (http, OSError, ValueError, RuntimeError, errors.XetDownloadError)
-
-
-def describe_failure(error: Exception) -> str:
-    """What huggingface_hub's error means, in a few words and on one line."""
-    errors = load_library().errors
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return describe_failure(error.__cause__)
-    # A gated repository is one that is not found, too.
-    kinds = {
-        errors.GatedRepoError: "its authors ask who wants it: accept their terms on its page",
-        errors.RepositoryNotFoundError: (
-            "no such repository, or a private one that your token does not open"
-        ),
-        errors.RevisionNotFoundError: "no such branch, tag or commit in it",
-        errors.FileMetadataError: "what answers there is no hub; see HF_ENDPOINT and proxies",
-    }
-    if isinstance(error.__cause__, errors.FileMetadataError):
-        error = error.__cause__
-    for kind, words in kinds.items():
-        if isinstance(error, kind):
-            return words
-    response = getattr(error, "response", None)
-    if response is not None and response.status_code in _STATUSES:
-        return _STATUSES[response.status_code]
-    if type(error).__name__ == "IncompleteSnapshotError":
-        return "only a part of it is here, and the hub cannot be reached; pull again to go on"
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return f"no network to the hub ({type(error.__cause__).__name__})"
-    # The first sentence, whole: the library's go on about its own arguments.
-    reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
-    return f"{reason or type(error).__name__:.300}"
 
 
 def explain_failure(name: HubName, what: str, error: Exception) -> GapError:

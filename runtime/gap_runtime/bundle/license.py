@@ -9,13 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gap_runtime.bundle.hub import (
-    CARD_FILE,
-    HubName,
-    explain_failure,
-    library_failures,
-    load_library,
-)
+from gap_runtime.bundle.hub import CARD_FILE, HubName, explain_failure
+from gap_runtime.bundle.hub_library import library_failures, load_library
 from gap_runtime.bundle.manifest import Source
 from gap_runtime.errors import ConfigError
 from gap_runtime.records.files import expand, is_file, is_folder

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gap_runtime.bundle.bundle import HUB, Bundle
-from gap_runtime.bundle.hub import (
-    CARD_FILE,
-    HubName,
-    explain_failure,
-    library_failures,
-    load_library,
-)
+from gap_runtime.bundle.hub import CARD_FILE, HubName, explain_failure
+from gap_runtime.bundle.hub_library import library_failures, load_library
 from gap_runtime.bundle.license import License
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.errors import BundleError, ConfigError, HubError

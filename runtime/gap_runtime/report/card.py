@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.hub import HubName, load_library
+from gap_runtime.bundle.hub import HubName
+from gap_runtime.bundle.hub_library import load_library
 from gap_runtime.bundle.license import UNKNOWN, License
 from gap_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 from gap_runtime.display import format_bytes
