@@ -15,7 +15,7 @@ _STATUSES: Final = {
 
 
 def load_library() -> Any:
-    """huggingface_hub, with its errors.
+    """huggingface_hub, with its errors and its checks of names.
 
     Raises:
         HubError: It is not installed.
@@ -23,6 +23,7 @@ def load_library() -> Any:
     try:
         import huggingface_hub  # noqa: PLC0415 - an extra, and slow to import
         import huggingface_hub.errors  # noqa: PLC0415
+        import huggingface_hub.utils  # noqa: PLC0415 - loaded by name alone
     except ImportError as error:
         raise HubError(
             "the hub is reached by huggingface_hub, which is not installed; "
@@ -34,9 +35,13 @@ def load_library() -> Any:
 def library_failures() -> tuple[type[Exception], ...]:
     """What calls of huggingface_hub may raise where the world, and not the caller, is wrong."""
     errors = load_library().errors
-    # The HTTP library differs between its releases; what they raise without an answer is of it.
-    http = errors.HfHubHTTPError.__bases__[0]
-    return (http, OSError, ValueError, RuntimeError, errors.XetDownloadError)
+    return (_http_errors(), OSError, ValueError, RuntimeError, errors.XetDownloadError)
+
+
+def _http_errors() -> type[Exception]:
+    """Base of what its HTTP library raises, which differs between its releases."""
+    base: type[Exception] = load_library().errors.HfHubHTTPError.__bases__[0]
+    return base
 
 
 def describe_failure(error: Exception) -> str:
@@ -63,8 +68,10 @@ def describe_failure(error: Exception) -> str:
         return _STATUSES[response.status_code]
     if type(error).__name__ == "IncompleteSnapshotError":
         return "only a part of it is here, and the hub cannot be reached; pull again to go on"
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return f"no network to the hub ({type(error.__cause__).__name__})"
+    is_missing = isinstance(error, errors.LocalEntryNotFoundError)
+    unanswered = error.__cause__ if is_missing else error
+    if unanswered is not None and response is None and isinstance(unanswered, _http_errors()):
+        return f"no network to the hub ({type(unanswered).__name__})"
     # The first sentence, whole: the library's go on about its own arguments.
     reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
     return f"{reason or type(error).__name__:.300}"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -202,6 +204,35 @@ def test_licences_of_the_source(hub, tmp_path):
     assert find_license(ask_source("org/none")).name == UNKNOWN
     assert find_license(ask_source("mine")).describe().startswith("the licence of the source mod")
     assert find_license(ask_source("mine"), "MIT").name == "mit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["pull", "org"], 2, "error: 'org': expected org/name or org/name@revision\n"),
+        (["pull", "a/b"], 4, "error: hub:a/b: cannot be pulled: no network to the hub ("),
+        (
+            ["push", "{bundle}", "a/b"],
+            4,
+            "error: hub:a/b: cannot be pushed: no network to the hub (",
+        ),
+    ],
+)
+def test_commands_in_a_process_of_their_own(bundle, arguments, code, said):
+    """Nothing but the command has loaded the library, which loads its parts one by one."""
+    text = "import sys; from gap_runtime.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", text, *(each.format(bundle=bundle.folder) for each in arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_x"},
+    )
+    lines = [line for line in done.stderr.splitlines(keepends=True) if line.startswith("error")]
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("hub")
