@@ -39,7 +39,8 @@ from gap_export.weights.bind import used_parameters
 from gap_export.weights.plan import WeightPlan
 from gap_export.weights.read import SourceReader
 from gap_export.weights.write import bring_weights
-from gap_runtime.bundle.bundle import Bundle, describe_file
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.hashes import describe_file
 from gap_runtime.bundle.manifest import (
     MANIFEST_FILE,
     SCHEMA,

@@ -12,8 +12,8 @@ from tools.engines import build_bundle
 import gap_export
 from benchmarks import checkpoints
 from gap_runtime import Bundle
-from gap_runtime.bundle.bundle import describe_file
 from gap_runtime.bundle.engines import read_engine_record
+from gap_runtime.bundle.hashes import describe_file
 from gap_runtime.cli.main import main
 from gap_runtime.errors import EngineError, GapError
 

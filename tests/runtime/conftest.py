@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gap_runtime.bundle.bundle import describe_file
+from gap_runtime.bundle.hashes import describe_file
 from gap_runtime.bundle.manifest import (
     SCHEMA,
     BundleLayout,

@@ -14,14 +14,13 @@ from typing import Final
 import numpy as np
 
 from gap_runtime.bundle.hashes import hash_bytes, hash_file, read_blocks
+from gap_runtime.bundle.hub import PREFIX, parse_name, pull
 from gap_runtime.bundle.layout import is_ratio, suggest_ratio
-from gap_runtime.bundle.manifest import FileEntry, Manifest, RatioEntry
+from gap_runtime.bundle.manifest import Manifest, RatioEntry
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import BundleError, ConfigError, HashError
 from gap_runtime.records.files import is_file, open_file, refusal
 
-HUB: Final = "hub:"
-"""Before the name of a repository: that bundle, on the hub."""
 _SMALL_BYTES: Final = 256 * 2**20
 """Files up to this size are hashed at every opening; larger ones when all are asked for."""
 
@@ -50,9 +49,7 @@ class Bundle:
             HubError: It cannot be brought from the hub.
         """
         folder = Path(path)
-        if isinstance(path, str) and path.startswith(HUB):
-            from gap_runtime.bundle.hub import parse_name, pull  # noqa: PLC0415 - it opens bundles
-
+        if isinstance(path, str) and path.startswith(PREFIX):
             folder = pull(parse_name(path))
         bundle = cls(folder=folder, manifest=read_manifest(folder))
         bundle.verify(limit=None if verify_all else _SMALL_BYTES)
@@ -193,8 +190,3 @@ def identify_files(bundle: Bundle) -> str:
     """A short name of a bundle that changes with any of its files."""
     named = sorted((name, entry.blake3) for name, entry in bundle.manifest.files.items())
     return hash_bytes(json.dumps(named).encode())[:12]
-
-
-def describe_file(path: Path) -> FileEntry:
-    """Size and hash of a file, for a manifest."""
-    return FileEntry(size=path.stat().st_size, blake3=hash_file(path))

@@ -9,6 +9,7 @@ from typing import Final
 
 from blake3 import blake3
 
+from gap_runtime.bundle.manifest import FileEntry
 from gap_runtime.errors import BundleError
 from gap_runtime.records.files import open_file
 
@@ -57,3 +58,8 @@ def read_blocks(path: Path, offset: int = 0, length: int | None = None) -> Itera
         while left > 0 and (size := file.readinto(buffer[: min(left, _BLOCK_BYTES)])):
             left -= size
             yield buffer[:size]
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hash of a file, for a manifest."""
+    return FileEntry(size=path.stat().st_size, blake3=hash_file(path))

@@ -9,13 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from gap_runtime.bundle.bundle import HUB, Bundle, describe_file
+from gap_runtime.bundle.hashes import describe_file
 from gap_runtime.bundle.hub_library import describe_failure, library_failures, load_library
-from gap_runtime.bundle.manifest import MANIFEST_FILE
+from gap_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import ConfigError, GapError, HubError
 from gap_runtime.records.files import is_file
 
+PREFIX: Final = "hub:"
+"""Before the name of a repository: that bundle, on the hub."""
 CARD_FILE: Final = "README.md"
 _HALF: Final = ".cache/huggingface"
 """What the library keeps in a folder that it downloads to, so that it can go on."""
@@ -40,7 +42,7 @@ def parse_name(text: str) -> HubName:
         ConfigError: It is no such name.
         HubError: huggingface_hub is not installed.
     """
-    repository, _, revision = text.removeprefix(HUB).partition("@")
+    repository, _, revision = text.removeprefix(PREFIX).partition("@")
     library = load_library()
     try:
         library.utils.validate_repo_id(repository)
@@ -63,10 +65,10 @@ def explain_failure(name: HubName, what: str, error: Exception) -> GapError:
 
     if constants.HF_HUB_OFFLINE:
         return HubError(
-            f"{HUB}{name}: cannot {what}: HF_HUB_OFFLINE is set and it is not all in the cache "
+            f"{PREFIX}{name}: cannot {what}: HF_HUB_OFFLINE is set and it is not all in the cache "
             "here; unset it"
         )
-    return HubError(f"{HUB}{name}: cannot {what}: {describe_failure(error)}")
+    return HubError(f"{PREFIX}{name}: cannot {what}: {describe_failure(error)}")
 
 
 def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False) -> Path:
@@ -93,7 +95,7 @@ def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False)
     seen = _download(name, name.revision, [MANIFEST_FILE])
     if not is_file(seen / MANIFEST_FILE):
         raise HubError(
-            f"{HUB}{name}: has no {MANIFEST_FILE}, so it is no bundle; a model itself is "
+            f"{PREFIX}{name}: has no {MANIFEST_FILE}, so it is no bundle; a model itself is "
             "exported with gap-export"
         )
     manifest = read_manifest(seen)
@@ -103,7 +105,7 @@ def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False)
     # A commit, so that both downloads are of the same state.
     place = _download(name, seen.name, [glob.escape(each) for each in names], folder)
     if verify_all or not was_whole:
-        _verify(name, Bundle(folder=place, manifest=manifest))
+        _verify(name, place, manifest)
     return place
 
 
@@ -126,14 +128,14 @@ def _download(
         raise explain_failure(name, "be pulled", error) from error
 
 
-def _verify(name: HubName, bundle: Bundle) -> None:
+def _verify(name: HubName, folder: Path, manifest: Manifest) -> None:
     """Compare all that came with the manifest; what differs is removed, so that it comes again."""
     wrong = []
-    for each, entry in bundle.manifest.files.items():
-        path = bundle.folder / each
+    for each, entry in manifest.files.items():
+        path = folder / each
         if not is_file(path):
             raise HubError(
-                f"{HUB}{name}: {each} is in its manifest and not in the repository; its owner "
+                f"{PREFIX}{name}: {each} is in its manifest and not in the repository; its owner "
                 "has to push it again"
             )
         if describe_file(path) != entry:
@@ -143,7 +145,7 @@ def _verify(name: HubName, bundle: Bundle) -> None:
             real.unlink(missing_ok=True)
     if wrong:
         raise HubError(
-            f"{HUB}{name}: {', '.join(wrong)}: the BLAKE3 differs from the manifest's; what "
+            f"{PREFIX}{name}: {', '.join(wrong)}: the BLAKE3 differs from the manifest's; what "
             "came was removed. Pull again; if it stays so, its owner has to push it again"
         )
 

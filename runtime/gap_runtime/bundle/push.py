@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gap_runtime.bundle.bundle import HUB, Bundle
-from gap_runtime.bundle.hub import CARD_FILE, HubName, explain_failure
+from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.hub import CARD_FILE, PREFIX, HubName, explain_failure
 from gap_runtime.bundle.hub_library import library_failures, load_library
 from gap_runtime.bundle.license import License
 from gap_runtime.bundle.manifest import MANIFEST_FILE
@@ -37,8 +37,8 @@ def require_login(name: HubName) -> None:
     library = load_library()
     if library.get_token() is None:
         raise HubError(
-            f"{HUB}{name}: no token for the hub; run `hf auth login`, or set HF_TOKEN, with one "
-            "that may write"
+            f"{PREFIX}{name}: no token for the hub; run `hf auth login`, or set HF_TOKEN, with "
+            "one that may write"
         )
     try:
         library.HfApi().whoami()
@@ -125,7 +125,7 @@ def _list_old(api: Any, name: HubName, there: Iterable[str], commit: str) -> set
         return set()
     if MANIFEST_FILE not in others:
         raise ConfigError(
-            f"{HUB}{name}: holds no bundle but {others[0]}"
+            f"{PREFIX}{name}: holds no bundle but {others[0]}"
             f"{f' and {len(others) - 1} more' if others[1:] else ''}; push to a repository of "
             "its own"
         )

@@ -204,7 +204,7 @@ def test_a_changed_graph_builds_again(write_bundle, install, build, edit_manifes
 
 
 def describe_all(bundle):
-    from gap_runtime.bundle.bundle import describe_file
+    from gap_runtime.bundle.hashes import describe_file
 
     entries = {name: describe_file(bundle.folder / name) for name in bundle.manifest.files}
     return {name: {"size": e.size, "blake3": e.blake3} for name, e in entries.items()}

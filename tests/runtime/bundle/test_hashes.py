@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gap_runtime.bundle import hashes
-from gap_runtime.bundle.bundle import describe_file
-from gap_runtime.bundle.hashes import hash_bytes, hash_file, read_blocks
+from gap_runtime.bundle.hashes import describe_file, hash_bytes, hash_file, read_blocks
 
 VECTORS = {
     0: "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262",
