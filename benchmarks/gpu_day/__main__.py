@@ -6,7 +6,8 @@ FOLDER gets small bundles with PyTorch's answers in every form of graph, bundles
 widths without their weights (zeros, made on the device: what kernels take does not depend on
 values), wheels, and `device.py`. No file is larger than 60 MiB. Carried over, it is run with
 `python3 FOLDER/device.py`, which takes about twelve minutes and writes FOLDER/report.txt. CUDA
-and cuDNN are those of that machine, or those that its torch brought.
+(and cuDNN, for bundles of other targets than `cuda`) is that of that machine, or what its torch
+brought.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ def attend(
 
 translate_attention: Final = None
 """The converter's own translation is one Attention node; its softmax is the runtime's."""
+translate_convolution: Final = None
 
 
 def _rotate(x_BHSd: Tensor, rows: Rows) -> Tensor:

@@ -30,6 +30,7 @@ _HEAD_MULTIPLE: Final = 8
 
 rms_norm = native.rms_norm
 translate_attention: Final = native.translate_attention
+translate_convolution: Final = native.translate_convolution
 
 
 def fuses_attention(cache_BGLd: Tensor) -> bool:

@@ -155,6 +155,9 @@ def mix(query_BHSd: Tensor, key_BGLd: Tensor, value_BGLd: Tensor, mask_BHSL: Ten
     return (weights.to(value.dtype) @ value).reshape(batch, heads, rows, width)
 
 
+translate_convolution: Final = None
+
+
 def translate_attention(op: Any, query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
     """A tower's attention, written out; softmax in float32."""
     scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))

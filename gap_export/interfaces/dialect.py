@@ -81,6 +81,13 @@ class Dialect(Protocol):
     scaled scores, None where there is none. None leaves it to torch's converter.
     """
 
+    translate_convolution: Callable[..., Any] | None
+    """A tower's patch embedding in operators: (op, pixels, weight, bias) -> grid.
+
+    Pixels are [V, 3, height, width], weights [C, 3, p, p], the grid [V, C, height / p, width / p];
+    patches do not overlap. None leaves it to torch's converter, a `Conv`.
+    """
+
 
 def split_heads(x_SE: Tensor, head_dim: int) -> Tensor:
     """[S, heads * d] to [B, heads, S, d]."""

@@ -141,10 +141,30 @@ def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
     def farthest(distance: Any, first: Any, count: int) -> Any:
         return translate_farthest(op, distance, first, count)
 
-    table = {
+    table: dict[Any, Any] = {
         torch.ops.aten.linear.default: linear,
         torch.ops.gap.choose_farthest.default: farthest,
     }
+    embed = dialect.translate_convolution
+    if embed is not None:
+
+        def convolve(
+            x: Any,
+            weight: Any,
+            bias: Any = None,
+            stride: Sequence[int] = (1, 1),
+            padding: Sequence[int] | str = (0, 0),
+            dilation: Sequence[int] = (1, 1),
+            groups: int = 1,
+        ) -> Any:
+            # Every convolution of ours cuts a picture into patches.
+            assert tuple(stride) == tuple(weight.shape[2:]), (stride, weight.shape)
+            assert padding == "valid" or not any(map(int, padding)), padding
+            assert {*map(int, dilation), groups} == {1}, (dilation, groups)
+            return embed(op, x, weight, bias)
+
+        conv2d = torch.ops.aten.conv2d
+        table |= dict.fromkeys((conv2d.default, conv2d.padding), convolve)
     translate = dialect.translate_attention
     if translate is None:
         return table
