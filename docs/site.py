@@ -33,6 +33,9 @@ PYTHON = {
         "gap_runtime.grounding.view.Grounding",
         "gap_runtime.pictures.boxes.Box",
         "gap_runtime.grounding.api.draw",
+        "gap_runtime.grounding.video.watch.watch",
+        "gap_runtime.grounding.video.watch.WatchedFrame",
+        "gap_runtime.grounding.video.watch.WatchReport",
     ],
     "Check and measure": [
         "gap_runtime.grounding.api.check",

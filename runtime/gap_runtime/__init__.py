@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gap_runtime.grounding.api import check, draw
     from gap_runtime.grounding.check import CheckReport
     from gap_runtime.grounding.grounder import Grounder
+    from gap_runtime.grounding.video.watch import WatchedFrame, WatchReport, watch
     from gap_runtime.grounding.view import Grounding, View
     from gap_runtime.pictures.boxes import Box
 
@@ -31,10 +32,13 @@ __all__ = [
     "Grounder",
     "Grounding",
     "View",
+    "WatchReport",
+    "WatchedFrame",
     "__version__",
     "check",
     "draw",
     "evaluate",
+    "watch",
 ]
 
 _HOMES: Final = {
@@ -46,9 +50,12 @@ _HOMES: Final = {
     "Grounder": "gap_runtime.grounding.grounder",
     "Grounding": "gap_runtime.grounding.view",
     "View": "gap_runtime.grounding.view",
+    "WatchReport": "gap_runtime.grounding.video.watch",
+    "WatchedFrame": "gap_runtime.grounding.video.watch",
     "check": "gap_runtime.grounding.api",
     "draw": "gap_runtime.grounding.api",
     "evaluate": "gap_runtime.evaluation.api",
+    "watch": "gap_runtime.grounding.video.watch",
 }
 
 

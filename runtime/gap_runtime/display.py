@@ -47,8 +47,11 @@ class Display:
         self._console.print(f"{name} [dim]({time.monotonic() - began:.1f} s)[/dim]")
 
     @contextmanager
-    def progress(self, name: str) -> Iterator[Callable[[float, str], None]]:
-        """Show how far a long step is; what it gives takes the share done and what is done now."""
+    def progress(self, name: str) -> Iterator[Callable[[float | None, str], None]]:
+        """Show how far a long step is; what it gives takes the share done and what is done now.
+
+        The share is None where the end is not known.
+        """
         began = time.monotonic()
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
@@ -59,8 +62,13 @@ class Display:
                 console=self._console,
                 transient=True,
             ) as bar:
-                task = bar.add_task(name, total=1.0, now="")
-                yield lambda share, now: bar.update(task, completed=share, now=now)
+                task = bar.add_task(name, total=None, now="")
+
+                def show(share: float | None, now: str) -> None:
+                    total = None if share is None else 1.0
+                    bar.update(task, total=total, completed=share or 0.0, now=now)
+
+                yield show
         else:
             yield _Lines(self, name)
         self._console.print(f"{name} [dim]({time.monotonic() - began:.1f} s)[/dim]")
@@ -81,11 +89,12 @@ class _Lines:
         """Begin now."""
         self._display, self._name, self._said = display, name, time.monotonic()
 
-    def __call__(self, share: float, now: str) -> None:
+    def __call__(self, share: float | None, now: str) -> None:
         """So much is done."""
         if time.monotonic() - self._said >= _LINE_SECONDS:
             self._said = time.monotonic()
-            self._display.say(f"{self._name}: {share:.0%}, {now}")
+            done = "" if share is None else f"{share:.0%}, "
+            self._display.say(f"{self._name}: {done}{now}")
 
 
 class Pace:
@@ -109,11 +118,12 @@ class Pace:
         left = format_seconds((self._total - self._done) / rate) if rate else "unknown time"
         self._show(
             self._done / max(self._total, 1),
-            f"{self._done:,} of {self._total:,} {self._noun}, {_format_rate(rate)}, {left} left",
+            f"{self._done:,} of {self._total:,} {self._noun}, {format_rate(rate)}, {left} left",
         )
 
 
-def _format_rate(rate: float) -> str:
+def format_rate(rate: float) -> str:
+    """So many a second, or a minute where that reads better."""
     return f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
 
 

@@ -298,6 +298,28 @@ def _read_mebibytes(text: str) -> int:
     return int(text)
 
 
+def add_least_score(parser: argparse.ArgumentParser) -> None:
+    """How sure the model has to be of a box."""
+    parser.add_argument(
+        "--least-score",
+        type=read_share,
+        default=0.0,
+        metavar="S",
+        help="leave out boxes that the model is less sure of than S, in [0, 1] (default 0)",
+    )
+
+
+def read_share(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number in [0, 1]")
+    return share
+
+
 def open_bundle(options: argparse.Namespace, *, verify_all: bool = False) -> Bundle:
     """The bundle that is named on the command line."""
     from gap_runtime.bundle.bundle import Bundle  # noqa: PLC0415 - numpy only when a command runs

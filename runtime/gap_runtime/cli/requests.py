@@ -34,23 +34,12 @@ def find_pictures(names: Sequence[str]) -> list[str]:
     Raises:
         InputError: A folder holds no picture.
     """
+    from gap_runtime.pictures.load import list_pictures  # noqa: PLC0415 - Pillow only when needed
+
     found: list[str] = []
     for name in names:
-        found += _list_folder(Path(name)) if Path(name).is_dir() else [name]
+        found += map(str, list_pictures(Path(name))) if Path(name).is_dir() else [name]
     return found
-
-
-def _list_folder(folder: Path) -> list[str]:
-    from PIL import Image  # noqa: PLC0415 - libraries only when a command runs
-
-    from gap_runtime.pictures.load import FORMATS  # noqa: PLC0415
-
-    known = Image.registered_extensions()
-    suffixes = {suffix for suffix, name in known.items() if name in FORMATS}
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if not files:
-        raise InputError(f"{folder}: no picture in this folder (folders in it are not looked at)")
-    return [str(path) for path in files]
 
 
 def read_requests(

@@ -178,6 +178,20 @@ def _list_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder in the order of their names.
+
+    Raises:
+        InputError: It holds none.
+    """
+    known = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in known.items() if name in FORMATS}
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not files:
+        raise InputError(f"{folder}: no picture in this folder (folders in it are not looked at)")
+    return files
+
+
 def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
     """8-bit RGB of a picture of any mode, upright unless `turned` is false.
 

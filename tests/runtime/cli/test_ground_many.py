@@ -135,7 +135,7 @@ def test_drawings_of_several_pictures_go_to_a_folder(ground, folder, tmp_path):
     [
         (["photo.png"], "which phrase?"),
         (["-", "--draw", "out.png"], "not with stdin"),
-        (["photo.png", "x", "--least-score", "2"], "no score in [0, 1]"),
+        (["photo.png", "x", "--least-score", "2"], "no number in [0, 1]"),
     ],
 )
 def test_what_does_not_go_together_is_told(ground, arguments, said):

@@ -15,6 +15,7 @@ from gap_runtime.cli.options import (
     add_count,
     add_draft,
     add_kept_pictures,
+    add_least_score,
     open_bundle,
     print_json,
 )
@@ -50,13 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to look for in every picture; give it again for more",
     )
     add_count(parser)
-    parser.add_argument(
-        "--least-score",
-        type=_read_score,
-        default=0.0,
-        metavar="S",
-        help="leave out boxes that the model is less sure of than S, in [0, 1] (default 0)",
-    )
+    add_least_score(parser)
     parser.add_argument(
         "--draw",
         metavar="OUT.png",
@@ -69,16 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     add_draft(parser)
     add_kept_pictures(parser)
-
-
-def _read_score(text: str) -> float:
-    try:
-        score = float(text)
-    except ValueError:
-        score = -1.0
-    if not 0 <= score <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no score in [0, 1]")
-    return score
 
 
 def run(options: argparse.Namespace) -> int:

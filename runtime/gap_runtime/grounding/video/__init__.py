@@ -1,0 +1,1 @@
+"""Pictures that follow each other: read from files, cameras and addresses, grounded, written."""
