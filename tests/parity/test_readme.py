@@ -23,7 +23,7 @@ PAGES = [
         "docs/targets.md",
         "docs/jetson.md",
     ),
-    *("docs/evaluation.md", "docs/serve.md"),
+    *("docs/evaluation.md", "docs/serve.md", "docs/video.md"),
 ]
 COMMANDS = {"gap-export": export_cli.PROGRAM.run, "gap-runtime": runtime_cli.PROGRAM.run}
 

@@ -116,6 +116,13 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
             {"--accept-license", "--accuracy", "--backend", "--json"}
             | {"--license", "--no-check", "--private"},
         ),
+        "watch": (
+            ["bundle", "source"],
+            {
+                *("--json", "--ratio", "--keep", "--backend", "--no-draft", "--least-score"),
+                *("--phrase", "--every", "--change", "--seconds", "--out", "--jsonl"),
+            },
+        ),
         "triton": (["bundle"], {"--json", "--out", "--backend"}),
         "serve": (
             ["bundles"],

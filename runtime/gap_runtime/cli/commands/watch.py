@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_CHANGE,
         metavar="S",
         help="ask again where some place in the picture differs by more than S of the brightest "
-        f"value from the frame that was asked about last; 0 asks always (default {DEFAULT_CHANGE})",
+        "value from the frame that was asked about last; 0 asks always (default "
+        f"{DEFAULT_CHANGE})",
     )
     parser.add_argument(
         "--seconds", type=float, metavar="N", help="end when the source is N seconds on"
