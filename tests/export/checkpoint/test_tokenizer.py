@@ -191,3 +191,55 @@ def test_a_model_that_is_no_bpe_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match=rf"{path}: a SentencePiece model that is no BPE"):
         read_tokenizer(TokenizerFiles(folder=tmp_path))
+
+
+FOREIGN = {
+    "USER: In <im_start><im_patch><im_end> , where": [
+        1,
+        275,
+        324,
+        290,
+        321,
+        323,
+        308,
+        275,
+        298,
+        285,
+        332,
+        333,
+        331,
+        275,
+        289,
+        275,
+        311,
+        259,
+        264,
+    ],
+    "<s>[INST] red": [1, 1, 262, 298, 301, 268, 293, 275, 264, 295],
+    "  <im_end>  .  </s> In": [1, 331, 275, 284, 275, 275, 2, 275, 275, 298, 285],
+    "<unk><im_patch>circle\n<s> ": [1, 0, 333, 273, 279, 278, 294, 266, 13, 1, 275, 275],
+    "The 2nd, <im_patch> left": [
+        1,
+        275,
+        291,
+        259,
+        275,
+        312,
+        285,
+        295,
+        289,
+        333,
+        275,
+        266,
+        297,
+        280,
+    ],
+}
+"""What transformers 4.30.2's slow tokenizer gave for 331 pieces and tokens in another order."""
+
+
+def test_ids_of_another_vocabulary(tmp_path):
+    added = ("<im_end>", "<im_start>", "<im_patch>")
+    folder = originals.make_sentencepiece(tmp_path, vocabulary=331, legacy=None, added=added)
+    tokenizer = read_tokenizer(TokenizerFiles(folder=folder, rule="stripped"))
+    assert {text: tokenizer.encode(text).ids for text in FOREIGN} == FOREIGN
