@@ -26,12 +26,17 @@ _LLAMA_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
-    """A token that is taken out of a text before the rest is encoded."""
+    """A token that is taken out of a text before the rest is encoded.
+
+    `is_named` says that it has a part (`bos_token`, ..., `additional_special_tokens`), from the
+    files or since the authors' code was the first to add it. Special tokens are those and others.
+    """
 
     content: str
     id: int
     strips_left: bool
     strips_right: bool
+    is_named: bool
     is_special: bool
 
 
@@ -42,7 +47,7 @@ def read_added_tokens(files: TokenizerFiles) -> list[AddedToken]:
     those with settings of their own never do.
     """
     folder = files.folder
-    config, given = read_config(folder), read_object(folder / _SPECIAL_FILE)
+    config, given = read_config(folder), _read_names(files)
     vocabulary, settings = _read_vocabulary(files)
     later = {
         token["content"]: {**token, "id": int(number)}
@@ -79,6 +84,7 @@ def read_added_tokens(files: TokenizerFiles) -> list[AddedToken]:
             id=number,
             strips_left=bool(own.get("lstrip")),
             strips_right=bool(own.get("rstrip")),
+            is_named=content in marked or (content in files.added and content not in numbers),
             is_special=content in marked
             or content in files.added
             or bool(later.get(content, {}).get("special"))
@@ -99,7 +105,7 @@ def find_controls(files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
     ):
         return None
     tokens = {token.content: token.id for token in read_added_tokens(files)}
-    given = read_object(files.folder / _SPECIAL_FILE)
+    given = _read_names(files)
     ends: list[list[int]] = []
     for name, switch, usual in (
         ("bos_token", "add_bos_token", True),
@@ -109,6 +115,17 @@ def find_controls(files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
         content = str(value["content"] if isinstance(value, dict) else value)
         ends.append([tokens[content]] if config.get(switch, usual) else [])
     return ends[0], ends[1]
+
+
+def _read_names(files: TokenizerFiles) -> dict[str, Any]:
+    """`special_tokens_map.json`, which goes before `tokenizer_config.json`.
+
+    Empty where the library of the rule's time did not look at it: from transformers 4.34 on, where
+    the config numbers the added tokens.
+    """
+    if files.rule != "stripped" and read_config(files.folder).get("added_tokens_decoder"):
+        return {}
+    return read_object(files.folder / _SPECIAL_FILE)
 
 
 def _read_vocabulary(files: TokenizerFiles) -> tuple[dict[str, int], list[dict[str, Any]]]:

@@ -11,19 +11,22 @@ one of them:
 | `stripped` | the same | the same, and the spaces beside it go |
 
 `pieces` is what slow tokenizers of transformers 4.34 to 4.39 do, `stripped` those before 4.34.
+Where `legacy` is false, `pieces` means that a text begins a sentence as a whole and is cut after
+that.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from gap_export.checkpoint.added_tokens import find_controls, read_added_tokens
+from gap_export.checkpoint.added_tokens import AddedToken, find_controls, read_added_tokens
 from gap_export.checkpoint.sentencepiece import list_merges, read_sentencepiece
 from gap_export.checkpoint.tokenizer_files import (
     SENTENCEPIECE_FILE,
@@ -33,6 +36,14 @@ from gap_export.checkpoint.tokenizer_files import (
 )
 from gap_export.errors import CheckpointError
 from gap_runtime.records.plain import read_table
+
+_SPACES: Final = {
+    "type": "Metaspace",
+    "replacement": SPACE,
+    "prepend_scheme": "never",
+    "split": False,
+}
+"""Writes spaces as SentencePiece does, and cuts nothing."""
 
 
 def read_tokenizer(files: TokenizerFiles | Path) -> Tokenizer | None:
@@ -115,21 +126,20 @@ def _build(files: TokenizerFiles, data: dict[str, Any]) -> Tokenizer:
     model = data["model"]
     tokens = sorted(read_added_tokens(files), key=lambda token: token.id)
     atoms = {token.content for token in tokens} | set(data.get("atoms", ()))
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if data.get("has_prefix", True) else []
-    first = {
-        "type": "Metaspace",
-        "replacement": SPACE,
-        "prepend_scheme": "first" if prefix else "never",
-        "split": False,
-    }
-    own = data.get("cleaning", [])
+    has_prefix, cleaning = data.get("has_prefix", True), data.get("cleaning", [])
+    if files.is_legacy:
+        prefix = [{"type": "Prepend", "prepend": SPACE}] if has_prefix else []
+        normalizers, cut = [*cleaning, *prefix, _replace(" ", SPACE)], None
+    else:
+        # Before the text is cut: a normalizer cannot tell the first piece from another.
+        prefix = _begin_whole(tokens) if has_prefix else []
+        normalizers, cut = [_replace(SPACE, " "), *cleaning, *prefix], _SPACES
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if prefix:
+    if has_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     made = {
         "version": "1.0",
@@ -142,21 +152,39 @@ def _build(files: TokenizerFiles, data: dict[str, Any]) -> Tokenizer:
                 "single_word": False,
                 "lstrip": token.strips_left,
                 "rstrip": token.strips_right,
-                "normalized": False,
+                "normalized": not files.is_legacy,
                 "special": token.is_special,
             }
             for token in tokens
         ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [*own, *(prefix if files.is_legacy else []), replace],
-        },
-        "pre_tokenizer": None if files.is_legacy else first,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": cut,
         "post_processor": _wrap(files),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {**model, "merges": list_merges(model["vocab"], atoms)},
     }
     return Tokenizer.from_str(json.dumps(made))
+
+
+def _begin_whole(tokens: list[AddedToken]) -> list[dict[str, Any]]:
+    """Normalizers that put a space before a whole text, but for one that a named token begins.
+
+    Added tokens are looked for behind the normalizer in the form that it gives them, so a text
+    that is one of them and nothing else must stay as it is.
+    """
+    longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
+    kept = [
+        (r" *" if token.strips_left else "") + re.escape(token.content)
+        if token.is_named
+        else re.escape(token.content) + r"\z"
+        for token in longest_first
+    ]
+    space = {"type": "Prepend", "prepend": SPACE}
+    return [space, _replace(rf"\A{SPACE}(?={'|'.join(kept)})", "", kind="Regex")]
+
+
+def _replace(pattern: str, content: str, *, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
 def _wrap(files: TokenizerFiles) -> dict[str, Any]:

@@ -53,12 +53,9 @@ class TokenizerFiles:
     def is_legacy(self) -> bool:
         """Whether text right of every added token begins a sentence.
 
-        Where the files do not say, it does: they are from before there was another way. Where a
-        prompt has no added token, as long as the code adds none, there is no difference.
+        Where the files do not say, it does: they are from before there was another way.
         """
-        if self.rule == "stripped" or (self.rule == "pieces" and not self.added):
-            return True
-        return read_config(self.folder).get("legacy") is not False
+        return self.rule == "stripped" or read_config(self.folder).get("legacy") is not False
 
 
 def is_sentencepiece(data: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from gap_export.checkpoint.sentencepiece import read_proto
 from gap_export.checkpoint.tokenizer import load_library_tokenizer
 from gap_export.checkpoint.tokenizer_files import (
     SENTENCEPIECE_FILE,
+    SPACE,
     TOKENIZER_FILE,
     TokenizerFiles,
 )
@@ -35,10 +36,8 @@ class EagerTokenizer:
         self._added = {token.content: token for token in read_added_tokens(files)}
         self._is_whole = files.takes_file
         self._special = {token.id for token in self._added.values() if token.is_special}
-        self._begin: Encode | None = None
-        self._go_on: Encode | None = None
-        if not self._is_whole:
-            self._begin, self._go_on = _open(files)
+        self._is_legacy = files.is_legacy
+        self._piece: Encode | None = None if self._is_whole else _open(files)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token IDs of a text, with those that begin and end every prompt where `special`."""
@@ -59,6 +58,9 @@ class EagerTokenizer:
         return text.strip()
 
     def _encode_pieces(self, text: str) -> list[int]:
+        assert self._piece is not None
+        if not self._is_legacy and text:
+            text = SPACE + text.replace(SPACE, " ")
         longest_first = sorted(self._added, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
         pieces = re.split(f"({pattern})", text)
@@ -67,41 +69,42 @@ class EagerTokenizer:
             if place % 2:
                 ids.append(self._added[piece].id)
                 continue
+            right = self._added[pieces[place + 1]] if place + 1 < len(pieces) else None
             if place and self._added[pieces[place - 1]].strips_right:
                 piece = piece.lstrip()  # noqa: PLW2901 - what is left of it
-            if place + 1 < len(pieces) and self._added[pieces[place + 1]].strips_left:
+            if right is not None and right.strips_left:
                 piece = piece.rstrip()  # noqa: PLW2901 - what is left of it
-            if piece:
-                encode = self._go_on if ids else self._begin
-                assert encode is not None
-                ids += encode(piece)
+            is_alone = not self._is_legacy and place == 0 and piece == SPACE
+            if piece and not (is_alone and right is not None and right.is_named):
+                ids += self._piece(piece)
         return ids
 
 
-def _open(files: TokenizerFiles) -> tuple[Encode, Encode]:
-    """What encodes a text that begins a sentence, and one that goes on behind an added token."""
+def _open(files: TokenizerFiles) -> Encode:
+    """What encodes the text between two added tokens; where `legacy` is false, as it stands."""
+    prefix = SPACE if files.is_legacy else ""
     if not files.reads_sentencepiece:
         path = files.folder / TOKENIZER_FILE
         vocabulary = read_table(path, CheckpointError)["model"]["vocab"]
         alone = {piece for piece in vocabulary if re.fullmatch(r"<0x..>", piece)}
         alone |= {token.content for token in read_added_tokens(files)}
-        begin = lambda text: _merge("\u2581" + text, vocabulary, alone)  # noqa: E731
-        go_on = begin if files.is_legacy else lambda text: _merge(text, vocabulary, alone)
-        return begin, go_on
+        return lambda text: _merge(prefix + text, vocabulary, alone)
     from sentencepiece import SentencePieceProcessor  # noqa: PLC0415 - not always needed
 
     proto = read_proto(files.folder / SENTENCEPIECE_FILE)
-    sentence = SentencePieceProcessor(model_proto=proto.SerializeToString())
     if files.is_legacy:
-        return sentence.encode, sentence.encode
+        sentence: Encode = SentencePieceProcessor(model_proto=proto.SerializeToString()).encode
+        return sentence
     proto.normalizer_spec.add_dummy_prefix = False
-    rest = SentencePieceProcessor(model_proto=proto.SerializeToString())
-    return sentence.encode, rest.encode
+    rest: Encode = SentencePieceProcessor(model_proto=proto.SerializeToString()).encode
+    guard = ">"  # Keeps first spaces, which some models clean away at the start of a text.
+    length = len(rest(guard))
+    return lambda text: rest(guard + text)[length:] if text[0] in {" ", SPACE} else rest(text)
 
 
 def _merge(text: str, vocabulary: dict[str, int], alone: set[str]) -> list[int]:
     """SentencePiece's BPE: the two neighbours whose piece has the lowest number, until none is."""
-    symbols = list(text.replace(" ", "\u2581"))
+    symbols = list(text.replace(" ", SPACE))
     while True:
         offers: list[tuple[int, int]] = [
             (vocabulary[joined], place)

@@ -2,7 +2,7 @@
 
 Written down from slow tokenizers: transformers 4.28.1 and 4.30.2 (`stripped`), 4.37.2 (`pieces`),
 on the files that the makers write. A text in a sequence stands for its pieces as a sentence of its
-own, by SentencePiece itself.
+own, by SentencePiece itself; one in a list for its pieces as it stands.
 """
 
 import json
@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 from makers import originals
 
+from gap_export.checkpoint.sentencepiece import read_proto
 from gap_export.checkpoint.tokenizer import read_tokenizer, write_tokenizer
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.errors import CheckpointError
@@ -46,6 +47,31 @@ PIECES = {
     "<s>[INST] <Img>": ("<s>", "[INST] <Img>"),
     "": (),
 }
+GOES_ON = {
+    f"A chat. USER: In {START}{PATCH}{END}, I need the red box.": (
+        *(["\u2581A chat. USER: In "], START, PATCH, END),
+        [", I need the red box."],
+    ),
+    f"USER: {START}": (["\u2581USER: "], START),
+    f"a  {START}  b\n<s> c <s>d": (
+        *(["\u2581a  "], START, ["  b\n"], "<s>", [" c "], "<s>"),
+        ["d"],
+    ),
+    "<s>[INST] <Img>": ("<s>", ["[INST] <Img>"]),
+    " red box": (["\u2581 red box"],),
+    "  red": (["\u2581  red"],),
+    "\u2581red \u2581box": (["\u2581\u2581red \u2581box"],),
+    " <s> red": (["\u2581 "], "<s>", [" red"]),
+    " ": (["\u2581 "],),
+    "<s>": ("<s>",),
+    f"<unk>{END}\u2581, x": ("<unk>", END, ["\u2581, x"]),
+    "": (),
+}
+FRAMED = {
+    f"{END}\nPlease": (["\u2581"], END, ["\nPlease"]),
+    f"{END}<s>x": (["\u2581"], END, "<s>", ["x"]),
+}
+NAMED = {f"{END}\nPlease": (END, ["\nPlease"]), f"{END}<s>x": (END, "<s>", ["x"]), START: (START,)}
 
 
 @pytest.fixture
@@ -76,10 +102,16 @@ def expect(folder, sequence):
         folder / name for name in ("tokenizer.model", "sentencepiece") if (folder / name).is_file()
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    proto = read_proto(path)
+    proto.normalizer_spec.add_dummy_prefix = False
+    plain = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     tokens = ADDED | SPECIAL
     ids = [1]
     for part in sequence:
-        ids += [tokens[part]] if part in tokens else processor.encode(part)
+        if isinstance(part, list):
+            ids += plain.encode(*part)
+        else:
+            ids += [tokens[part]] if part in tokens else processor.encode(part)
     return ids
 
 
@@ -120,18 +152,68 @@ def test_texts_between_added_tokens_begin_sentences(make, form, legacy):
     check(TokenizerFiles(folder=folder, rule="pieces", added=tuple(ADDED)), PIECES)
 
 
-def test_where_legacy_is_off_the_text_goes_on(make):
-    folder = make("model", legacy=False)
+# Where `legacy` is false: a text begins a sentence as a whole, its own first spaces and all, and
+# what is right of an added token goes on. Of added tokens those that have a part (`<s>`, or one
+# that the authors' code was the first to add) take the space before the text away, others do not.
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_legacy_is_off_the_text_goes_on(make, form):
+    files = TokenizerFiles(folder=make(form, legacy=False), rule="pieces", added=tuple(ADDED))
+    check(files, GOES_ON | FRAMED)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_legacy_is_off_a_token_that_the_code_adds_begins_a_text(make, form):
+    folder = make(form, added=(), legacy=False)
     files = TokenizerFiles(folder=folder, rule="pieces", added=tuple(ADDED))
-    check(files, {f"USER: {START}": ("USER: ", START)})
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    spaced = processor.encode(" ,")[1:]
-    pieces = [processor.id_to_piece(number) for number in spaced]
-    assert pieces == ["\u2581", ","]
-    found = read_tokenizer(files).encode(f"x {END}, Please").ids
-    assert found == EagerTokenizer(files).encode(f"x {END}, Please", special=True)
-    assert found[: found.index(402)] == [1, *processor.encode("x ")]
-    assert processor.id_to_piece(found[found.index(402) + 1]) == ","
+    check(files, GOES_ON | NAMED)
+
+
+def test_where_legacy_is_off_a_named_token_begins_a_text(make):
+    folder = make("model", legacy=False)
+    path = folder / "special_tokens_map.json"
+    named = json.loads(path.read_text(encoding="utf-8"))
+    named["additional_special_tokens"] = [END, START]
+    path.write_text(json.dumps(named), encoding="utf-8")
+    check(TokenizerFiles(folder=folder, rule="pieces"), GOES_ON | NAMED)
+
+
+def test_a_config_that_numbers_the_tokens_names_them_too(make):
+    """From transformers 4.34 on: the map beside it is not looked at."""
+    folder = make("model", legacy=False)
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["added_tokens_decoder"] = {
+        str(number): {"content": content, "special": True} | flags
+        for content, number in (SPECIAL | ADDED).items()
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    names = {"bos_token": "<s>", "additional_special_tokens": [END, START]}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names), encoding="utf-8")
+    files = TokenizerFiles(folder=folder, rule="pieces")
+    check(files, GOES_ON | FRAMED)
+    config["additional_special_tokens"] = [END, START]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    check(files, GOES_ON | NAMED)
+
+
+def test_where_legacy_is_off_a_token_takes_the_spaces_that_it_says(make):
+    folder = make("model", legacy=False)
+    flags = {"rstrip": False, "normalized": False, "single_word": False, "special": True}
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["added_tokens_decoder"] = {
+        str(number): {"content": content, "lstrip": content == END} | flags
+        for content, number in (SPECIAL | ADDED).items()
+    }
+    config["additional_special_tokens"] = [END]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    texts = {
+        f" {END} x": (END, [" x"]),
+        f"a {END}, b": (["\u2581a"], END, [", b"]),
+        f" {START}": (["\u2581 "], START),
+    }
+    check(TokenizerFiles(folder=folder, rule="pieces"), texts)
 
 
 def test_tokens_that_no_file_has_follow_those_that_there_are(make):
