@@ -16,6 +16,7 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.grounding.fastest import choose_backend
 from gap_runtime.grounding.grounder import Grounder, StageValues
+from gap_runtime.machines.gauges import DevicePeak, Meter, Power
 from gap_runtime.machines.memory import read_peak_mib
 from gap_runtime.pictures.load import fitting_size
 from gap_runtime.pictures.preprocess import Bucket
@@ -61,7 +62,8 @@ class BenchReport:
     """Rows by ratio and what they were measured on.
 
     `peak_memory_mib` is the most that this process had resident since it began, None where the
-    system does not say; what lies on a GPU is not in it.
+    system does not say; what lies on a GPU is not in it. That is in `device_memory`, and what was
+    drawn in the timed runs in `power`. Both are empty where the system says nothing.
     """
 
     bundle: str
@@ -69,6 +71,8 @@ class BenchReport:
     warmup: int
     runs: int
     peak_memory_mib: float | None
+    device_memory: tuple[DevicePeak, ...]
+    power: tuple[Power, ...]
     cores: int
     load_average: float | None
     """Of the minute before the end; None where the system counts none (Windows)."""
@@ -100,21 +104,25 @@ def bench_bundle(
         draft: As in Grounder.
     """
     backend = choose_backend(bundle, backend)
-    grounder = Grounder(bundle, backend, draft=draft, keep_pictures=0)
     pictures = {bucket.name: _noise(bundle, bucket) for bucket in bundle.manifest.buckets}
     entries = [each for each in bundle.manifest.ratios if ratios is None or each.ratio in ratios]
     runs_of: list[list[_Run]] = [[] for _ in entries]
     most = min(_TOKENS, bundle.manifest.layout.answer)
-    for run in range(warmup + runs):
-        for entry, samples in zip(entries, runs_of, strict=True):
-            view = grounder.look(pictures[entry.bucket])
-            sample = _Run(
-                first=grounder.run_stages(view, "the red circle", entry),
-                further=grounder.run_stages(view, "the red ring", entry, most=1),
-                steps=grounder.run_stages(view, "the red circle", entry, most=most, draft=False),
-            )
-            if run >= warmup:
-                samples.append(sample)
+    with Grounder(bundle, backend, draft=draft, keep_pictures=0) as grounder, Meter() as meter:
+        for run in range(warmup + runs):
+            if run == warmup:
+                meter.begin()
+            for entry, samples in zip(entries, runs_of, strict=True):
+                view = grounder.look(pictures[entry.bucket])
+                sample = _Run(
+                    first=grounder.run_stages(view, "the red circle", entry),
+                    further=grounder.run_stages(view, "the red ring", entry, most=1),
+                    steps=grounder.run_stages(
+                        view, "the red circle", entry, most=most, draft=False
+                    ),
+                )
+                if run >= warmup:
+                    samples.append(sample)
     rows = tuple(
         _make_row(bundle, entry, samples, most)
         for entry, samples in zip(entries, runs_of, strict=True)
@@ -125,6 +133,8 @@ def bench_bundle(
         warmup=warmup,
         runs=runs,
         peak_memory_mib=read_peak_mib(),
+        device_memory=meter.memory,
+        power=meter.power,
         cores=os.cpu_count() or 1,
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         rows=rows,

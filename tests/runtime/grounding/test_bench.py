@@ -11,6 +11,7 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.cli.main import main
 from gap_runtime.grounding.bench import bench_bundle
 from gap_runtime.grounding.grounder import Grounder
+from gap_runtime.machines.gauges import DevicePeak, Meter, Power
 
 BOX_TOKEN = 11
 
@@ -153,3 +154,37 @@ def test_bench_as_json_has_the_bucket_of_each_row(make_bundle, tiled, answer_wit
         ("tall", 0.5),
         ("tall", 0.25),
     ]
+
+
+@pytest.mark.usefixtures("backend")
+def test_watts_and_memory_of_a_device_are_shown_where_there_are_some(
+    make_bundle, capsys, monkeypatch
+):
+    """From the moment that timed runs begin; a system without sensors has no line."""
+    bundle = str(make_bundle())
+    power = (Power(source="ina", name="VDD_IN", watts=7.4),)
+    memory = (DevicePeak(source="nvml", name="NVIDIA H", peak_mib=900.0),)
+    begun = []
+
+    class Told(Meter):
+        def begin(self):
+            begun.append(self)
+
+        def __exit__(self, *raised):
+            super().__exit__(*raised)
+            self.power, self.memory = power, memory
+
+    monkeypatch.setattr("gap_runtime.grounding.bench.Meter", Told)
+    assert main(["bench", bundle, "--runs", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "peak memory of NVIDIA H (nvml) 900 MiB",
+        "power of VDD_IN (ina) 7.40 W",
+    ]
+    assert len(begun) == 1
+    assert main(["bench", bundle, "--runs", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["power"] == [{"source": "ina", "name": "VDD_IN", "watts": 7.4}]
+    assert report["device_memory"][0]["peak_mib"] == 900
+    power = memory = ()
+    assert main(["bench", bundle, "--runs", "1"]) == 0
+    assert "of" not in capsys.readouterr().out.splitlines()[-1]

@@ -120,6 +120,8 @@ class SimpleRows:
         return BenchReport(
             warmup=2,
             peak_memory_mib=None,
+            device_memory=(),
+            power=(),
             bundle=str(bundle.folder),
             backend=backend,
             runs=runs,

@@ -78,6 +78,10 @@ def run(options: argparse.Namespace) -> int:
         )
     if report.peak_memory_mib is not None:
         print(f"peak memory {report.peak_memory_mib:.0f} MiB")
+    for held in report.device_memory:
+        print_line(f"peak memory of {held.name} ({held.source}) {held.peak_mib:.0f} MiB")
+    for power in report.power:
+        print_line(f"power of {power.name} ({power.source}) {power.watts:.2f} W")
     return 0
 
 
