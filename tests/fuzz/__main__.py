@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fuzz import bundles, checkpoints, inputs, parsers
+from fuzz import bundles, checkpoints, inputs, parsers, requests
 from fuzz.bundles import BundleCase
 from fuzz.outcome import FAILURES, judge
 
@@ -27,6 +27,10 @@ KINDS = {
     "data": inputs.data_files,
     "answers": inputs.answers,
     "arguments": inputs.arguments,
+    "ground-bodies": requests.ground_bodies,
+    "chat-bodies": requests.chat_bodies,
+    "forms": requests.forms,
+    "pipe": requests.pipe,
     "settings": checkpoints.settings,
     "weights": checkpoints.weight_files,
     "torch": checkpoints.torch_files,

@@ -98,7 +98,7 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
     caches = [spec for spec in decoder.inputs if spec.name.startswith("cache_")]
     wanted = (1, cache.heads, layout.capacity, cache.head_dim)
     claims = {
-        "embedding": _is_row_width(shapes.get("embeddings", (0,))[-1], manifest),
+        "embedding": _is_row_width((shapes.get("embeddings") or (0,))[-1], manifest),
         "embedding.offset": manifest.embedding.offset >= 0,
         "cache": len(caches) == 2 * cache.layers
         and all((spec.shape, spec.dtype) == (wanted, cache.dtype) for spec in caches),
@@ -173,10 +173,10 @@ def _fits_its_graph(entry: RatioEntry, manifest: Manifest) -> bool:
     """Whether the vision graph of a ratio takes and gives what the counts say."""
     layout = manifest.layout.at(entry)
     decoder = _shapes(manifest.stage(DECODER))
-    axes = decoder.get("position_ids", (None,))[0]
+    axes = (decoder.get("position_ids") or (None,))[0]
     expected = {
         "pixels": manifest.preprocess.pixel_shape(manifest.bucket(entry.bucket)),
-        "visual_tokens": (1, layout.visual, decoder.get("embeddings", (None,))[-1]),
+        "visual_tokens": (1, layout.visual, (decoder.get("embeddings") or (None,))[-1]),
         "kept_index": (1, entry.kept),
         "position_ids": (axes, layout.prompt),
     }

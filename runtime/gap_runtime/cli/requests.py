@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,14 @@ def _read_request(data: Any, where: str, phrases: tuple[str, ...]) -> PictureReq
         )
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int)):
         raise InputError(f"{where}: 'keep' has to be a count of visual tokens")
-    return PictureRequest(
-        image=image, phrases=tuple(asked), ratio=ratio, keep=keep, id=data.get("id")
-    )
+    name = data.get("id")
+    _require_writable(name, where)
+    return PictureRequest(image=image, phrases=tuple(asked), ratio=ratio, keep=keep, id=name)
+
+
+def _require_writable(name: Any, where: str) -> None:
+    """Refuse an `id` that cannot be given back: Python reads numbers that JSON has no word for."""
+    try:
+        json.dumps(name, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{where}: 'id' holds NaN or an infinity, which are no JSON") from error

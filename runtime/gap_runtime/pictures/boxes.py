@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,22 +95,36 @@ def parse_boxes(answer: str, spec: BoxFormat, picture: PictureFrame) -> ParsedBo
     boxes: list[Box] = []
     problems: list[str] = []
     for attempt in re.findall(spec.attempt, answer):
-        match = re.fullmatch(spec.pattern, attempt)
-        if match is None:
+        values = read_corners(attempt, spec)
+        if values is None:
             problems.append(f"malformed box {attempt}")
             continue
-        values = [float(group) / spec.scale for group in match.groups()]
         if values[2] <= values[0] or values[3] <= values[1]:
-            problems.append(f"degenerate box {match.group(0)}: its corners span no area")
+            problems.append(f"degenerate box {attempt}: its corners span no area")
             continue
         box = clip_box(place_corners(values, spec.frame, picture), *picture.size)
         if box is None:
-            problems.append(f"box {match.group(0)} lies outside the picture")
+            problems.append(f"box {attempt} lies outside the picture")
         else:
             boxes.append(box)
     if not boxes and not problems:
         problems.append("the answer holds no box")
     return ParsedBoxes(boxes=tuple(boxes), problems=tuple(problems))
+
+
+def read_corners(attempt: str, spec: BoxFormat) -> list[float] | None:
+    """x0, y0, x1, y1 of what is meant as a box, in its frame; None where it is no proper one.
+
+    A pattern may be anybody's: groups of it that are no number, or none, make no box.
+    """
+    match = re.fullmatch(spec.pattern, attempt)
+    if match is None:
+        return None
+    try:
+        values = [float(group or "") / spec.scale for group in match.groups()]
+    except ValueError:
+        return None
+    return None if any(map(math.isnan, values)) else values
 
 
 def place_corners(values: Sequence[float], frame: str, picture: PictureFrame) -> list[float]:

@@ -56,7 +56,9 @@ def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], N
         lifespan="on",
     )
     server = _Server(config)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    # The reader of forms warns of every byte that a client gets wrong; the client is told.
+    for name in ("uvicorn", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if threading.current_thread() is threading.main_thread():
         # uvicorn stops at SIGTERM, then sends it again to whoever had it before: nobody.
         signal.signal(signal.SIGTERM, lambda *_: None)

@@ -97,6 +97,8 @@ def test_json_lines_in_a_pipe(ground, folder, monkeypatch):
         (b'{"image": "a.png", "phrase": []}', "a text or a list of texts"),
         (b'{"image": "a.png", "phrase": "x", "ratio": "half"}', "'ratio' has to be a number"),
         (b'{"image": "a.png", "phrase": "x", "keep": true}', "'keep' has to be a count"),
+        (b'{"image": "a.png", "phrase": "x", "id": [NaN]}', "'id' holds NaN or an infinity"),
+        (b'{"image": "a.png", "phrase": "x", "id": 1e999}', "'id' holds NaN or an infinity"),
     ],
 )
 def test_a_line_that_says_nothing_useful_is_told(ground, monkeypatch, line, said):
