@@ -65,7 +65,7 @@ def test_changed_manifests_are_read_or_refused():
 
 
 def test_the_fuzzer_finds_what_is_there():
-    """A case that hangs, one that breaks, one that says two lines."""
+    """A case that hangs, one that works on and on, one that breaks, one that says two lines."""
     import time
 
     from gap_runtime.errors import InputError
@@ -77,7 +77,12 @@ def test_the_fuzzer_finds_what_is_there():
     def say():
         raise TwoLinesError
 
+    def work():
+        while True:
+            pass
+
     assert judge(lambda: time.sleep(10), seconds=0.05)[0] == "waits"
+    assert judge(work, seconds=0.05)[0] == "waits"
     assert judge(lambda: 1 // 0)[0] == "traceback"
     assert judge(say)[0] == "lines"
     assert judge(lambda: 1) == ("done", "")

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from gap_runtime.bundle.layout import is_ratio
 from gap_runtime.bundle.manifest import DECODER, Manifest, ReferenceSample, Stage
-from gap_runtime.pictures.boxes import BoxFormat, read_corners
+from gap_runtime.pictures.boxes import BoxFormat, parse_corners
 
 _MOST: Final = 2**31
 """Above any count of tokens, rows or pixels."""
@@ -175,7 +175,7 @@ def _list_claims_of_sample(
     # Only a text of that length, as the pattern may be a slow one.
     attempts = re.findall(manifest.box.attempt, sample.answer)
     found = sum(
-        read_corners(each, manifest.box) is not None for each in attempts if isinstance(each, str)
+        parse_corners(each, manifest.box) is not None for each in attempts if isinstance(each, str)
     )
     yield _Claim(
         f"{place}.boxes", len(sample.boxes), len(sample.boxes) <= found, "those of its answer"

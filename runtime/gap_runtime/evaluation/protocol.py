@@ -8,7 +8,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 from gap_runtime.errors import UnknownNameError, describe_unknown
 from gap_runtime.evaluation import PROTOCOLS
-from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, read_corners
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, parse_corners
 from gap_runtime.registry import list_plugins, load_plugin
 
 BOX: Final = "box"
@@ -91,7 +91,7 @@ def find_first(answer: str, spec: BoxFormat) -> Corners | None:
     None where there is none, or a number in it is too large for a coordinate.
     """
     for attempt in re.findall(spec.attempt, answer):
-        values = read_corners(attempt, spec)
+        values = parse_corners(attempt, spec)
         if values is not None:
             x0, y0, x1, y1 = values
             return (x0, y0, x1, y1) if are_coordinates(x0, y0, x1, y1) else None

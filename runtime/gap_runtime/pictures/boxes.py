@@ -95,7 +95,7 @@ def parse_boxes(answer: str, spec: BoxFormat, picture: PictureFrame) -> ParsedBo
     boxes: list[Box] = []
     problems: list[str] = []
     for attempt in re.findall(spec.attempt, answer):
-        values = read_corners(attempt, spec)
+        values = parse_corners(attempt, spec)
         if values is None:
             problems.append(f"malformed box {attempt}")
             continue
@@ -112,7 +112,7 @@ def parse_boxes(answer: str, spec: BoxFormat, picture: PictureFrame) -> ParsedBo
     return ParsedBoxes(boxes=tuple(boxes), problems=tuple(problems))
 
 
-def read_corners(attempt: str, spec: BoxFormat) -> list[float] | None:
+def parse_corners(attempt: str, spec: BoxFormat) -> list[float] | None:
     """x0, y0, x1, y1 of what is meant as a box, in its frame; None where it is no proper one.
 
     A pattern may be anybody's: groups of it that are no number, or none, make no box.

@@ -10,7 +10,7 @@ import re
 from typing import Final
 
 from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, Measure, judge_corners
-from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, parse_boxes, read_corners
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, parse_boxes, parse_corners
 
 SUMMARY: Final = "the model's own frame; exactly one usable box; IoU >= t"
 STRICT: Final = False
@@ -25,7 +25,7 @@ def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judg
         return judge_corners(found[0], box)
     # A box that is written properly and spans nothing is no box either, but another mistake.
     if not found and any(
-        read_corners(each, spec) is not None for each in re.findall(spec.attempt, answer)
+        parse_corners(each, spec) is not None for each in re.findall(spec.attempt, answer)
     ):
         return Judgement(0.0, DEGENERATE)
     return NO_BOX
