@@ -37,12 +37,13 @@ class Repository:
 class Hub:
     """The state: repositories, large objects, what was asked, and what shall go wrong."""
 
-    def __init__(self):
+    def __init__(self, handler=None):
         self.repositories, self.objects, self.parts = {}, {}, {}
         self.asked, self.cards = [], {}
         self.part_bytes = None
         self.cut = None
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"hub": self}))
+        answers = type("H", (handler or Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), answers)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
