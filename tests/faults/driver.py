@@ -2,8 +2,9 @@
 
     LD_PRELOAD=shim.so python -m faults.driver JOB HOME ERRNO FIRST STEP
 
-Every case is a fork of one process that has imported everything and traced the graphs. On stdout
-comes a line of JSON for each: the number of the call, its name, the exit code, what was said.
+Every case is a fork of one process that has imported everything and traced the graphs, but has
+started no thread of a library. On stdout comes a line of JSON for each: the number of the call,
+its name, the exit code, what was said.
 """
 
 import ctypes
@@ -13,7 +14,8 @@ import os
 import shutil
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +28,8 @@ def main():
     shim = ctypes.CDLL(None)
     shim.fault_name.restype = ctypes.c_char_p
     arguments, run = JOBS[job](home)
+    prepare(home, job)
+    import_all(run, arguments)
     for number in range(first, MOST, step):
         prepare(home, job)
         found = fork(shim, run, arguments, home / "place", number, error)
@@ -33,6 +37,29 @@ def main():
         if not found["failed"]:
             # The command makes no more calls than that.
             return
+
+
+def import_all(run, arguments):
+    """Import here what a command imports; it runs in a fork, whose threads end with it."""
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(out)
+        before = set(sys.modules)
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                run(arguments)
+        finally:
+            with os.fdopen(into, "w") as pipe:
+                json.dump(sorted(set(sys.modules) - before), pipe)
+            os._exit(0)
+    os.close(into)
+    with os.fdopen(out) as pipe:
+        names = json.load(pipe)
+    os.waitpid(child, 0)
+    for name in names:
+        with suppress(Exception):
+            import_module(name)
 
 
 def fork(shim, run, arguments, place, number, error):

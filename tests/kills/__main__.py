@@ -20,7 +20,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from faults.driver import evaluate_job, export_job
+from faults.driver import evaluate_job, export_job, import_all
 from tools.places import ROOT, load_runtime_helper
 
 from gap_export.cli.main import main as export_main
@@ -151,6 +151,8 @@ class Counts:
 
 def kill_some(home, job, kills, rng, counts):
     command = PREPARE[job](home)
+    begin(home, job)
+    import_all(command[1], command[0])
     begin(home, job)
     since = time.monotonic()
     finish(home, job, command, counts)
