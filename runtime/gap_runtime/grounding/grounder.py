@@ -252,8 +252,12 @@ class Grounder:
             keep = self._keep
             ratio = self.default_ratio.ratio if keep is None else None
         entry = self.bundle.choose_ratio(ratio, view.bucket, keep=keep)
-        values = self.run_stages(view, phrase, entry)
-        self._views.trim()
+        is_held = False
+        try:
+            values = self.run_stages(view, phrase, entry)
+            is_held = True
+        finally:
+            self._views.note(view, is_held=is_held)
         answer = self.encoder.decode(values.decoded.token_ids)
         parsed = parse_boxes(answer, self.bundle.manifest.box, view.frame)
         return Grounding(

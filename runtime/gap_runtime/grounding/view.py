@@ -113,7 +113,7 @@ class View:
     """A picture that was looked at. What its phrases share is computed for the first of them.
 
     `frame` is what of it the model is shown. `outputs` are by ratio, for pruners that do not read
-    the phrase.
+    the phrase. `key` says that it is kept because the picture may come again.
     """
 
     picture: Image.Image
@@ -122,7 +122,7 @@ class View:
     ask: Ask
     pixels: np.ndarray | None = None
     outputs: dict[RatioEntry, VisionOutput] = field(default_factory=dict)
-    is_kept: bool = False
+    key: str | None = None
 
     def ground(
         self, phrase: str, *, ratio: float | None = None, keep: int | None = None
@@ -142,7 +142,7 @@ class View:
 
     def put(self, entry: RatioEntry, output: VisionOutput) -> None:
         """Keep what the vision stages gave for every phrase."""
-        output.is_kept = self.is_kept
+        output.is_kept = self.key is not None
         self.outputs[entry] = output
 
     def count_bytes(self) -> int:
@@ -153,13 +153,16 @@ class View:
 
     def release(self) -> None:
         """Give up the rows of the cache that were saved, and save no more."""
-        self.is_kept = False
+        self.key = None
         for each in self.outputs.values():
             each.is_kept, each.rows = False, None
 
 
 class KeptViews:
-    """The pictures that were asked about last, by their content, within some memory."""
+    """The pictures that were asked about last, by their content, within some memory.
+
+    There may be thousands, so that only those are measured that may have grown.
+    """
 
     def __init__(self, limit: int) -> None:
         """Keep nothing yet.
@@ -169,6 +172,9 @@ class KeptViews:
         """
         self._limit = limit
         self._views: OrderedDict[str, View] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._bytes = 0
+        self._last: View | None = None
 
     def find(self, view: View) -> View:
         """The view of the same picture that is kept; else this one, which is kept from now on."""
@@ -177,21 +183,45 @@ class KeptViews:
         values = np.asarray(view.picture)
         key = f"{values.shape} {hash_bytes(values.tobytes())}"
         found = self._views.setdefault(key, view)
-        found.is_kept = True
+        found.key = key
         self._views.move_to_end(key)
         # A phrase may be refused and never come to an answer; the picture lies here already.
-        self.trim()
+        self._measure(found)
+        self._trim()
         return found
+
+    def note(self, view: View, *, is_held: bool) -> None:
+        """A view was asked. What lay in the cache before may have been copied to its own view.
+
+        Args:
+            view: Whose phrase it was.
+            is_held: Whether its rows lie in the cache now.
+        """
+        for each in (view, self._last):
+            if each is not None:
+                self._measure(each)
+        if is_held:
+            self._last = view if view.key is not None else None
+        self._trim()
 
     def count_bytes(self) -> int:
         """Memory of all that is kept."""
-        return sum(view.count_bytes() for view in self._views.values())
+        return self._bytes
 
     def __len__(self) -> int:
         return len(self._views)
 
-    def trim(self) -> None:
+    def _measure(self, view: View) -> None:
+        if view.key is not None:
+            size = view.count_bytes()
+            self._bytes += size - self._sizes.get(view.key, 0)
+            self._sizes[view.key] = size
+
+    def _trim(self) -> None:
         """Give up the pictures that were not asked about for longest, as far as is needed."""
-        while self._views and self.count_bytes() > self._limit:
-            _, view = self._views.popitem(last=False)
+        while self._views and self._bytes > self._limit:
+            key, view = self._views.popitem(last=False)
+            self._bytes -= self._sizes.pop(key)
             view.release()
+            if view is self._last:
+                self._last = None

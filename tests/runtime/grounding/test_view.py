@@ -175,6 +175,30 @@ def test_what_a_view_holds_is_counted(make_grounder, backend):
     assert view.count_bytes() == sum(counted)
 
 
+def test_the_sum_is_that_of_all_views_and_only_few_are_measured(make_grounder, monkeypatch):
+    """Rows are saved of one picture while another is asked about; ratios add to either."""
+    grounder = make_grounder()
+    measured = []
+    count = View.count_bytes
+    monkeypatch.setattr(
+        "gap_runtime.grounding.view.View.count_bytes",
+        lambda view: measured.append(view) or count(view),
+    )
+    views = [grounder.look(make_picture(shade)) for shade in range(9)]
+    rng = np.random.default_rng(2)
+    for number in range(60):
+        before = len(measured)
+        if number % 7 == 3:
+            with pytest.raises(InputError):
+                views[number % 9].ground("a </s> b")
+        elif number % 2:
+            views[rng.integers(9)].ground(MUG, ratio=(0.5, 0.75)[rng.integers(2)])
+        else:
+            grounder.ground(make_picture(int(rng.integers(9))), RED)
+        assert len(measured) - before <= 3
+        assert grounder.count_kept() == (9, sum(count(view) for view in views))
+
+
 def test_rows_larger_than_the_memory_are_not_saved(make_grounder, backend):
     grounder = make_grounder(keep=8)
     grounder._open_cache()._slot_bytes = 2**20
