@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -96,12 +96,20 @@ class Client:
         return answer.status, took, sum(each["milliseconds"]["total"] for each in results)
 
 
-def start(bundle: str) -> tuple[subprocess.Popen[str], str]:
-    """A service and its address."""
+def start(
+    *arguments: str, environment: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[str], str]:
+    """A service and its address.
+
+    Args:
+        arguments: Of `gap-runtime serve`.
+        environment: Variables that are set beside those that are.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", _START, "serve", bundle, "--port", "0"],
+        [sys.executable, "-c", _START, "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **(environment or {})},
     )
     assert process.stderr is not None
     line = process.stderr.readline()

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,11 +13,14 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
+import psutil
 import pytest
 from tools import browser
 from tools.places import ROOT
 
+from benchmarks.service import make_bodies, press, read_memory, start
 from gap_runtime import Bundle, Grounder
 from gap_runtime.cli.main import main
 
@@ -30,23 +32,18 @@ class Served:
     """A running service."""
 
     def __init__(self, *arguments):
-        start = "from gap_runtime.cli.main import main; raise SystemExit(main())"
-        command = [sys.executable, "-c", start, "serve", "--port", "0", *arguments]
         # Each in one thread: the machine has other work.
-        self.process = subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "GAP_RUNTIME_THREADS": "1"},
-        )
-        line = self.process.stderr.readline()
-        found = re.search(r"at (http://\S+) ", line)
-        assert found, line
-        self.url = found[1]
+        self.process, self.url = start(*arguments, environment={"GAP_RUNTIME_THREADS": "1"})
         deadline = time.monotonic() + 60
         while self.get("/readyz")[0] != 200:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def count(self, name):
+        """A number of /metrics, by what its line begins with; 0 where there is none yet."""
+        text = self.get("/metrics")[1].decode()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
     def get(self, path):
         try:
@@ -65,7 +62,7 @@ class Served:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
-    def stop(self, sign=signal.SIGTERM):
+    def stop(self, sign):
         """Its exit code and what it said."""
         self.process.send_signal(sign)
         said = self.process.communicate(timeout=30)[1]
@@ -149,12 +146,55 @@ def test_clients_that_break_off_leave_it_running(service):
     assert service.process.poll() is None
 
 
-def test_a_polite_stop_finishes_what_runs(refshapes_bundle):
+def test_a_client_that_leaves_is_not_answered(service):
+    host, port = service.url.removeprefix("http://").split(":")
+    image = base64.b64encode(SAMPLE.read_bytes()).decode()
+    body = json.dumps({"image": image, "phrase": [PHRASE] * 32}).encode()
+    head = f"POST /v1/ground HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    left = 'gap_requests_total{endpoint="/v1/ground",status="499"}'
+    before, phrases = service.count(left), service.count("gap_phrases_total")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: service.count("gap_queue") == 1)
+    wait_for(lambda: service.count(left) == before + 1)
+    wait_for(lambda: service.count("gap_queue") == 0)
+    assert service.count("gap_phrases_total") == phrases
+
+
+def break_some(bodies):
+    """Every seventh is no request, and every ninth one about no picture."""
+    for number, body in enumerate(bodies):
+        if number % 7 == 3:
+            yield body[:100]
+        elif number % 9 == 5:
+            yield json.dumps({**json.loads(body), "image": "AAAA"}).encode()
+        else:
+            yield body
+
+
+@pytest.mark.parametrize("requests", [90, pytest.param(2000, marks=pytest.mark.matrix)])
+def test_memory_and_open_files_are_level_over_many_requests(service, requests):
+    """Pictures are kept, so that the same ones come again and again."""
+    bodies = list(break_some(islice(make_bodies(), 30)))
+    process = psutil.Process(service.process.pid)
+    press(service.url, bodies, 8)
+    memory, files, threads = read_memory(service.process), process.num_fds(), process.num_threads()
+    statuses, _, _ = press(service.url, bodies * (requests // len(bodies)), 8)
+    broken = sum(1 for number in range(len(bodies)) if number % 7 == 3 or number % 9 == 5)
+    share = requests // len(bodies)
+    assert statuses == {"200": share * (len(bodies) - broken), "400": share * broken}
+    wait_for(lambda: process.num_fds() <= files)
+    assert process.num_threads() <= threads
+    assert read_memory(service.process) - memory < 4
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_stop_finishes_what_runs(refshapes_bundle, sign):
     """A request of many phrases is under way when the service is told to stop."""
     with served(str(refshapes_bundle)) as service, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(service.ask, phrase=[PHRASE] * 32)
         wait_for(lambda: b"gap_queue 1.0" in service.get("/metrics")[1])
-        assert service.stop() == (0, "")
+        assert service.stop(sign) == (0, "")
         assert len(asked.result()["results"]) == 32
 
 

@@ -10,9 +10,10 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import resources
-from typing import Final
+from typing import Final, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,15 +30,19 @@ from gap_runtime.service.chat import make_completion, read_chat, stream_completi
 from gap_runtime.service.metrics import CONTENT_TYPE, Metrics
 from gap_runtime.service.models import Models, Reply
 from gap_runtime.service.openapi import describe_service
+from gap_runtime.service.pictures import fetch_picture
 from gap_runtime.service.questions import Question, read_form_question, read_json_question
 from gap_runtime.service.settings import ServiceSettings
 from gap_runtime.service.worker import BusyError, GoneError, LateError, Worker
 
+T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 _LOG: Final = logging.getLogger(__name__)
 _CLOSED: Final = 499
 """A client that has gone reads no status; proxies call it so."""
 _COUNT_SECONDS: Final = 1.0
+_FETCHERS: Final = 4
+"""Pictures that are fetched at once."""
 _PAGE_RULES: Final = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -88,13 +93,14 @@ class Service:
         """Make the application, `self.app`.
 
         Args:
-            models: Are asked by one worker.
+            models: Are asked by one worker. Pictures are fetched by others before.
             settings: Limits.
             on_failure: Told why the models cannot be loaded.
         """
         self._models, self._settings = models, settings
         self._on_failure = on_failure
         self.worker = Worker(settings.queue)
+        self.fetcher = Worker(settings.queue, threads=_FETCHERS)
         self.metrics = Metrics(settings.queue, lambda: self.worker.waiting)
         self._is_ready = False
         self._next_count = 0.0
@@ -115,6 +121,14 @@ class Service:
             exception_handlers={HTTPException: _answer_http_error},
             lifespan=self._live,
         )
+
+    def stop(self, count_left: Callable[[], float]) -> bool:
+        """Begin nothing more; whether what runs came to its end within the seconds that are left.
+
+        Args:
+            count_left: Gives them.
+        """
+        return all(each.stop(count_left()) for each in (self.worker, self.fetcher))
 
     @contextlib.asynccontextmanager
     async def _live(self, _: Starlette) -> AsyncIterator[None]:
@@ -146,6 +160,7 @@ class Service:
 
         async def answer(request: Request) -> Response:
             began = time.perf_counter()
+            request.state.ends = began + self._settings.seconds
             try:
                 if not is_open:
                     self._require_token(request)
@@ -192,16 +207,16 @@ class Service:
 
     async def _ground(self, request: Request) -> Response:
         question = await self._read_question(request)
-        reply, queue_ms = await self._ask(request, question)
-        return JSONResponse(reply.dump(queue_ms))
+        reply, waited = await self._ask(request, question)
+        return JSONResponse(reply.dump(waited))
 
     async def _complete(self, request: Request) -> Response:
         data = parse_json(await self._read_body(request), "the body", InputError)
         asked = read_chat(data, self._models, self._settings)
-        reply, queue_ms = await self._ask(request, asked.question)
+        reply, waited = await self._ask(request, asked.question)
         if not asked.stream:
-            return JSONResponse(make_completion(reply, queue_ms))
-        events = stream_completion(reply, queue_ms, with_usage=asked.with_usage)
+            return JSONResponse(make_completion(reply, waited))
+        events = stream_completion(reply, waited, with_usage=asked.with_usage)
         headers = {"cache-control": "no-cache"}
         return Response("".join(events), media_type="text/event-stream", headers=headers)
 
@@ -222,7 +237,7 @@ class Service:
     async def _read_body(self, request: Request) -> bytes:
         """The whole body, within the limits of size and time."""
         try:
-            return await asyncio.wait_for(self._collect_body(request), self._settings.seconds)
+            return await asyncio.wait_for(self._collect_body(request), _count_left(request))
         except asyncio.TimeoutError as error:
             raise LateError("the body did not arrive in time") from error
 
@@ -245,27 +260,49 @@ class Service:
             self.metrics.set_kept(*self._models.count_kept())
             self._next_count = time.monotonic() + _COUNT_SECONDS
 
-    async def _ask(self, request: Request, question: Question) -> tuple[Reply, float]:
-        """The reply, and the milliseconds that the question waited for its turn."""
+    async def _ask(self, request: Request, question: Question) -> tuple[Reply, dict[str, float]]:
+        """The reply, and milliseconds that the question waited: to be fetched, for its turn."""
         self._models.require_ratio(question)
+        waited: dict[str, float] = {}
+        image = question.image
+        if isinstance(image, str):
+            # Nobody waits for another's camera, and nothing is fetched for a queue that is full.
+            self.worker.require_room()
+            began = time.perf_counter()
+            fetched = await self._wait_for(
+                request, self.fetcher, partial(fetch_picture, image, self._settings)
+            )
+            waited["fetch"] = (time.perf_counter() - began) * 1e3
+            question = replace(question, image=fetched)
         asked = time.perf_counter()
 
-        def work(given_up: threading.Event) -> tuple[Reply, float]:
-            queue_ms = (time.perf_counter() - asked) * 1e3
+        def work(given_up: threading.Event) -> Reply:
+            waited["queue"] = (time.perf_counter() - asked) * 1e3
             reply = self._models.answer(question, given_up)
-            self.metrics.count_groundings(reply.found, queue_ms)
+            self.metrics.count_groundings(reply.found, waited["queue"])
             self._note_kept()
-            return reply, queue_ms
+            return reply
 
-        return await self.worker.run(
-            work, seconds=self._settings.seconds, gone=partial(_wait_until_gone, request)
-        )
+        return await self._wait_for(request, self.worker, work), waited
+
+    async def _wait_for(
+        self, request: Request, worker: Worker, work: Callable[[threading.Event], T]
+    ) -> T:
+        """What a worker makes of a request, while its client is there and its time is not up."""
+        gone = partial(_wait_until_gone, request)
+        return await worker.run(work, seconds=_count_left(request), gone=gone)
 
 
 @lru_cache(maxsize=1)
 def read_page() -> str:
     """The page at `/`."""
     return resources.files("gap_runtime.service").joinpath("page.html").read_text("utf-8")
+
+
+def _count_left(request: Request) -> float:
+    """Seconds that a request may still take."""
+    ends: float = request.state.ends
+    return max(0.0, ends - time.perf_counter())
 
 
 async def _wait_until_gone(request: Request) -> None:

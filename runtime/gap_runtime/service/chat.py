@@ -6,7 +6,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -60,6 +60,7 @@ def read_chat(data: object, models: Models, settings: ServiceSettings) -> ChatRe
             phrases=require_phrases([phrase], settings),
             model=name,
             ratio=read_number(data, "ratio"),
+            counts=True,
         ),
         stream=data.get("stream") is True,
         with_usage=options.get("include_usage") is True,
@@ -128,7 +129,7 @@ def find_phrase(text: str, template: str) -> str:
     return said
 
 
-def make_completion(reply: Reply, queue_ms: float) -> dict[str, Any]:
+def make_completion(reply: Reply, waited: Mapping[str, float]) -> dict[str, Any]:
     """The answer in OpenAI's form; `grounding` in it is what /v1/ground would give."""
     (found,) = reply.found
     return {
@@ -142,15 +143,17 @@ def make_completion(reply: Reply, queue_ms: float) -> dict[str, Any]:
             }
         ],
         "usage": _count_tokens(reply),
-        "grounding": reply.dump(queue_ms)["results"][0],
+        "grounding": reply.dump(waited)["results"][0],
     }
 
 
-def stream_completion(reply: Reply, queue_ms: float, *, with_usage: bool) -> Iterator[str]:
+def stream_completion(
+    reply: Reply, waited: Mapping[str, float], *, with_usage: bool
+) -> Iterator[str]:
     """The same as server-sent events. The answer is one piece: it is short, and was complete."""
     (found,) = reply.found
     head = _head(reply, "chat.completion.chunk")
-    grounding = reply.dump(queue_ms)["results"][0]
+    grounding = reply.dump(waited)["results"][0]
     steps: list[tuple[dict[str, Any], str | None, dict[str, Any]]] = [
         ({"role": "assistant", "content": ""}, None, {}),
         ({"content": found.answer}, None, {}),
@@ -175,11 +178,12 @@ def _head(reply: Reply, kind: str) -> dict[str, Any]:
 
 
 def _count_tokens(reply: Reply) -> dict[str, int]:
+    asked = reply.prompt_tokens or 0
     given = sum(len(each.token_ids) for each in reply.found)
     return {
-        "prompt_tokens": reply.prompt_tokens,
+        "prompt_tokens": asked,
         "completion_tokens": given,
-        "total_tokens": reply.prompt_tokens + given,
+        "total_tokens": asked + given,
     }
 
 

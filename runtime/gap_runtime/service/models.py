@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.view import Grounding, View
 from gap_runtime.pictures.drawing import find_patches
 from gap_runtime.pictures.load import fitting_size
-from gap_runtime.service.pictures import fetch_picture, open_sent_picture
+from gap_runtime.service.pictures import open_sent_picture
 from gap_runtime.service.questions import Question
 from gap_runtime.service.settings import ServiceSettings
 from gap_runtime.service.worker import GoneError
@@ -26,24 +26,25 @@ from gap_runtime.service.worker import GoneError
 class Reply:
     """What was found. `cells` are places of visual tokens, by index, where they were wanted.
 
-    `picture_ms` is what it took to read the picture, `queue_ms` to wait for the worker.
+    `prompt_tokens` are counted where they were wanted. `picture_ms` is what it took to read the
+    picture.
     """
 
     model: str
     size: tuple[int, int]
     found: tuple[Grounding, ...]
     cells: dict[int, tuple[float, ...]] | None
-    prompt_tokens: int
+    prompt_tokens: int | None
     picture_ms: float
 
-    def dump(self, queue_ms: float) -> dict[str, Any]:
-        """Plain data for JSON."""
+    def dump(self, waited: Mapping[str, float]) -> dict[str, Any]:
+        """Plain data for JSON; `waited` are milliseconds before the worker began, by cause."""
         data: dict[str, Any] = {
             "model": self.model,
             "width": self.size[0],
             "height": self.size[1],
             "results": [each.dump() for each in self.found],
-            "milliseconds": {"queue": queue_ms, "picture": self.picture_ms},
+            "milliseconds": {**waited, "picture": self.picture_ms},
         }
         if self.cells is not None:
             data["cells"] = {str(index): list(cell) for index, cell in self.cells.items()}
@@ -139,7 +140,7 @@ class Models:
             view.ground("it")
 
     def answer(self, question: Question, given_up: threading.Event) -> Reply:
-        """Ask all phrases of a question; in the worker's thread.
+        """Ask all phrases of a question, whose picture is there; in the worker's thread.
 
         Raises:
             GoneError: Nobody waits for the answer any more.
@@ -147,9 +148,8 @@ class Models:
         """
         name, grounder = self.find(question.model)
         began = time.perf_counter()
-        image = question.image
-        data = fetch_picture(image, self._settings) if isinstance(image, str) else image
-        picture = open_sent_picture(data, self._settings)
+        assert isinstance(question.image, bytes)
+        picture = open_sent_picture(question.image, self._settings)
         view = grounder.look(picture)
         picture_ms = (time.perf_counter() - began) * 1e3
         found = []
@@ -163,7 +163,9 @@ class Models:
             size=picture.size,
             found=tuple(found),
             cells=_find_cells(grounder, view) if question.cells else None,
-            prompt_tokens=sum(_count_prompt(grounder, each) for each in found),
+            prompt_tokens=(
+                sum(_count_prompt(grounder, each) for each in found) if question.counts else None
+            ),
             picture_ms=picture_ms,
         )
 

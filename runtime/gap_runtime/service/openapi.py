@@ -23,7 +23,7 @@ def describe_service(settings: ServiceSettings) -> dict[str, Any]:
         },
         "paths": {
             "/v1/ground": {"post": _describe_ground(settings)},
-            "/v1/chat/completions": {"post": _describe_chat(settings)},
+            "/v1/chat/completions": {"post": _describe_chat()},
             "/v1/models": {"get": _describe_read("The models and their ratios", "Models", 401)},
             "/healthz": {"get": _describe_read("The process lives", "State")},
             "/readyz": {"get": _describe_read("The models are loaded", "State", 503)},
@@ -113,8 +113,7 @@ def _describe_ground(settings: ServiceSettings) -> dict[str, Any]:
     }
 
 
-def _describe_chat(settings: ServiceSettings) -> dict[str, Any]:
-    del settings
+def _describe_chat() -> dict[str, Any]:
     events = {"text/event-stream": {"schema": _TEXT}}
     return {
         "summary": "The same in OpenAI's form of chat",

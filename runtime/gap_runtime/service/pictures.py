@@ -7,6 +7,7 @@ import binascii
 import http.client
 import io
 import re
+import threading
 import urllib.request
 from collections.abc import Sequence
 from typing import Any, Final
@@ -21,6 +22,7 @@ from gap_runtime.service.settings import ServiceSettings
 _DATA: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]*)*(;base64)?,", re.ASCII)
 _REMOTE: Final = ("http://", "https://")
 _PATIENCE: Final = 10.0
+_PIECE: Final = 2**16
 
 
 def is_remote(text: str) -> bool:
@@ -102,19 +104,29 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return
 
 
-def fetch_picture(url: str, settings: ServiceSettings) -> bytes:
+def fetch_picture(url: str, settings: ServiceSettings, given_up: threading.Event) -> bytes:
     """The bytes behind an allowed address.
+
+    Args:
+        url: Where it lies.
+        settings: What is allowed, and how much.
+        given_up: Is set when nobody waits for it any more.
 
     Raises:
         InputError: It is not allowed, cannot be had, or is too large.
     """
     require_allowed(url, settings.allowed_urls)
     opener = urllib.request.build_opener(_NoRedirect)
+    data = bytearray()
     try:
         with opener.open(url, timeout=min(_PATIENCE, settings.seconds)) as answer:
-            data: bytes = answer.read(settings.body_bytes + 1)
+            # Piece by piece: a server that sends a byte now and then never runs out of time.
+            while not given_up.is_set() and (piece := answer.read1(_PIECE)):
+                data += piece
+                if len(data) > settings.body_bytes:
+                    raise InputError(f"the image is larger than {settings.body_mb:g} MB")
+            if answer.length:
+                raise InputError("the image cannot be fetched (it broke off)")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"the image cannot be fetched ({error})") from error
-    if len(data) > settings.body_bytes:
-        raise InputError(f"the image is larger than {settings.body_mb:g} MB")
-    return data
+    return bytes(data)

@@ -18,7 +18,8 @@ KEYS: Final = ("image", "phrase", "ratio", "keep", "model", "least_score", "cell
 class Question:
     """A picture, by its bytes or its address, and phrases to be asked about it.
 
-    `cells` says that the places of the visual tokens are wanted too.
+    `cells` says that the places of the visual tokens are wanted too, `counts` that the tokens of
+    the prompts are counted.
     """
 
     image: bytes | str
@@ -28,6 +29,7 @@ class Question:
     keep: int | None = None
     least_score: float = 0.0
     cells: bool = False
+    counts: bool = False
 
 
 def read_json_question(data: object, settings: ServiceSettings) -> Question:

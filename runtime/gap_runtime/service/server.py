@@ -12,17 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from gap_runtime.errors import ConfigError, GapError
 from gap_runtime.service.app import Service
+from gap_runtime.service.connections import IDLE_SECONDS, MOST_CONNECTIONS, make_protocol
 from gap_runtime.service.models import Models
 from gap_runtime.service.settings import ServiceSettings
-
-_CONNECTIONS = 128
-_IDLE_SECONDS = 30
 
 
 def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], None]) -> None:
@@ -47,11 +46,13 @@ def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], N
     service = Service(models, settings, on_failure=fail)
     config = uvicorn.Config(
         service.app,
+        http=make_protocol(),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_keep_alive=_IDLE_SECONDS,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=max(1, round(settings.grace)),
         lifespan="on",
     )
@@ -66,7 +67,7 @@ def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], N
     # uvicorn raises Ctrl-C again when it has stopped; what runs still gets its time.
     with listening, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
-    if not service.worker.stop(server.count_left(settings.grace)):
+    if not service.stop(partial(server.count_left, settings.grace)):
         # A graph that still runs cannot be interrupted, and would keep the process alive.
         sys.stderr.flush()
         os._exit(1)
@@ -94,7 +95,7 @@ def _listen(settings: ServiceSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listening = socket.create_server(
-            (settings.host, settings.port), family=family, backlog=_CONNECTIONS
+            (settings.host, settings.port), family=family, backlog=MOST_CONNECTIONS
         )
         # asyncio does so for sockets of its own alone; without, an answer waits 40 ms for an ACK.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -55,6 +55,8 @@ class TritonPythonModel:
         """Open the bundle beside this file."""
         parameters = json.loads(args["model_config"])["parameters"]
         bundle = Bundle.open(Path(__file__).with_name("bundle"))
+        # RATIO is a float32, which holds a third, say, less exactly than the bundle does.
+        self.ratios = {np.float32(each.ratio): each.ratio for each in bundle.manifest.ratios}
         self.grounder = Grounder(bundle, parameters["backend"]["string_value"])
 
     def execute(self, requests):
@@ -67,11 +69,14 @@ class TritonPythonModel:
             return None if tensor is None else tensor.as_numpy()
 
         ratio = read("RATIO")
+        if ratio is not None:
+            given = np.float32(ratio.ravel()[0])
+            ratio = self.ratios.get(given, float(given))
         try:
             found = self.grounder.ground(
                 read("IMAGE").tobytes(),
                 read("PHRASE").ravel()[0].decode("utf-8"),
-                ratio=None if ratio is None else round(float(ratio.ravel()[0]), 6),
+                ratio=ratio,
             )
         except (GapError, UnicodeDecodeError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))

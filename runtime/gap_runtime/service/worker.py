@@ -1,4 +1,4 @@
-"""One worker and a bounded queue: a model answers one question at a time.
+"""Workers and a bounded queue: a model answers one question at a time.
 
 All but the work itself runs on the event loop, so counts need no lock.
 """
@@ -37,18 +37,28 @@ class GoneError(GapError):
 
 
 class Worker:
-    """Does work in a thread of its own, in the order in which it came."""
+    """Does work in threads of its own, in the order in which it came."""
 
-    def __init__(self, queue: int) -> None:
+    def __init__(self, queue: int, *, threads: int = 1) -> None:
         """Begin with nothing to do.
 
         Args:
             queue: How much may wait or run at once.
+            threads: How much may run at once.
         """
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grounder")
+        self._pool = ThreadPoolExecutor(threads)
         self._queue = queue
         self._mean_seconds = 0.0
         self.waiting = 0
+
+    def require_room(self) -> None:
+        """Refuse what could not even wait.
+
+        Raises:
+            BusyError: As much waits as may wait.
+        """
+        if self.waiting >= self._queue:
+            raise BusyError(self.waiting, max(1, math.ceil(self.waiting * self._mean_seconds)))
 
     async def run(
         self,
@@ -69,8 +79,7 @@ class Worker:
             LateError: It takes longer.
             GoneError: The client has gone.
         """
-        if self.waiting >= self._queue:
-            raise BusyError(self.waiting, max(1, math.ceil(self.waiting * self._mean_seconds)))
+        self.require_room()
         given_up = threading.Event()
         held = [work]
         inner = self._pool.submit(self._time, held, given_up)
@@ -85,7 +94,7 @@ class Worker:
                 return future.result()
             if leaving is not None and leaving.done():
                 raise GoneError("the client has gone")
-            raise LateError(f"no answer within {seconds} s; send less at once, or come back")
+            raise LateError("no answer in time; send less at once, or come back")
         finally:
             given_up.set()
             if leaving is not None:

@@ -1,5 +1,6 @@
 """What the service says over HTTP, against a backend that runs no graph."""
 
+import asyncio
 import base64
 import io
 import json
@@ -262,6 +263,150 @@ def test_a_request_that_takes_too_long_is_given_up(serve, monkeypatch):
     assert ask(client).status_code == 504
     client.service.worker.stop(5)
     assert given_up == [True]
+
+
+HEAD = {
+    "type": "http",
+    "asgi": {"version": "3.0"},
+    "http_version": "1.1",
+    "method": "POST",
+    "scheme": "http",
+    "path": "/v1/ground",
+    "raw_path": b"/v1/ground",
+    "root_path": "",
+    "query_string": b"",
+    "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+}
+BODY = json.dumps({"image": TEXT, "phrase": PHRASES}).encode()
+
+
+def call(client, *steps):
+    """Status and data of a request whose messages come when the steps before them have ended.
+
+    A step is what is waited for in a thread, and the message behind it.
+    """
+    waiting = list(steps)
+    sent = []
+
+    async def receive():
+        if not waiting:
+            # It stays and says nothing more.
+            await asyncio.Event().wait()
+        wait, message = waiting.pop(0)
+        await asyncio.to_thread(wait)
+        return message
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(client.service.app({**HEAD, "headers": list(HEAD["headers"])}, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+def piece(body, *, more=False):
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+def now():
+    """Nothing is waited for."""
+
+
+LEFT = {"type": "http.disconnect"}
+
+
+def test_a_client_that_leaves_is_given_up(serve, monkeypatch):
+    client = serve()
+    begun, given_up = threading.Event(), []
+
+    def answer(_, event):
+        begun.set()
+        given_up.append(event.wait(5))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.service._models, "answer", answer)
+        status, data = call(client, (now, piece(BODY)), (lambda: begun.wait(5), LEFT))
+        assert (status, data["error"]["kind"]) == (499, "gone")
+    # What ran was told, and the next one has its turn.
+    assert ask(client).status_code == 200
+    assert given_up == [True]
+    assert 'endpoint="/v1/ground",status="499"} 1.0' in client.get("/metrics").text
+
+
+def test_a_client_that_leaves_before_its_turn_is_not_answered(serve, monkeypatch):
+    client = serve()
+    held, begun = threading.Event(), []
+    client.service.worker._pool.submit(held.wait, 5)
+    monkeypatch.setattr(client.service._models, "answer", lambda *_: begun.append(1))
+    assert call(client, (now, piece(BODY)), (now, LEFT))[0] == 499
+    held.set()
+    assert client.service.worker.stop(5)
+    assert begun == []
+
+
+def test_a_client_that_leaves_amid_its_body_is_told_nothing_worse(serve):
+    client = serve()
+    assert call(client, (now, piece(BODY[:50], more=True)), (now, LEFT))[0] == 499
+
+
+def test_the_time_of_a_request_counts_once(serve, monkeypatch):
+    """A body that takes most of it leaves little for the answer."""
+    client = serve(seconds=0.6)
+    monkeypatch.setattr(client.service._models, "answer", lambda _, event: event.wait(5))
+    began = time.monotonic()
+    half = len(BODY) // 2
+    steps = (now, piece(BODY[:half], more=True)), (lambda: time.sleep(0.4), piece(BODY[half:]))
+    assert call(client, *steps)[0] == 504
+    assert 0.5 < time.monotonic() - began < 0.95
+
+
+def test_a_picture_is_fetched_beside_the_worker(serve, monkeypatch):
+    """While a camera is slow, others are answered."""
+    client = serve(allowed_urls=("http://camera.local/",))
+    asked, held = threading.Event(), threading.Event()
+
+    def fetch(url, _, given_up):
+        assert (url, given_up.is_set()) == ("http://camera.local/a.png", False)
+        asked.set()
+        assert held.wait(5)
+        return PNG
+
+    monkeypatch.setattr("gap_runtime.service.app.fetch_picture", fetch)
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(ask(client, image="http://camera.local/a.png"))
+    )
+    thread.start()
+    assert asked.wait(5)
+    usual = ask(client)
+    assert (usual.status_code, answers) == (200, [])
+    assert "gap_queue 0.0" in client.get("/metrics").text
+    held.set()
+    thread.join()
+    fetched = answers[0].json()
+    assert set(fetched["milliseconds"]) == {"fetch", "queue", "picture"}
+    boxes = [[each["boxes"] for each in data["results"]] for data in (fetched, usual.json())]
+    assert boxes[0] == boxes[1]
+
+
+def test_nothing_is_fetched_for_a_full_queue(serve, monkeypatch):
+    client = serve(allowed_urls=("http://camera.local/",))
+    monkeypatch.setattr("gap_runtime.service.app.fetch_picture", None)
+    client.service.worker.waiting += 16
+    assert ask(client, image="http://camera.local/a.png").status_code == 429
+    client.service.worker.waiting -= 16
+
+
+def test_only_chat_counts_the_tokens_of_a_prompt(serve, grounder, monkeypatch):
+    client = serve()
+    # Behind the loading, which asks too.
+    assert ask(client).status_code == 200
+    encoded = []
+    encode = grounder.encoder.encode
+    monkeypatch.setattr(
+        grounder.encoder, "encode", lambda phrase: encoded.append(phrase) or encode(phrase)
+    )
+    assert ask(client).status_code == 200
+    assert encoded == PHRASES
 
 
 def test_a_backend_that_fails_does_not_stop_the_service(serve, monkeypatch):

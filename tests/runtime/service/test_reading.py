@@ -1,7 +1,9 @@
 """Settings, pictures by address, and the phrase in a prompt."""
 
+import contextlib
 import http.server
 import threading
+import time
 
 import pytest
 
@@ -67,6 +69,19 @@ class Camera(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"x" * 900)
+        elif self.path == "/half":
+            self.send_response(200)
+            self.send_header("content-length", "900")
+            self.end_headers()
+            self.wfile.write(b"x" * 400)
+        elif self.path == "/drops":
+            self.send_response(200)
+            self.end_headers()
+            # No byte is late, and there is no end.
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.01)
         else:
             self.send_error(404)
 
@@ -86,13 +101,25 @@ def camera():
 
 def test_an_allowed_picture_is_fetched_within_its_limits(camera):
     settings = ServiceSettings(allowed_urls=(f"{camera}/",))
-    assert fetch_picture(f"{camera}/frame", settings) == b"x" * 900
-    for path, said in (("away", "302"), ("none", "404")):
+    stays = threading.Event()
+    assert fetch_picture(f"{camera}/frame", settings, stays) == b"x" * 900
+    for path, said in (("away", "302"), ("none", "404"), ("half", "broke off")):
         with pytest.raises(InputError, match=said):
-            fetch_picture(f"{camera}/{path}", settings)
+            fetch_picture(f"{camera}/{path}", settings, stays)
     small = ServiceSettings(allowed_urls=(f"{camera}/",), body_mb=0.0005)
     with pytest.raises(InputError, match="larger than"):
-        fetch_picture(f"{camera}/frame", small)
+        fetch_picture(f"{camera}/frame", small, stays)
+
+
+def test_a_picture_that_never_ends_is_given_up(camera):
+    settings = ServiceSettings(allowed_urls=(f"{camera}/",))
+    gone = threading.Event()
+    timer = threading.Timer(0.1, gone.set)
+    timer.start()
+    began = time.monotonic()
+    fetch_picture(f"{camera}/drops", settings, gone)
+    assert 0.05 < time.monotonic() - began < 5
+    timer.join()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The model repository for Triton, run against a stand-in of its Python backend."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -12,6 +13,9 @@ import pytest
 from PIL import Image
 
 from gap_runtime.cli.main import main
+
+RATIO = 0.48123456789
+"""Keeps eight of sixteen too."""
 
 
 class Tensor:
@@ -29,14 +33,16 @@ class Response:
 
 
 @pytest.fixture
-def repository(make_bundle, answer_with, monkeypatch, tmp_path, capsys):
+def repository(make_bundle, manifest, answer_with, monkeypatch, tmp_path, capsys):
     """The folder of a model, and the model as Triton would load it."""
     answer_with(11)
     utils = types.ModuleType("triton_python_backend_utils")
     utils.Tensor, utils.InferenceResponse, utils.TritonError = Tensor, Response, str
     utils.get_input_tensor_by_name = lambda request, name: request.get(name)
     monkeypatch.setitem(sys.modules, utils.__name__, utils)
-    assert main(["triton", str(make_bundle()), "--out", str(tmp_path / "models")]) == 0
+    first, second = manifest.ratios
+    bundle = make_bundle(ratios=(dataclasses.replace(first, ratio=RATIO), second))
+    assert main(["triton", str(bundle), "--out", str(tmp_path / "models")]) == 0
     folder = tmp_path / "models" / "bundle"
     assert capsys.readouterr().out == f"{folder}\n"
     spec = importlib.util.spec_from_file_location("model", folder / "1" / "model.py")
@@ -76,6 +82,13 @@ def test_the_model_answers_as_its_config_says(repository):
     assert "no ratio 0.3" in bad.error
     assert other.error is None
     model.finalize()
+
+
+def test_a_ratio_that_a_float32_holds_less_exactly(repository):
+    _, model = repository
+    (answer,) = model.execute([make_request(RATIO=np.array([RATIO], np.float32))])
+    assert answer.error is None
+    assert float(np.float32(RATIO)) != RATIO
 
 
 def test_a_model_that_is_there_is_not_written_over(repository, tmp_path, capsys):
