@@ -27,7 +27,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from arrangements import APART, EXACT, GRID, KEPT, MAIN, TOKENS, VARIANTS, WHOLE, Laid, Variant
+from arrangements import (
+    APART,
+    EXACT,
+    GRID,
+    KEPT,
+    MAIN,
+    TOKENS,
+    WHOLE,
+    Laid,
+    Variant,
+    list_variants,
+)
 from gap_export.config.pruners import IVC
 from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.asking import open_reference
@@ -211,7 +222,11 @@ def ask_all(plan: ExportPlan, expressions: Sequence[Expression], path: Path) -> 
     """All answers, those that are there already and the others."""
     found = read_asked(path)
     done = {(asked.key, asked.variant, asked.seed) for asked in found}
-    pairs = [(variant, seed) for variant in VARIANTS for seed in variant.seeds]
+    pairs = [
+        (variant, seed)
+        for variant in list_variants(plan.entries[0].kept)
+        for seed in variant.seeds
+    ]
     left = {
         each.key: [(v, s) for v, s in pairs if (each.key, v.name, s) not in done]
         for each in expressions
@@ -317,7 +332,7 @@ def score(
         for name, rows in by_variant.items()
     }
     figures = []
-    for variant in VARIANTS:
+    for variant in list_variants(plan.entries[0].kept):
         rows = by_variant[variant.name]
         by_phrase: dict[str, list[bool]] = {}
         for (key, _), hit in hits[variant.name].items():

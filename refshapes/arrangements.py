@@ -76,10 +76,14 @@ def stretch(order: list[int], _: np.random.Generator) -> Laid:
     return Laid(slots=kept, ids=ids, text=TOKENS)
 
 
-def squeeze(order: list[int], _: np.random.Generator) -> Laid:
-    """Nothing is removed, and four tokens share an ID: the range of compact's IDs."""
-    kept = sorted(order)
-    return Laid(slots=kept, ids=[index // 4 for index in kept], text=TOKENS // 4)
+def squeeze(count: int) -> Lay:
+    """Nothing is removed, and tokens share so many IDs, those that compact gives."""
+
+    def lay(order: list[int], _: np.random.Generator) -> Laid:
+        kept = sorted(order)
+        return Laid(slots=kept, ids=[index * count // TOKENS for index in kept], text=count)
+
+    return lay
 
 
 def own_order(order: list[int], _: np.random.Generator) -> Laid:
@@ -150,9 +154,8 @@ def shift_all(by: int) -> Lay:
 
 
 KEPT, EXACT, APART, WHOLE = "what is kept", "how exact", "order and value", "nothing removed"
-VARIANTS: Final = (
+_VARIANTS: Final = (
     Variant(group=WHOLE, label="IDs as they are", pruner=None, lay=keep_both),
-    Variant(group=WHOLE, label="four tokens share an ID (0 to 63)", pruner=None, lay=squeeze),
     Variant(
         group=WHOLE,
         label="each ID off by one cell",
@@ -245,3 +248,10 @@ VARIANTS: Final = (
         seeds=_SEEDS,
     ),
 )
+
+
+def list_variants(keep: int) -> tuple[Variant, ...]:
+    """All of them, where pruners leave so many tokens."""
+    lay = squeeze(keep)
+    squeezed = Variant(group=WHOLE, label="IDs in compact's range", pruner=None, lay=lay)
+    return (_VARIANTS[0], squeezed, *_VARIANTS[1:])

@@ -40,7 +40,7 @@ PANELS: Final = (
     (f"{APART}: counted anew, right order (compact)", "compact"),
     (f"{APART}: right IDs, any order", "right IDs, any order"),
     (f"{APART}: IDs dealt anew, right order", "IDs dealt anew"),
-    (f"{WHOLE}: four tokens share an ID (0 to 63)", "all tokens, IDs 0 to 63"),
+    (f"{WHOLE}: IDs in compact's range", "all tokens, compact's range of IDs"),
 )
 
 

@@ -24,6 +24,7 @@ from gap_export.errors import CheckpointError
 from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.fingerprint import describe_pruner
 from gap_export.pipeline.graph_cache import GraphCache
+from gap_export.pipeline.model import read_model
 from gap_export.pipeline.plan import ExportPlan, plan_export
 from gap_export.pipeline.request import ExportRequest
 from gap_export.pipeline.run import export
@@ -54,8 +55,9 @@ _DECISIVE: Final = ("box", "image", "prompt", "prune", "quantize", "vision")
 class SweepRequest:
     """What to sweep. `named` and `target` are those of every export, but for its pruning.
 
-    `pruners` may hold `all`. `ratios` are shares removed, or `keep` counts that stay. `seeds` are
-    for pruners that draw, each of which is swept once with every one. `eager`: ask PyTorch too.
+    `pruners` may hold `all`; where there is none, the model's own is taken. `ratios` are shares
+    removed, or `keep` counts that stay. `seeds` are for pruners that draw, each of which is swept
+    once with every one. `eager`: ask PyTorch too.
     """
 
     named: NamedConfig
@@ -129,6 +131,9 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
     for mode in request.positions:
         if mode not in known:
             raise ConfigError(f"--positions '{mode}' is unknown; {suggest(mode, known)}")
+    if not request.named.config.family:
+        request = replace(request, named=read_model(request.named).named)
+    usual = request.named.config.prune.strategy
     ratios = tuple(dict.fromkeys(request.ratios))
     pruned = tuple(ratio for ratio in ratios if ratio)
     variants: list[Variant] = []
@@ -138,7 +143,7 @@ def plan_sweep(request: SweepRequest) -> SweepPlan:
             _plan_variant(request, UNPRUNED, _find_plain_pruner(), "gap", ratios=(0.0,), keep=())
         )
     left_out: dict[str, GapError] = {}
-    for pruner in _list_pruners(request.pruners) if pruned or request.keep else ():
+    for pruner in _list_pruners(request.pruners or [usual]) if pruned or request.keep else ():
         try:
             variants += [
                 _plan_variant(

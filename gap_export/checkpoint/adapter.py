@@ -32,7 +32,8 @@ ADAPTER: Final = "adapter"
 """Parts: the model that an adapter was made from, and an adapter of the checkpoint."""
 _PAIR: Final = re.compile(r"(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight")
 _WRAPPERS: Final = re.compile(r"\.(base_layer|modules_to_save(\.[\w-]+)?)(?=\.)")
-_MERGE: Final = "merge it with PEFT's merge_and_unload() and give the merged model"
+UNMERGED: Final = "merge it with PEFT's merge_and_unload() and give the merged model"
+"""What to do about an adapter that cannot be merged here."""
 _OTHER_KINDS: Final = (
     *("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication"),
     *("trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
@@ -80,14 +81,20 @@ def find_base(checkpoint: Checkpoint, usual: str) -> str:
     return str(settings.get("base_model_name_or_path") or config.get("_name_or_path") or usual)
 
 
-def describe_unmerged(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Lines for people about an adapter that lies beside a whole model's weights."""
-    if is_partial(checkpoint) or not (checkpoint.folder / ADAPTER_CONFIG).is_file():
+def describe_unmerged(checkpoint: Checkpoint, *, merges: bool) -> tuple[str, ...]:
+    """Lines for people about an adapter that lies beside a whole model's weights.
+
+    Args:
+        checkpoint: Of the model.
+        merges: Whether its family merges adapters.
+    """
+    is_beside = (checkpoint.folder / ADAPTER_CONFIG).is_file() and not is_partial(checkpoint)
+    if not is_beside or ADAPTER in checkpoint.parts:
         return ()
     files = sorted(checkpoint.folder.glob("adapter_model.*"))
     return tuple(
         f"{file}: an adapter beside the weights of a whole model, which is not merged; if it is "
-        f"to be, --set parts.adapter={file}"
+        f"to be, {f'--set parts.{ADAPTER}={file}' if merges else UNMERGED}"
         for file in files[-1:]
     )
 
@@ -214,7 +221,7 @@ def _read_adapter(
         elif ".lora_" in key:
             raise CheckpointError(
                 f"{tensor.shown}: tensor '{key}' is of a kind of LoRA that is not merged here "
-                f"(embeddings, biases or magnitudes); {_MERGE}"
+                f"(embeddings, biases or magnitudes); {UNMERGED}"
             )
         else:
             values[rename(_model_key(key))] = tensor
@@ -238,15 +245,15 @@ def _require_mergeable(settings: Mapping[str, Any], where: str) -> None:
     """Refuse adapters whose merging is more than a product that is added."""
     if settings.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(
-            f"{where}: an adapter of type {settings['peft_type']}, expected LORA; {_MERGE}"
+            f"{where}: an adapter of type {settings['peft_type']}, expected LORA; {UNMERGED}"
         )
     for name in _OTHER_KINDS:
         if settings.get(name):
-            raise CheckpointError(f"{where}: {name} is on, which is not merged here; {_MERGE}")
+            raise CheckpointError(f"{where}: {name} is on, which is not merged here; {UNMERGED}")
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
         raise CheckpointError(
-            f"{where}: init_lora_weights '{start}' changed the weights of the base too; {_MERGE}"
+            f"{where}: init_lora_weights '{start}' changed the weights of the base too; {UNMERGED}"
         )
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from gap_export.config.pruners import USUAL
 from gap_export.config.shipped import list_configs
 from gap_runtime.errors import ConfigError, UnknownNameError
 from gap_runtime.records.files import exists, is_file, read_text
@@ -73,12 +74,10 @@ def find_family(model_type: str) -> str | None:
     return next(further, None)
 
 
-def find_usual_pruner(family: str) -> str | None:
-    """The pruner of a family where none is asked for; None where it is that of all families."""
-    if family not in list_plugins(FAMILIES):
-        return None
-    found: str | None = read_constant(FAMILIES, family, "PRUNER")
-    return found
+def find_usual_pruner(family: str) -> str:
+    """The pruner of a family where none is asked for."""
+    known = family in list_plugins(FAMILIES)
+    return str((read_constant(FAMILIES, family, "PRUNER") if known else None) or USUAL)
 
 
 def describe_model_type(found: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
-from gap_export.config.families import FAMILIES, find_usual_pruner
+from gap_export.config.families import FAMILIES, find_usual_pruner, resolve_family
 from gap_export.config.files import find_model
-from gap_export.config.pruners import require_strategy, resolve_pruner
+from gap_export.config.pruners import OPEN, require_strategy, resolve_pruner
 from gap_export.config.records import ExportConfig, NamedConfig, PruneConfig
 from gap_runtime.bundle.layout import require_ratio
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
@@ -69,6 +71,27 @@ def load_config(
     return NamedConfig(name=name, config=config)
 
 
+def settle_family(named: NamedConfig, checkpoint: Path) -> NamedConfig:
+    """The configuration with the checkpoint's family, and what follows from that, in it.
+
+    Args:
+        named: Its family is unknown where the model is a hub id.
+        checkpoint: Its folder, or a file.
+
+    Raises:
+        ConfigError: The folder does not tell its family.
+        UnknownNameError: It is of none that there is.
+    """
+    config = named.config
+    if config.family:
+        return named
+    family = resolve_family(checkpoint)
+    prune = config.prune
+    if prune.strategy == OPEN:
+        prune = replace(prune, strategy=find_usual_pruner(family))
+    return replace(named, config=replace(config, family=family, prune=prune))
+
+
 def name_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Values by key of the model file, from values by option; what is None is not given."""
     return {key: options[name] for name, key in OPTIONS.items() if options.get(name) is not None}
@@ -96,12 +119,10 @@ def _settle_counts(data: dict[str, Any], overrides: dict[str, Any], where: str) 
 
 
 def _settle_pruner(data: dict[str, Any]) -> None:
-    """The family's own pruner where none is asked for."""
-    prune = data["prune"]
+    """The family's own pruner where none is asked for; `settle_family` finds one of a hub id."""
+    prune, family = data["prune"], data.get("family")
     if isinstance(prune, dict) and "strategy" not in prune:
-        usual = find_usual_pruner(str(data.get("family")))
-        if usual is not None:
-            prune["strategy"] = usual
+        prune["strategy"] = find_usual_pruner(str(family)) if family else OPEN
 
 
 def _settle_names(data: dict[str, Any]) -> None:
@@ -140,7 +161,8 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 
 def _require_usable(config: ExportConfig, where: str) -> None:
     """Reject values that no model could use."""
-    require_strategy(config.prune.strategy)
+    if config.family or config.prune.strategy != OPEN:
+        require_strategy(config.prune.strategy)
     families = list_plugins(FAMILIES)
     if config.family and config.family not in families:
         raise UnknownNameError(f"{where}: {describe_unknown('family', config.family, families)}")

@@ -11,6 +11,10 @@ from gap_runtime.records.files import expand, is_file
 from gap_runtime.registry import list_plugins, read_constant
 
 PRUNERS: Final = "gap_export.pruners"
+USUAL: Final = "cls_attention"
+"""The pruner of a family that names none of its own."""
+OPEN: Final = ""
+"""In place of a pruner: the family's own, as long as the family is not known."""
 IVC: Final = "+ivc"
 """Behind a pruner's name: tokens at extreme rotary positions stay whatever it chooses."""
 

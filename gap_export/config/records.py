@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from gap_export.config.pruners import IVC
+from gap_export.config.pruners import IVC, USUAL
 from gap_runtime.bundle.layout import (
     ExtraRule,
     PositionMode,
@@ -36,6 +36,7 @@ DTYPES: Final[tuple[ModelDtype, ...]] = get_args(ModelDtype)
 class PruneConfig:
     """Which visual tokens stay, and with which position IDs.
 
+    `strategy` is empty for the family's own, as long as the family is not known.
     `ratios` are shares to remove, in [0, 1); or `keep` are counts that stay, of all visual tokens
     of a picture, those that mark the ends of rows among them. `seed` is for strategies that draw.
     `ivc` is for strategies with `+ivc`: the share of all visual tokens that always stays for its
@@ -45,7 +46,7 @@ class PruneConfig:
     model's own token `embeddings`; the family's own where it is null.
     """
 
-    strategy: str = "cls_attention"
+    strategy: str = USUAL
     ratios: tuple[float, ...] = (0.5,)
     keep: tuple[int, ...] = ()
     positions: PositionMode = "gap"

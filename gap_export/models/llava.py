@@ -47,7 +47,6 @@ from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.adapter import (
     add_adapters,
     choose_base,
-    describe_unmerged,
     find_base,
     is_partial,
     read_adapters,
@@ -172,7 +171,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         template=prompt.template,
         prefix=_SHORT_PREFIX,
         library_config=library,
-        notes=(*prompt.notes, *describe_unmerged(checkpoint)),
+        notes=prompt.notes,
     )
 
 

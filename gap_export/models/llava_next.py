@@ -48,7 +48,6 @@ from gap_export.blocks.mosaic import NEWLINE, Newlines, read_buckets, read_canva
 from gap_export.blocks.projector import Projector
 from gap_export.checkpoint.adapter import (
     add_adapters,
-    describe_unmerged,
     read_adapters,
     replace_values,
 )
@@ -145,7 +144,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         template=prompt.template,
         prefix=_PREFIX,
         library_config=library,
-        notes=(*prompt.notes, *describe_unmerged(checkpoint)),
+        notes=prompt.notes,
     )
 
 

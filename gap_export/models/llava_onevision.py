@@ -44,7 +44,6 @@ from gap_export.blocks.projector import Projector
 from gap_export.blocks.siglip import UNUSED, Packing, SiglipTower, tower_shapes
 from gap_export.checkpoint.adapter import (
     add_adapters,
-    describe_unmerged,
     read_adapters,
     replace_values,
 )
@@ -149,7 +148,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         template=prompt.template,
         prefix=_PREFIX,
         library_config=library,
-        notes=(*prompt.notes, *describe_unmerged(checkpoint)),
+        notes=prompt.notes,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Final
 
 from gap_export.checkpoint.folder import list_files
 from gap_export.checkpoint.index import locate_checkpoint, locate_part
+from gap_export.config.load import settle_family
 from gap_export.config.pruners import IVC, is_pruner_file
 from gap_export.config.records import NamedConfig, PruneConfig
 from gap_export.pipeline.request import ExportRequest
@@ -70,8 +71,11 @@ def identify(request: ExportRequest, parts: dict[str, str]) -> str | None:
         request: What to export; its folder does not matter.
         parts: Places of parts, by role, that the settings do not name.
     """
-    named = request.named
     try:
+        checkpoint = _locate(request.named)
+        beside = checkpoint.parent if checkpoint.is_file() else checkpoint
+        # As the export writes it down.
+        named = settle_family(request.named, beside)
         facts = {
             "name": named.name,
             "config": dump_record(named.config),
@@ -82,7 +86,10 @@ def identify(request: ExportRequest, parts: dict[str, str]) -> str | None:
             "versions": {name: _find_version(name) for name in _PACKAGES},
             "files": [
                 (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-                for path in _list_inputs(named, parts, reference=request.reference)
+                for path in (
+                    *list_files(checkpoint),
+                    *_list_others(named, parts, beside, reference=request.reference),
+                )
             ],
         }
     except (GapError, OSError):
@@ -141,14 +148,20 @@ def describe_pruner(prune: PruneConfig) -> str:
     return f"{prune.name}-{hash_bytes(read_bytes(path, ConfigError))}"
 
 
-def _list_inputs(named: NamedConfig, parts: dict[str, str], *, reference: bool) -> Iterator[Path]:
-    """The files that decide what an export makes, its own code among them."""
+def _locate(named: NamedConfig) -> Path:
+    """The checkpoint's folder or file, which must be on this machine."""
     config = named.config
     checkpoint = locate_checkpoint(config.checkpoint, config.revision)
     if checkpoint is None:
         raise FileNotFoundError
-    yield from list_files(checkpoint)
-    beside = checkpoint.parent if checkpoint.is_file() else checkpoint
+    return checkpoint
+
+
+def _list_others(
+    named: NamedConfig, parts: dict[str, str], beside: Path, *, reference: bool
+) -> Iterator[Path]:
+    """Files that decide what an export makes, besides the checkpoint's: its own code too."""
+    config = named.config
     for _, location in sorted((parts | config.parts).items()):
         part = locate_part(location, beside) if location else None
         if location and part is None:

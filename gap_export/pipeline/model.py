@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gap_export.checkpoint.adapter import ADAPTER
+from gap_export.checkpoint.adapter import ADAPTER, UNMERGED, describe_unmerged
 from gap_export.checkpoint.index import Checkpoint, Fetch, open_checkpoint, open_part
-from gap_export.config.families import resolve_family
+from gap_export.config.load import settle_family
 from gap_export.config.pruners import PRUNERS
 from gap_export.config.records import GRID_MODE, ExportConfig, NamedConfig
 from gap_export.errors import CheckpointError
@@ -20,8 +20,12 @@ from gap_runtime.registry import list_plugins, load_plugin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A checkpoint, its family and the pruner that is asked for."""
+    """A checkpoint, its family and the pruner that is asked for.
 
+    `named` has the family in it, also where that was not known before.
+    """
+
+    named: NamedConfig
     checkpoint: Checkpoint
     family_name: str
     family: Family
@@ -50,7 +54,9 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
         config.checkpoint, config.revision, ignored=parts_beside, fetch=fetch
     )
     if not family_name:
-        family_name = resolve_family(checkpoint.folder)
+        named = settle_family(named, checkpoint.folder)
+        config = named.config
+        family_name = config.family
         family = load_plugin("gap_export.models", family_name, "family")
     strategy = config.prune.name
     pruner = load_pruner(config.prune.strategy)
@@ -59,14 +65,15 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
     unknown = sorted(set(config.parts) - set(family.PARTS))
     if ADAPTER in unknown:
         raise ConfigError(
-            f"parts.{ADAPTER}: none is merged into a model of family '{family_name}'; merge it "
-            "with PEFT's merge_and_unload(), and give the merged model"
+            f"parts.{ADAPTER}: none is merged into a model of family '{family_name}'; {UNMERGED}"
         )
     if unknown:
         raise UnknownNameError(describe_unknown("part", unknown[0], family.PARTS))
     parts = _open_parts(checkpoint, family, config, fetch, reads_clip=reads_clip)
     checkpoint = replace(checkpoint, parts=parts)
     spec = family.read_spec(checkpoint, config)
+    left = describe_unmerged(checkpoint, merges=ADAPTER in family.PARTS)
+    spec = replace(spec, notes=(*spec.notes, *left))
     if config.box.frame is not None:
         spec = replace(spec, box=replace(spec.box, frame=config.box.frame))
     if config.prune.positions == GRID_MODE and spec.decoder.axes == 1:
@@ -91,6 +98,7 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
             f"{', '.join(_list_served(given))}"
         )
     return Model(
+        named=named,
         checkpoint=checkpoint,
         family_name=family_name,
         family=family,

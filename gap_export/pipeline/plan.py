@@ -159,7 +159,8 @@ def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPla
     target = load_target(request.target)
     dialect = _load_dialect(target)
     model = read_model(request.named, fetch)
-    config, spec = request.named.config, model.spec
+    request = replace(request, named=model.named)
+    config, spec = model.named.config, model.spec
     require_quantizable(request, target)
     entries = _settle_entries(model, config.prune)
     sources = model.family.find_weights(model.checkpoint, spec)

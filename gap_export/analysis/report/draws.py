@@ -84,17 +84,25 @@ def _pool(
     )
 
 
-def tabulate_draws(draws: Sequence[Draws]) -> str:
-    """A row for each pruner, mode and ratio; nothing where nothing was drawn several times."""
+def tabulate_draws(draws: Sequence[Draws], *, by_count: bool) -> str:
+    """A row for each pruner, mode and ratio; nothing where nothing was drawn several times.
+
+    Args:
+        draws: Their figures.
+        by_count: Whether counts that stay were asked for, not shares removed.
+    """
     if not draws:
         return ""
     return make_table(
         "Acc@0.5 in % of pruners that draw, over all seeds, with the 95 % interval over phrases",
-        [*("pruner, positions", "ratio", "seeds", "phrases"), *("mean", "worst", "best")],
+        [
+            *("pruner, positions", "tokens kept" if by_count else "ratio", "seeds", "phrases"),
+            *("mean", "worst", "best"),
+        ],
         [
             [
                 f"{each.pruner}, {each.positions}",
-                f"{each.ratio:g}",
+                str(each.kept) if by_count else f"{each.ratio:g}",
                 ", ".join(map(str, each.seeds)),
                 str(each.phrases),
                 f"{100 * each.accuracy:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})",

@@ -169,7 +169,7 @@ def _render(
         has_eager=request.eager,
         plots=[safe(plot) for plot in plot_pruners(tables)],
         accuracy=safe(tabulate_accuracy(tables)),
-        draws=safe(tabulate_draws(draws)),
+        draws=safe(tabulate_draws(draws, by_count=tables.by_count)),
         papers=compare_with_paper(tables),
         costs=[safe(plot) for plot in plot_costs(tables)],
         cost_table=safe(tabulate_costs(tables)),

@@ -119,16 +119,9 @@ def tabulate_accuracy(tables: Tables) -> str:
     by = "tokens kept" if tables.by_count else "share removed"
     return make_table(
         f"Acc@0.5 in % of the exported graphs, with the 95 % interval, by {by}",
-        ["pruner, positions", *(_name_ratio(tables, ratio) for ratio in tables.ratios)],
+        ["pruner, positions", *(tables.name_ratio(ratio) for ratio in tables.ratios)],
         rows,
     )
-
-
-def _name_ratio(tables: Tables, ratio: float) -> str:
-    """A ratio as people asked for it: of pictures of several sizes the largest one's count."""
-    if not tables.by_count:
-        return f"{ratio:g}"
-    return str(max(cell.size.kept for cell in tables.cells if cell.ratio == ratio))
 
 
 def _describe_accuracy(cell: Cell | None) -> str:

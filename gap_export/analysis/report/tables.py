@@ -108,6 +108,12 @@ class Tables:
                 return cell
         return None
 
+    def name_ratio(self, ratio: float) -> str:
+        """A ratio as people asked for it: of pictures of several sizes the largest one's count."""
+        if not self.by_count:
+            return f"{ratio:g}"
+        return str(max(cell.size.kept for cell in self.cells if cell.ratio == ratio))
+
     @property
     def pruners(self) -> list[str]:
         """Names, without that of no pruning."""
@@ -145,7 +151,8 @@ def make_tables(sweep: Sweep, protocols: Sequence[str]) -> Tables:
 class Advice:
     """The largest ratio of a pruner that loses at most so many points of accuracy.
 
-    `ratio` is None where every one loses more. `lost` points are those of that ratio, or else the
+    `ratio` is None where every one loses more. `shown` is it as people asked for it, a share
+    removed or, with `by_count`, a count kept. `lost` points are those of that ratio, or else the
     least of any; `high` is the end of their 95 % interval: above `within`, more phrases are
     needed to be sure.
     """
@@ -154,6 +161,8 @@ class Advice:
     positions: str
     within: float
     ratio: float | None
+    shown: str
+    by_count: bool
     lost: float
     high: float
 
@@ -161,14 +170,20 @@ class Advice:
         """It in words."""
         name = f"{self.pruner}, {self.positions}"
         if self.ratio is None:
+            every = "count" if self.by_count else "ratio"
             return (
-                f"{name}: every ratio loses more than {self.within:g} points, at least "
+                f"{name}: every {every} loses more than {self.within:g} points, at least "
                 f"{self.lost:.1f}"
             )
         sure = "" if self.high <= self.within else "; ask more phrases to be sure"
+        best = (
+            f"{self.shown} tokens kept are the fewest"
+            if self.by_count
+            else f"{self.shown} removed is the most"
+        )
         return (
-            f"{name}: {self.ratio:g} removed is the most within {self.within:g} points of the "
-            f"unpruned model ({self.lost:.1f} lost, 95 % up to {self.high:.1f}{sure})"
+            f"{name}: {best} within {self.within:g} points of the unpruned model "
+            f"({self.lost:.1f} lost, 95 % up to {self.high:.1f}{sure})"
         )
 
 
@@ -194,6 +209,8 @@ def advise(tables: Tables, within: float) -> list[Advice]:
                 positions=mode,
                 within=within,
                 ratio=None if best is None else best.ratio,
+                shown="" if best is None else tables.name_ratio(best.ratio),
+                by_count=tables.by_count,
                 lost=lost,
                 high=high,
             )

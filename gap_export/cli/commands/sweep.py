@@ -144,7 +144,7 @@ def _make_request(options: argparse.Namespace, data: Data) -> SweepRequest:
     return SweepRequest(
         named=named,
         target=options.target,
-        pruners=tuple(options.pruners or [named.config.prune.strategy]),
+        pruners=tuple(options.pruners or ()),
         positions=tuple(options.modes),
         ratios=() if options.keep else tuple(options.ratios or _RATIOS),
         keep=tuple(options.keep or ()),

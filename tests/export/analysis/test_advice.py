@@ -1,5 +1,7 @@
 """Which ratio a sweep recommends, worked out by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from gap_export.analysis.report.tables import Pair, Tables, advise
@@ -34,10 +36,23 @@ def make_pair(pruner, ratio, lost, gained=0, **changes):
     )
 
 
-def advise_on(*pairs, within=2.0):
-    return advise(
-        Tables(protocols=("shikra",), cells=(), pairs=pairs, published=(), by_count=False), within
+def advise_on(*pairs, within=2.0, kept=None):
+    """`kept` are counts by ratio, where those were asked for."""
+    cells = [
+        SimpleNamespace(
+            pruner=pair.pruner, positions="gap", ratio=ratio, size=SimpleNamespace(kept=n)
+        )
+        for pair in pairs[:1]
+        for ratio, n in (kept or {}).items()
+    ]
+    tables = Tables(
+        protocols=("shikra",),
+        cells=tuple(cells),
+        pairs=pairs,
+        published=(),
+        by_count=kept is not None,
     )
+    return advise(tables, within)
 
 
 def test_the_largest_ratio_within_the_points():
@@ -52,6 +67,14 @@ def test_the_largest_ratio_within_the_points():
     (found,) = advise_on(make_pair("a", 0.5, 5), make_pair("a", 0.75, 50))
     assert found.ratio == 0.5
     assert found.describe().endswith("(0.5 lost, 95 % up to 0.9)")
+
+
+def test_counts_are_told_where_they_were_asked_for():
+    pairs = make_pair("a", 0.5, 5), make_pair("a", 0.75, 50)
+    (found,) = advise_on(*pairs, kept={0.5: 128, 0.75: 64})
+    assert found.describe().startswith("a, gap: 128 tokens kept are the fewest within 2 points")
+    (found,) = advise_on(*pairs, within=0.1, kept={0.5: 128, 0.75: 64})
+    assert found.describe() == "a, gap: every count loses more than 0.1 points, at least 0.5"
 
 
 def test_what_is_gained_counts_and_the_best_pruner_comes_first():

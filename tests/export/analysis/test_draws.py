@@ -57,5 +57,8 @@ def test_a_phrase_counts_once_however_many_seeds_there_are():
     spread = 1.959963984540054 * math.sqrt(0.6875 / 3 / 4)
     assert found.low == 0.0
     assert found.high == pytest.approx(0.375 + spread)
-    assert "random, gap" in tabulate_draws([found])
-    assert tabulate_draws([]) == ""
+    shares, counts = (tabulate_draws([found], by_count=by_count) for by_count in (False, True))
+    assert "random, gap</th><td>0.5</td>" in shares.replace("\n", "")
+    assert "random, gap</th><td>8</td>" in counts.replace("\n", "")
+    assert ("tokens kept" in shares, "tokens kept" in counts) == (False, True)
+    assert tabulate_draws([], by_count=False) == ""

@@ -397,7 +397,9 @@ def test_an_adapter_beside_whole_weights_is_told(find, tmp_path):
     plan, file = case.plan(tmp_path / "a"), case.place() / "adapter_model.safetensors"
     (note,) = plan.spec.notes
     assert note.startswith(f"{file}: an adapter beside the weights of a whole model")
+    assert note.endswith(f"--set parts.adapter={file}")
     merged = case.plan(tmp_path / "b", parts__adapter=str(file))
+    assert merged.spec.notes == ()
     assert sum(source.make is not None for source in merged.sources.values()) > 5
 
 

@@ -233,7 +233,8 @@ def test_a_hub_id_needs_its_snapshot(tmp_path, monkeypatch, revision):
     (home / "refs" / "main").write_text("0" * 40, encoding="utf-8")
     assert identify(asked, {}) is None
     (home / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    (home / "snapshots" / ("0" * 40) / "config.json").write_text("{}", encoding="utf-8")
+    config = home / "snapshots" / ("0" * 40) / "config.json"
+    config.write_text('{"model_type": "llava"}', encoding="utf-8")
     assert identify(asked, {}) is not None
 
 
