@@ -21,6 +21,10 @@ from gap_runtime.grounding.prompt import IMAGE_FIELD, PHRASE_FIELD
 from gap_runtime.records.files import read_text
 from gap_runtime.records.plain import read_table
 
+REGION_QUESTION: Final = (
+    "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
+)
+"""LLaVA's, which others took over."""
 _FILES: Final = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 """Where a chat template may lie under the key of that name, that of the processor first."""
 _PLAIN: Final = "chat_template.jinja"

@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from gap_export.blocks import llama
 from gap_export.blocks.hf_config import processor_config, read_normalization
 from gap_export.blocks.qwen_vision import MERGE, STRIP
 from gap_export.checkpoint.index import Checkpoint
+from gap_export.checkpoint.sources import TensorSource
 from gap_export.errors import CheckpointError
+from gap_export.interfaces.decoder import DecoderSpec
 from gap_runtime.errors import ConfigError
 from gap_runtime.pictures.boxes import BoxFormat, Frame
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
@@ -25,7 +28,7 @@ QUESTION: Final = (
     "<|im_start|>user\n<|vision_start|><image><|vision_end|>Locate {phrase} in the image and "
     "output its bounding box in JSON format.<|im_end|>\n<|im_start|>assistant\n"
 )
-IGNORED: Final = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")
+_IGNORED: Final = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")
 """Patterns of keys of buffers that every module makes itself."""
 _CANVAS: Final = re.compile(r"(\d+)x(\d+)")
 _NUMBER: Final = r"\s*(\d+(?:\.\d+)?)\s*"
@@ -36,8 +39,30 @@ _NAMES: Final = (
 )
 
 
-def canonical_name(key: str) -> str:
-    """Name of a tensor in the modules here, from its key in any version of the library."""
+def match_weights(
+    checkpoint: Checkpoint, decoder: DecoderSpec, expected: dict[str, tuple[int, ...]]
+) -> dict[str, TensorSource]:
+    """Where the tensors of a model lie, in the key names of any version of the library.
+
+    Args:
+        checkpoint: The files.
+        decoder: What the language model is made of.
+        expected: Shapes by name, without the decoder's.
+
+    Raises:
+        CheckpointError: One is missing, has another shape or is not known.
+    """
+    return llama.match_weights(
+        checkpoint,
+        decoder,
+        expected | llama.tensor_shapes(decoder),
+        rename=_canonical_name,
+        ignored=_IGNORED,
+    )
+
+
+def _canonical_name(key: str) -> str:
+    """Name of a tensor in the modules here."""
     for pattern, replacement in _NAMES:
         key = pattern.sub(replacement, key)
     return key

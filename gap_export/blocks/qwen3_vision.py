@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gap_export.blocks.qwen_vision import (
+    EPSILON,
     MERGE,
     STRIP,
-    QwenAttention,
+    QwenBlock,
     QwenPatchEmbedding,
     order_patches,
     rotary_tables,
@@ -30,7 +31,6 @@ from gap_export.interfaces.features import Feature
 # B batch (1), N patches, M visual tokens (N / 4), K of these, C width, D decoder width, S side of
 # the learned grid, d head width, p planes.
 
-_EPSILON: Final = 1e-6
 _CORNERS: Final = 4
 """Points of the learned grid around a patch."""
 
@@ -53,7 +53,9 @@ class Qwen3Tower(nn.Module):
         visual = nn.Module()
         visual.patch_embed = QwenPatchEmbedding(config, has_bias=True)
         visual.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
-        visual.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        visual.blocks = nn.ModuleList(
+            QwenBlock(config, nn.LayerNorm, _Mlp(config)) for _ in range(config.depth)
+        )
         self.visual = visual
         patches = grid[0] * grid[1]
         shape = (patches, config.hidden_size // config.num_heads // 2)
@@ -159,7 +161,7 @@ class _Merger(nn.Module):
         super().__init__()
         wide = STRIP * config.hidden_size
         self.width = wide if is_shuffled else config.hidden_size
-        self.norm = nn.LayerNorm(self.width, eps=_EPSILON)
+        self.norm = nn.LayerNorm(self.width, eps=EPSILON)
         self.linear_fc1 = nn.Linear(wide, wide)
         self.linear_fc2 = nn.Linear(wide, config.out_hidden_size)
 
@@ -167,20 +169,6 @@ class _Merger(nn.Module):
         batch, tokens, wide = x_BKC.shape
         normed = self.norm(x_BKC.reshape(batch, -1, self.width)).reshape(batch, tokens, wide)
         output: Tensor = self.linear_fc2(functional.gelu(self.linear_fc1(normed)))
-        return output
-
-
-class _Block(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=_EPSILON)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=_EPSILON)
-        self.attn = QwenAttention(config)
-        self.mlp = _Mlp(config)
-
-    def forward(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
-        x_NC = x_NC + self.attn(self.norm1(x_NC), cosine_Nd, sine_Nd)
-        output: Tensor = x_NC + self.mlp(self.norm2(x_NC))
         return output
 
 

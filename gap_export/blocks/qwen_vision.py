@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -26,7 +27,7 @@ from gap_export.interfaces.features import Feature
 MERGE: Final = 2
 """Patches to a side of a visual token."""
 STRIP: Final = MERGE * MERGE
-_EPSILON: Final = 1e-6
+EPSILON: Final = 1e-6
 _FRAMES: Final = 2
 """A still picture stands twice, as patches span two frames."""
 
@@ -52,7 +53,8 @@ class QwenTower(nn.Module):
         self.visual = nn.Module()
         self.visual.patch_embed = QwenPatchEmbedding(config, has_bias=False)
         self.visual.blocks = nn.ModuleList(
-            _Block(config, 1 if k in full else windows) for k in range(config.depth)
+            QwenBlock(config, RmsNorm, _Mlp(config), 1 if k in full else windows)
+            for k in range(config.depth)
         )
         shape = (grid[0] * grid[1], config.hidden_size // config.num_heads // 2)
         self.register_buffer("cosine", torch.empty(shape), persistent=False)
@@ -89,7 +91,7 @@ class QwenMerger(nn.Module):
         super().__init__()
         wide = config.hidden_size * STRIP
         merger = nn.Module()
-        merger.ln_q = RmsNorm(config.hidden_size, _EPSILON)
+        merger.ln_q = RmsNorm(config.hidden_size, EPSILON)
         merger.mlp = nn.Sequential(
             nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, config.out_hidden_size)
         )
@@ -183,17 +185,32 @@ class QwenPatchEmbedding(nn.Module):
         return functional.linear(both_NP, weight.flatten(1), self.proj.bias)
 
 
-class _Block(nn.Module):
+class QwenBlock(nn.Module):
     """One block; attention within `windows` equal runs of patches."""
 
-    def __init__(self, config: Any, windows: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        norm: Callable[[int, float], nn.Module],
+        mlp: nn.Module,
+        windows: int = 1,
+    ) -> None:
+        """Declare the parameters.
+
+        Args:
+            config: The library's, of the tower.
+            norm: Makes one, of a width and an epsilon.
+            mlp: What comes behind the attention.
+            windows: How many.
+        """
         super().__init__()
-        self.norm1 = RmsNorm(config.hidden_size, _EPSILON)
-        self.norm2 = RmsNorm(config.hidden_size, _EPSILON)
+        self.norm1 = norm(config.hidden_size, EPSILON)
+        self.norm2 = norm(config.hidden_size, EPSILON)
         self.attn = QwenAttention(config, windows)
-        self.mlp = _Mlp(config)
+        self.mlp = mlp
 
     def forward(self, x_NC: Tensor, cosine_Nd: Tensor, sine_Nd: Tensor) -> Tensor:
+        """Patches [N, C] to the same shape."""
         x_NC = x_NC + self.attn(self.norm1(x_NC), cosine_Nd, sine_Nd)
         output: Tensor = x_NC + self.mlp(self.norm2(x_NC))
         return output

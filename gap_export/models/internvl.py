@@ -23,10 +23,9 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from gap_export.blocks import llama
-from gap_export.blocks.chat import choose_prompt
+from gap_export.blocks.chat import REGION_QUESTION, choose_prompt
 from gap_export.blocks.clip import resolve_layer
 from gap_export.blocks.hf_config import (
-    IGNORED,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -36,14 +35,11 @@ from gap_export.blocks.hf_config import (
     require_patches_alone,
     untie_stored_head,
 )
+from gap_export.blocks.hf_weights import match_merged
 from gap_export.blocks.internvit import InternVitShape, InternVitTower
 from gap_export.blocks.projector import Projector
 from gap_export.blocks.scores import cls_features
-from gap_export.checkpoint.adapter import (
-    add_adapters,
-    read_adapters,
-    replace_values,
-)
+from gap_export.checkpoint.adapter import read_adapters
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
@@ -77,10 +73,7 @@ _MOST_TILES: Final = 12
 """Of the library's processor, where the checkpoint's own does not say."""
 _USUAL_ASPECTS: Final = ((4, 3), (3, 4))
 """Of most photographs: their canvases where none is asked for."""
-_QUESTION: Final = (
-    "Please provide the bounding box coordinate of the region this sentence describes: "
-    "<ref>{phrase}</ref>"
-)
+_QUESTION: Final = REGION_QUESTION.replace("{phrase}", "<ref>{phrase}</ref>")
 _TEMPLATES: Final = dict.fromkeys(
     ("qwen2", "qwen3"),
     f"<|im_start|>user\n<image>\n{_QUESTION}<|im_end|>\n<|im_start|>assistant\n",
@@ -155,18 +148,10 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     Its mask token is for training alone.
     """
     tower = _read_tower(spec.library_config, "config.json")
-    expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
+    expected = expected_shapes(lambda: build_projector(spec))
     expected |= expected_shapes(lambda: InternVitTower(tower, frozenset(), tower.layers))
-    adapters = read_adapters(checkpoint, library_name)
-    sources = llama.match_weights(
-        replace_values(checkpoint, adapters, library_name),
-        spec.decoder,
-        expected,
-        rename=library_name,
-        ignored=(*IGNORED, *([] if tower.is_normed else [_LAST_NORM]), r"embeddings\.mask_token$"),
-    )
-    add_adapters(sources, adapters)
-    return sources
+    ignored = [*([] if tower.is_normed else [_LAST_NORM]), r"embeddings\.mask_token$"]
+    return match_merged(checkpoint, spec.decoder, expected, ignored)
 
 
 def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:

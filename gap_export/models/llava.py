@@ -19,7 +19,7 @@ from transformers import LlavaImageProcessorPil as LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from gap_export.blocks import llama
-from gap_export.blocks.chat import choose_prompt
+from gap_export.blocks.chat import REGION_QUESTION, choose_prompt
 from gap_export.blocks.clip import (
     ClipTower,
     build_clip_text,
@@ -82,10 +82,9 @@ NEIGHBOURS: Final = {
     r"^clip": "it is a part of a model alone: name the model and give the part with "
     "--set parts.clip=FOLDER",
 }
-_QUESTION: Final = (
-    "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
+_TEMPLATES: Final = dict.fromkeys(
+    ("llama", "mistral"), f"USER: <image>\n{REGION_QUESTION} ASSISTANT:"
 )
-_TEMPLATES: Final = dict.fromkeys(("llama", "mistral"), f"USER: <image>\n{_QUESTION} ASSISTANT:")
 _FRAMED: Final = "<im_start><image><im_end>"
 """What stands for the picture where `mm_use_im_start_end` is on."""
 _SHORT_PREFIX: Final = 5
@@ -139,7 +138,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     image_token_id = None if original else find_image_token(data, library.image_token_id)
     prompt = choose_prompt(
         base,
-        question=_QUESTION,
+        question=REGION_QUESTION,
         templates=_TEMPLATES,
         text=text,
         image_token_id=image_token_id,

@@ -22,7 +22,7 @@ from transformers import LlavaNextImageProcessorPil as NextProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
 from gap_export.blocks import llama
-from gap_export.blocks.chat import choose_prompt
+from gap_export.blocks.chat import REGION_QUESTION, choose_prompt
 from gap_export.blocks.clip import (
     ClipTower,
     build_clip_text,
@@ -34,7 +34,6 @@ from gap_export.blocks.clip import (
 )
 from gap_export.blocks.hf_config import (
     FRACTION_BOX,
-    IGNORED,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -44,13 +43,10 @@ from gap_export.blocks.hf_config import (
     require_clip_tower,
     require_patches_alone,
 )
+from gap_export.blocks.hf_weights import match_merged
 from gap_export.blocks.mosaic import NEWLINE, Newlines, read_buckets, read_canvases
 from gap_export.blocks.projector import Projector
-from gap_export.checkpoint.adapter import (
-    add_adapters,
-    read_adapters,
-    replace_values,
-)
+from gap_export.checkpoint.adapter import read_adapters
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
@@ -77,12 +73,9 @@ NEIGHBOURS: Final = {
         "llava-next-mistral-7b are the nearest, and CONTRIBUTING.md says how a family is added"
     ),
 }
-_QUESTION: Final = (
-    "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
-)
 _TEMPLATES: Final = {
-    "llama": f"USER: <image>\n{_QUESTION} ASSISTANT:",
-    "mistral": f"[INST] <image>\n{_QUESTION} [/INST]",
+    "llama": f"USER: <image>\n{REGION_QUESTION} ASSISTANT:",
+    "mistral": f"[INST] <image>\n{REGION_QUESTION} [/INST]",
 }
 _PREFIX: Final = 5
 
@@ -119,7 +112,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     image_token_id = find_image_token(data, library.image_token_id)
     prompt = choose_prompt(
         checkpoint,
-        question=_QUESTION,
+        question=REGION_QUESTION,
         templates=_TEMPLATES,
         text=text,
         image_token_id=image_token_id,
@@ -151,19 +144,11 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """Every tensor, all in the checkpoint but CLIP's text tower, with an adapter merged."""
     config = spec.library_config
-    expected = expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder)
+    expected = expected_shapes(lambda: build_projector(spec))
     expected |= tower_shapes(config.vision_config) | {NEWLINE: (spec.decoder.width,)}
-    adapters = read_adapters(checkpoint, library_name)
-    sources = llama.match_weights(
-        replace_values(checkpoint, adapters, library_name),
-        spec.decoder,
-        expected,
-        rename=library_name,
-        ignored=IGNORED,
-    )
+    sources = match_merged(checkpoint, spec.decoder, expected)
     if spec.text is not None:
         sources |= find_clip_weights(checkpoint.parts["clip"], vision=False, text=True)
-    add_adapters(sources, adapters)
     return sources
 
 

@@ -25,11 +25,10 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 
 from gap_export.blocks import llama
-from gap_export.blocks.chat import choose_prompt
+from gap_export.blocks.chat import REGION_QUESTION, choose_prompt
 from gap_export.blocks.clip import resolve_layer
 from gap_export.blocks.hf_config import (
     FRACTION_BOX,
-    IGNORED,
     find_image_token,
     find_stop_ids,
     library_name,
@@ -39,14 +38,11 @@ from gap_export.blocks.hf_config import (
     require_tower,
     untie_stored_head,
 )
+from gap_export.blocks.hf_weights import match_merged
 from gap_export.blocks.mosaic import NEWLINE, Newlines, read_buckets, read_canvases
 from gap_export.blocks.projector import Projector
 from gap_export.blocks.siglip import UNUSED, Packing, SiglipTower, tower_shapes
-from gap_export.checkpoint.adapter import (
-    add_adapters,
-    read_adapters,
-    replace_values,
-)
+from gap_export.checkpoint.adapter import read_adapters
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
@@ -69,11 +65,8 @@ DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
 PARTS: Final = {"adapter": "adapter"}
 PRUNER: Final = "column_attention"
-_QUESTION: Final = (
-    "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
-)
 _TEMPLATES: Final = {
-    "qwen2": f"<|im_start|>user <image>\n{_QUESTION}<|im_end|><|im_start|>assistant\n"
+    "qwen2": f"<|im_start|>user <image>\n{REGION_QUESTION}<|im_end|><|im_start|>assistant\n"
 }
 """What the published chat template makes of it."""
 _PREFIX: Final = 3
@@ -119,7 +112,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     image_token_id = find_image_token(data, library.image_token_id)
     prompt = choose_prompt(
         checkpoint,
-        question=_QUESTION,
+        question=REGION_QUESTION,
         templates=_TEMPLATES,
         text=text,
         image_token_id=image_token_id,
@@ -155,19 +148,10 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """Every tensor, all in the checkpoint, with an adapter merged."""
     config = spec.library_config
-    expected = tower_shapes(config.vision_config) | llama.tensor_shapes(spec.decoder)
-    expected |= expected_shapes(lambda: _make_projector(config))
+    projector = expected_shapes(lambda: _make_projector(config))
+    expected = tower_shapes(config.vision_config) | projector
     expected |= {NEWLINE: (spec.decoder.width,)}
-    adapters = read_adapters(checkpoint, library_name)
-    sources = llama.match_weights(
-        replace_values(checkpoint, adapters, library_name),
-        spec.decoder,
-        expected,
-        rename=library_name,
-        ignored=(*IGNORED, *UNUSED),
-    )
-    add_adapters(sources, adapters)
-    return sources
+    return match_merged(checkpoint, spec.decoder, expected, UNUSED)
 
 
 def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:

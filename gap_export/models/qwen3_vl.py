@@ -25,11 +25,10 @@ from gap_export.blocks.hf_config import (
 )
 from gap_export.blocks.qwen import (
     AXES,
-    IGNORED,
     QUESTION,
-    canonical_name,
     find_processor,
     json_boxes,
+    match_weights,
     read_buckets,
     read_preprocess,
     require_tower,
@@ -114,13 +113,8 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
     """Every tensor, all in the checkpoint, in the key names of any version of the library."""
     tower = expected_shapes(lambda: build_tower(spec, spec.buckets[0], frozenset()))
-    return llama.match_weights(
-        checkpoint,
-        spec.decoder,
-        tower | expected_shapes(lambda: build_projector(spec)) | llama.tensor_shapes(spec.decoder),
-        rename=canonical_name,
-        ignored=IGNORED,
-    )
+    expected = tower | expected_shapes(lambda: build_projector(spec))
+    return match_weights(checkpoint, spec.decoder, expected)
 
 
 def build_tower(spec: ModelSpec, bucket: Bucket, needs: frozenset[Feature]) -> nn.Module:

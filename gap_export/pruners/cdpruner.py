@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.tracing.determinantal import choose_determinantal
 
-# B batch (1), N visual tokens, D token width, W text width, S steps so far.
+# B batch (1), N visual tokens, D token width, W text width.
 
 PUBLISHED_AS: Final = "CDPruner"
 NEEDS: Final = frozenset({Feature.TOKENS, Feature.TEXT, Feature.TEXT_PATCHES})
@@ -32,28 +33,13 @@ _LEAST: Final = 1e-5
 
 
 def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
-    """Tokens in the order of choice; 18 nodes for each."""
+    """Tokens in the order of choice; 15 nodes for each."""
     del config
     unit_ND = functional.normalize(features.values[Feature.TOKENS][0], dim=-1)
     cosine_NN = unit_ND @ unit_ND.T
     left_BN = (unit_ND * unit_ND).sum(dim=-1)[None].clamp(min=_LEAST)
     weight_BN = _rate(features) ** 2
-    index_N = torch.arange(unit_ND.shape[0])
-    chosen = [(weight_BN * left_BN).argmax(dim=-1)]
-    factor_SN = None
-    while len(chosen) < kept:
-        row_BN = functional.embedding(chosen[-1], cosine_NN)
-        root_B1 = torch.index_select(left_BN, 1, chosen[-1]).sqrt()
-        if factor_SN is not None:
-            own_SB = torch.index_select(factor_SN, 1, chosen[-1])
-            row_BN = torch.addmm(row_BN, own_SB.T, factor_SN, alpha=-1)
-        # A cosine by its nature; without the limit noise could grow beyond all bounds.
-        row_BN = (row_BN / root_B1).clamp(-1.0, 1.0)
-        factor_SN = row_BN if factor_SN is None else torch.cat([factor_SN, row_BN])
-        left_BN = (left_BN - row_BN * row_BN).clamp(min=_LEAST)
-        weight_BN = torch.where(index_N == chosen[-1], -1.0, weight_BN)
-        chosen.append((weight_BN * left_BN).argmax(dim=-1))
-    return Kept(order=torch.stack(chosen, dim=1))
+    return Kept(order=choose_determinantal(cosine_NN, left_BN, weight_BN, kept, _LEAST))
 
 
 def _rate(features: VisionFeatures) -> Tensor:

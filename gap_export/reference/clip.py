@@ -61,7 +61,10 @@ class EagerClip:
         """
         dtype = next(self._tower.parameters()).dtype
         attentions = [block.self_attn for block in self._tower.encoder.layers]
-        with record_outputs((a.q_proj, a.k_proj) for a in attentions) as (queries, keys):
+        with (
+            record_outputs(each.q_proj for each in attentions) as queries,
+            record_outputs(each.k_proj for each in attentions) as keys,
+        ):
             output = self._tower(
                 views.to(dtype), output_hidden_states=True, output_attentions=True
             )

@@ -9,23 +9,19 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def record_outputs(
-    blocks: Iterable[tuple[nn.Module, nn.Module]],
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Two lists, of the outputs of the first and of the second module of every block, in order.
+def record_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list of the modules' outputs, in the order in which they run.
 
     Args:
-        blocks: For example what makes queries and what makes keys [V, T, C] of each block.
+        modules: For example what makes the queries [V, T, C] of each block.
     """
-    first: list[Tensor] = []
-    second: list[Tensor] = []
+    outputs: list[Tensor] = []
     handles = [
-        module.register_forward_hook(lambda _m, _i, out, record=record: record.append(out))
-        for pair in blocks
-        for module, record in zip(pair, (first, second), strict=True)
+        module.register_forward_hook(lambda _m, _i, output: outputs.append(output))
+        for module in modules
     ]
     try:
-        yield first, second
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

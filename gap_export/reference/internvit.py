@@ -52,7 +52,10 @@ class EagerInternVit:
         dtype = next(self._tower.parameters()).dtype
         attentions = [block.attention for block in self._tower.encoder.layer]
         # Behind their norms, where there are any.
-        with record_outputs((a.q_norm, a.k_norm) for a in attentions) as (queries, keys):
+        with (
+            record_outputs(each.q_norm for each in attentions) as queries,
+            record_outputs(each.k_norm for each in attentions) as keys,
+        ):
             output = self._tower(
                 pixel_values=views.to(dtype), output_hidden_states=True, output_attentions=True
             )

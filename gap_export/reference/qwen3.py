@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.interfaces.features import EagerVision, Geometry
+from gap_export.reference.hooks import record_outputs
 from gap_export.reference.llama import EagerLlama
 from gap_export.reference.qwen_vision import describe_view, map_attention, run_tower
 
@@ -38,18 +39,13 @@ class EagerQwen3Vision:
     ) -> EagerVision:
         """The tokens of the one view [1, 3, H, W], and what its patches attend to."""
         del project  # the library's own outputs are taken
-        states: list[Tensor] = []
         blocks: Any = self._tower.blocks
-        handles = [
-            blocks[k].register_forward_hook(lambda _m, _i, output: states.append(output))
-            for k in sorted(self._config.deepstack_visual_indexes)
-        ]
-        try:
-            with map_attention(blocks[-1].attn) as maps:
-                output, _ = run_tower(self._tower, self._config, views)
-        finally:
-            for handle in handles:
-                handle.remove()
+        stacked = sorted(self._config.deepstack_visual_indexes)
+        with (
+            record_outputs(blocks[k] for k in stacked) as states,
+            map_attention(blocks[-1].attn) as maps,
+        ):
+            output, _ = run_tower(self._tower, self._config, views)
         count = len(output.pooler_output)
         taken = [each.reshape(count, -1) for each in (output.last_hidden_state, *states)]
         features = output.deepstack_features

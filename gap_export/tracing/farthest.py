@@ -12,6 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from gap_export.tracing.graph import typed
+
 # N points, K chosen ones, B batch (1).
 
 
@@ -50,11 +52,6 @@ def translate_farthest(op: Any, distance_NN: Any, first_B1: Any, count: int) -> 
         first_B1: As there.
         count: As there.
     """
-
-    def typed(value: Any, dtype: ir.DataType, *shape: int) -> Any:
-        value.dtype, value.shape = dtype, ir.Shape(shape)
-        return value
-
     points = distance_NN.shape[0]
     chosen, nearest_B1N = [first_B1], None
     for _ in range(1, count):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -43,6 +44,12 @@ class Traced:
 def strip_stage(name: str) -> str:
     """Canonical name of a graph's parameter: its path without the stage's own attribute."""
     return name.partition(".")[2]
+
+
+def typed(value: Any, dtype: ir.DataType, *shape: int) -> Any:
+    """The output of a node that is written by hand, with its dtype and shape."""
+    value.dtype, value.shape = dtype, ir.Shape(shape)
+    return value
 
 
 def named_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -23,6 +23,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gap_export.errors import ExportError
 from gap_export.interfaces.dialect import Dialect
+from gap_export.tracing.determinantal import translate_determinantal
 from gap_export.tracing.farthest import translate_farthest
 from gap_export.tracing.graph import Traced, named_values
 from gap_export.tracing.tidy import quiet, tidy
@@ -141,8 +142,12 @@ def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
     def farthest(distance: Any, first: Any, count: int) -> Any:
         return translate_farthest(op, distance, first, count)
 
+    def determinantal(cosine: Any, left: Any, weight: Any, count: int, least: float) -> Any:
+        return translate_determinantal(op, cosine, left, weight, count, least)
+
     table: dict[Any, Any] = {
         torch.ops.aten.linear.default: linear,
+        torch.ops.gap.choose_determinantal.default: determinantal,
         torch.ops.gap.choose_farthest.default: farthest,
     }
     embed = dialect.translate_convolution

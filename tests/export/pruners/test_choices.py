@@ -171,7 +171,7 @@ def test_the_exported_choice_is_the_formulas(name, scene, kept, tmp_path):
     compare((order, rows, extra, weights), expected, patches)
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("divprune", 3), ("cdpruner", 18)])
+@pytest.mark.parametrize(("name", "nodes"), [("divprune", 3), ("cdpruner", 15)])
 def test_greedy_steps_are_few_nodes(name, nodes, tmp_path):
     scene = make_scene((6, 6))
     counts = []
