@@ -24,7 +24,7 @@ from gap_runtime.records.plain import read_table
 REGION_QUESTION: Final = (
     "Please provide the bounding box coordinate of the region this sentence describes: {phrase}"
 )
-"""LLaVA's, which others took over."""
+"""How several families ask for a box."""
 _FILES: Final = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 """Where a chat template may lie under the key of that name, that of the processor first."""
 _PLAIN: Final = "chat_template.jinja"
