@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -19,10 +18,10 @@ from onnx_ir.passes import common
 from onnxscript.values import Opset
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gap_export.errors import ExportError
 from gap_export.interfaces.dialect import Dialect
+from gap_export.tracing.converter import quick_conversion
 from gap_export.tracing.determinantal import translate_determinantal
 from gap_export.tracing.farthest import translate_farthest
 from gap_export.tracing.graph import Traced, named_values
@@ -32,7 +31,6 @@ from gap_runtime.bundle.tensors import TensorSpec
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _NO_SCOPE: Final = "_empty_nn_module_stack"
 """Begins what torch calls the module of nodes that are of none."""
-_operators: dict[int, ONNXRegistry] = {}
 
 
 def trace(
@@ -80,7 +78,7 @@ def trace(
         with mode:
             before(module, arguments)
     try:
-        with mode, quiet(), _known_operators():
+        with mode, quiet(), quick_conversion():
             program = torch.onnx.export(
                 module,
                 arguments,
@@ -145,8 +143,13 @@ def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
     def determinantal(cosine: Any, left: Any, weight: Any, count: int, least: float) -> Any:
         return translate_determinantal(op, cosine, left, weight, count, least)
 
+    def subtract_from(x: Any, scalar: float, alpha: float = 1) -> Any:
+        assert alpha == 1, alpha
+        return op.Sub(op.Constant(value=ir.tensor(scalar, dtype=x.dtype)), x)
+
     table: dict[Any, Any] = {
         torch.ops.aten.linear.default: linear,
+        torch.ops.aten.rsub.Scalar: subtract_from,
         torch.ops.gap.choose_determinantal.default: determinantal,
         torch.ops.gap.choose_farthest.default: farthest,
     }
@@ -240,7 +243,7 @@ def _name_nodes(graph: ir.Graph) -> None:
         scopes[node] = (
             next((scopes[reader] for reader in readers), "")
             if kept is None
-            else ast.literal_eval(kept)[-2]
+            else next(iter(ast.literal_eval(kept)[-2:-1]), "")
         )
     counts: Counter[str] = Counter()
     for node in graph:
@@ -271,25 +274,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _known_operators() -> Iterator[None]:
-    """Torch's table of operators is built once, not for every graph, where it takes seconds."""
-    kind = ONNXRegistry
-    own = vars(kind)["from_torchlib"]
-    build = kind.from_torchlib
-
-    def find(opset_version: int) -> ONNXRegistry:
-        if opset_version not in _operators:
-            _operators[opset_version] = build(opset_version=opset_version)
-        # A graph's own translations go into a table of its own.
-        found = copy.copy(_operators[opset_version])
-        found.functions = {name: list(each) for name, each in found.functions.items()}
-        return found
-
-    kind.from_torchlib = staticmethod(find)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        kind.from_torchlib = own  # type: ignore[method-assign]
