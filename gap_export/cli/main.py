@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from gap_export.cli.options import configure_logging
@@ -24,6 +24,34 @@ def _list_models() -> Iterable[str]:
     return list_configs()
 
 
+def _list_words() -> Mapping[str, Iterable[str]]:
+    from typing import get_args  # noqa: PLC0415 - all of it for completion alone
+
+    from gap_export.cli.commands.list import KINDS  # noqa: PLC0415
+    from gap_export.config.pruners import PRUNERS  # noqa: PLC0415
+    from gap_export.config.records import DTYPES, EXTRA_RULES, POSITION_MODES  # noqa: PLC0415
+    from gap_export.config.shipped import list_configs  # noqa: PLC0415
+    from gap_export.pipeline.request import BRINGS  # noqa: PLC0415
+    from gap_runtime.bundle.manifest import WeightDtype  # noqa: PLC0415
+    from gap_runtime.cli.main import PROGRAM as RUNTIME  # noqa: PLC0415
+    from gap_runtime.registry import list_plugins  # noqa: PLC0415
+
+    pruners = list_plugins(PRUNERS)
+    return {
+        **RUNTIME.list_words(),
+        "bring": BRINGS,
+        "dtype": DTYPES,
+        "extra_token": EXTRA_RULES,
+        "kinds": KINDS,
+        "model": list_configs(),
+        "modes": POSITION_MODES,
+        "positions": POSITION_MODES,
+        "pruner": pruners,
+        "pruners": ["all", *pruners],
+        "quantize": get_args(WeightDtype),
+    }
+
+
 def _prepare(options: Namespace) -> None:
     configure_logging(verbose=getattr(options, "verbose", False))
 
@@ -38,6 +66,7 @@ PROGRAM: Final = Program(
     usual=UsualCommand(name="export", metavar="MODEL", takes=_takes, list_words=_list_models),
     renamed={"calibrate": "count"},
     prepare=_prepare,
+    list_words=_list_words,
 )
 
 

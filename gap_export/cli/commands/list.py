@@ -12,7 +12,7 @@ from gap_runtime.evaluation import describe_formats, describe_protocols
 from gap_runtime.registry import list_plugins, read_constant, read_summary
 
 SUMMARY: Final = "list models, pruners, targets, position modes, formats of data and protocols"
-_KINDS: Final = ("models", "pruners", "targets", "positions", "formats", "protocols")
+KINDS: Final = ("models", "pruners", "targets", "positions", "formats", "protocols")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kinds",
         nargs="*",
         metavar="KIND",
-        help=f"one or more of {', '.join(_KINDS)} (default: all)",
+        help=f"one or more of {', '.join(KINDS)} (default: all)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

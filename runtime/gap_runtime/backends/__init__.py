@@ -35,6 +35,13 @@ def resolve_backend(name: str) -> str:
     return name
 
 
+def list_backends() -> list[str]:
+    """Every name that stands for a backend, its short ones and `auto` too."""
+    backends = list_plugins(BACKENDS)
+    short = [read_constant(BACKENDS, name, "SHORT_NAMES") or {} for name in backends]
+    return ["auto", *backends, *(name for names in short for name in names)]
+
+
 def describe_backends() -> str:
     """Every backend with a line from its own file and its short names, for help."""
     parts = ["auto: the fastest for the bundle, as bench --all measured it"]

@@ -32,7 +32,8 @@ class Program:
     """A command line.
 
     `package` holds its commands, modules that fit `Command`. `renamed` leads from old names to
-    new ones. `prepare` is called with the options before a command runs.
+    new ones. `prepare` is called with the options before a command runs. `list_words` gives the
+    words that arguments take, by their names in the options, for completion.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Program:
     usual: UsualCommand | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[argparse.Namespace], None] | None = None
+    list_words: Callable[[], Mapping[str, Iterable[str]]] = dict
 
     def run(self, arguments: Sequence[str]) -> int:
         """Run the command that is named; the exit code.
