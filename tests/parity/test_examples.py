@@ -3,11 +3,18 @@
 import contextlib
 import importlib.util
 import io
+import os
+import re
 import shutil
 import sys
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from tools.places import ROOT
+
+from gap_runtime import Box
+from gap_runtime.pictures.boxes import iou
 
 PICTURE = ROOT / "refshapes" / "samples" / "test-006.png"
 PHRASE = "the top yellow circle"
@@ -31,6 +38,49 @@ def test_export_and_ground(tmp_path, monkeypatch):
     assert f"0% removed: Grounding('{PHRASE}': (" in said
     assert "kept 32 of 64" in said
     assert (tmp_path / "bundle.png").is_file()
+
+
+def test_the_notebook_runs_and_shows_the_difference(monkeypatch):
+    """Every cell, in a kernel of its own: GAP's box is the whole model's, the other is not."""
+    notebook = nbformat.read(ROOT / "examples" / "export_and_ground.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    # What the package's name would be looked up by in a checkout that is not installed.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "runtime")]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT / "examples")}},
+    )
+    client.execute()
+    said = "\n".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if output.get("name") != "stderr"
+    )
+    assert "answers equal PyTorch's" in said
+    assert "kept 64 of 256" in said
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 1
+    whole, kept, lost = (
+        read_box(re.search(start + r"(.*)", said).group(1))
+        for start in (r"Grounding\(.*?: ", "kept their positions: ", "numbered anew: ")
+    )
+    assert iou(whole, kept) > 0.5
+    assert iou(whole, lost) < 0.5
+
+
+def read_box(text):
+    """The first four numbers of a text as a box; one far away where there are none."""
+    values = [float(each) for each in re.findall(r"-?\d+\.\d+", text)[:4]]
+    return Box(*values) if len(values) == 4 else Box(-2.0, -2.0, -1.0, -1.0)
 
 
 def test_evaluate_a_csv(refshapes_bundle, tmp_path, monkeypatch):
