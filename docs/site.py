@@ -6,14 +6,17 @@ kept, and the reference of the commands is made from their own parsers.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from schemas import list_json_types, make_schema, tabulate
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -46,6 +49,19 @@ PYTHON = {
     "Errors": ["gap_runtime.errors"],
 }
 """Public names by the module that they live in."""
+JSON = """# What --json prints
+
+Every command that takes `--json` prints one JSON value on stdout and nothing else there;
+everything for people goes to stderr. This page is made from the types that the commands print,
+and the tests hold every output to these schemas.
+
+- Objects have all keys that stand here and no others, unless a key "may be missing".
+- A number that is not finite, the mean of nothing for example, is null.
+- Sizes are in bytes, boxes in pixels of the picture: left, top, right, bottom.
+
+A command that fails prints this instead, its line on stderr, and ends with the exit code of its
+kind:
+"""
 _LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -58,7 +74,8 @@ def on_files(files: Files, config: Any) -> Files:
             path = posixpath.normpath(posixpath.join(posixpath.dirname(source), picture))
             if not path.startswith("docs/"):
                 files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
-    for name, text in {**_describe_commands(), "python": _describe_python()}.items():
+    pages = _describe_commands() | {"python": _describe_python(), "json": _describe_json()}
+    for name, text in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
 
@@ -106,6 +123,25 @@ def _describe_commands() -> dict[str, str]:
             parts += [f"## {program.name} {name}", f"```text\n{parser.format_help()}```"]
         pages[program.name] = "\n\n".join(parts)
     return pages
+
+
+def _describe_json() -> str:
+    """The page on what commands print with `--json`, from the types that they name."""
+    from gap_runtime.cli.options import ErrorResult  # noqa: PLC0415
+
+    parts = [JSON, *tabulate(make_schema(ErrorResult))]
+    for command, kinds in list_json_types().items():
+        parts.append(f"## {command}\n")
+        for when, kind in kinds.items():
+            schema = make_schema(kind)
+            text = json.dumps(schema, indent=2)
+            parts += [
+                f"### `{command} {when}`\n",
+                *tabulate(schema),
+                '??? note "JSON Schema"\n',
+                textwrap.indent(f"```json\n{text}\n```\n", "    "),
+            ]
+    return "\n".join(parts)
 
 
 def _fence(program: Any) -> str:

@@ -5,6 +5,13 @@ import signal
 import hypothesis
 import pytest
 from makers import checkpoints
+from tools import schemas
+
+from gap_runtime.cli import options as command_options
+
+# Before any command takes it by its name: what one prints with --json in any test is what its
+# documented schema says.
+command_options.print_json = schemas.hold_to_schemas(command_options.print_json)
 
 # The same draws everywhere, and no folder of past failures in the checkout.
 hypothesis.settings.register_profile("here", database=None, derandomize=True, deadline=None)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from gap_export.analysis.evaluation import EagerAnswerer, describe_plan, open_answerer
 from gap_export.config.pruners import IVC, PRUNERS, is_pruner_file, resolve_pruner
@@ -35,7 +35,7 @@ from gap_runtime.display import Display, Pace
 from gap_runtime.errors import ConfigError, GapError, InputError, suggest
 from gap_runtime.evaluation.answer import Answerer, BundleAnswerer, describe_bundle
 from gap_runtime.evaluation.data import Data
-from gap_runtime.evaluation.results import Answers, Header, Subject
+from gap_runtime.evaluation.results import Answers, DataFacts, Header, Subject
 from gap_runtime.evaluation.run import Spread, describe_data, evaluate
 from gap_runtime.records import dump_record
 from gap_runtime.records.plain import read_json
@@ -353,7 +353,26 @@ def _folders(plan: SweepPlan) -> list[Path]:
     return [variant.plan.out for variant in plan.variants]
 
 
-def describe_sweep(plan: SweepPlan) -> dict[str, Any]:
+class SweepFacts(TypedDict):
+    """What makes answers of two sweeps comparable; pruners and modes may be added.
+
+    `checkpoint` is a hash of its index, `config` those tables of the model file that answers
+    depend on. `ratios` or `keep` is what was asked for.
+    """
+
+    gap_sweep: int
+    model: str
+    checkpoint: str
+    config: dict[str, Any]
+    target: str
+    dtype: str
+    ratios: list[float]
+    keep: list[int]
+    data: DataFacts
+    backend: str
+
+
+def describe_sweep(plan: SweepPlan) -> SweepFacts:
     """What makes answers of two runs comparable; pruners and modes may be added."""
     request, one = plan.request, plan.variants[0].plan
     whole = dump_record(request.named.config)

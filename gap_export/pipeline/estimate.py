@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gap_export.checkpoint.sources import Shapes
+from gap_export.config.records import ExportConfig
 from gap_export.graph.decoder import DecoderStage, cache_names
 from gap_export.interfaces.family import fill_constants
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.scheme import Scheme
+from gap_runtime.bundle.manifest import BundleLayout, RatioEntry
 from gap_runtime.bundle.tensors import count_bytes
 from gap_runtime.pictures.preprocess import Bucket
 
@@ -62,6 +64,26 @@ class Estimate:
     total_bytes: int
     memory_bytes: int | None
     fits: bool | None
+
+
+class DryRun(TypedDict):
+    """What an export would make: the bundle's folder, its ratios, prompt, and sizes in bytes.
+
+    `layout` counts slots. `memory` is an estimate for the target. `config` is the model file
+    with all options over it.
+    """
+
+    bundle: str
+    ratios: list[RatioEntry]
+    layout: BundleLayout
+    dtype: str
+    checkpoint: str
+    weights_bytes: int
+    cache_bytes: int
+    prompt: str
+    notes: list[str]
+    config: ExportConfig
+    memory: Estimate
 
 
 def estimate(plan: ExportPlan) -> Estimate:

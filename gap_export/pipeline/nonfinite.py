@@ -42,6 +42,13 @@ class BadTensor:
         return f"{self.stage}: tensor '{self.tensor}' of node '{self.node}'"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """The first tensor that is not finite; null where all are."""
+
+    bad: BadTensor | None
+
+
 def find_bad_tensor(
     bundle: Bundle, picture: Image.Image, phrase: str, entry: RatioEntry
 ) -> BadTensor | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
-from gap_runtime.grounding.boxless import count_boxes, describe_boxless
+from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.grounding.boxless import BoxCount, count_boxes, describe_boxless
 from gap_runtime.records import dump_record
 
 if TYPE_CHECKING:
@@ -14,6 +15,25 @@ if TYPE_CHECKING:
     from gap_runtime.bundle.bundle import Bundle
     from gap_runtime.bundle.manifest import Manifest
     from gap_runtime.grounding.check import CheckReport
+
+
+class ExportSummary(TypedDict):
+    """A bundle that was made, or was there already: its folder and what it holds.
+
+    `checked`: its graphs gave PyTorch's answers on all `rows` (samples by ratios) that were
+    compared; null in `not_checked_because` where they were. `pytorch_boxes` says in how many of
+    PyTorch's own answers is a usable box, `ratio` null without pruning.
+    """
+
+    bundle: str
+    ratios: list[RatioEntry]
+    checked: bool
+    not_checked_because: str | None
+    rows: int
+    pytorch_boxes: list[BoxCount]
+    dtype: str
+    positions: str
+    pruner: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -56,7 +76,7 @@ class ExportResult:
         """Where PyTorch's own answers hold no usable box, for people; empty where all do."""
         return describe_boxless(count_boxes(self.manifest.reference))
 
-    def summarize(self) -> dict[str, Any]:
+    def summarize(self) -> ExportSummary:
         """The result as plain data, for `--json`."""
         report = self.report
         return {

@@ -1,7 +1,9 @@
 """The commands that the documents show are ones that the command lines take."""
 
+import json
 import re
 import shlex
+from typing import get_type_hints
 
 import pytest
 from tools.places import ROOT
@@ -11,7 +13,12 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.cli import main as runtime_cli
 from gap_runtime.cli import options as runtime_command
 from gap_runtime.grounding.compare import TOLERANCES
+from gap_runtime.grounding.view import GroundingFacts
 from gap_runtime.registry import list_plugins
+from gap_runtime.service import app, questions, server
+from gap_runtime.service.models import Reply
+from gap_runtime.service.openapi import describe_service
+from gap_runtime.service.settings import ServiceSettings
 
 PAGES = [
     *("README.md", "CONTRIBUTING.md", "runtime/README.md", "refshapes/README.md"),
@@ -107,6 +114,51 @@ def test_what_check_accepts_is_in_the_readme():
         assert iou == ("never" if said.iou is None else f"{said.iou:g}")
         assert misses == (f"{100 * said.misses:g} in 100" if said.misses else "none")
         assert jaccard == ("never" if said.jaccard is None else f"{said.jaccard:g}")
+
+
+def read_table(text, head):
+    """The rows of a table of Markdown by its first line, as lists of cells."""
+    table = text.partition(head)[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return [row for row in rows if row and not set(row[0]) <= {"-"}]
+
+
+def test_the_page_on_the_service_says_its_limits():
+    """Every default of docs/serve.md, against the settings and the status of each error."""
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    usual = ServiceSettings()
+    rows = read_table(text, "| option | default | beyond it |")
+    said = {row[0].strip("`").split()[0]: int(row[1].split()[0]) for row in rows}
+    assert said.pop("connections") == server._CONNECTIONS
+    assert said.pop("phrases") == usual.phrases
+    assert said.pop("--keep-pictures") == 256
+    assert said == {
+        f"--{name.replace('_', '-')}": getattr(usual, name)
+        for name in ("queue", "seconds", "body_mb", "megapixels")
+    }
+    assert f"{usual.phrase_length:,} characters each" in text
+    assert f"`--grace` seconds ({usual.grace:g})" in text
+    codes = {row[0].strip("`").split()[0]: row[2][:3] for row in rows}
+    status = {kind.__name__: str(code) for kind, code in app._STATUS}
+    assert codes["--queue"] == status["BusyError"]
+    assert codes["--seconds"] == status["LateError"]
+    assert codes["--body-mb"] == status["TooLargeError"]
+    assert codes["--megapixels"] == codes["phrases"] == status["ConfigError"]
+
+
+def test_the_page_on_the_service_names_its_addresses_and_keys():
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    for path in describe_service(ServiceSettings())["paths"]:
+        assert path in text
+    fields = read_table(text, "| field | |")
+    assert {key for row in fields for key in re.findall(r"\w+", row[0])} == set(questions.KEYS)
+    example = json.loads(re.search(r"```json\n(.*?)```", text, flags=re.DOTALL).group(1))
+    assert set(example["results"][0]) == set(get_type_hints(GroundingFacts))
+    reply = Reply(
+        model="", size=(1, 1), found=(), cells=None, prompt_tokens=0, picture_ms=0.0
+    ).dump(0.0)
+    assert set(example) == set(reply)
+    assert set(example["milliseconds"]) == set(reply["milliseconds"])
 
 
 def test_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from gap_export.analysis.report.draws import Draws, pool_draws, tabulate_draws
 from gap_export.analysis.report.gallery import Shown, choose_random, choose_worst, draw_choices
@@ -32,6 +32,11 @@ from gap_export.analysis.report.sections import (
 )
 from gap_export.analysis.report.tables import (
     Advice,
+    CellRow,
+    PairRow,
+    PartRow,
+    Published,
+    SizeRow,
     Tables,
     advise,
     flatten_cells,
@@ -41,9 +46,9 @@ from gap_export.analysis.report.tables import (
     make_tables,
     write_csv,
 )
-from gap_export.analysis.sweep import UNPRUNED, Sweep, describe_sweep
+from gap_export.analysis.sweep import UNPRUNED, Sweep, SweepFacts, describe_sweep
 from gap_runtime.errors import ConfigError
-from gap_runtime.records import dump_record
+from gap_runtime.records import dump_record, extend_record
 from gap_runtime.report.page import encode_picture, make_page, write_page
 
 REPORT_FILE: Final = "report.html"
@@ -51,11 +56,41 @@ _TEMPLATE: Final = Path(__file__).with_name("page.html.jinja")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WordedAdvice(Advice):
+    """A recommendation and the words for it."""
+
+    words: str
+
+
+class Figures(TypedDict):
+    """All figures of a sweep, as `report.json` has them.
+
+    `sweep` is what was asked for. `cells` has a row for each pruner, mode, ratio, side and
+    protocol, `sizes` and `parts` the same by size of the true box and by part of the data;
+    `comparisons` are phrase by phrase. `published` is the paper's table, `draws` are pruners that
+    draw over several seeds, `left_out` says what was not done and why, `advice` is what
+    `--within` recommends.
+    """
+
+    sweep: SweepFacts
+    protocols: list[str]
+    cells: list[CellRow]
+    sizes: list[SizeRow]
+    parts: list[PartRow]
+    comparisons: list[PairRow]
+    published: list[Published]
+    draws: list[Draws]
+    left_out: list[str]
+    advice: list[WordedAdvice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A written report: the page and all figures as plain data."""
+    """A written report: the page, what it recommends, and all figures as plain data."""
 
     path: Path
-    figures: dict[str, Any]
+    advice: tuple[WordedAdvice, ...]
+    figures: Figures
 
 
 def require_libraries() -> None:
@@ -82,9 +117,12 @@ def write_report(
     tables = make_tables(sweep, protocols)
     data = sweep.plan.request.data
     cells, pairs = flatten_cells(tables.cells, data), flatten_pairs(tables.pairs)
-    advice = [] if within is None else advise(tables, within)
+    advice = () if within is None else advise(tables, within)
+    worded = tuple(
+        extend_record(WordedAdvice, each, {"words": each.describe()}) for each in advice
+    )
     draws = pool_draws(sweep, protocols[0])
-    figures = {
+    figures: Figures = {
         "sweep": describe_sweep(sweep.plan),
         "protocols": list(protocols),
         "cells": cells,
@@ -94,21 +132,22 @@ def write_report(
         "published": dump_record(tables.published),
         "draws": dump_record(tuple(draws)),
         "left_out": list(sweep.plan.left_out),
-        "advice": [{**dump_record(each), "words": each.describe()} for each in advice],
+        "advice": dump_record(worded),
     }
     out = sweep.plan.request.out
-    for name, rows in (
-        ("cells.csv", cells),
-        ("sizes.csv", figures["sizes"]),
-        *([("parts.csv", figures["parts"])] if figures["parts"] else []),
-        ("comparisons.csv", pairs),
-    ):
+    tables_by_file: dict[str, Sequence[Mapping[str, Any]]] = {
+        "cells.csv": cells,
+        "sizes.csv": figures["sizes"],
+        **({"parts.csv": figures["parts"]} if figures["parts"] else {}),
+        "comparisons.csv": pairs,
+    }
+    for name, rows in tables_by_file.items():
         write_page(out / name, write_csv(rows))
     text = json.dumps(_finite(figures), indent=1, allow_nan=False)
     write_page(out / "report.json", text + "\n")
     path = out / REPORT_FILE
     write_page(path, make_page(_title(sweep), _render(sweep, tables, pictures, advice, draws)))
-    return Report(path=path, figures=figures)
+    return Report(path=path, advice=worded, figures=figures)
 
 
 def _finite(data: Any) -> Any:

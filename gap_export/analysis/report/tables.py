@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from gap_export.analysis.sweep import UNPRUNED, Sweep, Swept
 from gap_runtime.bundle.manifest import RatioEntry
@@ -17,7 +17,7 @@ from gap_runtime.evaluation.data import Data
 from gap_runtime.evaluation.protocol import load_protocol
 from gap_runtime.evaluation.published import Standing, describe_standings, list_standings
 from gap_runtime.evaluation.results import Answers
-from gap_runtime.evaluation.score import PUBLISHED, Score, score_rows
+from gap_runtime.evaluation.score import PUBLISHED, PartScore, Score, SizeScore, score_rows
 from gap_runtime.records import dump_record, load_record
 
 EXPORTED: Final = "exported"
@@ -37,6 +37,108 @@ class Published:
     unpruned: float
     pruned: float
     gap: float
+
+
+class CellName(TypedDict):
+    """Which cell a row is of. `side` is `exported` or `pytorch`."""
+
+    pruner: str
+    positions: str
+    ratio: float
+    side: str
+    protocol: str
+    labels: str
+
+
+class CellRow(CellName):
+    """The figures of a cell: what was asked, what a prompt costs, and the score.
+
+    `cache_bytes` is the KV cache that an export at this ratio alone would have. The score is as
+    in an evaluation; `*_ms` are means per phrase, null where they were not measured.
+    `compares_with` and `differs_from` name published figures.
+    """
+
+    set: str
+    split: str
+    split_by: str
+    kept: int
+    patches: int
+    extra: int
+    prompt_tokens: int
+    cache_bytes: int
+    frame: str
+    measure: str
+    left_out: int
+    phrases: int
+    unasked: int
+    hits: int
+    accuracy: float
+    low: float
+    high: float
+    accuracy_25: float
+    accuracy_75: float
+    accuracy_90: float
+    mean_accuracy: float
+    mean_iou: float
+    unparsable: int
+    degenerate: int
+    tokens: float
+    calls: float
+    drafted: float
+    accepted: float
+    median_ms: float
+    preprocess_ms: float | None
+    vision_ms: float | None
+    prefill_ms: float | None
+    decode_ms: float | None
+    total_ms: float | None
+    compares_with: str
+    differs_from: str
+
+
+class SizeRow(CellName):
+    """Accuracy of one size class of true boxes; an interval of 95 %."""
+
+    size: str
+    phrases: int
+    accuracy: float
+    low: float
+    high: float
+    mean_iou: float
+
+
+class PartRow(CellName):
+    """Accuracy of a part of the data; an interval of 95 %."""
+
+    part: str
+    phrases: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class PairRow(TypedDict):
+    """Two sets of answers to the same phrases; `kind` is `parity`, `positions` or `pruning`.
+
+    `only_this` and `only_other` are the phrases that just one of them got right, `p` is McNemar's
+    exact two-sided test on them, `differing` counts answers that are not the same text.
+    """
+
+    kind: str
+    pruner: str
+    positions: str
+    against: str
+    protocol: str
+    labels: str
+    ratio: float
+    other_ratio: float
+    phrases: int
+    accuracy: float
+    other_accuracy: float
+    only_this: int
+    only_other: int
+    p: float
+    differing: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,47 +399,47 @@ def _share_phrases(this: Answers, other: Answers) -> bool:
     return any(row.problem is None and row.key in asked for row in other.rows)
 
 
-def flatten_cells(cells: Iterable[Cell], data: Data) -> list[dict[str, Any]]:
+def flatten_cells(cells: Iterable[Cell], data: Data) -> list[CellRow]:
     """Cells as rows of plain values; each names all that its figures depend on."""
-    rows = []
+    rows: list[CellRow] = []
     for cell in cells:
         score = dump_record(replace(cell.score, sizes=(), parts=(), milliseconds={}))
         for name in ("sizes", "parts", "milliseconds", "ratio", "protocol"):
             del score[name]
         compares, differs = describe_standings(cell.standings)
         times = cell.score.milliseconds
-        rows.append(
-            {
-                "pruner": cell.pruner,
-                "positions": cell.positions,
-                "ratio": cell.ratio,
-                "side": cell.side,
-                "protocol": cell.score.protocol,
-                "set": data.set or data.name,
-                "split": data.split,
-                "split_by": data.by,
-                **dump_record(cell.size),
-                **score,
-                **{f"{stage}_ms": times.get(stage) for stage in (*STAGES, "total")},
-                "compares_with": compares,
-                "differs_from": differs,
-            }
-        )
+        row: Any = {
+            "pruner": cell.pruner,
+            "positions": cell.positions,
+            "ratio": cell.ratio,
+            "side": cell.side,
+            "protocol": cell.score.protocol,
+            "set": data.set or data.name,
+            "split": data.split,
+            "split_by": data.by,
+            **dump_record(cell.size),
+            **score,
+            **{f"{stage}_ms": times.get(stage) for stage in (*STAGES, "total")},
+            "compares_with": compares,
+            "differs_from": differs,
+        }
+        rows.append(row)
     return rows
 
 
-def flatten_sizes(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+def flatten_sizes(cells: Iterable[Cell]) -> list[SizeRow]:
     """Accuracy by the size of the true box, as rows of plain values."""
-    return [{**_name_cell(c), **dump_record(size)} for c in cells for size in c.score.sizes]
+    return [_join(cell, size) for cell in cells for size in cell.score.sizes]
 
 
-def flatten_parts(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+def flatten_parts(cells: Iterable[Cell]) -> list[PartRow]:
     """Accuracy by part of the data, as rows of plain values; none where it has no parts."""
-    return [{**_name_cell(c), **dump_record(part)} for c in cells for part in c.score.parts]
+    return [_join(cell, part) for cell in cells for part in cell.score.parts]
 
 
-def _name_cell(cell: Cell) -> dict[str, Any]:
-    return {
+def _join(cell: Cell, record: SizeScore | PartScore) -> Any:
+    """A cell's name and what a record has, as one row."""
+    name: CellName = {
         "pruner": cell.pruner,
         "positions": cell.positions,
         "ratio": cell.ratio,
@@ -345,27 +447,27 @@ def _name_cell(cell: Cell) -> dict[str, Any]:
         "protocol": cell.score.protocol,
         "labels": cell.score.labels,
     }
+    return {**name, **dump_record(record)}
 
 
-def flatten_pairs(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
+def flatten_pairs(pairs: Iterable[Pair]) -> list[PairRow]:
     """Comparisons as rows of plain values."""
-    rows = []
+    rows: list[PairRow] = []
     for pair in pairs:
         found = dump_record(pair.comparison)
         del found["other"]
-        rows.append(
-            {
-                "kind": pair.kind,
-                "pruner": pair.pruner,
-                "positions": pair.positions,
-                "against": pair.against,
-                **found,
-            }
-        )
+        row: Any = {
+            "kind": pair.kind,
+            "pruner": pair.pruner,
+            "positions": pair.positions,
+            "against": pair.against,
+            **found,
+        }
+        rows.append(row)
     return rows
 
 
-def write_csv(rows: Sequence[dict[str, Any]]) -> str:
+def write_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as the text of a CSV file; empty where there are none."""
     if not rows:
         return ""

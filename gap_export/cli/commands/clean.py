@@ -5,13 +5,29 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from gap_runtime.cli.options import print_json, print_line
 from gap_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from gap_export.pipeline.remains import Remains
+
+
+class RemainsFacts(TypedDict):
+    """A folder that an export left, with what was to become of it: `bundle`.
+
+    `host` is the machine that made it; `is_ours`: this one, which may remove it. `is_whole`: it is
+    a bundle that gave way to another one, else an export that was stopped. `size` is in bytes.
+    """
+
+    folder: str
+    bundle: str
+    host: str
+    is_ours: bool
+    is_whole: bool
+    size: int
+
 
 SUMMARY: Final = "say what killed exports have left in a folder, and remove it"
 
@@ -28,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--remove", action="store_true", help="remove it, not only say it")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    return {"--json": list[RemainsFacts]}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,13 +87,24 @@ def _say(found: list[Remains], *, as_json: bool) -> None:
     from gap_runtime.display import format_bytes  # noqa: PLC0415
 
     if as_json:
-        print_json([{"folder": str(each.folder), "size": each.measure()} for each in found])
+        print_json([_describe(each) for each in found])
         return
     for left in found:
         what = "a bundle that gave way" if left.is_whole else "an export that was stopped"
         where = "" if left.is_ours else f" on {left.host}"
         size = format_bytes(left.measure())
         print_line(f"{left.folder}  {size}, {what}{where}: {left.bundle.name}")
+
+
+def _describe(left: Remains) -> RemainsFacts:
+    return {
+        "folder": str(left.folder),
+        "bundle": str(left.bundle),
+        "host": left.host,
+        "is_ours": left.is_ours,
+        "is_whole": left.is_whole,
+        "size": left.measure(),
+    }
 
 
 def _remove(found: list[Remains]) -> None:

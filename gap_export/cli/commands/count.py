@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gap_export.cli.options import add_survey_arguments, survey
 from gap_runtime.cli.options import print_json
@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your pictures; with phrases where it holds samples.json, a list of {image, phrase}",
     )
     parser.add_argument("--phrase", help="for pruners that read one")
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_export.analysis.counts import Counts  # noqa: PLC0415 - torch at first need
+
+    return {"--json": Counts}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from gap_export.cli.options import add_survey_arguments, survey
 from gap_runtime.cli.evaluation import (
@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
     add_evaluation_arguments(parser)
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.evaluation.api import EvaluationFacts  # noqa: PLC0415 - numpy at first need
+
+    return {"--json": EvaluationFacts}
 
 
 def run(options: argparse.Namespace) -> int:

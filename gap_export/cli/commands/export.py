@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gap_export.cli.options import add_export_arguments, read_request
 from gap_runtime.cli.options import print_json
-from gap_runtime.cli.sharing import add_push_arguments, push_bundle
+from gap_runtime.cli.sharing import Pushed, add_push_arguments, push_bundle
 
 if TYPE_CHECKING:
-    from gap_export.pipeline.estimate import Estimate
+    from gap_export.pipeline.estimate import DryRun, Estimate
     from gap_export.pipeline.plan import ExportPlan
     from gap_export.pipeline.request import ExportRequest
     from gap_export.pipeline.result import ExportResult
@@ -52,6 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs")
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_export.pipeline import estimate  # noqa: PLC0415 - loads torch
+    from gap_export.pipeline.result import ExportSummary  # noqa: PLC0415
+
+    class SharedExport(ExportSummary):
+        """The bundle, and where it is on the hub now."""
+
+        pushed: Pushed
+
+    return {
+        "--json": ExportSummary,
+        "--json --push ORG/NAME": SharedExport,
+        "--json --dry-run": estimate.DryRun,
+    }
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from gap_runtime.display import Display  # noqa: PLC0415 - rich only when a command runs
@@ -86,7 +103,7 @@ def _export_and_push(options: argparse.Namespace, display: Display, request: Exp
         options, display, Bundle.open(result.folder), name, license, report=result.report
     )
     if options.json:
-        print_json(result.summarize() | {"pushed": pushed})
+        print_json({**result.summarize(), "pushed": pushed})
     else:
         print(result.folder)
     return 0
@@ -140,7 +157,6 @@ def _show_dry_run(display: Display, plan: ExportPlan, *, as_json: bool) -> int:
     """Show a plan and what it takes; the exit code."""
     from gap_export.pipeline.estimate import estimate  # noqa: PLC0415
     from gap_export.pipeline.staging import require_replaceable  # noqa: PLC0415
-    from gap_runtime.records import dump_record  # noqa: PLC0415
 
     replaced = require_replaceable(plan.out)
     if replaced is not None:
@@ -152,7 +168,7 @@ def _show_dry_run(display: Display, plan: ExportPlan, *, as_json: bool) -> int:
         found = estimate(plan)
     _show_estimate(display, plan, found)
     if as_json:
-        print_json(_plan_facts(plan) | {"memory": dump_record(found)})
+        print_json(_plan_facts(plan, found))
     else:
         print(plan.out)
     return 0
@@ -241,7 +257,7 @@ def _show_plan(display: Display, plan: ExportPlan) -> None:
         )
 
 
-def _plan_facts(plan: ExportPlan) -> dict[str, Any]:
+def _plan_facts(plan: ExportPlan, found: Estimate) -> DryRun:
     """The plan as plain data, for `--dry-run --json`."""
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
@@ -256,4 +272,5 @@ def _plan_facts(plan: ExportPlan) -> dict[str, Any]:
         "prompt": plan.prompt.template,
         "notes": list(plan.spec.notes),
         "config": dump_record(plan.config),
+        "memory": dump_record(found),
     }

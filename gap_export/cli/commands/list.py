@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypedDict
 
 from gap_runtime.cli.options import print_json
 from gap_runtime.errors import UnknownNameError, describe_unknown
 from gap_runtime.evaluation import describe_formats, describe_protocols
 from gap_runtime.registry import list_plugins, read_constant, read_summary
+
+
+class Line(TypedDict):
+    """A name and what it is."""
+
+    name: str
+    description: str
+
+
+class ModelLine(Line):
+    """A model that is shipped: its family, and where its checkpoint is (a hub id or a folder)."""
+
+    family: str
+    checkpoint: str
+
+
+class PrunerLine(Line):
+    """A pruner, and the names of the published methods that it is (null where there is none)."""
+
+    published_as: str | None
+
+
+class TargetLine(Line):
+    """A kind of machine, what runs its graphs, and the operators that they are written in."""
+
+    backend: str
+    dialect: str
+    opset: int
+
+
+class Listing(TypedDict, total=False):
+    """Lines by kind."""
+
+    models: list[ModelLine]
+    pruners: list[PrunerLine]
+    targets: list[TargetLine]
+    positions: list[Line]
+    formats: list[Line]
+    protocols: list[Line]
+
 
 SUMMARY: Final = "list models, pruners, targets, position modes, formats of data and protocols"
 KINDS: Final = ("models", "pruners", "targets", "positions", "formats", "protocols")
@@ -26,9 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    return {"--json, the kinds that are named": Listing}
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    readers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    readers: dict[str, Callable[[], Sequence[Any]]] = {
         "models": _list_models,
         "pruners": _list_pruners,
         "targets": _list_targets,
@@ -53,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list_models() -> list[dict[str, Any]]:
+def _list_models() -> list[ModelLine]:
     """The model files that come along."""
     from gap_export.config.files import read_config_file  # noqa: PLC0415 - not for --help
     from gap_export.config.shipped import list_configs  # noqa: PLC0415 - not for --help
@@ -70,7 +115,7 @@ def _list_models() -> list[dict[str, Any]]:
     ]
 
 
-def _list_pruners() -> list[dict[str, Any]]:
+def _list_pruners() -> list[PrunerLine]:
     """The pruners, with the names of the methods that they are."""
     from gap_export.config.pruners import PRUNERS  # noqa: PLC0415
 
@@ -84,7 +129,7 @@ def _list_pruners() -> list[dict[str, Any]]:
     ]
 
 
-def _list_targets() -> list[dict[str, Any]]:
+def _list_targets() -> list[TargetLine]:
     """The kinds of machine, and what runs and writes their graphs."""
     from gap_runtime.machines.target import list_targets, load_target  # noqa: PLC0415
 
@@ -100,12 +145,12 @@ def _list_targets() -> list[dict[str, Any]]:
     ]
 
 
-def _list_positions() -> list[dict[str, Any]]:
+def _list_positions() -> list[Line]:
     """The position modes."""
     from gap_export.config.records import POSITION_LINES  # noqa: PLC0415
 
     return _list_lines(POSITION_LINES)
 
 
-def _list_lines(lines: Mapping[Any, str]) -> list[dict[str, Any]]:
+def _list_lines(lines: Mapping[Any, str]) -> list[Line]:
     return [{"name": name, "description": line} for name, line in lines.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gap_export.cli.options import add_survey_arguments, survey
 from gap_runtime.cli.options import add_counts, print_json
@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--extra-token", metavar="RULE", help="as for gap-export")
     parser.add_argument("--image", type=Path, metavar="FILE", help="prune this picture in PyTorch")
     parser.add_argument("--phrase", default="the red mug", help="default: the red mug")
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_export.analysis.positions import PositionTable  # noqa: PLC0415 - torch
+
+    return {"--json": list[PositionTable]}
 
 
 def run(options: argparse.Namespace) -> int:

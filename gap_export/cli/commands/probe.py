@@ -22,11 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phrase", help="what to look for in it")
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_export.pipeline.nonfinite import Probed  # noqa: PLC0415 - loads onnx
+
+    return {"--json": Probed}
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
     if (options.image is None) != (options.phrase is None):
         raise ConfigError("--image and --phrase go together; give both or neither")
-    from gap_export.pipeline.nonfinite import find_bad_tensor  # noqa: PLC0415 - loads onnx
+    from gap_export.pipeline.nonfinite import Probed, find_bad_tensor  # noqa: PLC0415 - onnx
     from gap_runtime.display import Display  # noqa: PLC0415
     from gap_runtime.pictures.load import find_bucket, load_picture  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
@@ -43,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
             if found is not None:
                 break
     if options.json:
-        print_json({"bad": dump_record(found)})
+        print_json(dump_record(Probed(bad=found)))
     if found is not None:
         print(
             f"error: {found} is not finite in {manifest.dtype}; export with --dtype bfloat16 or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gap_export.cli.options import add_model_arguments, read_config
 from gap_runtime.cli.evaluation import (
@@ -91,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_export.analysis.report.page import Figures  # noqa: PLC0415 - loads torch
+
+    return {"--json": Figures}
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from gap_runtime.backends import open_backend  # noqa: PLC0415
@@ -117,8 +124,8 @@ def run(options: argparse.Namespace) -> int:
         report = write_report(
             sweep, choose_protocols(options), pictures=options.gallery, within=options.within
         )
-    for each in report.figures["advice"]:
-        display.say(each["words"])
+    for each in report.advice:
+        display.say(each.words)
     if options.json:
         print_json(report.figures)
     else:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict
 
 from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
 from gap_runtime.errors import ConfigError, GapError, show_line
@@ -28,6 +28,30 @@ class Command(Protocol):
 
     def run(self, options: argparse.Namespace) -> int:
         """Do it; the exit code."""
+
+
+class JsonCommand(Command, Protocol):
+    """A command with `--json`, or `--jsonl`."""
+
+    def json_types(self) -> dict[str, Any]:
+        """What is printed, as types: dataclasses, typed dictionaries, lists and unions of them.
+
+        By what decides it: `--json` alone, or with what is named behind it. docs/ and the tests
+        make JSON Schemas of them.
+        """
+
+
+class ErrorReport(TypedDict):
+    """What is wrong: `kind` is the branch of the error, `message` the line for people."""
+
+    kind: str
+    message: str
+
+
+class ErrorResult(TypedDict):
+    """What `--json` prints where a command fails; the exit code is that of the kind."""
+
+    error: ErrorReport
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -110,9 +134,15 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
 def _report(error: GapError, arguments: Sequence[str]) -> int:
     """Say an error; its exit code."""
     if "--json" in arguments:
-        print(json.dumps({"error": {"kind": error.kind, "message": str(error)}}))
+        result: ErrorResult = {"error": describe_error(error)}
+        print(json.dumps(result))
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
+
+
+def describe_error(error: GapError) -> ErrorReport:
+    """What is wrong, as plain data."""
+    return {"kind": error.kind, "message": str(error)}
 
 
 def print_line(text: str) -> None:

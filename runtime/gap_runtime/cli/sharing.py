@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from gap_runtime.bundle.bundle import Bundle
@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from gap_runtime.bundle.license import License
     from gap_runtime.display import Display
     from gap_runtime.grounding.check import CheckReport
+
+
+class Pushed(TypedDict):
+    """Where a bundle is on the hub: the commit that was made, its page, and its licence there."""
+
+    repository: str
+    commit: str
+    url: str
+    license: str
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +48,7 @@ def push_bundle(
     *,
     report: CheckReport | None,
     accuracy: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Pushed:
     """Push and say what was pushed; the result for `--json`."""
     from gap_runtime.bundle.push import list_links, push  # noqa: PLC0415
     from gap_runtime.errors import CheckError  # noqa: PLC0415

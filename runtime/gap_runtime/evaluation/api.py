@@ -14,13 +14,67 @@ from gap_runtime.evaluation.answer import BundleAnswerer, describe_bundle
 from gap_runtime.evaluation.compare import SIGNIFICANT, Comparison, compare_rows
 from gap_runtime.evaluation.data import Data, open_data
 from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL, RENAMED, load_protocol
-from gap_runtime.evaluation.published import list_standings
-from gap_runtime.evaluation.results import Answers, Header
+from gap_runtime.evaluation.published import Standing, list_standings
+from gap_runtime.evaluation.results import Answers, DataFacts, Header, Subject
 from gap_runtime.evaluation.run import describe_data
 from gap_runtime.evaluation.run import evaluate as run_evaluation
 from gap_runtime.evaluation.score import Score, score_rows
 from gap_runtime.grounding.fastest import choose_backend
-from gap_runtime.records import dump_record
+from gap_runtime.records import dump_record, extend_record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedData(DataFacts):
+    """What was asked. `sha256` is of ids, phrases and boxes.
+
+    `set`, `split` and `by`, who split it, are empty where the data have none. `limited` says that
+    the first phrases only were asked, `whole` that these are as many as were published.
+    """
+
+    set: str
+    split: str
+    by: str
+    limited: bool
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandingScore(Score):
+    """A score, and the published figures on the set with what they are of and it is not."""
+
+    published: tuple[Standing, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WordedComparison(Comparison):
+    """A comparison and what it says in words; `significant`: p is under 0.05."""
+
+    significant: bool
+    words: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unasked:
+    """A phrase that could not be asked, and why."""
+
+    key: str
+    ratio: float
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationFacts:
+    """What an evaluation gave but for its answers, which lie in the file of `--out`.
+
+    `notes` is what is to be known of the data. `comparisons` are those of `--compare`.
+    """
+
+    subject: Subject
+    data: AskedData
+    notes: tuple[str, ...]
+    scores: tuple[StandingScore, ...]
+    comparisons: tuple[WordedComparison, ...]
+    unasked: tuple[Unasked, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -40,37 +94,39 @@ class Evaluation:
         return f"Evaluation({self.data.name!r}, {len(self.answers.rows)} answers: {said})"
 
     def dump(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON, as EvaluationFacts has it."""
+        facts: dict[str, Any] = dump_record(self.list_facts())
+        return facts
+
+    def list_facts(self) -> EvaluationFacts:
+        """All figures, and what was asked."""
         header, data = self.answers.header, self.data
-        return {
-            "subject": dump_record(header.subject),
-            "data": {
-                **dump_record(header.data),
-                "set": data.set,
-                "split": data.split,
-                "by": data.by,
-                "limited": data.limited,
-                "whole": data.whole,
-            },
-            "notes": list(data.notes),
-            "scores": [
-                {**dump_record(each), "published": dump_record(list_standings(each, data))}
+        return EvaluationFacts(
+            subject=header.subject,
+            data=extend_record(
+                AskedData,
+                header.data,
+                {name: getattr(data, name) for name in ("set", "split", "by", "limited", "whole")},
+            ),
+            notes=data.notes,
+            scores=tuple(
+                extend_record(StandingScore, each, {"published": list_standings(each, data)})
                 for each in self.scores
-            ],
-            "comparisons": [
-                {
-                    **dump_record(each),
-                    "significant": each.p < SIGNIFICANT,
-                    "words": each.describe(),
-                }
+            ),
+            comparisons=tuple(
+                extend_record(
+                    WordedComparison,
+                    each,
+                    {"significant": each.p < SIGNIFICANT, "words": each.describe()},
+                )
                 for each in self.comparisons
-            ],
-            "unasked": [
-                {"key": row.key, "ratio": row.ratio, "problem": row.problem}
+            ),
+            unasked=tuple(
+                Unasked(key=row.key, ratio=row.ratio, problem=row.problem)
                 for row in self.answers.rows
                 if row.problem is not None
-            ],
-        }
+            ),
+        )
 
 
 def evaluate(

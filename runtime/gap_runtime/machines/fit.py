@@ -27,6 +27,14 @@ class Fit:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """What a machine is, and every target's fit on it."""
+
+    machine: Machine
+    targets: tuple[Fit, ...]
+
+
 Missing = Callable[[Machine, Target], list[str]]
 """What a target's backend misses on a machine, a line each."""
 

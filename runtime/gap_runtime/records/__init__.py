@@ -87,6 +87,12 @@ def dump_record(record: Any) -> Any:
     return record
 
 
+def extend_record(kind: type[Record], record: Any, more: Mapping[str, Any]) -> Record:
+    """A dataclass of that kind: the values of a record of the kind that it extends, and more."""
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return kind(**values, **more)
+
+
 def _convert(hint: Any, value: Any, place: _Place) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in _COMPOSED:

@@ -110,6 +110,7 @@ def test_the_commands_and_flags_of_gap_runtime_are_these():
             },
         ),
         "doctor": ([], {"--json", "--all"}),
+        "completion": (["shell"], set()),
         "pull": (["name"], {"--json", "--out"}),
         "push": (
             ["bundle", "name"],

@@ -37,7 +37,9 @@ def test_a_folder_that_is_called_like_a_misspelt_command_is_a_model(run, tmp_pat
 def test_a_word_is_needed(run):
     code, out, err = run()
     assert (code, out) == (2, "")
-    assert err.startswith("error: give MODEL or a COMMAND (clean, count, evaluate, export, ")
+    assert err.startswith(
+        "error: give MODEL or a COMMAND (clean, completion, count, evaluate, export, "
+    )
 
 
 def test_the_short_form_is_the_long_one(run, tiny_llava):

@@ -80,7 +80,16 @@ def test_clean_says_and_removes(tmp_path, capsys):
     assert "gap-export clean --remove removes it" in printed.err
     assert dead.is_dir()
     assert main(["clean", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [{"folder": str(dead), "size": 2_000_000}]
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "folder": str(dead),
+            "bundle": str(tmp_path / "one"),
+            "host": host_name(),
+            "is_ours": True,
+            "is_whole": False,
+            "size": 2_000_000,
+        }
+    ]
     assert main(["clean", str(tmp_path), "--remove"]) == 0
     assert not dead.exists()
     assert main(["clean", str(tmp_path)]) == 0
@@ -93,6 +102,9 @@ def test_what_another_machine_left_is_said_and_never_removed(tmp_path, capsys):
     away = make(tmp_path / f".one.partial-box-7.lan-{dead_process()}")
     with folder_aside(tmp_path / "new"):
         assert away.is_dir()
+    assert main(["clean", str(tmp_path), "--json"]) == 0
+    (said,) = json.loads(capsys.readouterr().out)
+    assert (said["host"], said["is_ours"]) == ("box-7.lan", False)
     assert main(["clean", str(tmp_path), "--remove"]) == 0
     printed = capsys.readouterr()
     assert "an export that was stopped on box-7.lan: one" in printed.out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gap_runtime.cli.options import (
     add_backend,
@@ -37,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_backend(parser)
     add_draft(parser)
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.grounding.bench import BenchReport  # noqa: PLC0415 - numpy at first need
+    from gap_runtime.grounding.fastest import Timed  # noqa: PLC0415
+
+    return {"--json": BenchReport, "--json --all": tuple[Timed, ...]}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="build engines anew that are good")
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.bundle.engines import BuildReport  # noqa: PLC0415
+
+    return {"--json": BuildReport}
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from gap_runtime.backends import open_backend  # noqa: PLC0415

@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.grounding.check import CheckReport  # noqa: PLC0415 - numpy at first need
+
+    return {"--json": CheckReport}
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from gap_runtime.display import Display  # noqa: PLC0415

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gap_runtime.cli.options import print_json
 from gap_runtime.errors import EngineError
@@ -26,16 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.machines.fit import FitReport  # noqa: PLC0415
+
+    return {"--json": FitReport}
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from gap_runtime.machines.fit import fit_targets  # noqa: PLC0415
+    from gap_runtime.machines.fit import FitReport, fit_targets  # noqa: PLC0415
     from gap_runtime.machines.survey import survey_machine  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
     machine = survey_machine(Path.cwd())
     fits = fit_targets(machine, _find_missing)
     if options.json:
-        print_json({"machine": dump_record(machine), "targets": dump_record(fits)})
+        print_json(dump_record(FitReport(machine=machine, targets=fits)))
     else:
         _show_machine(machine)
         _show_targets(fits, every=options.all)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from gap_runtime.cli.evaluation import (
     add_evaluation_arguments,
@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_draft(parser)
     # Phrases come by picture, so that only a picture under several names comes again.
     add_kept_pictures(parser, default=0)
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.evaluation.api import EvaluationFacts  # noqa: PLC0415 - numpy at first need
+
+    return {"--json": EvaluationFacts}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,20 +7,22 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from gap_runtime.cli.options import (
+    ErrorReport,
     add_backend,
     add_bundle,
     add_count,
     add_draft,
     add_kept_pictures,
     add_least_score,
+    describe_error,
     open_bundle,
     print_json,
 )
 from gap_runtime.cli.requests import STDIN, PictureRequest, find_pictures, read_requests
-from gap_runtime.errors import ConfigError, GapError, InputError, NoBoxError, show_line
+from gap_runtime.errors import ConfigError, InputError, NoBoxError, show_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
     from gap_runtime.display import Display
     from gap_runtime.grounding.grounder import Grounder
     from gap_runtime.grounding.view import Grounding
+
+
+class PictureName(TypedDict, total=False):
+    """The picture that was asked, and what stdin's `id` had."""
+
+    image: str
+    id: Any
+
 
 SUMMARY: Final = "say where phrases are in a picture, or in many"
 _DRAWN: Final = {".png", ".jpg", ".jpeg"}
@@ -64,6 +74,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     add_draft(parser)
     add_kept_pictures(parser)
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.grounding.view import GroundingFacts  # noqa: PLC0415 - numpy at first need
+
+    class PictureGrounding(PictureName, GroundingFacts):
+        """A grounding and its picture."""
+
+    class PictureProblem(PictureName):
+        """What is wrong with a picture or a line of stdin, which then may have no name."""
+
+        error: ErrorReport
+
+    line = PictureGrounding | PictureProblem
+    return {
+        "--json, one picture": GroundingFacts | list[GroundingFacts],
+        "--json, several pictures": list[line],
+        "--jsonl, a line": line,
+    }
 
 
 def run(options: argparse.Namespace) -> int:
@@ -179,11 +209,6 @@ def _ground_all(
     if options.json and not in_lines:
         print_json(collected)
     return failed or (NoBoxError.exit_code if boxless else 0)
-
-
-def describe_error(error: GapError) -> dict[str, str]:
-    """What is wrong, as plain data."""
-    return {"kind": error.kind, "message": str(error)}
 
 
 def _open_grounder(options: argparse.Namespace, bundle: Any) -> Grounder:

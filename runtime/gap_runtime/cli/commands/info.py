@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Final
+from typing import Any, Final
 
 from gap_runtime.cli.options import add_bundle, open_bundle, print_json, print_line
 
@@ -13,6 +13,13 @@ SUMMARY: Final = "show what a bundle holds"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_bundle(parser)
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.bundle.manifest import Manifest  # noqa: PLC0415
+
+    return {"--json": Manifest}
 
 
 def run(options: argparse.Namespace) -> int:

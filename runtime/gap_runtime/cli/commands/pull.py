@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypedDict
 
 from gap_runtime.cli.options import print_json, print_line
 
 SUMMARY: Final = "download a bundle from the hub and compare it with its manifest"
+
+
+class Pulled(TypedDict):
+    """A bundle that came from the hub: its folder, where it is from, how much it is."""
+
+    bundle: str
+    repository: str
+    revision: str | None
+    files: int
+    bytes: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder for it (default: the hub's cache)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    return {"--json": Pulled}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -34,15 +49,14 @@ def run(options: argparse.Namespace) -> int:
     size = sum(entry.size for entry in files.values())
     display.say(f"{len(files)} files, {format_bytes(size)}, as the manifest has them")
     if options.json:
-        print_json(
-            {
-                "bundle": str(folder),
-                "repository": name.repository,
-                "revision": name.revision,
-                "files": len(files),
-                "bytes": size,
-            }
-        )
+        pulled: Pulled = {
+            "bundle": str(folder),
+            "repository": name.repository,
+            "revision": name.revision,
+            "files": len(files),
+            "bytes": size,
+        }
+        print_json(pulled)
     else:
         print_line(str(folder))
     return 0

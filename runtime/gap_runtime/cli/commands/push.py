@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gap_runtime.cli.options import add_backend, add_bundle, open_bundle, print_json
-from gap_runtime.cli.sharing import add_push_arguments, push_bundle
+from gap_runtime.cli.sharing import Pushed, add_push_arguments, push_bundle
 
 SUMMARY: Final = "share it on the hub, with a card"
 
@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not compare with PyTorch's answers first; the card says so",
     )
     add_backend(parser)
+
+
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    return {"--json": Pushed}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -337,6 +337,6 @@ class Watcher:
         )
 
 
-def _shorten(data: dict[str, Any]) -> dict[str, Any]:
+def _shorten(data: Mapping[str, Any]) -> dict[str, Any]:
     """Without the kept patches, which would be most of a file."""
     return {key: value for key, value in data.items() if key != "kept_index"}
