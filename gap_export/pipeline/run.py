@@ -53,9 +53,9 @@ from gap_runtime.bundle.manifest import (
     Stage,
 )
 from gap_runtime.bundle.validation import read_manifest
-from gap_runtime.display import Display, format_bytes
+from gap_runtime.display import Display, Pace, format_bytes
 from gap_runtime.errors import BackendMissingError, BundleError, CheckError, EngineError
-from gap_runtime.grounding.check import CheckReport, check_bundle
+from gap_runtime.grounding.check import CheckReport, check_bundle, count_rows
 from gap_runtime.pictures.load import load_picture
 
 _REFERENCE: Final = "reference.npz"
@@ -104,8 +104,14 @@ def export(
             weights = _lay_out(plan, graphs, statistics)
         with display.step("proving the graphs"):
             stages = write_graphs(plan, weights, folder, graphs)
-        with display.step(f"bringing {format_bytes(weights.size)} of weights"):
-            hashes = bring_weights(weights, folder, plan.request.bring, copy_of=reader.copy_of)
+        with display.progress(f"bringing {format_bytes(weights.size)} of weights") as show:
+            hashes = bring_weights(
+                weights,
+                folder,
+                plan.request.bring,
+                copy_of=reader.copy_of,
+                on_bytes=Pace(show, weights.size, "bytes"),
+            )
             if (folder / _COPIES).exists():
                 # What stayed would become part of the bundle.
                 shutil.rmtree(folder / _COPIES)
@@ -241,8 +247,9 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
     if bundle.manifest.dtype == "bfloat16":
         return None, "the onnxruntime backend does not run bfloat16"
     try:
-        with display.step("checking against PyTorch on onnxruntime"):
-            report = check_bundle(bundle, "onnxruntime:cpu")
+        with display.progress("checking against PyTorch on onnxruntime") as show:
+            pace = Pace(show, count_rows(bundle), "answers")
+            report = check_bundle(bundle, "onnxruntime:cpu", on_row=lambda _: pace(1))
     except BackendMissingError as error:
         return None, str(error)
     except EngineError:

@@ -37,6 +37,7 @@ def bring_weights(
     mode: str,
     *,
     copy_of: Callable[[Path], Path | None] = lambda _: None,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
     """Put the weight files into a folder, over their placeholders.
 
@@ -45,6 +46,7 @@ def bring_weights(
         folder: The bundle being made.
         mode: `copy` (shares blocks where the filesystem can, else copies) or `link`.
         copy_of: A finished copy of a file on the same filesystem, to be moved there, if any.
+        on_bytes: Told how many more are in their place.
 
     Returns:
         Hash of what was written anew, by file name.
@@ -64,7 +66,10 @@ def bring_weights(
         elif not share_blocks(source, target):
             # copyfile copies inside the kernel, so the bytes do not pass through Python.
             shutil.copyfile(source, target)
-    return {plan.made_file: _make(plan, folder / plan.made_file)} if plan.made else {}
+        on_bytes(target.stat().st_size)
+    if not plan.made:
+        return {}
+    return {plan.made_file: _make(plan, folder / plan.made_file, on_bytes)}
 
 
 def share_blocks(source: Path, target: Path) -> bool:
@@ -85,10 +90,10 @@ def share_blocks(source: Path, target: Path) -> bool:
     return True
 
 
-def _make(plan: WeightPlan, path: Path) -> str:
+def _make(plan: WeightPlan, path: Path, on_bytes: Callable[[int], None]) -> str:
     """Write all tensors that are made anew, a few rows at a time; the hash of the file."""
     wanted = getattr(torch, plan.dtype)
-    with _HashedFile(path) as file:
+    with _HashedFile(path, on_bytes) as file:
         file.write(make_header(plan.made, plan.dtype))
         for name, source in plan.made.items():
             if source.encode is not None:
@@ -104,8 +109,8 @@ def _make(plan: WeightPlan, path: Path) -> str:
 class _HashedFile:
     """A file that is written and hashed while what comes next is made."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._digest = path, new_hash()
+    def __init__(self, path: Path, on_bytes: Callable[[int], None]) -> None:
+        self._path, self._digest, self._on_bytes = path, new_hash(), on_bytes
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._last: Future[None] | None = None
 
@@ -124,6 +129,7 @@ class _HashedFile:
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(self._append, data)
+        self._on_bytes(memoryview(data).nbytes)
 
     @property
     def hash(self) -> str:

@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -16,10 +17,14 @@ from rich.text import Text
 
 from gap_runtime.errors import show_line
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 _LINE_SECONDS: Final = 60
 _WIDEST: Final = 10_000
 _SHORT: Final = 20
+_PICTURE_LINES: Final = 24
 
 
 class Display:
@@ -82,6 +87,31 @@ class Display:
         _print_whole(self._console, _make_table(title, header, rows))
 
 
+def can_show_pictures() -> bool:
+    """Whether people look at a terminal that shows pictures, and the library for it is there.
+
+    The terminal is asked, so this takes a tenth of a second where it does not answer.
+    """
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    if find_spec("textual_image") is None or not all(
+        stream and stream.isatty() for stream in streams
+    ):
+        return False
+    from textual_image import renderable  # noqa: PLC0415 - asks the terminal
+
+    # What is left shows coarse blocks: no picture to find a small thing in.
+    return renderable.Image in (renderable.SixelImage, renderable.TGPImage)
+
+
+def show_picture(picture: Image.Image) -> None:
+    """Show a picture on stdout, where `can_show_pictures`; as large as is handy between lines."""
+    from textual_image import renderable  # noqa: PLC0415
+
+    console = Console()
+    height = max(1, min(_PICTURE_LINES, console.height - 4))
+    console.print(renderable.Image(picture, width="auto", height=height))
+
+
 class _Lines:
     """Progress as a line a minute, for log files."""
 
@@ -106,7 +136,7 @@ class Pace:
         Args:
             show: What `Display.progress` gives.
             total: How many there are to do.
-            noun: What is counted, in the plural.
+            noun: What is counted, in the plural; `bytes` are shown in larger units.
         """
         self._show, self._total, self._noun = show, total, noun
         self._done, self._began = 0, time.monotonic()
@@ -116,10 +146,12 @@ class Pace:
         self._done += more
         rate = self._done / max(time.monotonic() - self._began, 1e-9)
         left = format_seconds((self._total - self._done) / rate) if rate else "unknown time"
-        self._show(
-            self._done / max(self._total, 1),
-            f"{self._done:,} of {self._total:,} {self._noun}, {format_rate(rate)}, {left} left",
-        )
+        if self._noun == "bytes":
+            done, total = format_bytes(self._done), format_bytes(self._total)
+            said = f"{done} of {total}, {format_bytes(round(rate))}/s"
+        else:
+            said = f"{self._done:,} of {self._total:,} {self._noun}, {format_rate(rate)}"
+        self._show(self._done / max(self._total, 1), f"{said}, {left} left")
 
 
 def format_rate(rate: float) -> str:

@@ -68,6 +68,13 @@ class Compared:
     reference_boxes: tuple[Box, ...]
 
 
+def count_rows(bundle: Bundle, ratios: Collection[float] | None = None) -> int:
+    """How many rows a check has, to say how far it is."""
+    reference = bundle.manifest.reference
+    wanted = {entry.ratio for entry in bundle.manifest.ratios} if ratios is None else set(ratios)
+    return sum(sample.ratio in wanted for sample in reference.samples) if reference else 0
+
+
 def check_bundle(
     bundle: Bundle,
     backend: str = DEFAULT_BACKEND,

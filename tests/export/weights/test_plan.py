@@ -78,7 +78,9 @@ def plan(folder, wanted=None, *, dtype="float32", more=None):
 def bring(made, bundle, mode="copy"):
     write_placeholders(made, bundle)
     sizes = {path.name: path.stat().st_size for path in bundle.iterdir()}
-    bring_weights(made, bundle, mode)
+    told = []
+    bring_weights(made, bundle, mode, on_bytes=told.append)
+    assert sum(told) == made.size
     assert {path.name: path.stat().st_size for path in bundle.iterdir()} == sizes
     assert sizes == made.file_sizes()
     assert made.size == sum(sizes.values())

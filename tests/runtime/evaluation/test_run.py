@@ -352,6 +352,10 @@ def test_progress_tells_rate_and_time_left(capsys, monkeypatch):
         pace(4)
     err = capsys.readouterr().err
     assert re.search(r"asking: 40%, 4 of 10 answers, [\d.]+/s, \d+ s left", err)
+    with Display().progress("bringing") as show:
+        Pace(show, 4_000_000, "bytes")(1_000_000)
+    err = capsys.readouterr().err
+    assert re.search(r"bringing: 25%, 1.0 MB of 4.0 MB, [\d.]+ [kMGT]?B/s, \d+ s left", err)
     assert format_seconds(7503) == "2 h 05 min"
     assert format_seconds(65.4) == "1 min 05 s"
 

@@ -41,9 +41,9 @@ def json_types() -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from gap_runtime.display import Display  # noqa: PLC0415
+    from gap_runtime.display import Display, Pace  # noqa: PLC0415
     from gap_runtime.grounding.boxless import describe_boxless  # noqa: PLC0415
-    from gap_runtime.grounding.check import Compared, check_bundle  # noqa: PLC0415
+    from gap_runtime.grounding.check import Compared, check_bundle, count_rows  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
     from gap_runtime.report.check_page import make_check_page  # noqa: PLC0415
     from gap_runtime.report.page import require_writable, write_page  # noqa: PLC0415
@@ -53,14 +53,16 @@ def run(options: argparse.Namespace) -> int:
     display = Display()
     with display.step("checking files"):
         bundle = open_bundle(options, verify_all=True)
-    with display.step("comparing with PyTorch's answers"):
+    with display.progress("comparing with PyTorch's answers") as show:
         compared: list[Compared] = []
-        report = check_bundle(
-            bundle,
-            options.backend,
-            ratios=bundle.choose_ratios(options.ratios, options.keep),
-            on_compared=compared.append,
-        )
+        ratios = bundle.choose_ratios(options.ratios, options.keep)
+        pace = Pace(show, count_rows(bundle, ratios), "answers")
+
+        def note(found: Compared) -> None:
+            compared.append(found)
+            pace(1)
+
+        report = check_bundle(bundle, options.backend, ratios=ratios, on_compared=note)
     if options.html is not None:
         write_page(options.html, make_check_page(bundle, report, compared))
         display.say(f"report: {options.html}")

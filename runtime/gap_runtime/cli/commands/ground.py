@@ -27,6 +27,7 @@ from gap_runtime.errors import ConfigError, InputError, NoBoxError, show_line
 if TYPE_CHECKING:
     from PIL import Image
 
+    from gap_runtime.bundle.bundle import Bundle
     from gap_runtime.display import Display
     from gap_runtime.grounding.grounder import Grounder
     from gap_runtime.grounding.view import Grounding
@@ -154,7 +155,18 @@ def _ground_one(options: argparse.Namespace, name: str, phrases: Sequence[str]) 
     for each in found:
         start = f"{each.phrase}: " if len(found) > 1 else ""
         _show(display, each, start, quiet=options.json or options.jsonl)
+    if options.draw is None and not options.json and not options.jsonl:
+        _show_picture(grounder.bundle, picture, found)
     return 0 if all(each.boxes for each in found) else NoBoxError.exit_code
+
+
+def _show_picture(bundle: Bundle, picture: Image.Image, found: list[Grounding]) -> None:
+    """The drawing in the terminal itself, where that can show it."""
+    from gap_runtime.display import can_show_pictures, show_picture  # noqa: PLC0415
+    from gap_runtime.grounding.api import draw  # noqa: PLC0415
+
+    if can_show_pictures():
+        show_picture(draw(bundle, picture, found))
 
 
 def _ground_all(
