@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from tools.places import ROOT
+from tools.schemas import hold
 
+from gap_runtime.cli.commands import watch
 from gap_runtime.cli.main import main
 from gap_runtime.evaluation.refshapes import COLOURS, SIDE
 from gap_runtime.pictures.boxes import Box, iou
@@ -49,6 +51,8 @@ def test_a_moving_circle_is_followed(refshapes_bundle, tmp_path, capsys):
     assert main([*arguments, "--jsonl", str(jsonl), "--out", str(out)]) == 0
     assert f"{FRAMES} asked, 0 unchanged; 0 dropped, 0 broken" in capsys.readouterr().err
     lines = [json.loads(line) for line in jsonl.read_text("utf-8").splitlines()]
+    for line in lines:
+        hold(line, [watch.json_types()["--jsonl, a line"]])
     followed = {}
     for line in lines:
         is_circle = line["phrase"] == "the red circle"

@@ -17,13 +17,13 @@ DEFAULT_KEPT_MIB: Final = 256
 """Memory for pictures that may be asked about again."""
 
 
-class GroundingFacts(TypedDict):
-    """A grounding as plain data. `boxes` are left, top, right, bottom in pixels of the picture.
+class AnswerFacts(TypedDict):
+    """What was found for a phrase. `boxes` are left, top, right, bottom in pixels of the picture.
 
     `score` in [0, 1] is how sure the model was of them; `problems` says what in `answer` was no
-    usable box. `kept` of `patches` visual tokens stayed at the `ratio`: those of `kept_index`, by
-    slot. `milliseconds` is by stage: preprocess, vision, prefill, decode, total. `calls` of the
-    decoder held `drafted` tokens, of which `accepted` turned out right.
+    usable box. `kept` of `patches` visual tokens stayed at the `ratio`. `milliseconds` is by
+    stage: preprocess, vision, prefill, decode, total. `calls` of the decoder held `drafted`
+    tokens, of which `accepted` turned out right.
     """
 
     phrase: str
@@ -34,11 +34,22 @@ class GroundingFacts(TypedDict):
     ratio: float
     kept: int
     patches: int
-    kept_index: list[int]
     milliseconds: dict[str, float]
     calls: int
     drafted: int
     accepted: int
+
+
+class GroundingFacts(AnswerFacts):
+    """What was found for a phrase. `boxes` are left, top, right, bottom in pixels of the picture.
+
+    `score` in [0, 1] is how sure the model was of them; `problems` says what in `answer` was no
+    usable box. `kept` of `patches` visual tokens stayed at the `ratio`: those of `kept_index`, by
+    slot. `milliseconds` is by stage: preprocess, vision, prefill, decode, total. `calls` of the
+    decoder held `drafted` tokens, of which `accepted` turned out right.
+    """
+
+    kept_index: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

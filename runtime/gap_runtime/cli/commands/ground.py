@@ -82,7 +82,7 @@ def json_types() -> dict[str, Any]:
     from gap_runtime.grounding.view import GroundingFacts  # noqa: PLC0415 - numpy at first need
 
     class PictureGrounding(PictureName, GroundingFacts):
-        """A grounding and its picture."""
+        """What was found for a phrase, as for one picture, and the picture that was asked."""
 
     class PictureProblem(PictureName):
         """What is wrong with a picture or a line of stdin, which then may have no name."""

@@ -80,6 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_draft(parser)
 
 
+def json_types() -> dict[str, Any]:
+    """By what decides it, the type of what `--json` prints."""
+    from gap_runtime.grounding.video.watch import (  # noqa: PLC0415 - libraries at first need
+        FrameFacts,
+        WatchSummary,
+    )
+
+    return {"--json": WatchSummary, "--jsonl, a line": FrameFacts}
+
+
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from gap_runtime.display import Display  # noqa: PLC0415 - libraries only when a command runs

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from PIL import Image
 
@@ -21,11 +21,52 @@ from gap_runtime.grounding.video.change import DEFAULT_CHANGE, LastAsked
 from gap_runtime.grounding.video.latest import LatestFrames
 from gap_runtime.grounding.video.source import Frame, Source, open_source
 from gap_runtime.grounding.video.writer import open_lines, open_video, require_format, require_new
-from gap_runtime.grounding.view import Grounding
+from gap_runtime.grounding.view import AnswerFacts, Grounding
 from gap_runtime.pictures.drawing import draw_groundings
 
 _HOPELESS: Final = 100
 """Broken frames at the beginning of a source after which no good one is waited for."""
+
+
+class LiveFacts(TypedDict, total=False):
+    """When a frame of a live source came, in ISO 8601."""
+
+    at: str
+
+
+class FrameFacts(AnswerFacts, LiveFacts):
+    """A phrase in a frame: which frame, how many seconds behind the first one, and what was found.
+
+    `unchanged`: it looked as the frame before, whose boxes these are. `at`: of live sources.
+    All else is as `gap-runtime ground --json` has it.
+    """
+
+    frame: int
+    seconds: float
+    unchanged: bool
+
+
+class WatchSummary(TypedDict):
+    """What was watched: as WatchReport has it, and the `rate` in frames a second.
+
+    Of the source's frames `frames` were taken: `asked` of them, and `unchanged` which looked as
+    the one before. `dropped` ones came while an earlier one was looked at, `broken` ones could
+    not be used. `seconds` is how far the source is, of `duration` where that is known; `elapsed`
+    is how long it took. `is_stopped`: it was ended before its source did.
+    """
+
+    source: str
+    is_live: bool
+    duration: float | None
+    frames: int
+    asked: int
+    unchanged: int
+    dropped: int
+    broken: int
+    seconds: float
+    elapsed: float
+    is_stopped: bool
+    rate: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
