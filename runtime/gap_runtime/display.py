@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -96,6 +97,9 @@ def can_show_pictures() -> bool:
     if find_spec("textual_image") is None or not all(
         stream and stream.isatty() for stream in streams
     ):
+        return False
+    # A serial line says that it has no columns, by which the library would divide.
+    if 0 in os.get_terminal_size(sys.stdout.fileno()):
         return False
     from textual_image import renderable  # noqa: PLC0415 - asks the terminal
 

@@ -1,11 +1,14 @@
 """`gap-runtime ground` at a terminal: the drawing is shown in one that can, and nowhere else."""
 
+import fcntl
 import io
 import os
 import pty
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -19,16 +22,18 @@ QUESTION = b"\x1b[c"
 """What are you? A terminal with Sixel has a 4 in its answer."""
 
 
-def watch(arguments, attributes):
+def watch(arguments, attributes, lines=40):
     """All that a program writes to a terminal that answers so, and its exit code."""
     ours, theirs = pty.openpty()
+    columns = 100 if lines else 0
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 1000, 800))
     said, answered = b"", False
     with subprocess.Popen(
         [sys.executable, "-c", COMMAND, *map(str, arguments)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"},
+        env={**os.environ, "TERM": "xterm-256color"},
         close_fds=True,
     ) as program:
         os.close(theirs)
@@ -80,6 +85,13 @@ def test_else_it_does_not(arguments, more, attributes, tmp_path):
     assert b"\x1bP" not in said
     if more and more[0] == "--draw":
         assert Image.open(io.BytesIO((tmp_path / "out.png").read_bytes())).size
+
+
+def test_a_terminal_without_a_size_is_not_asked(arguments):
+    """A serial line, for example."""
+    said, code = watch(arguments, "62;4;22", lines=0)
+    assert code == 0
+    assert QUESTION not in said
 
 
 def test_in_a_pipe_nothing_is_asked(arguments):
