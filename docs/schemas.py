@@ -104,7 +104,8 @@ def tabulate(schema: Schema) -> list[str]:
     """A schema as Markdown: what each object is, and a table of its keys."""
     lines = []
     if "$ref" not in schema:
-        lines += [f"{_name(schema).capitalize()}.", ""]
+        said = _name(schema)
+        lines += [f"{said[0].upper()}{said[1:]}.", ""]
     for name, part in schema.get("$defs", {}).items():
         lines += [f"**{name}.** {_flow(part['description'])}", "", "| key | value |", "|---|---|"]
         for key, value in part["properties"].items():
