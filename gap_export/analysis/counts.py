@@ -7,7 +7,7 @@ number. The published rule is run on the user's own pictures; its counts are wha
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,11 @@ class Counts:
 
 
 def count_tokens(
-    plan: ExportPlan, folder: Path, phrase: str | None, display: Display | None = None
+    plan: ExportPlan,
+    folder: Path,
+    phrase: str | None,
+    display: Display | None = None,
+    begin: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Counts:
     """Run a pruner's adaptive rule on the pictures of a folder.
 
@@ -58,6 +62,7 @@ def count_tokens(
         folder: Pictures, or pictures and phrases in `samples.json`.
         phrase: For pruners that read one, where the folder names none.
         display: Says so where weights are read layer by layer.
+        begin: Told how many pictures there are; what it gives is told how many more are done.
 
     Raises:
         ConfigError: The pruner has no adaptive rule, or needs a phrase.
@@ -79,16 +84,19 @@ def count_tokens(
     reference = open_reference(plan, display)
     counts: dict[str, list[int]] = {}
     skipped = []
+    advance = begin(len(samples))
     for sample in samples:
         try:
             picture = load_picture(sample.path)
             bucket = reference.find_bucket(picture)
         except InputError as error:
             skipped.append(str(error))
+            advance(1)
             continue
         vision = reference.ask(picture, sample.phrase or "x", bucket).vision
         found = max(1, pruner.count_adaptively(vision)) + len(bucket.fixed)
         counts.setdefault(bucket.name, []).append(found)
+        advance(1)
     if not counts:
         raise InputError(f"{folder}: none of {len(samples)} pictures can be used; {skipped[0]}")
     buckets = {bucket.name: bucket.patches for bucket in plan.spec.buckets}

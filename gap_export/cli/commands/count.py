@@ -39,11 +39,17 @@ def run(options: argparse.Namespace) -> int:
     display = Display()
     plan = survey(options, display)
     from gap_export.analysis.counts import count_tokens  # noqa: PLC0415
-    from gap_runtime.display import print_table  # noqa: PLC0415
+    from gap_runtime.display import Pace, print_table  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
-    with display.step("running the adaptive rule"):
-        found = count_tokens(plan, options.images, options.phrase, display)
+    with display.progress("running the adaptive rule") as show:
+        found = count_tokens(
+            plan,
+            options.images,
+            options.phrase,
+            display,
+            begin=lambda total: Pace(show, total, "pictures"),
+        )
     for line in found.skipped:
         display.say(f"left out: {line}")
     if options.json:
