@@ -15,7 +15,7 @@ from gap_runtime.cli import options as runtime_command
 from gap_runtime.grounding.compare import TOLERANCES
 from gap_runtime.grounding.view import GroundingFacts
 from gap_runtime.registry import list_plugins
-from gap_runtime.service import app, questions, server
+from gap_runtime.service import app, connections, questions
 from gap_runtime.service.models import Reply
 from gap_runtime.service.openapi import describe_service
 from gap_runtime.service.settings import ServiceSettings
@@ -129,7 +129,8 @@ def test_the_page_on_the_service_says_its_limits():
     usual = ServiceSettings()
     rows = read_table(text, "| option | default | beyond it |")
     said = {row[0].strip("`").split()[0]: int(row[1].split()[0]) for row in rows}
-    assert said.pop("connections") == server._CONNECTIONS
+    assert said.pop("connections") == connections.MOST_CONNECTIONS
+    assert said.pop("a") == connections.IDLE_SECONDS  # connection without a request
     assert said.pop("phrases") == usual.phrases
     assert said.pop("--keep-pictures") == 256
     assert said == {
@@ -156,7 +157,7 @@ def test_the_page_on_the_service_names_its_addresses_and_keys():
     assert set(example["results"][0]) == set(get_type_hints(GroundingFacts))
     reply = Reply(
         model="", size=(1, 1), found=(), cells=None, prompt_tokens=0, picture_ms=0.0
-    ).dump(0.0)
+    ).dump({"queue": 0.0})
     assert set(example) == set(reply)
     assert set(example["milliseconds"]) == set(reply["milliseconds"])
 
