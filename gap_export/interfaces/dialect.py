@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 # B batch (1), S rows, H query heads, G key/value heads, L cache slots, D width, d head width,
-# E = H * d, F = G * d.
+# E = H * d, F = G * d; V views, C width of a tower, p side of a patch, h and w patches of a column
+# and a row.
 
 FUSED: Final = "com.microsoft.MatMulNBits"
 """onnxruntime's product with weights in blocks, by its full name."""
@@ -106,3 +108,25 @@ def slot_causal_mask(rows: Rows, slots: int) -> Tensor:
     """
     row_slot_BS = rows.write_slot_B[:, None] + torch.arange(rows.cosine_BSd.shape[1])
     return torch.arange(slots) <= row_slot_BS[:, None, :, None]
+
+
+def multiply_patches(op: Any, pixels: Any, weight: Any, bias: Any) -> Any:
+    """A patch embedding as one product: [V, 3, h * p, w * p] to [V, C, h, w].
+
+    The kernel of a convolution whose patches do not overlap is the matrix [C, 3 * p * p] as it
+    lies in the file: a row of it runs over channels, then rows, then columns, as patches do.
+    """
+    width, channels, side, _ = weight.shape
+    views, _, height, length = pixels.shape
+    rows, columns, inner = height // side, length // side, channels * side * side
+
+    def reshape(x: Any, *shape: int) -> Any:
+        result = op.Reshape(x, op.Constant(value_ints=list(shape)))
+        result.shape, result.dtype = ir.Shape(shape), weight.dtype
+        return result
+
+    cut = reshape(pixels, views, channels, rows, side, columns, side)
+    patches = reshape(op.Transpose(cut, perm=[0, 2, 4, 1, 3, 5]), views * rows * columns, inner)
+    product = op.Gemm(patches, reshape(weight, width, inner), bias, transB=1)
+    product.shape, product.dtype = ir.Shape([views * rows * columns, width]), weight.dtype
+    return op.Transpose(reshape(product, views, rows, columns, width), perm=[0, 3, 1, 2])

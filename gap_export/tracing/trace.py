@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gap_export.errors import ExportError
-from gap_export.interfaces.dialect import Dialect
+from gap_export.interfaces.dialect import Dialect, multiply_patches
 from gap_export.tracing.converter import quick_conversion
 from gap_export.tracing.determinantal import translate_determinantal
 from gap_export.tracing.farthest import translate_farthest
@@ -28,6 +28,8 @@ from gap_export.tracing.graph import Traced, named_values
 from gap_export.tracing.tidy import quiet, tidy
 from gap_runtime.bundle.tensors import TensorSpec
 
+_BFLOAT16_CONV: Final = 22
+"""The first opset whose `Conv` takes bfloat16."""
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _NO_SCOPE: Final = "_empty_nn_module_stack"
 """Begins what torch calls the module of nodes that are of none."""
@@ -87,7 +89,7 @@ def trace(
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
                 dynamic_shapes=free,
-                custom_translation_table=_translations(dialect, opset),
+                custom_translation_table=_translations(dialect, opset, dtype),
                 optimize=False,
                 verbose=False,
             )
@@ -130,7 +132,7 @@ def _name_parameters(graph: ir.Graph, module: nn.Module) -> None:
             graph.initializers[own] = value
 
 
-def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
+def _translations(dialect: Dialect, opset: int, dtype: str) -> dict[Any, Any]:
     """Torch operators that are written otherwise than the converter would."""
     op: Any = Opset("", opset)
 
@@ -154,6 +156,8 @@ def _translations(dialect: Dialect, opset: int) -> dict[Any, Any]:
         torch.ops.gap.choose_farthest.default: farthest,
     }
     embed = dialect.translate_convolution
+    if embed is None and dtype == "bfloat16" and opset < _BFLOAT16_CONV:
+        embed = multiply_patches
     if embed is not None:
 
         def convolve(
