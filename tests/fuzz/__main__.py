@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fuzz import bundles, checkpoints, compiled, hub, inputs, parsers, requests
+from fuzz import bundles, checkpoints, compiled, hub, inputs, parsers, requests, videos
 from fuzz.bundles import BundleCase
 from fuzz.outcome import FAILURES, judge
 
@@ -31,6 +31,7 @@ KINDS = {
     "chat-bodies": requests.chat_bodies,
     "forms": requests.forms,
     "pipe": requests.pipe,
+    "videos": videos.videos,
     "hub": hub.replies,
     "compiled": compiled.openvino,
     "settings": checkpoints.settings,

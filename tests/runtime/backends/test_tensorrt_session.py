@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 
@@ -168,6 +169,11 @@ def test_rtx_compiles_before_it_runs_and_keeps_what_it_compiled(open_bundle):
     assert len(trt.compiled) == 2
     assert kept.read_bytes().startswith(b"kernels:")
     assert not list(kept.parent.glob(".*"))
+    # Nobody waits for what is no file.
+    kept.unlink()
+    os.mkfifo(kept)
+    feed(backend.open_decoder(bundle, bundle.manifest.stage("decoder"), ""))
+    assert kept.read_bytes().startswith(b"kernels:")
 
 
 def test_kernels_that_cannot_be_kept(open_bundle, monkeypatch):

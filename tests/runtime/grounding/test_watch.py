@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 from datetime import datetime
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -418,3 +419,31 @@ def test_frames_of_phones_are_turned_upright():
     assert (turned.size, turned.getpixel((0, 0))) == ((20, 40), (255, 0, 0))
     assert sources.turn(picture, -90).getpixel((19, 39)) == (255, 0, 0)
     assert sources.turn(picture, 0) is picture
+
+
+def test_frames_that_are_too_large_are_refused(run, moving, tmp_path, monkeypatch):
+    monkeypatch.setattr("gap_runtime.pictures.limits.MAX_PIXELS", SIDE * SIDE - 1)
+    code, _, err = run(moving, "--phrase", "the red mug")
+    assert code == 2
+    assert f"moving.avi: frames of {SIDE}x{SIDE} pixels, at most 4,095 in all" in err
+    # Later frames may be of another size than the head of the file says.
+    monkeypatch.setattr("gap_runtime.pictures.limits.MAX_PIXELS", 3000)
+    path = tmp_path / "grows.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 20, 20, "rgb24"
+        for number, side in enumerate((20, SIDE, 20)):
+            (packet,) = encode_one(side)
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            container.mux(packet)
+    frames = list(sources.open_source(path).read())
+    assert [isinstance(each, InputError) for each in frames] == [False, True, False]
+
+
+def encode_one(side):
+    """A frame as a packet of no file."""
+    context = av.CodecContext.create("png", "w")
+    context.width = context.height = side
+    context.pix_fmt, context.time_base = "rgb24", Fraction(1, 10)
+    frame = av.VideoFrame.from_image(Image.new("RGB", (side, side)))
+    return [*context.encode(frame), *context.encode(None)]

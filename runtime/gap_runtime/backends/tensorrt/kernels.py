@@ -10,6 +10,8 @@ from typing import Any
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import provider_cache
 from gap_runtime.bundle.files import write_whole
+from gap_runtime.errors import EngineError
+from gap_runtime.records.files import read_bytes
 
 _RUNTIME = "tensorrt-rtx"
 
@@ -35,8 +37,8 @@ class CompiledKernels:
         folder = provider_cache(bundle, _RUNTIME)
         self._path: Path | None = None if folder is None else folder / f"{stage}.kernels"
         self._size = 0
-        with contextlib.suppress(OSError):
-            blob = self._path.read_bytes() if self._path else b""
+        with contextlib.suppress(EngineError):
+            blob = read_bytes(self._path, EngineError) if self._path else b""
             # The library proves it, and takes nothing of what is not for here.
             if blob and self._cache.deserialize(blob):
                 self._size = len(blob)

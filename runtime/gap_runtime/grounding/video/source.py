@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from PIL import Image
 
 from gap_runtime.errors import ConfigError, InputError
+from gap_runtime.pictures import limits
 from gap_runtime.pictures.load import list_pictures, load_picture, open_picture
 from gap_runtime.records.files import is_folder, open_file
 
@@ -199,6 +200,14 @@ class Video:
         if context is None:
             container.close()
             raise InputError(f"{name}: its video is in a codec that this PyAV cannot decode")
+        if context.width * context.height > limits.MAX_PIXELS:
+            container.close()
+            raise InputError(
+                f"{name}: frames of {context.width}x{context.height} pixels, at most "
+                f"{limits.MAX_PIXELS:,} in all are read; scale it down"
+            )
+        # Later frames may be larger than the first; the decoder refuses them before it has room.
+        context.options = {"max_pixels": str(limits.MAX_PIXELS)}
         # Threads by frame hold frames back, and take others along when one is broken.
         self._stream.thread_type = "SLICE"
         microseconds = None if is_live else container.duration
