@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gap_export.checkpoint.folder import HUB_FILES, NO_WEIGHTS, TORCH_FILES
 from gap_export.errors import CheckpointError
-from gap_runtime.bundle.hub_library import describe_failure
+from gap_runtime.bundle.hub_library import describe_failure, library_failures
 from gap_runtime.records.files import is_file, is_folder, read_text
 
 
@@ -34,7 +34,6 @@ def find_snapshot(hub_id: str, revision: str | None) -> Path | None:
 def download(hub_id: str, revision: str | None, advice: str) -> Path:
     """A hub repository in the local cache, in a folder that has its commit for a name."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only where a hub id is given
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
 
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES)))
@@ -45,7 +44,7 @@ def download(hub_id: str, revision: str | None, advice: str) -> Path:
                 allow_patterns=list(TORCH_FILES),
                 ignore_patterns=[*NO_WEIGHTS, "*/*"],
             )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except library_failures() as error:
         raise explain_failure(hub_id, error, advice) from error
     return folder
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 from gap_export.checkpoint.folder import list_weight_files
 from gap_export.checkpoint.hub import explain_failure, find_snapshot, is_hub_id
 from gap_export.errors import CheckpointError
+from gap_runtime.bundle.hub_library import library_failures
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.records.files import exists, expand
 
@@ -80,8 +81,6 @@ class ShapeSource:
         """The small files of a repository, and placeholders by the headers of its weights."""
         from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415 - slow to import
         from huggingface_hub.errors import (  # noqa: PLC0415
-            HfHubHTTPError,
-            HFValidationError,
             NotASafetensorsRepoError,
             SafetensorsParsingError,
         )
@@ -95,7 +94,7 @@ class ShapeSource:
                 f"{hub_id}: has no safetensors, and shapes in other files are only told by the "
                 f"whole of them; {advice}"
             ) from error
-        except (HfHubHTTPError, HFValidationError, SafetensorsParsingError, OSError) as error:
+        except (*library_failures(), SafetensorsParsingError) as error:
             raise explain_failure(hub_id, error, advice) from error
         folder = self._home / hub_id.replace("/", "--") / commit
         folder.mkdir(parents=True, exist_ok=True)

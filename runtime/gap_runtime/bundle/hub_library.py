@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Final
 
 from gap_runtime.errors import HubError
@@ -12,6 +13,10 @@ _STATUSES: Final = {
     409: "somebody else changed it meanwhile; try again",
     412: "somebody else changed it meanwhile; try again",
 }
+
+_NO_HUB: Final = "what answers there is no hub; see HF_ENDPOINT and proxies"
+_MISSHAPEN: Final = (LookupError, TypeError, AttributeError, AssertionError)
+"""What Python says where data has another shape than it is taken for."""
 
 
 def load_library() -> Any:
@@ -33,9 +38,14 @@ def load_library() -> Any:
 
 
 def library_failures() -> tuple[type[Exception], ...]:
-    """What calls of huggingface_hub may raise where the world, and not the caller, is wrong."""
+    """What calls of huggingface_hub may raise where the world, and not the caller, is wrong.
+
+    It takes replies and cards for what they should be: others end in errors of Python's own, or
+    of the library that reads cards.
+    """
     errors = load_library().errors
-    return (_http_errors(), OSError, ValueError, RuntimeError, errors.XetDownloadError)
+    world = (_http_errors(), OSError, ValueError, RuntimeError, errors.XetDownloadError)
+    return (*world, *_MISSHAPEN, import_module("yaml").YAMLError)
 
 
 def _http_errors() -> type[Exception]:
@@ -56,7 +66,7 @@ def describe_failure(error: Exception) -> str:
             "no such repository, or a private one that your token does not open"
         ),
         errors.RevisionNotFoundError: "no such branch, tag or commit in it",
-        errors.FileMetadataError: "what answers there is no hub; see HF_ENDPOINT and proxies",
+        **dict.fromkeys((errors.FileMetadataError, *_MISSHAPEN), _NO_HUB),
     }
     if isinstance(error.__cause__, errors.FileMetadataError):
         error = error.__cause__

@@ -1,5 +1,6 @@
 """Push and pull with huggingface_hub's own client, against a stand-in of the hub."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -204,6 +205,36 @@ def test_licences_of_the_source(hub, tmp_path):
     assert find_license(ask_source("org/none")).name == UNKNOWN
     assert find_license(ask_source("mine")).describe().startswith("the licence of the source mod")
     assert find_license(ask_source("mine"), "MIT").name == "mit"
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        *(
+            "---\na: [\n---\n",
+            "---\n\ta: b: c\n---\n",
+            "---\na: !!python/object:os.system x\n---\n",
+        ),
+        *("---\n? [a]\n: b\n---\n", "---\n1: 2\n---\n", "---\nself: 2\n---\n", "---\n- a\n---\n"),
+        *("---\nlicense: [mit]\n---\n", "---\na: " + "[" * 3000 + "\n---\n", "\0"),
+    ],
+)
+def test_a_card_that_is_none_names_no_licence(tmp_path, card):
+    (tmp_path / "README.md").write_text(card)
+    assert find_license(ask_source(str(tmp_path))).name == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [{"siblings": 7}, {"siblings": [{"x": 1}]}, {"siblings": [None]}, {"sha": 7}, {"id": None}],
+)
+def test_what_answers_as_no_hub_does_is_told(hub, bundle, reply):
+    push(bundle, parse_name(NAME), FREE)
+    hub.cards[NAME] = reply
+    with contextlib.suppress(HubError):
+        folder = pull(parse_name(NAME))
+        # What is not needed of a reply may be anything.
+        assert Bundle.open(folder, verify_all=True).manifest == bundle.manifest
 
 
 @pytest.mark.parametrize(
