@@ -24,7 +24,10 @@ DEEPEST: Final = 64
 """Lists and tables in each other at most."""
 LONGEST_INTEGER: Final = 40
 """Digits of an integer at most."""
-_LONG_DIGITS: Final = re.compile(rf"\d{{{LONGEST_INTEGER + 1}}}")
+_STRIDE: Final = 4
+_LONG_DIGITS: Final = re.compile(rf"[0-9]{{{(LONGEST_INTEGER + 1) // _STRIDE}}}")
+"""Of every fourth character: where there is none, no integer is too long. A picture in base64 is
+looked through in a tenth of the time that all of its characters take."""
 
 
 def parse_json(data: bytes | str, where: str, kind: type[GapError], advice: str = "") -> Any:
@@ -42,7 +45,7 @@ def parse_json(data: bytes | str, where: str, kind: type[GapError], advice: str 
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         # Only where a number may be too long: a function for each makes reading slow.
-        parse_int = _parse_integer if _LONG_DIGITS.search(text) else None
+        parse_int = _parse_integer if _LONG_DIGITS.search(text[::_STRIDE]) else None
         value = json.loads(text, parse_int=parse_int)
         _require_flat(value)
     except RecursionError as error:
@@ -131,8 +134,9 @@ def _require_short(value: Any) -> None:
 
 
 def _parse_integer(digits: str) -> int:
-    if len(digits) > LONGEST_INTEGER:
-        raise ValueError(f"an integer of {len(digits)} digits")
+    length = len(digits.removeprefix("-"))
+    if length > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {length} digits")
     return int(digits)
 
 

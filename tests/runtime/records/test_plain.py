@@ -59,6 +59,15 @@ def test_long_integers(digits):
             parse_json(text, "x", InputError)
 
 
+@pytest.mark.parametrize("before", range(5))
+def test_a_long_integer_is_found_wherever_it_begins(before):
+    for sign in ("", "-"):
+        text = " " * before + sign + "7" * LONGEST_INTEGER
+        assert parse_json(text, "x", InputError) == int(text)
+        with pytest.raises(InputError, match=f"an integer of {LONGEST_INTEGER + 1} digits"):
+            parse_json(f"{text}7", "x", InputError)
+
+
 def test_digits_in_a_text_are_no_number():
     assert parse_json(json.dumps(["7" * 400]), "x", InputError) == ["7" * 400]
 
