@@ -21,7 +21,7 @@ def new_hash() -> blake3:
     return blake3()
 
 
-def hash_bytes(data: bytes) -> str:
+def hash_bytes(data: bytes | memoryview) -> str:
     """Hash of bytes as hexadecimal text."""
     return blake3(data).hexdigest()
 

@@ -216,7 +216,7 @@ class KeptViews:
         if not self._limit:
             return view
         values = np.asarray(view.picture)
-        key = f"{values.shape} {hash_bytes(values.tobytes())}"
+        key = f"{values.shape} {hash_bytes(values.data.cast('B'))}"
         found = self._views.setdefault(key, view)
         found.key = key
         self._views.move_to_end(key)

@@ -199,6 +199,10 @@ def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
         InputError: The picture holds values that have no fixed range (32-bit float).
     """
     upright = _turn(picture, turned=turned)
+    is_plain = type(picture) is Image.Image and picture.mode == "RGB" and not picture.info
+    if is_plain and upright is picture:
+        # As it came from here, from an array or a video: one copy does.
+        return picture.copy()
     if upright.mode == "F":
         raise InputError("a picture of 32-bit floats has no fixed range; save it with 8 bits")
     if upright.mode.startswith("I"):

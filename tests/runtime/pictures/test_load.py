@@ -89,6 +89,18 @@ def test_exif_orientation_is_applied_once(tmp_path):
     assert np.array_equal(np.asarray(to_rgb(once)), np.asarray(once))
 
 
+def test_a_picture_of_plain_pixels_is_one_of_its_own(noise):
+    before = np.asarray(noise).copy()
+    taken = to_rgb(noise)
+    noise.paste((1, 2, 3), (0, 0, *noise.size))
+    assert np.array_equal(np.asarray(taken), before)
+    # One that says how it lies, in no file.
+    taken.getexif()[0x0112] = 3
+    turned = to_rgb(taken)
+    assert np.array_equal(np.asarray(turned), before[::-1, ::-1])
+    assert dict(turned.getexif()) == {}
+
+
 def test_photo_with_a_sloppy_exif_entry_is_read_upright(tmp_path):
     # The description's type says float; cameras and editors write such entries.
     entries = struct.pack("<HHIf", 0x010E, 11, 1, 1.5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
