@@ -93,7 +93,9 @@ class Dialect(Protocol):
 
 def split_heads(x_SE: Tensor, head_dim: int) -> Tensor:
     """[S, heads * d] to [B, heads, S, d]."""
-    return x_SE.reshape(1, x_SE.shape[0], -1, head_dim).transpose(1, 2)
+    # The number of heads as it is: TensorRT does not find it beside rows that are free.
+    heads = x_SE.shape[1] // head_dim
+    return x_SE.reshape(1, x_SE.shape[0], heads, head_dim).transpose(1, 2)
 
 
 def merge_heads(x_BHSd: Tensor) -> Tensor:
