@@ -13,8 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from gap_export.config.pruners import IVC
+from gap_export.config.pruners import IVC, PRUNERS
 from gap_export.interfaces.features import AdaptivePruner
+from gap_export.interfaces.pruner import load_pruner
 from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.reference.samples import SAMPLES_FILE, Sample, read_samples
@@ -22,6 +23,7 @@ from gap_runtime.bundle.layout import find_ratio
 from gap_runtime.display import Display
 from gap_runtime.errors import ConfigError, InputError
 from gap_runtime.pictures.load import load_picture
+from gap_runtime.registry import list_plugins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +42,24 @@ class BucketCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PictureCount:
+    """What the rule kept of one picture."""
+
+    picture: str
+    bucket: str
+    kept: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What was counted, by bucket. `skipped` says which pictures could not be used, and why."""
+    """What was counted, by bucket and by picture.
+
+    `skipped` says which pictures could not be used, and why.
+    """
 
     pruner: str
     buckets: tuple[BucketCounts, ...]
+    pictures: tuple[PictureCount, ...]
     skipped: tuple[str, ...]
 
 
@@ -75,7 +90,8 @@ def count_tokens(
         )
     if not hasattr(plan.pruner, "count_adaptively"):
         raise ConfigError(
-            f"pruner '{strategy}' has no adaptive rule; choose a --ratio or --keep yourself"
+            f"pruner '{strategy}' has no adaptive rule ({', '.join(_list_adaptive())} have one); "
+            "choose a --ratio or --keep yourself"
         )
     pruner: AdaptivePruner = plan.pruner  # type: ignore[assignment]
     samples = list(_read_folder(folder, phrase))
@@ -83,6 +99,7 @@ def count_tokens(
         raise ConfigError(f"pruner '{strategy}' reads the phrase; give one with --phrase")
     reference = open_reference(plan, display)
     counts: dict[str, list[int]] = {}
+    pictures = []
     skipped = []
     advance = begin(len(samples))
     for sample in samples:
@@ -97,14 +114,23 @@ def count_tokens(
         found = max(1, pruner.count_adaptively(vision)) + len(bucket.fixed)
         counts.setdefault(bucket.name, []).append(found)
         advance(1)
+        pictures.append(PictureCount(picture=str(sample.path), bucket=bucket.name, kept=found))
     if not counts:
         raise InputError(f"{folder}: none of {len(samples)} pictures can be used; {skipped[0]}")
     buckets = {bucket.name: bucket.patches for bucket in plan.spec.buckets}
     return Counts(
         pruner=strategy,
         buckets=tuple(_summarize(name, buckets[name], found) for name, found in counts.items()),
+        pictures=tuple(pictures),
         skipped=tuple(skipped),
     )
+
+
+def _list_adaptive() -> list[str]:
+    """The pruners whose method chooses the count."""
+    return [
+        name for name in list_plugins(PRUNERS) if hasattr(load_pruner(name), "count_adaptively")
+    ]
 
 
 def _read_folder(folder: Path, phrase: str | None) -> Iterable[Sample]:

@@ -119,6 +119,19 @@ def _placed_tensors(index: Path) -> dict[str, set[str]]:
     return files
 
 
+def refuse_pointer(head: bytes, shown: Path) -> None:
+    """Refuse what Git leaves in the place of a large file that was not fetched.
+
+    Raises:
+        CheckpointError: The file begins as such.
+    """
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{shown}: a pointer of Git LFS in place of the file; fetch it with `git lfs pull` or "
+            "download it again"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
+from gap_export.checkpoint.folder import refuse_pointer
 from gap_export.checkpoint.tensor import FileIndex, TensorLocation
 from gap_export.errors import CheckpointError
 from gap_runtime.records.files import SMALL_BYTES, open_file
@@ -30,7 +31,10 @@ def index_safetensors_file(path: Path, shown: Path) -> FileIndex:
     advice = "the file is cut short or no safetensors file; download it again"
     with open_file(path, CheckpointError, advice="download it again") as file:
         size = os.fstat(file.fileno()).st_size
-        start = 8 + int.from_bytes(file.read(8), "little")
+        head = file.read(64)
+        refuse_pointer(head, shown)
+        start = 8 + int.from_bytes(head[:8], "little")
+        file.seek(8)
         if size < 8 or start > size:
             raise CheckpointError(f"{shown}: {size} bytes hold no complete header; {advice}")
         if start > SMALL_BYTES:

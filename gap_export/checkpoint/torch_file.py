@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Final
 
 import torch
 
+from gap_export.checkpoint.folder import refuse_pointer
 from gap_export.checkpoint.legacy_torch_file import MAGIC, load_legacy
 from gap_export.checkpoint.torch_pickle import DAMAGE, Record, Skeleton, unpickling
 from gap_export.errors import CheckpointError
@@ -76,6 +77,7 @@ def _load(path: Path, shown: Path) -> Skeleton:
     """What a torch file holds, in either of torch's formats."""
     with open_file(path, CheckpointError, advice="download it again") as file:
         head = file.read(64)
+        refuse_pointer(head, shown)
         if MAGIC in head:
             return load_legacy(file, shown)
         if not head.startswith(b"PK"):

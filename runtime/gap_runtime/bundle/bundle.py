@@ -140,6 +140,10 @@ class Bundle:
         for entry in entries:
             if ratio is None or abs(entry.ratio - ratio) < 1e-9:
                 return entry
+        for entry in entries:
+            # As it was shown: 0.888889 for what was exported at 0.8888888888888888.
+            if f"{entry.ratio:g}" == f"{ratio:g}":
+                return entry
         # Every bucket has a ratio.
         assert ratio is not None
         have = ", ".join(dict.fromkeys(f"{entry.ratio:g}" for entry in entries))

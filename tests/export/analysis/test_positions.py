@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -385,6 +386,10 @@ def test_buckets_are_counted_apart_and_other_pictures_left_out(get, run, find, t
     counts = [look(case, tmp_path / f"{name}.png").count_adaptively("prumerge") for name in "abc"]
     require_counts(first, counts[:2], 39, 3, "126x42-3x9")
     require_counts(second, counts[2:], 19, 1, "126x42-1x9")
+    # Newlines count too: three in the first bucket, one in the second.
+    every = [counts[0] + 3, counts[1] + 3, counts[2] + 1]
+    assert [each["kept"] for each in found["pictures"]] == every
+    assert [Path(each["picture"]).stem for each in found["pictures"]] == list("abc")
     (skipped,) = found["skipped"]
     assert "40x90" in skipped
     _, out, err = run(*flags)
@@ -405,8 +410,9 @@ def test_count_for_people(run, find, pictures):
 @pytest.mark.parametrize("pruner", [p for p in PRUNERS if p not in ADAPTIVE])
 def test_pruners_without_an_adaptive_rule(refuse, pictures, pruner):
     message = refuse(2, "config", "count", *refshapes_with(pruner), "--images", pictures)
-    assert (
-        message == f"pruner '{pruner}' has no adaptive rule; choose a --ratio or --keep yourself"
+    assert message == (
+        f"pruner '{pruner}' has no adaptive rule (prumerge, prumerge_plus, trim have one); choose "
+        "a --ratio or --keep yourself"
     )
 
 

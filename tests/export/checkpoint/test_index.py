@@ -169,7 +169,7 @@ def test_a_shape_that_does_not_fit_its_bytes(single, shape):
 
 def test_a_git_lfs_pointer(single):
     (single / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "download" in refuse_checkpoint(single)
+    assert "a pointer of Git LFS" in refuse_checkpoint(single)
 
 
 def test_a_config_is_asked_for_by_who_needs_it(single):

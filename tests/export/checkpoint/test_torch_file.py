@@ -350,7 +350,6 @@ def test_a_torch_file_that_lacks_bytes_in_its_middle(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         b"<!DOCTYPE html><html><body>404</body></html>",
         pickle.dumps({"a": [1.0]}),
         bytes(4096),

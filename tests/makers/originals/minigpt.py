@@ -167,7 +167,14 @@ def make_minigpt(
             "model": settings,
             "datasets": {"refcoco": {"vis_processor": {"train": {"image_size": image_size}}}},
         },
-        "scaler": None,
+        # Of torch's GradScaler; they train with mixed precision.
+        "scaler": {
+            "scale": 65536.0,
+            "growth_factor": 2.0,
+            "backoff_factor": 0.5,
+            "growth_interval": 2000,
+            "_growth_tracker": 100,
+        },
         "epoch": 3,
     }
     torch.save(whole, home / "minigptv2_checkpoint.pth")

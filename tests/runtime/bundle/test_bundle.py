@@ -125,6 +125,18 @@ def test_a_ratio_is_found_by_its_value(make_bundle):
     assert Bundle.open(make_bundle()).choose_ratio(0.75).kept == 4
 
 
+def test_a_ratio_is_found_as_it_was_shown(make_bundle):
+    bundle = Bundle.open(make_bundle())
+    first, *rest = bundle.manifest.ratios
+    ratios = (dataclasses.replace(first, ratio=8 / 15), *rest)
+    manifest = dataclasses.replace(bundle.manifest, ratios=ratios)
+    bundle = dataclasses.replace(bundle, manifest=manifest)
+    assert bundle.choose_ratio(0.533333) is bundle.choose_ratio(8 / 15) is ratios[0]
+    assert bundle.choose_ratios([0.533333]) == (8 / 15,)
+    with pytest.raises(ConfigError, match=r"no ratio 0\.53; have 0\.533333"):
+        bundle.choose_ratio(0.53)
+
+
 @pytest.mark.parametrize("ratio", [0.4, 0.50001, 0, -1, float("nan")])
 def test_unknown_ratio_lists_what_there_is(make_bundle, ratio):
     bundle = Bundle.open(make_bundle())
