@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -84,13 +85,16 @@ _LORA_KEY: Final = re.compile(
 )
 _QUANTIZER_STATE: Final = (r"^llama_model\..*\.(SCB|weight_format)$",)
 """What bitsandbytes leaves in of frozen weights that were quantized for training."""
+_TOWER: Final = "visual_encoder."
+"""Before the names of EVA's tensors where it was trained with the rest (`freeze_vit: False`)."""
 _UNUSED_VISION: Final = (r"^(norm|fc_norm|head)\.", r"^mask_token$", r"relative_position")
 
 
 def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """EVA and the language model."""
-    del checkpoint, text
-    return dict(PARTS)
+    """EVA, where it was not trained with the rest, and the language model."""
+    del text
+    is_inside = any(key.startswith(_TOWER) for key in checkpoint.tensors)
+    return {role: place for role, place in PARTS.items() if role != "vision" or not is_inside}
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
@@ -105,7 +109,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     where = str(language.folder / "config.json")
     data = language.require_json("config.json")
     text = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
-    tower = _read_tower(checkpoint.require_part("vision"), config)
+    tower = _read_tower(_find_eva(checkpoint), config)
     return ModelSpec(
         buckets=(
             Bucket(name="", canvas=None, grids=(_token_grid(tower),), strip=_STRIP, fixed=()),
@@ -141,7 +145,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
         checkpoint,
         expected_shapes(lambda: build_projector(spec)) | _own_shapes(checkpoint, tower),
         rename=_own_name,
-        ignored=(*IGNORED, *_QUANTIZER_STATE),
+        ignored=(*IGNORED, *_QUANTIZER_STATE, rf"^{re.escape(_TOWER)}"),
         optional=frozenset() if has_norm else frozenset({"ln_vision.weight", "ln_vision.bias"}),
     )
     language = match_tensors(
@@ -152,7 +156,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     )
     sources = {name: stored(tensor) for name, tensor in language.items()}
     sources |= _merge_lora(language, own, spec.library_config.lora)
-    sources |= _find_tower(checkpoint.parts["vision"], tower)
+    sources |= _find_tower(_find_eva(checkpoint), tower)
     for name in ("llama_proj.weight", "llama_proj.bias"):
         sources[name] = stored(own[name])
     for name, value in (("ln_vision.weight", 1.0), ("ln_vision.bias", 0.0)):
@@ -179,10 +183,11 @@ def load_eager(
         own = loader.open()
         tensors = _merged_tensors(loader.open("language"), own, spec.library_config.lora.alpha)
         model = loader.build(LlamaForCausalLM, spec.library_config.text, tensors)
+        inside = {key.removeprefix(_TOWER): v for key, v in own.items() if key.startswith(_TOWER)}
         projector = {key: each for key, each in own.items() if key.startswith("llama_proj.")}
         return EagerGrounder(
             tower=EagerEva(
-                loader.read(loader.open("vision")),
+                loader.read(inside or loader.open("vision")),
                 _read_norm(own, tower.width, loader.dtype),
                 layers=tower.layers,
                 heads=tower.heads,
@@ -209,6 +214,23 @@ class _Config:
     tower: EvaShape
     text: LlamaConfig
     lora: _Lora
+
+
+def _find_eva(checkpoint: Checkpoint) -> Checkpoint:
+    """EVA's tensors by their names in its file: the checkpoint's own, else those of the file."""
+    own = {
+        key.removeprefix(_TOWER): tensor
+        for key, tensor in checkpoint.tensors.items()
+        if key.startswith(_TOWER)
+    }
+    if not own:
+        return checkpoint.require_part("vision")
+    unreadable = {
+        key.removeprefix(_TOWER): dtype
+        for key, dtype in checkpoint.unreadable.items()
+        if key.startswith(_TOWER)
+    }
+    return dataclasses.replace(checkpoint, tensors=own, unreadable=unreadable)
 
 
 def _read_tower(part: Checkpoint, config: ExportConfig) -> EvaShape:

@@ -280,3 +280,30 @@ def test_lora_on_other_layers(minigpt, tmp_path):
         wanted = base[f"model.{stem}.weight"].double() + 24 / 8 * up.double() @ down.double()
         found = make_tensor(plan.sources[f"language_model.{stem}.weight"])
         torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tower_that_was_trained_with_the_rest(minigpt, tmp_path):
+    """`freeze_vit: False`: their runner saves it too, and the file of EVA is not needed."""
+    file = minigpt.place("vision")
+    eva = torch.load(file, weights_only=True)
+    trained = {
+        name: 2 * value for name, value in eva.items() if not name.startswith(("head.", "norm."))
+    }
+    torch.save(eva | trained, file)
+
+    def read(out):
+        plan = minigpt.plan(tmp_path / out)
+        pixels = torch.linspace(-1, 1, 3 * 56 * 56).reshape(1, 3, 56, 56)
+        eager = plan.family.load_eager(plan.checkpoint, plan.spec, "float32")
+        values = {name: make_tensor(source) for name, source in plan.sources.items()}
+        return values, eager.look(pixels, plan.spec.buckets[0]).patches
+
+    expected, patches = read("a")
+    inside = {f"visual_encoder.{name}": value.float() for name, value in trained.items()}
+    edit_whole(minigpt, lambda whole: whole["model"].update(inside))
+    file.unlink()
+    del minigpt.overrides["parts.vision"]
+    found, again = read("b")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value.float(), expected[name].float()) for name, value in found.items())
+    assert torch.equal(patches, again)
