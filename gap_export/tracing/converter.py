@@ -75,6 +75,11 @@ def rewrite(graph: fx.Graph) -> None:
             _put(node, _COPY, dtype=value.dtype)
         elif target is _ATEN.flatten.using_ints:
             _put(node, _ATEN.reshape.default, _find_shape(node, sizes))
+        elif target in {_ATEN.reshape.default, _ATEN.view.default}:
+            # A -1 is a number where it is known: parsers of engines ask for it.
+            given = zip(node.args[1], value.shape, strict=True)
+            shape = [size if isinstance(known, torch.SymInt) else known for size, known in given]
+            _put(node, target, shape)
         elif target in {_ATEN.numpy_T.default, _ATEN.mT.default}:
             axes = [*range(value.dim())]
             axes[-2:] = reversed(axes[-2:])

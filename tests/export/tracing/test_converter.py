@@ -20,6 +20,7 @@ class Known(nn.Module):
     def forward(self, x_SHd):
         rows, heads, width = x_SHd.shape
         flat_SE = x_SHd.transpose(0, 1).transpose(0, 1).flatten(1)
+        flat_SE = flat_SE.reshape(rows, -1, width).flatten(1)
         table = torch.tensor([2.0, 3.0])
         mask = (flat_SE > 0) & (flat_SE.to(torch.float64) < 1)
         same = flat_SE.to(torch.float32).reshape(rows, heads * width).view(rows, heads * width)
@@ -92,3 +93,13 @@ def test_nodes_are_those_of_a_second_capture(monkeypatch):
     assert [node.op_type for node in once.model.graph] == [
         node.op_type for node in twice.model.graph
     ]
+    # Where an engine's parser would have to find a size beside a free one, the number is said.
+    joined = [
+        value.const_value.numpy().tolist()
+        for node in once.model.graph
+        if node.op_type == "Concat"
+        for value in node.inputs
+        if value.const_value is not None
+    ]
+    assert [2] in joined
+    assert [-1] not in joined
