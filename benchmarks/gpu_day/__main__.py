@@ -30,6 +30,7 @@ SMALL: Final[dict[str, dict[str, Any]]] = {
     "cuda-float16": {"target": "cuda"},
     "cuda-int4": {"target": "cuda", "quantize": "int4"},
     "cuda-int8": {"target": "cuda", "quantize": "int8"},
+    "cuda-int8-cache": {"target": "cuda", "kv_cache": "int8"},
     "standard-float32": {"target": "standard", "dtype": "float32"},
     "standard-float16": {"target": "standard", "dtype": "float16"},
     "cpu-float16": {"target": "cpu", "dtype": "float16"},

@@ -47,6 +47,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="int8 or int4: store the decoder's weights so (--set quantize.vision=true: the "
         "vision tower's too)",
     )
+    parser.add_argument(
+        "--kv-cache",
+        metavar="NAME",
+        help="int8: keep the KV cache in 8 bits, with scales from the sample pictures (targets "
+        "cpu and cuda)",
+    )
     parser.add_argument("--target", default="cpu", metavar="NAME", help="machine (default: cpu)")
     parser.add_argument(
         "--set",

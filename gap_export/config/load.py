@@ -35,6 +35,7 @@ OPTIONS: Final = {
     "extra_token": "prune.extra_token",
     "dtype": "dtype",
     "quantize": "quantize.weights",
+    "kv_cache": "kv_cache",
 }
 """Key of a model file by the option that stands for it, in commands and in Python."""
 _RATIOS: Final = "prune.ratios"

@@ -16,6 +16,7 @@ from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.boxes import Frame
 
 Method = Literal["awq", "nearest"]
+CacheBits = Literal["int8"]
 POSITION_LINES: Final[dict[PositionMode, str]] = {
     "gap": "every kept token has the position ID and the order that it had before pruning",
     "compact": "raster order, IDs counted anew without gaps; an ablation, boxes are lost",
@@ -148,7 +149,7 @@ class QuantizeConfig:
 class ExportConfig:
     """Everything that decides an export. `checkpoint` is a folder, a file or a hub id.
 
-    `description` is a line for people.
+    `description` is a line for people. `kv_cache` is `int8` or null for the model's dtype.
     `parts` are further checkpoints that the model is made of, by role: folders, files or hub
     ids; looked for in the checkpoint's folder and beside it too.
     """
@@ -158,6 +159,7 @@ class ExportConfig:
     description: str = ""
     revision: str | None = None
     dtype: ModelDtype | None = None
+    kv_cache: CacheBits | None = None
     parts: dict[str, str] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -25,13 +25,14 @@ OPERATORS: Final = onnxruntime.OPERATORS
 
 rms_norm = onnxruntime.rms_norm
 attend = onnxruntime.attend
+takes_int8_cache = onnxruntime.takes_int8_cache
 translate_attention: Final = onnxruntime.translate_attention
 translate_convolution: Final = multiply_patches
 
 
 def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """Slots in use after the run, less one [B], and the capacity as a scalar, both int32."""
-    if not onnxruntime.fuses_attention(cache_BGLd):
+    if not onnxruntime.fuses_attention(cache_BGLd.shape[-1]):
         return native.plan_rows(rows, cache_BGLd)
     first_BS = rows.cosine_BSd[..., 0]
     # As many ones as there are rows: their number itself would be a shape, known to the CPU.

@@ -42,6 +42,12 @@ def rms_norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     )
 
 
+def takes_int8_cache(head_dim: int) -> bool:
+    """Never: the operators have no scales of keys and values."""
+    del head_dim
+    return False
+
+
 def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """The mask [B, 1, S, L].
 

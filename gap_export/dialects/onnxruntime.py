@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from gap_export.dialects import native
-from gap_export.interfaces.dialect import FUSED, Rows
+from gap_export.interfaces.dialect import ATTENTION, FUSED, Rows
 
 # B batch (1), S rows, H query heads, G key/value heads, L cache slots, d head width, E = H * d,
 # F = G * d.
 
 OPSETS: Final = native.OPSETS
 OPERATORS: Final = native.OPERATORS | {
-    "com.microsoft.GroupQueryAttention",
+    ATTENTION,
     FUSED,
 }
 """Those of native, and onnxruntime's own."""
@@ -33,14 +33,19 @@ translate_attention: Final = native.translate_attention
 translate_convolution: Final = native.translate_convolution
 
 
-def fuses_attention(cache_BGLd: Tensor) -> bool:
+def fuses_attention(head_dim: int) -> bool:
     """Whether the fused operator takes heads of that width; others have attention as in native."""
-    return cache_BGLd.shape[-1] % _HEAD_MULTIPLE == 0
+    return head_dim % _HEAD_MULTIPLE == 0
+
+
+def takes_int8_cache(head_dim: int) -> bool:
+    """Where attention is fused: its operator has scales of keys and values."""
+    return fuses_attention(head_dim)
 
 
 def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """Slots in use after the run, less one [B] and as a scalar, both int32."""
-    if not fuses_attention(cache_BGLd):
+    if not fuses_attention(cache_BGLd.shape[-1]):
         return native.plan_rows(rows, cache_BGLd)
     used_B = (rows.write_slot_B + rows.cosine_BSd.shape[1]).to(torch.int32)
     return used_B - 1, used_B[0]
@@ -56,7 +61,7 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal grouped attention; the caches are written in place where they are bound so."""
     head_dim = cache[0].shape[-1]
-    if not fuses_attention(cache[0]):
+    if not fuses_attention(head_dim):
         return native.attend(query_SE, key_SF, value_SF, cache, rows, planned)
     heads, cache_heads = query_SE.shape[-1] // head_dim, cache[0].shape[1]
     query_BSE = _rotate(query_SE[None], rows, heads)

@@ -98,6 +98,12 @@ def rms_norm(x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return (wide_SD / torch.sqrt(mean_S1 + epsilon)).to(x_SD.dtype) * weight_D
 
 
+def takes_int8_cache(head_dim: int) -> bool:
+    """Never: the operators have no scales of keys and values."""
+    del head_dim
+    return False
+
+
 def plan_rows(rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
     """The mask [B, 1, S, L]."""
     return (slot_causal_mask(rows, cache_BGLd.shape[2]),)

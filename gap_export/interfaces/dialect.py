@@ -16,6 +16,8 @@ from torch import Tensor
 
 FUSED: Final = "com.microsoft.MatMulNBits"
 """onnxruntime's product with weights in blocks, by its full name."""
+ATTENTION: Final = "com.microsoft.GroupQueryAttention"
+"""onnxruntime's attention on a KV cache, by its full name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,9 @@ class Dialect(Protocol):
 
     def rms_norm(self, x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def takes_int8_cache(self, head_dim: int) -> bool:
+        """Whether its attention can read and write a KV cache of int8, heads being so wide."""
 
     def plan_rows(self, rows: Rows, cache_BGLd: Tensor) -> tuple[Tensor, ...]:
         """What attention of every layer needs to know of the rows, computed once for all.

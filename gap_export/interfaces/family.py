@@ -21,7 +21,7 @@ from gap_runtime.pictures.boxes import BoxFormat
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 # B batch (1), N patches, K kept, F fixed tokens, C patch width, D decoder width, S rows,
-# V vocabulary, L text tokens, W text width.
+# V vocabulary, L text tokens, W text width, G key/value heads, T cached rows, d head width.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +125,9 @@ class EagerModel(Protocol):
 
     def start_cache(self) -> Any:
         """An empty cache of the library's own kind."""
+
+    def read_cache(self, cache: Any) -> list[tuple[Tensor, Tensor]]:
+        """Keys, turned by their positions, and values that a cache holds, by layer: [G, T, d]."""
 
     def run_decoder(self, embeddings: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Logits [V] of the last row; each row sees the cache and the rows before it.

@@ -36,6 +36,7 @@ def export(
             `last-visual`, `append`, `centroid` or `drop`.
         dtype: `float32`, `float16` or `bfloat16`.
         quantize: `int8` or `int4`, for the decoder's weights.
+        kv_cache: `int8`, for the decoder's KV cache, on targets whose attention can read it.
         settings: Any keys of the model file with dots, as `{"prompt.answer": 32}`.
         checkpoint: Folder or hub id to use instead of the model file's.
         target: Kind of machine.

@@ -5,6 +5,10 @@ Knows nothing of graphs, so that PyTorch can be asked without what exports.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.reference.answers import Reference
 from gap_export.reference.memory import REFERENCE_DTYPE, MemoryNeed, measure_memory
@@ -41,13 +45,18 @@ def open_reference(plan: ExportPlan, display: Display | None = None) -> Referenc
     return load_reference(plan, kept)
 
 
-def load_reference(plan: ExportPlan, kept: int | None) -> Reference:
+def load_reference(
+    plan: ExportPlan,
+    kept: int | None,
+    see_cache: Callable[[list[tuple[Tensor, Tensor]]], None] | None = None,
+) -> Reference:
     """The reference of a plan.
 
     Args:
         plan: Of an export, which need not be made.
         kept: Bytes of weights that stay in memory where they are read layer by layer; None to
             have all of them there.
+        see_cache: Shown the keys and values [G, T, d] of every layer behind each answer.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded.
@@ -61,4 +70,5 @@ def load_reference(plan: ExportPlan, kept: int | None) -> Reference:
         prompt=plan.prompt,
         phrase=plan.phrase,
         answer_tokens=plan.layout.answer,
+        see_cache=see_cache,
     )

@@ -3,7 +3,8 @@
     bundle       the weight files that the export would write, and the decoder's rotary tables
     weights      of the vision graph, CLIP's text tower where phrases go through it, the decoder
     cache        slots x layers x 2 x heads x head width x bytes; twice where a target's engines
-                 cannot write it in place (`caches_in_place`)
+                 cannot write it in place (`caches_in_place`); what one of int8 takes less than one
+                 of the model's dtype is told beside it
     activations  the larger of the vision graph's peak and the prefill's of the longest prompt:
                  the most bytes of tensors that are alive at once when the modules run without
                  values, in the order that they are written in, with attention scores written out
@@ -37,7 +38,7 @@ from gap_export.interfaces.family import fill_constants
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.scheme import Scheme
 from gap_runtime.bundle.manifest import BundleLayout, RatioEntry
-from gap_runtime.bundle.tensors import count_bytes
+from gap_runtime.bundle.tensors import ITEM_BYTES, count_bytes
 from gap_runtime.pictures.preprocess import Bucket
 
 RESERVE_MIB: Final = 2048
@@ -49,7 +50,8 @@ class Estimate:
     """Bytes that a bundle takes, on disk and where it runs.
 
     `memory_bytes` is that of the target's smallest machine and `fits` whether `total_bytes` are
-    within it; null where the target has no limit.
+    within it; null where the target has no limit. `cache_saved_bytes` is what the KV cache would
+    take more in the model's dtype.
     """
 
     bundle_bytes: int
@@ -57,6 +59,7 @@ class Estimate:
     text_weights_bytes: int
     decoder_weights_bytes: int
     cache_bytes: int
+    cache_saved_bytes: int
     vision_activations_bytes: int
     prefill_activations_bytes: int
     embedding_bytes: int
@@ -79,6 +82,7 @@ class DryRun(TypedDict):
     dtype: str
     checkpoint: str
     weights_bytes: int
+    cache_dtype: str
     cache_bytes: int
     prompt: str
     notes: list[str]
@@ -107,6 +111,8 @@ def estimate(plan: ExportPlan) -> Estimate:
         _count(plan, shapes) for shapes in (parameters.vision, parameters.text, parameters.decoder)
     )
     table_bytes = sum(table.nbytes for table in tables)
+    if plan.config.kv_cache is not None:
+        table_bytes += plan.cache_values_per_slot * ITEM_BYTES["float32"]  # scales, by channel
     decoder_bytes += table_bytes
     embedding = count_bytes((spec.decoder.vocabulary, spec.decoder.width), plan.dtype)
     sides = 1 if plan.target.caches_in_place else 2
@@ -132,6 +138,7 @@ def estimate(plan: ExportPlan) -> Estimate:
         text_weights_bytes=text_bytes,
         decoder_weights_bytes=decoder_bytes,
         cache_bytes=cache,
+        cache_saved_bytes=plan.layout.capacity * plan.cache_saved_per_slot * sides,
         vision_activations_bytes=vision_peak,
         prefill_activations_bytes=prefill_peak,
         embedding_bytes=embedding,

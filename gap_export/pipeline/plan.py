@@ -22,6 +22,7 @@ from gap_export.interfaces.features import Feature, Pruner, settle_needs
 from gap_export.pipeline.model import Model, read_model
 from gap_export.pipeline.parameters import Parameters, list_parameters
 from gap_export.pipeline.precision import (
+    require_cacheable,
     require_dtype,
     require_packable,
     require_quantizable,
@@ -40,6 +41,7 @@ from gap_export.reference.samples import Sample, read_samples
 from gap_export.weights.plan import WeightPlan, plan_weights
 from gap_runtime.bundle.manifest import (
     BundleLayout,
+    CacheDtype,
     PhraseInput,
     Prompt,
     Quantization,
@@ -105,10 +107,25 @@ class ExportPlan:
         return self.config.prune
 
     @property
+    def cache_dtype(self) -> CacheDtype:
+        """Of the KV cache."""
+        return self.config.kv_cache or self.dtype
+
+    @property
+    def cache_values_per_slot(self) -> int:
+        """Values of the KV cache per slot, all layers."""
+        spec = self.spec.decoder
+        return 2 * spec.layers * spec.cache_heads * spec.head_dim
+
+    @property
     def cache_bytes_per_slot(self) -> int:
         """Bytes of the KV cache per slot, all layers."""
-        spec = self.spec.decoder
-        return 2 * spec.layers * spec.cache_heads * spec.head_dim * ITEM_BYTES[self.dtype]
+        return self.cache_values_per_slot * ITEM_BYTES[self.cache_dtype]
+
+    @property
+    def cache_saved_per_slot(self) -> int:
+        """Bytes per slot that the KV cache takes less than in the model's dtype."""
+        return self.cache_values_per_slot * ITEM_BYTES[self.dtype] - self.cache_bytes_per_slot
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -165,6 +182,7 @@ def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPla
     entries = _settle_entries(model, config.prune)
     sources = model.family.find_weights(model.checkpoint, spec)
     require_packable(request, target, sources)
+    require_cacheable(config.kv_cache, target, dialect, spec.decoder.head_dim)
     tokenizer = read_tokenizer(spec.tokenizer)
     prompt, prefix, suffix = plan_prompt(
         request.named, tokenizer, spec, reference=request.reference

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from gap_export.checkpoint.sources import PackedValues, TensorSource
-from gap_export.config.records import DTYPES, Method
+from gap_export.config.records import DTYPES, CacheBits, Method
+from gap_export.interfaces.dialect import ATTENTION, Dialect
 from gap_export.pipeline.parameters import HEAD
 from gap_export.pipeline.request import ExportRequest
 from gap_export.quantization.scheme import packed_scheme
@@ -83,6 +84,47 @@ def require_quantizable(request: ExportRequest, target: Target) -> None:
         raise ConfigError(
             "quantize.method awq watches PyTorch answer the sample pictures, which "
             "--no-reference leaves out; use --set quantize.method=nearest"
+        )
+
+
+def require_cacheable(
+    kv_cache: CacheBits | None, target: Target, dialect: Dialect, head_dim: int
+) -> None:
+    """Refuse a KV cache in fewer bits where the target's attention cannot read it.
+
+    Args:
+        kv_cache: What was asked for; None for the model's dtype.
+        target: Kind of machine.
+        dialect: Of the target.
+        head_dim: Width of the decoder's heads.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if kv_cache is None or dialect.takes_int8_cache(head_dim):
+        return
+    if ATTENTION in dialect.OPERATORS:
+        raise ConfigError(
+            f"target '{target.name}': its attention on a KV cache of {kv_cache} takes heads of "
+            f"multiples of 8 values, the decoder's have {head_dim}; leave --kv-cache out"
+        )
+    raise ConfigError(
+        f"target '{target.name}': its dialect '{target.dialect}' has no attention on a KV cache "
+        f"of {kv_cache}; leave --kv-cache out, or use --target cpu or --target cuda"
+    )
+
+
+def require_answers(request: ExportRequest) -> None:
+    """Refuse a KV cache in fewer bits whose scales nothing would tell.
+
+    Raises:
+        ConfigError: No sample is answered.
+    """
+    kv_cache = request.named.config.kv_cache
+    if kv_cache is not None and not request.reference:
+        raise ConfigError(
+            f"--kv-cache {kv_cache} takes its scales from PyTorch's answers to the sample "
+            "pictures, which are not asked for with --no-reference, or in a sweep; leave one out"
         )
 
 

@@ -25,6 +25,7 @@ class ExportOptions(TypedDict, total=False):
     extra_token: str | None
     dtype: str | None
     quantize: str | None
+    kv_cache: str | None
     settings: Mapping[str, Any] | None
     checkpoint: str | Path | None
     target: str

@@ -25,12 +25,14 @@ from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identif
 from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.nonfinite import find_bad_tensor
 from gap_export.pipeline.plan import ExportPlan
+from gap_export.pipeline.precision import require_answers
 from gap_export.pipeline.preflight import require_memory, require_readable, require_room
 from gap_export.pipeline.prompt import TEXT_TOKENIZER_FILE
 from gap_export.pipeline.result import ExportResult
 from gap_export.pipeline.stages import Graphs, quantize_graphs, write_graphs
 from gap_export.pipeline.staging import folder_aside, move_into_place, require_replaceable
 from gap_export.quantization.awq import smooth_model
+from gap_export.quantization.cache import CacheRange, quantize_cache
 from gap_export.quantization.values import quantize_sources
 from gap_export.reference.memory import REFERENCE_DTYPE
 from gap_export.reference.record import record_answers
@@ -81,6 +83,7 @@ def export(
         display.say(f"note: {plan.out} holds a bundle, which is replaced: {replaced}")
     for note in plan.spec.notes:
         display.say(f"note: {note}")
+    require_answers(plan.request)
     require_readable(plan)
     require_memory(plan)
     need, kept = measure_reference(plan), None
@@ -96,10 +99,13 @@ def export(
         graphs = _trace(plan, display, known or GraphCache())
         if plan.schemes:
             graphs = quantize_graphs(plan, graphs)
-        reference, statistics = None, dict[str, InputStatistics]()
+        reference, statistics, cached = None, dict[str, InputStatistics](), CacheRange()
         if plan.request.reference:
             with _asking(display, None if kept is None else need.describe(kept)) as show:
-                reference, statistics = _record(plan, folder, kept, show)
+                reference, statistics = _record(plan, folder, kept, show, cached)
+        if plan.config.kv_cache is not None:
+            decoder = quantize_cache(graphs.decoder, cached.scales())
+            graphs = replace(graphs, decoder=decoder)
         with display.step("laying out the weights"):
             weights = _lay_out(plan, graphs, statistics)
         with display.step("proving the graphs"):
@@ -214,13 +220,19 @@ def _asking(display: Display, layers: str | None) -> Iterator[Callable[[float, s
 
 
 def _record(
-    plan: ExportPlan, folder: Path, kept: int | None, show: Callable[[float, str], None]
+    plan: ExportPlan,
+    folder: Path,
+    kept: int | None,
+    show: Callable[[float, str], None],
+    cached: CacheRange,
 ) -> tuple[Reference, dict[str, InputStatistics]]:
     """Ask PyTorch about the samples, in float32 whatever the bundle's dtype.
 
-    What the decoder's linear layers saw meanwhile comes along.
+    What the decoder's linear layers saw meanwhile comes along; `cached` sees keys and values where
+    their scales are wanted.
     """
-    reference = load_reference(plan, kept)
+    see_cache = None if plan.config.kv_cache is None else cached.see
+    reference = load_reference(plan, kept, see_cache)
     with reference.model.observe() as summarize:
         records, arrays = record_answers(reference, plan.samples, plan.entries, folder, show)
         statistics = summarize()
@@ -336,7 +348,7 @@ def _make_manifest(
             layers=spec.decoder.layers,
             heads=spec.decoder.cache_heads,
             head_dim=spec.decoder.head_dim,
-            dtype=plan.dtype,
+            dtype=plan.cache_dtype,
         ),
         embedding=weights.placed[plan.family.DECODER.EMBEDDING],
         preprocess=spec.preprocess,

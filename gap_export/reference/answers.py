@@ -67,7 +67,8 @@ class Reference:
     """A checkpoint in PyTorch with all that an export settles about a question.
 
     `pruner`'s eager form is used, with the settings `prune`. `phrase` says how the pruner is told
-    the phrase, None where it is not. `answer_tokens` is the most that is decoded.
+    the phrase, None where it is not. `answer_tokens` is the most that is decoded. `see_cache` is
+    shown the keys and values [G, T, d] of every layer behind each answer.
     """
 
     model: EagerModel
@@ -77,6 +78,7 @@ class Reference:
     prompt: Prompt
     phrase: PhraseInput | None
     answer_tokens: int
+    see_cache: Callable[[list[tuple[Tensor, Tensor]]], None] | None = None
 
     def find_bucket(self, picture: Image.Image) -> Bucket:
         """The bucket of a picture.
@@ -205,6 +207,8 @@ class Reference:
             now = torch.full((len(position_ids), 1), position)
             last = model.run_decoder(model.embed([token]), now, cache)
             position += 1
+        if self.see_cache is not None:
+            self.see_cache(model.read_cache(cache))
         return EagerAnswer(
             prompt_ids=question.prefix + question.suffix,
             visual_tokens=visual,

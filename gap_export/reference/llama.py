@@ -15,7 +15,7 @@ from gap_export.interfaces.family import InputStatistics
 from gap_export.reference.tokenizer import EagerTokenizer
 from gap_runtime.grounding.prompt import IMAGE_FIELD
 
-# D decoder width, S rows, V vocabulary.
+# D decoder width, S rows, V vocabulary, G key/value heads, T cached rows, d head width.
 
 
 class EagerLlama:
@@ -83,6 +83,10 @@ class EagerLlama:
     def start_cache(self) -> Any:
         """An empty cache of the library's own kind."""
         return DynamicCache()
+
+    def read_cache(self, cache: Any) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values that a cache holds, by layer: [G, T, d]."""
+        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
     @torch.no_grad()
     def run_decoder(self, embeddings: Tensor, position_ids: Tensor, cache: Any) -> Tensor:

@@ -73,6 +73,7 @@ class EagerGrounder:
         self.decode, self.embed = language.decode, language.embed
         self.rotary_frequencies = language.rotary_frequencies
         self.start_cache, self.run_decoder = language.start_cache, language.run_decoder
+        self.read_cache = language.read_cache
         self.observe = language.observe
 
     def make_pixels(self, picture: Image.Image) -> Tensor:

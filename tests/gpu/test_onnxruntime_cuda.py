@@ -23,6 +23,7 @@ FORMS = {
     "cuda float16": {"target": "cuda"},
     "cuda int4": {"target": "cuda", "quantize.weights": "int4"},
     "cuda int8": {"target": "cuda", "quantize.weights": "int8"},
+    "cuda int8 cache": {"target": "cuda", "kv_cache": "int8"},
     "standard float16": {"target": "standard", "dtype": "float16"},
     "standard float32": {"target": "standard"},
     "cpu float16": {"target": "cpu", "dtype": "float16"},
@@ -47,7 +48,8 @@ def probe(tmp_path_factory):
                 target=settings.pop("target"),
                 settings=settings,
                 out=home / form.replace(" ", "-"),
-                reference=False,
+                # Scales of the cache come from PyTorch's answers.
+                reference="kv_cache" in settings,
             ).folder
             log = home / f"{bundle.name}.log"
             log.touch()
@@ -147,6 +149,14 @@ def test_weights_in_four_bits_run_the_kernels_of_their_layout(probe):
         kernels = " ".join(found[part])
         assert "fpA_intB_gemv" in kernels
         assert "Dequantize" not in kernels
+
+
+def test_a_cache_of_int8_is_widened_at_every_call(probe):
+    """Scales by channel are not what the kernel takes that would read it as it is."""
+    for part in ("prefill", "first step", "first draft"):
+        kernels = " ".join(probe("cuda int8 cache")[part])
+        assert "DequantizeKVPair" in kernels
+        assert "flash_fwd_kernel" in kernels
 
 
 def test_grouped_attention_in_float32_has_its_cache_on_the_host(probe):

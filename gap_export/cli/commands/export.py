@@ -142,6 +142,8 @@ def _dry_run(display: Display, request: ExportRequest, *, as_json: bool) -> int:
     with display.step("loading libraries"):
         from gap_export.checkpoint.shapes import ShapeSource  # noqa: PLC0415
         from gap_export.pipeline.plan import plan_export  # noqa: PLC0415 - loads torch
+        from gap_export.pipeline.precision import require_answers  # noqa: PLC0415
+    require_answers(request)
     with TemporaryDirectory(prefix="gap-export-shapes-") as home:
         source, config = ShapeSource(Path(home)), request.named.config
         if source.is_packaged(config.checkpoint, config.revision):
@@ -176,6 +178,8 @@ def _show_dry_run(display: Display, plan: ExportPlan, *, as_json: bool) -> int:
 
 def _show_estimate(display: Display, plan: ExportPlan, found: Estimate) -> None:
     """Memory by what it is for, and whether the target has it."""
+    from gap_runtime.display import format_bytes  # noqa: PLC0415
+
     gib = 2**30
     rows = [
         ("weights, vision graph", found.vision_weights_bytes),
@@ -194,6 +198,12 @@ def _show_estimate(display: Display, plan: ExportPlan, found: Estimate) -> None:
         ["what", "GiB"],
         [[name, size / gib] for name, size in rows if size],
     )
+    if found.cache_saved_bytes:
+        whole = found.cache_bytes + found.cache_saved_bytes
+        display.say(
+            f"KV cache in {plan.cache_dtype}: {format_bytes(found.cache_bytes)} instead of "
+            f"{format_bytes(whole)} in {plan.dtype}, {format_bytes(found.cache_saved_bytes)} saved"
+        )
     if found.memory_bytes is None:
         return
     verdict = "fits" if found.fits else "does not fit"
@@ -268,6 +278,7 @@ def _plan_facts(plan: ExportPlan, found: Estimate) -> DryRun:
         "dtype": plan.dtype,
         "checkpoint": plan.checkpoint.hub_id or str(plan.checkpoint.folder),
         "weights_bytes": plan.weights_bytes,
+        "cache_dtype": plan.cache_dtype,
         "cache_bytes": plan.layout.capacity * plan.cache_bytes_per_slot,
         "prompt": plan.prompt.template,
         "notes": list(plan.spec.notes),

@@ -60,7 +60,7 @@ class Bundle:
         manifest = self.manifest
         ratios = ", ".join(f"{ratio:g}" for ratio in self.choose_ratios())
         return (
-            f"Bundle({str(self.folder)!r}, {manifest.family}, {manifest.precision}, "
+            f"Bundle({str(self.folder)!r}, {manifest.family}, {manifest.described_precision}, "
             f"pruner {manifest.pruning.strategy}, ratios {ratios})"
         )
 

@@ -33,9 +33,11 @@ TEXT_FEATURES: Final = "text_features"
 Role = Literal["vision", "text", "decoder"]
 PhraseSource = Literal["clip", "embeddings"]
 WeightDtype = Literal["int8", "int4"]
+CacheDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Method = Literal["awq", "nearest", "checkpoint"]
 Part = Literal["decoder", "head", "vision"]
-"""Words of a manifest: roles of stages, where phrases are read, and how weights are quantized."""
+"""Words of a manifest: roles of stages, where phrases are read, how weights are quantized and the
+KV cache is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +132,15 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheShape:
-    """The KV cache: two tensors [1, heads, capacity, head_dim] per layer."""
+    """The KV cache: two tensors [1, heads, capacity, head_dim] per layer.
+
+    `dtype` is the model's, or `int8`, which the decoder's graph has scales for.
+    """
 
     layers: int
     heads: int
     head_dim: int
-    dtype: ModelDtype
+    dtype: CacheDtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +241,16 @@ class Manifest:
     def precision(self) -> str:
         """What errors are judged by: the dtype, or that of the weights where quantized."""
         return self.quantization.weights if self.quantization else self.dtype
+
+    @property
+    def has_int8_cache(self) -> bool:
+        """Whether keys and values are rounded to 8 bits as they are cached."""
+        return self.cache.dtype == "int8"
+
+    @property
+    def described_precision(self) -> str:
+        """The precision for people, with that of the KV cache where it is another one."""
+        return self.precision + (", int8 KV cache" if self.has_int8_cache else "")
 
     def stage(self, role: str, entry: RatioEntry | None = None) -> Stage:
         """The stage of that role (and, for a vision graph, of that ratio and bucket)."""

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from gap_runtime.bundle.manifest import ReferenceSample
+from gap_runtime.bundle.manifest import Manifest, ReferenceSample
 from gap_runtime.grounding.grounder import StageValues
 from gap_runtime.pictures.boxes import Box, iou
 
@@ -110,6 +110,25 @@ class CheckRow:
     reasons: tuple[str, ...]
     score: float = 0.0
     reference_score: float | None = None
+
+
+def find_tolerance(manifest: Manifest) -> Tolerance:
+    """What a bundle is judged by: its precision's row, widened behind a KV cache of 8 bits.
+
+    What the vision graph gives has nothing to do with the cache; what the decoder gives of it may
+    differ as with weights of 8 bits.
+    """
+    own, rounded = TOLERANCES[manifest.precision], TOLERANCES["int8"]
+    if not manifest.has_int8_cache:
+        return own
+    excused = [each.iou for each in (own, rounded) if each.iou is not None]
+    return replace(
+        own,
+        logits=max(own.logits, rounded.logits),
+        iou=min(excused),
+        misses=max(own.misses, rounded.misses),
+        score=max(own.score, rounded.score),
+    )
 
 
 def compare_drafted(

@@ -11,7 +11,7 @@ from PIL import Image
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.grounding.boxless import describe_boxless
 from gap_runtime.grounding.check import CheckReport, Compared
-from gap_runtime.grounding.compare import TOLERANCES, CheckRow, Tolerance
+from gap_runtime.grounding.compare import CheckRow, Tolerance, find_tolerance
 from gap_runtime.pictures.drawing import draw_heat, draw_pair, shade_patches
 from gap_runtime.report.page import encode_picture, make_page, make_table
 
@@ -32,7 +32,7 @@ def make_check_page(bundle: Bundle, report: CheckReport, compared: Sequence[Comp
         compared: What each of them was made of.
     """
     manifest = bundle.manifest
-    tolerance = TOLERANCES[report.precision]
+    tolerance = find_tolerance(manifest)
     passed = sum(row.passed for row in report.rows)
     verdict = (
         '<strong class="good">passed</strong>'

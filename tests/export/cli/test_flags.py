@@ -41,6 +41,7 @@ def test_the_flags_of_gap_export_are_these():
             "--extra-token",
             "--dtype",
             "--quantize",
+            "--kv-cache",
             "--target",
             "--set",
         ),

@@ -188,6 +188,18 @@ def test_engines_of_plain_graphs_have_two_caches(make_plan):
     assert old.prefill_activations_bytes > new.prefill_activations_bytes
 
 
+def test_a_cache_of_int8_saves_what_the_dtype_has_more(make_plan):
+    half, single = make_plan(dtype="float16", kv_cache="int8"), make_plan(kv_cache="int8")
+    small, whole = estimate(half), estimate(make_plan(dtype="float16"))
+    assert (whole.cache_saved_bytes, estimate(make_plan()).cache_saved_bytes) == (0, 0)
+    assert small.cache_saved_bytes == small.cache_bytes == whole.cache_bytes / 2
+    assert estimate(single).cache_saved_bytes == 3 * estimate(single).cache_bytes
+    # A scale of four bytes by layer, part, head and channel: as many as a slot has values.
+    scales = small.decoder_weights_bytes - whole.decoder_weights_bytes
+    assert scales == 4 * small.cache_bytes / half.layout.capacity
+    assert whole.total_bytes - small.total_bytes == small.cache_saved_bytes - scales
+
+
 def test_the_text_tower_counts_where_phrases_go_through_it(make_plan):
     assert estimate(make_plan()).text_weights_bytes == 0
 
@@ -219,3 +231,18 @@ def test_the_command_shows_it(tiny_llava, capsys, tmp_path, monkeypatch):
     assert "fits: needs 2.0 GiB to run" in captured.err
     assert "KV cache" in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_shows_what_a_cache_of_int8_saves(tiny_llava, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(tiny_llava), "--dry-run", "--json", "--set", f"prompt.template={TEMPLATE}"]
+    arguments += ["--dtype", "float16", "--kv-cache", "int8"]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert facts["cache_dtype"] == facts["config"]["kv_cache"] == "int8"
+    assert facts["memory"]["cache_saved_bytes"] == facts["cache_bytes"]
+    assert "KV cache in int8: " in captured.err
+    assert " in float16, " in captured.err
+    assert cli.main([*arguments, "--no-reference"]) == 2
+    assert "not asked for with --no-reference" in capsys.readouterr().err

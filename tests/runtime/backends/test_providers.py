@@ -556,3 +556,20 @@ def test_no_number_of_threads(ort, decoder_bundle, monkeypatch, text):
     monkeypatch.setenv("GAP_RUNTIME_THREADS", text)
     with pytest.raises(ConfigError, match=f"GAP_RUNTIME_THREADS={text}: expected a number"):
         open_decoder(decoder_bundle, "cpu")
+
+
+def test_a_cache_of_int8_needs_an_onnxruntime_that_can_run_it(ort, decoder_bundle):
+    """1.26 loads such a graph and fails at the first prompt; a line before that says so."""
+    manifest = decoder_bundle.manifest
+    cache = dataclasses.replace(manifest.cache, dtype="int8")
+    bundle = dataclasses.replace(
+        decoder_bundle, manifest=dataclasses.replace(manifest, cache=cache)
+    )
+    ort.__version__ = "1.26.0"
+    with pytest.raises(
+        EngineError, match=r"its KV cache of int8 needs onnxruntime 1\.27 or newer"
+    ):
+        open_decoder(bundle, "cpu")
+    open_decoder(decoder_bundle, "cpu")
+    ort.__version__ = "1.27.0"
+    open_decoder(bundle, "cpu")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.manifest import ReferenceSample
+from gap_runtime.bundle.manifest import Quantization, ReferenceSample
 from gap_runtime.errors import CheckError
 from gap_runtime.grounding.check import check_bundle
 from gap_runtime.grounding.compare import (
@@ -14,6 +14,7 @@ from gap_runtime.grounding.compare import (
     Tolerance,
     compare_stages,
     find_margin,
+    find_tolerance,
     first_divergence,
     is_near_tie,
     match_boxes,
@@ -398,6 +399,27 @@ def test_boxes_are_matched_in_order():
 
 def test_every_precision_of_the_exporter_has_tolerances():
     assert set(TOLERANCES) == {"float32", "float16", "bfloat16", "int8", "int4"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "logits", "misses"),
+    [(None, 1e-1, 0.02), ("int8", 1e-1, 0.02), ("int4", 3e-1, 0.05)],
+)
+def test_behind_a_cache_of_int8_the_decoder_may_differ_as_with_such_weights(
+    manifest, weights, logits, misses
+):
+    quantization = weights and Quantization(weights=weights, method="nearest", parts=("decoder",))
+    plain = dataclasses.replace(manifest, quantization=quantization)
+    cache = dataclasses.replace(manifest.cache, dtype="int8")
+    own = TOLERANCES[weights or manifest.dtype]
+    assert find_tolerance(plain) == own
+    found = find_tolerance(dataclasses.replace(plain, cache=cache))
+    assert (found.logits, found.misses, found.iou) == (logits, misses, 0.5)
+    # Pictures never pass through the cache.
+    assert (found.pixels, found.visual, found.near_tie, found.jaccard) == (
+        *(own.pixels, own.visual, own.near_tie),
+        own.jaccard,
+    )
 
 
 def test_bundle_without_reference_cannot_be_checked(make_bundle):

@@ -41,6 +41,8 @@ _ERRORS: Final = (
     "RuntimeException",
 )
 _OPSET_24: Final = (1, 24)
+_INT8_CACHE: Final = (1, 27)
+"""Before it, attention on the CPU takes such a cache and fails at the first run."""
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -98,6 +100,11 @@ def open_session(
         raise EngineError(
             f"{path}: opset {opset} needs onnxruntime 1.24 or newer (on Python "
             f"3.11 or newer), found {_installed_packages()}"
+        )
+    if bundle.manifest.has_int8_cache and version < _INT8_CACHE:
+        raise EngineError(
+            f"{path}: its KV cache of int8 needs onnxruntime 1.27 or newer, found "
+            f"{_installed_packages()}; or export without --kv-cache"
         )
     if bundle.manifest.dtype == "bfloat16":
         raise EngineError(
