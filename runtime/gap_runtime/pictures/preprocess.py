@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Final, Protocol
 
 from gap_runtime.errors import BundleError
@@ -121,11 +122,16 @@ def find_mode(spec: Preprocess) -> PictureMode:
     Raises:
         BundleError: This version does not know it.
     """
+    return _load_mode(spec.mode)
+
+
+@cache
+def _load_mode(name: str) -> PictureMode:
+    """Looked up once: every request asks several times, and each time a folder would be listed."""
     have = list_plugins(_MODES)
-    if spec.mode not in have:
+    if name not in have:
         raise BundleError(
-            f"preprocessing mode '{spec.mode}' is unknown; have {', '.join(have)}; upgrade "
-            "gap-runtime"
+            f"preprocessing mode '{name}' is unknown; have {', '.join(have)}; upgrade gap-runtime"
         )
-    mode: PictureMode = load_plugin(_MODES, spec.mode, "picture mode")
+    mode: PictureMode = load_plugin(_MODES, name, "picture mode")
     return mode
