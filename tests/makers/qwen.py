@@ -20,7 +20,7 @@ TEMPLATE = "USER: <image>\n Where is {phrase} ? ASSISTANT:"
 
 
 def make_qwen_checkpoint(
-    folder, *, full=(1, 4), depth=5, window=56, tied=False, layers=3, spread=0.15, seed=0
+    folder, *, full=(1, 4), depth=5, window=56, tied=False, layers=3, wide=8, spread=0.15, seed=0
 ):
     """Make a small random Qwen2.5-VL with refshapes' tokenizer; its folder.
 
@@ -31,6 +31,7 @@ def make_qwen_checkpoint(
         window: Pixels to a side of a window.
         tied: Whether the head is the embedding table.
         layers: Of the decoder.
+        wide: Width of the tower's five heads.
         spread: Standard deviation of the weights.
         seed: Of the weights.
     """
@@ -38,7 +39,7 @@ def make_qwen_checkpoint(
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": depth,
-            "hidden_size": 40,
+            "hidden_size": 5 * wide,
             "num_heads": 5,
             "intermediate_size": 54,
             "window_size": window,
@@ -54,7 +55,16 @@ def make_qwen_checkpoint(
 
 
 def make_qwen3_checkpoint(
-    folder, *, stacked=(0, 2, 3), depth=5, side=7, tied=False, layers=4, spread=0.15, seed=0
+    folder,
+    *,
+    stacked=(0, 2, 3),
+    depth=5,
+    side=7,
+    tied=False,
+    layers=4,
+    wide=8,
+    spread=0.15,
+    seed=0,
 ):
     """Make a small random Qwen3-VL with refshapes' tokenizer; its folder.
 
@@ -65,6 +75,7 @@ def make_qwen3_checkpoint(
         side: Of the learned grid of positions.
         tied: Whether the head is the embedding table.
         layers: Of the decoder.
+        wide: Width of the tower's five heads.
         spread: Standard deviation of the weights.
         seed: Of the weights.
     """
@@ -72,7 +83,7 @@ def make_qwen3_checkpoint(
     config = Qwen3VLConfig(
         vision_config={
             "depth": depth,
-            "hidden_size": 40,
+            "hidden_size": 5 * wide,
             "num_heads": 5,
             "intermediate_size": 54,
             "patch_size": 8,

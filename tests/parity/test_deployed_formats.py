@@ -1,0 +1,159 @@
+"""The models that people deploy, in the formats that they deploy: bfloat16 and four bits.
+
+Where a runtime is here, its answers are compared with the library's; engines are built by
+TensorRT-RTX, which needs no GPU for it. Stored values are compared with the checkpoint's.
+"""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from makers.families import export, find_family, make_picture, make_samples
+from makers.qwen import TEMPLATE, make_qwen3_checkpoint, make_qwen_checkpoint
+from safetensors.torch import load_file
+from tools.engines import build_bundle
+
+from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.request import make_request
+from gap_runtime import Bundle
+from gap_runtime.grounding.check import check_bundle
+
+HEAD_DIM = 16
+"""The least that TensorRT's attention kernels take."""
+QWEN = {
+    "qwen2.5-vl": (make_qwen_checkpoint, {"full": (1,)}, "112x56"),
+    "qwen3-vl": (make_qwen3_checkpoint, {"stacked": (0, 1)}, "64x48"),
+}
+"""Makers, what they are told of the tower, and canvases."""
+FAMILIES = (*QWEN, "internvl3", "llava-onevision")
+RUN = (
+    ("cpu", "float32", "int4"),
+    ("standard", "float32", "int4"),
+    ("openvino", "float32", "int4"),
+    ("openvino", "bfloat16", None),
+    ("openvino", "bfloat16", "int4"),
+)
+BUILT = (
+    ("rtx", "bfloat16", None),
+    ("rtx", "bfloat16", "int4"),
+    ("rtx", "float16", "int4"),
+    ("jetson-orin-jp6", "bfloat16", None),
+)
+USUAL = {
+    ("qwen3-vl", "cpu", "float32", "int4"),
+    ("qwen2.5-vl", "rtx", "bfloat16", "int4"),
+}
+
+
+def rotate(formats):
+    """Every family in every format, a few of them in the default run."""
+    return [
+        pytest.param(
+            family,
+            *form,
+            marks=() if (family, *form) in USUAL else pytest.mark.matrix,
+            id="-".join(map(str, (family, *form))),
+        )
+        for family in FAMILIES
+        for form in formats
+    ]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """A function that plans an export of a family, whose checkpoint is made once."""
+    made = {}
+
+    def make(family, out, target, dtype, quantize, *, reference):
+        settings = {"prune.ratios": [0.5], "quantize.vision": quantize is not None}
+        if family not in QWEN:
+            case = find_family(family, tmp_path_factory, head_dim=HEAD_DIM)
+            settings = {key.replace(".", "__"): value for key, value in settings.items()}
+            return case.plan(
+                out,
+                target=target,
+                reference=reference,
+                **{"dtype": dtype, "quantize__weights": quantize, **settings},
+            )
+        if family not in made:
+            home = tmp_path_factory.mktemp(family)
+            make_samples(home / "samples", make_picture(90, 61))
+            maker, tower, _ = QWEN[family]
+            made[family] = maker(
+                home / "model", depth=2, layers=2, wide=HEAD_DIM, seed=17, **tower
+            )
+        settings |= {
+            "check.samples": str(made[family].parent / "samples"),
+            "prompt.template": TEMPLATE,
+            "prompt.answer": 4,
+            "image.canvas": QWEN[family][2],
+        }
+        return plan_export(
+            make_request(
+                made[family],
+                dtype=dtype,
+                quantize=quantize,
+                target=target,
+                settings=settings,
+                out=out,
+                reference=reference,
+            )
+        )
+
+    return make
+
+
+def require_stored(plan, folder, dtype):
+    """Values in the bundle that are in no fewer bits are the checkpoint's, rounded by torch."""
+    wanted = {}
+    for path in plan.checkpoint.folder.glob("*.safetensors"):
+        wanted |= load_file(path)
+    stored = {}
+    for path in folder.glob("*.safetensors"):
+        stored |= load_file(path)
+    plain = {name: value for name, value in stored.items() if value.dtype == getattr(torch, dtype)}
+    exact = 0
+    for name, value in plain.items():
+        same = [each for key, each in wanted.items() if key.endswith(name)]
+        if same and same[0].shape == value.shape:
+            assert torch.equal(same[0].to(value.dtype), value), name
+            exact += 1
+    assert exact > 20
+
+
+def count_few(bundle):
+    """Layers of the decoder in few bits, by its graph."""
+    file = next(stage.file for stage in bundle.manifest.stages if stage.name == "decoder")
+    nodes = onnx.load(bundle.folder / file, load_external_data=False).graph.node
+    return sum(node.op_type in {"DequantizeLinear", "MatMulNBits"} for node in nodes)
+
+
+@pytest.mark.parametrize(("family", "target", "dtype", "quantize"), rotate(RUN))
+def test_answers_are_the_librarys(plan, tmp_path, family, target, dtype, quantize):
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    asked = plan(family, tmp_path / "b", target, dtype, quantize, reference=True)
+    export(asked)
+    bundle = Bundle.open(tmp_path / "b")
+    report = check_bundle(bundle, None if target == "openvino" else "onnxruntime:cpu")
+    assert report.passed
+    assert report.precision == (quantize or dtype)
+    assert all(row.positions_equal for row in report.rows)
+    assert np.isfinite([row.relative_logit_error for row in report.rows]).all()
+    # Seven to a layer, and the head. Where none is, nothing is scaled for their sake either.
+    assert count_few(bundle) == (7 * bundle.manifest.cache.layers + 1 if quantize else 0)
+    if quantize is None:
+        require_stored(asked, tmp_path / "b", dtype)
+
+
+@pytest.mark.parametrize(("family", "target", "dtype", "quantize"), rotate(BUILT))
+def test_engines_are_built(plan, tmp_path, family, target, dtype, quantize):
+    asked = plan(family, tmp_path / "b", target, dtype, quantize, reference=False)
+    export(asked)
+    bundle = Bundle.open(tmp_path / "b")
+    records = build_bundle(bundle)
+    assert set(records) == {stage.name for stage in bundle.manifest.stages}
+    assert {record.precision for record in records.values()} == {quantize or dtype}
+    few = sum(record.layers.get("DEQUANTIZE", 0) for record in records.values())
+    assert (few >= 7 * bundle.manifest.cache.layers) == (quantize is not None)
+    require_stored(asked, tmp_path / "b", dtype)
