@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -70,7 +71,7 @@ class Qwen3Tower(nn.Module):
     def fill_constants(self) -> None:
         """Give values to the tables that no checkpoint holds."""
         self.cosine, self.sine = rotary_tables(self.config, self.order, self.grid[1])
-        _, shares = self._find_corners()
+        _, shares = self._corners
         self.shares = torch.tensor(shares)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, dict[Feature, Tensor]]:
@@ -95,7 +96,7 @@ class Qwen3Tower(nn.Module):
 
     def _find_positions(self) -> Tensor:
         """The learned grid at every patch, float32 [N, C]."""
-        corners, _ = self._find_corners()
+        corners, _ = self._corners
         visual: Any = self.visual
         found_NC: Tensor | None = None
         for k in range(_CORNERS):
@@ -107,7 +108,8 @@ class Qwen3Tower(nn.Module):
         assert found_NC is not None
         return found_NC
 
-    def _find_corners(self) -> tuple[list[list[int]], list[list[float]]]:
+    @cached_property
+    def _corners(self) -> tuple[list[list[int]], list[list[float]]]:
         """For every patch the points of the learned grid around it, and their shares of it."""
         side = math.isqrt(self.config.num_position_embeddings)
         rows, columns = (_find_taps(count, side) for count in self.grid)
