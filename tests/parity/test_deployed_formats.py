@@ -82,7 +82,7 @@ def plan(tmp_path_factory):
             make_samples(home / "samples", make_picture(90, 61))
             maker, tower, _ = QWEN[family]
             made[family] = maker(
-                home / "model", depth=2, layers=2, wide=HEAD_DIM, seed=17, **tower
+                home / "model", depth=2, layers=2, wide=HEAD_DIM, spread=0.08, seed=17, **tower
             )
         settings |= {
             "check.samples": str(made[family].parent / "samples"),
