@@ -85,6 +85,7 @@ class ShapeSource:
             SafetensorsParsingError,
         )
 
+        failures: tuple[type[Exception], ...] = (*library_failures(), SafetensorsParsingError)
         try:
             small = snapshot_download(hub_id, revision=revision, allow_patterns=list(_SMALL_FILES))
             commit = Path(small).name
@@ -94,7 +95,7 @@ class ShapeSource:
                 f"{hub_id}: has no safetensors, and shapes in other files are only told by the "
                 f"whole of them; {advice}"
             ) from error
-        except (*library_failures(), SafetensorsParsingError) as error:
+        except failures as error:
             raise explain_failure(hub_id, error, advice) from error
         folder = self._home / hub_id.replace("/", "--") / commit
         folder.mkdir(parents=True, exist_ok=True)
