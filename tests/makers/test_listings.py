@@ -1,7 +1,8 @@
 """What the authors' savers write, name by name: lists of files that their code made.
 
 Written down from their saving steps on small models, not from whole trainings: MiniGPT-4@d94738a's
-runner with transformers 4.30.2 and peft 0.2.0; LLaVA@c121f04's script with transformers 4.37.2 and peft 0.7.1.
+runner with transformers 4.30.2 and peft 0.2.0; LLaVA@c121f04's script with transformers 4.37.2 and
+peft 0.7.1.
 """
 
 import json
