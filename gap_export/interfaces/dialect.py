@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -123,6 +122,8 @@ def multiply_patches(op: Any, pixels: Any, weight: Any, bias: Any) -> Any:
     The kernel of a convolution whose patches do not overlap is the matrix [C, 3 * p * p] as it
     lies in the file: a row of it runs over channels, then rows, then columns, as patches do.
     """
+    import onnx_ir as ir  # noqa: PLC0415 - a plan asks dialects, and needs no ONNX
+
     width, channels, side, _ = weight.shape
     views, _, height, length = pixels.shape
     rows, columns, inner = height // side, length // side, channels * side * side

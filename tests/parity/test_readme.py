@@ -61,7 +61,10 @@ def test_command_of_a_document_is_taken(command, monkeypatch):
         COMMANDS[name](arguments)
 
 
-PLACES = [ROOT / place for place in ("", "gap_export", "runtime", "runtime/gap_runtime", "tests")]
+PLACES = [
+    *(ROOT / place for place in ("", "gap_export", "runtime", "runtime/gap_runtime")),
+    *(ROOT / "tests" / place for place in ("", "export", "runtime")),
+]
 """Where a path in a document may begin."""
 
 

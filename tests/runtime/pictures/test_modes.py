@@ -10,7 +10,7 @@ from PIL import Image
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.errors import InputError, SchemaError
 from gap_runtime.grounding.grounder import Grounder
-from gap_runtime.pictures import limits, modes
+from gap_runtime.pictures import limits, modes, preprocess
 from gap_runtime.pictures.boxes import PictureFrame, parse_boxes
 from gap_runtime.pictures.load import find_bucket, fitting_size, frame_picture, make_pixels
 from gap_runtime.pictures.preprocess import Bucket, PictureMode, Preprocess
@@ -215,6 +215,7 @@ def left_half(tmp_path):
     modes.__path__.append(str(tmp_path))
     yield
     modes.__path__.remove(str(tmp_path))
+    preprocess._load_mode.cache_clear()
 
 
 @pytest.mark.usefixtures("left_half")
