@@ -16,6 +16,8 @@ from tools import fake_cuda
 from tools.places import ROOT
 
 import gap_export
+from gap_runtime.machines.fat_binary import list_kernels
+from gap_runtime.machines.survey import ONNXRUNTIME_CUDA
 
 pytestmark = pytest.mark.gpu_contract
 
@@ -34,15 +36,15 @@ RECORDED = [name for name in FORMS if name.startswith(("cuda", "standard"))]
 
 
 @pytest.fixture(scope="session")
-def probe(tmp_path_factory):
-    """A function that gives what probe.py found of a form, which is exported and run once."""
+def start(tmp_path_factory):
+    """A function that exports a form once and runs probe.py of it, on a GPU of some capability."""
     site, libraries = fake_cuda.prepare()
-    home, found = tmp_path_factory.mktemp("forms"), {}
+    home, bundles = tmp_path_factory.mktemp("forms"), {}
 
-    def look(form):
-        if form not in found:
+    def run(form, capability="89"):
+        if form not in bundles:
             settings = dict(FORMS[form])
-            bundle = gap_export.export(
+            bundles[form] = gap_export.export(
                 "refshapes",
                 ratios=0.5,
                 target=settings.pop("target"),
@@ -51,21 +53,34 @@ def probe(tmp_path_factory):
                 # Scales of the cache come from PyTorch's answers.
                 reference="kv_cache" in settings,
             ).folder
-            log = home / f"{bundle.name}.log"
-            log.touch()
-            done = subprocess.run(
-                [sys.executable, Path(__file__).with_name("probe.py"), bundle],
-                env=os.environ
-                | {
-                    "PYTHONPATH": f"{site}:{ROOT / 'runtime'}",
-                    "LD_LIBRARY_PATH": str(libraries),
-                    "FAKE_CUDA_LOG": str(log),
-                },
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=120,
-            )
+        log = home / f"{bundles[form].name}.log"
+        log.write_text("")
+        return subprocess.run(
+            [sys.executable, Path(__file__).with_name("probe.py"), bundles[form]],
+            env=os.environ
+            | {
+                "PYTHONPATH": f"{site}:{ROOT / 'runtime'}",
+                "LD_LIBRARY_PATH": str(libraries),
+                "FAKE_CUDA_LOG": str(log),
+                "FAKE_CUDA_CAPABILITY": capability,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def probe(start):
+    """A function that gives what probe.py found of a form, which is run once."""
+    found = {}
+
+    def look(form):
+        if form not in found:
+            done = start(form)
             assert done.returncode == 0, done.stderr[-3000:]
             found[form] = json.loads(done.stdout)
         return found[form]
@@ -173,3 +188,16 @@ def test_graphs_for_the_cpu_run_kernel_by_kernel(probe):
     assert found["decoder"] == "OnnxDecoder"
     assert count(found["third step"])["kernel"] > 50
     assert any("nodes run on CPUExecutionProvider" in line for line in found["said"])
+
+
+def test_the_gpus_that_the_wheel_has_kernels_for():
+    """What docs/targets.md says of the wheel for x86-64."""
+    site, _ = fake_cuda.prepare()
+    kernels = list_kernels(site / "onnxruntime" / ONNXRUNTIME_CUDA)
+    assert kernels == ("7.5", "8.0", "8.6", "8.9", "9.0a", "12.0a")
+
+
+def test_another_gpu_is_refused_before_its_first_kernel(start):
+    done = start("cuda float16", "100")
+    assert done.returncode
+    assert "7.5, 8.0, 8.6, 8.9, 9.0 and 12.0 alone, the GPU here is of 10.0" in done.stderr

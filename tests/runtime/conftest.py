@@ -454,6 +454,12 @@ def fakes():
 
 
 @pytest.fixture(scope="session")
+def fake_onnxruntime():
+    """The module with the made-up onnxruntime."""
+    return load_beside("fake_onnxruntime")
+
+
+@pytest.fixture(scope="session")
 def pages():
     """The reader of HTML pages."""
     return load_beside("page_reader")

@@ -18,6 +18,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Final
 
+from gap_runtime.machines.fat_binary import list_kernels
 from gap_runtime.machines.memory import Memory, read_memory
 from gap_runtime.machines.target import list_targets, load_target
 from gap_runtime.machines.telemetry import silence_telemetry
@@ -29,6 +30,8 @@ _BOTH: Final = (
     "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'gap-runtime[cpu]' or "
     "'gap-runtime[gpu]'"
 )
+ONNXRUNTIME_CUDA: Final = "capi/libonnxruntime_providers_cuda.so"
+"""The library of onnxruntime's kernels for CUDA, in its package."""
 _CUDA_PYTHON: Final = ("cuda-bindings", "cuda-python")
 _DEBIAN: Final = ("nvidia-jetpack", "nvidia-l4t-core", "libnvinfer10", "python3-libnvinfer")
 JETSON_CHIPS: Final = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2"}
@@ -64,8 +67,9 @@ class Machine:
     `engine_cudas` has the major version of CUDA that such a package was made for, where its wheel
     says it. `cuda_python` is the version of the package through which engines run, `onnxruntimes`
     are the installed distributions of onnxruntime with their versions, `onnxruntime_cuda` the CUDA
-    that one is built for, `providers` what the one that can be imported has. `problems` need
-    mending, whatever the target.
+    that one is built for, `onnxruntime_kernels` the GPUs that it has kernels for (in the words of
+    `list_kernels`; nothing where that is not known), `providers` what the one that can be imported
+    has. `problems` need mending, whatever the target.
     """
 
     system: str
@@ -83,6 +87,7 @@ class Machine:
     debian: dict[str, str]
     onnxruntimes: dict[str, str]
     onnxruntime_cuda: str | None
+    onnxruntime_kernels: tuple[str, ...]
     providers: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -238,6 +243,7 @@ def survey_machine(folder: Path) -> Machine:
     installed = _find_onnxruntimes()
     providers, failure = _ask_providers() if installed else ((), None)
     problems = [_BOTH] if len(installed) > 1 else []
+    onnxruntime_file = _find_file("onnxruntime", ONNXRUNTIME_CUDA)
     built_for = read_built_for(_find_source("onnxruntime", "capi/build_and_package_info.py"))
     if is_newer(built_for, cuda):
         problems.append(
@@ -262,6 +268,7 @@ def survey_machine(folder: Path) -> Machine:
         debian=debian,
         onnxruntimes=installed,
         onnxruntime_cuda=built_for,
+        onnxruntime_kernels=list_kernels(onnxruntime_file) if onnxruntime_file else (),
         providers=providers,
         problems=tuple(problems),
     )
@@ -317,10 +324,16 @@ def _find_engine_cudas(names: Iterable[str]) -> dict[str, int]:
     }
 
 
+def _find_file(package: str, path: str) -> Path | None:
+    """Where a file of a package would lie, without importing it; None without the package."""
+    spec = util.find_spec(package)
+    return Path(spec.origin).parent / path if spec and spec.origin else None
+
+
 def _find_source(package: str, path: str) -> str:
     """The text of a file of a package, without importing it; empty where there is none."""
-    spec = util.find_spec(package)
-    return _read(Path(spec.origin).parent / path) if spec and spec.origin else ""
+    found = _find_file(package, path)
+    return "" if found is None else _read(found)
 
 
 def _find_distribution(*names: str) -> str | None:

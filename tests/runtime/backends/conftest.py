@@ -1,9 +1,11 @@
 """Stages as backends get them."""
 
 import dataclasses
+import sys
 
 import pytest
 
+from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.tensors import TensorSpec
 
 
@@ -35,3 +37,20 @@ def make_stages(manifest):
         return (*manifest.stages[:-1], decoder)
 
     return make
+
+
+@pytest.fixture
+def decoder_bundle(make_bundle, make_stages, manifest):
+    """The minimal bundle with a decoder that has all its inputs."""
+    inputs = make_stages()[-1].inputs
+    decoder = dataclasses.replace(manifest.stages[-1], inputs=inputs)
+    return Bundle.open(make_bundle(stages=(*manifest.stages[:-1], decoder)))
+
+
+@pytest.fixture
+def ort(monkeypatch, decoder_bundle, fake_onnxruntime):
+    """An onnxruntime that has the CPU alone; its fields say otherwise."""
+    module = fake_onnxruntime.make(decoder_bundle.manifest.stages)
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
+    return module

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from gap_runtime.backends._cuda import Device
 from gap_runtime.backends.onnxruntime import cudart, graphs
 from gap_runtime.backends.onnxruntime import session as backend
 from gap_runtime.bundle.bundle import Bundle
@@ -277,6 +278,8 @@ def test_functions_of_the_library_in_cuda_pythons_form():
     assert cuda.cudaStreamCreateWithFlags(1) == (0, 64)
     assert cuda.cudaMemcpyAsync(1, 2, 3, 1, 7) == (0,)
     assert cuda.cudaFree(64) == (2,)
+    assert Device(cuda).compute_capability == "64.64"
+    assert [attribute for _, attribute, _ in library.cudaDeviceGetAttribute.calls] == [75, 76]
     assert cuda.cudaGetErrorString(2) == (0, b"out of memory")
     assert library.cudaMalloc.argtypes[1:] == (ctypes.c_size_t,)
     assert not hasattr(cuda, "cudaNothing")

@@ -75,6 +75,7 @@ def make_machine(**changes):
         debian={},
         onnxruntimes={"onnxruntime": "1.31.1"},
         onnxruntime_cuda=None,
+        onnxruntime_kernels=(),
         providers=("CPUExecutionProvider",),
         problems=(),
     )
@@ -322,6 +323,8 @@ def make_rtx(**changes):
     return dataclasses.replace(machine, **changes)
 
 
+X86_64 = ("7.5", "8.0", "8.6", "8.9", "9.0a", "12.0a")
+AARCH64 = ("8.9", "9.0a", "12.0a", "12.1a")
 GPU_WHEEL = {
     "gpus": (make_gpu(),),
     "cuda": "13.0",
@@ -346,6 +349,35 @@ GPU_WHEEL = {
         ),
         ({"cuda": "12.8"}, ("is made for CUDA 13.0, this driver runs CUDA 12.8; update",)),
         ({"cuda": None}, ()),
+        # What its wheels for x86-64 and for aarch64 have kernels for.
+        ({"onnxruntime_kernels": X86_64, "gpus": (make_gpu("8.9"),)}, ()),
+        ({"onnxruntime_kernels": X86_64, "gpus": (make_gpu("12.0"),)}, ()),
+        (
+            {"onnxruntime_kernels": X86_64, "gpus": (make_gpu("10.0"),)},
+            ("of 10.0; export with --target datacenter-blackwell, whose engines run on it",),
+        ),
+        (
+            {"onnxruntime_kernels": X86_64, "gpus": (make_gpu("7.0"),)},
+            (
+                "onnxruntime-gpu 1.31.1 has kernels for compute capability 7.5, 8.0, 8.6, ",
+                "9.0 and 12.0 alone, the GPU here is of 7.0; export with --target cpu",
+            ),
+        ),
+        # One of two is enough, and what nobody tells is not held against it.
+        (
+            {"onnxruntime_kernels": X86_64, "gpus": (make_gpu("7.0"), make_gpu("8.9"))},
+            (),
+        ),
+        ({"onnxruntime_kernels": X86_64, "gpus": (make_gpu(None),)}, ()),
+        ({"onnxruntime_kernels": AARCH64, "gpus": (make_gpu("12.1"),)}, ()),
+        (
+            {"onnxruntime_kernels": AARCH64, "gpus": (make_gpu("8.7"),)},
+            ("of 8.7; export with --target jetson-orin-jp6 or jetson-orin-jp7, whose engines",),
+        ),
+        (
+            {"onnxruntime_kernels": AARCH64, "gpus": (make_gpu("11.0"),)},
+            ("of 11.0; export with --target jetson-thor, whose engines",),
+        ),
     ],
 )
 def test_what_onnxruntimes_cuda_needs(changes, parts):

@@ -28,6 +28,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
 }
 """Functions that give an error code and nothing else, with their parameters."""
 _GIVING: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "cudaDeviceGetAttribute": (c_int, (c_int, c_int)),
     "cudaGetDeviceCount": (c_int, ()),
     "cudaHostAlloc": (c_void_p, (c_size_t, c_uint)),
     "cudaMalloc": (c_void_p, (c_size_t,)),
@@ -37,11 +38,14 @@ _GIVING: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 
 
 class Cudart:
-    """The functions of the library that a stream, memory and copies need.
+    """The functions of the library that a device, a stream, memory and copies need.
 
     Each gives a tuple, the error code first.
     """
 
+    cudaDeviceAttr: Final = SimpleNamespace(  # noqa: N815 - CUDA's name
+        cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
+    )
     cudaMemcpyKind: Final = SimpleNamespace(  # noqa: N815 - CUDA's name
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )

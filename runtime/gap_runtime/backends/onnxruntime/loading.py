@@ -9,20 +9,26 @@ import logging
 import sys
 from collections.abc import Mapping
 from importlib import import_module, metadata
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
 
+from gap_runtime.backends._cuda import Device
 from gap_runtime.backends._interface import GraphTensor, require_interface
+from gap_runtime.backends.onnxruntime.cudart import find_cudart
 from gap_runtime.backends.onnxruntime.providers import (
     CUDA,
     Provider,
     choose_options,
+    describe_lack,
     describe_strangers,
     find_provider,
 )
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.errors import BackendMissingError, EngineError
+from gap_runtime.machines.fat_binary import list_kernels
+from gap_runtime.machines.survey import ONNXRUNTIME_CUDA
 from gap_runtime.machines.telemetry import silence_telemetry
 from gap_runtime.machines.threads import read_threads
 
@@ -93,24 +99,11 @@ def open_session(
     path = bundle.folder / stage.file
     version = _version(ort)
     wanted = device or ("cuda" if CUDA in ort.get_available_providers() else "cpu")
+    if wanted == "cuda" and not _is_served(ort, path, insists=bool(device)):
+        wanted = "cpu"
     provider = find_provider(wanted)
     is_plugin = needs_plugin(ort, provider)
-    opset = bundle.manifest.target.opset
-    if opset >= 24 and version < _OPSET_24:
-        raise EngineError(
-            f"{path}: opset {opset} needs onnxruntime 1.24 or newer (on Python "
-            f"3.11 or newer), found {_installed_packages()}"
-        )
-    if bundle.manifest.has_int8_cache and version < _INT8_CACHE:
-        raise EngineError(
-            f"{path}: its KV cache of int8 needs onnxruntime 1.27 or newer, found "
-            f"{_installed_packages()}; or export without --kv-cache"
-        )
-    if bundle.manifest.dtype == "bfloat16":
-        raise EngineError(
-            f"{path}: onnxruntime has no bfloat16 kernels on CPU, and none were tried on CUDA; "
-            "export float32 or float16"
-        )
+    _require_version(bundle, version, path)
     options = _make_options(ort, bundle, wanted)
     devices = _start_plugin(ort, provider, where=str(path)) if is_plugin else []
     name = str(devices[0].ep_name) if devices else provider.name
@@ -146,6 +139,59 @@ def open_session(
     elif wanted != "cpu":
         _judge_nodes(ort, _list_nodes(session), name, str(path))
     return session
+
+
+def _require_version(bundle: Bundle, version: tuple[int, ...], path: Path) -> None:
+    """Refuse a bundle that the installed onnxruntime, or any, does not run."""
+    opset = bundle.manifest.target.opset
+    if opset >= 24 and version < _OPSET_24:
+        raise EngineError(
+            f"{path}: opset {opset} needs onnxruntime 1.24 or newer (on Python "
+            f"3.11 or newer), found {_installed_packages()}"
+        )
+    if bundle.manifest.has_int8_cache and version < _INT8_CACHE:
+        raise EngineError(
+            f"{path}: its KV cache of int8 needs onnxruntime 1.27 or newer, found "
+            f"{_installed_packages()}; or export without --kv-cache"
+        )
+    if bundle.manifest.dtype == "bfloat16":
+        raise EngineError(
+            f"{path}: onnxruntime has no bfloat16 kernels on CPU, and none were tried on CUDA; "
+            "export float32 or float16"
+        )
+
+
+def _is_served(ort: ModuleType, path: Path, *, insists: bool) -> bool:
+    """Whether the CUDA provider has kernels for this GPU, as far as is known.
+
+    Raises:
+        EngineError: It has not, and nothing else is wanted.
+    """
+    lack = _miss_kernels(ort)
+    failure = f"{path}: {_installed_packages()} {lack}"
+    if lack and insists:
+        raise EngineError(f"{failure}; without :cuda it runs on the CPU")
+    if lack:
+        _LOG.warning("%s; it runs on the CPU", failure)
+    return not lack
+
+
+def _miss_kernels(ort: ModuleType) -> str:
+    """What the CUDA provider lacks for this GPU; empty where it has kernels, or none can say.
+
+    It would start, and fail at the first one.
+    """
+    where = getattr(ort, "__file__", None)
+    kernels = list_kernels(Path(where).parent / ONNXRUNTIME_CUDA) if where else ()
+    if not kernels:
+        return ""
+    preload(ort, "cuda")
+    cuda = find_cudart(ort)
+    try:
+        return "" if cuda is None else describe_lack(kernels, [Device(cuda).compute_capability])
+    except EngineError:
+        # There is no GPU, or CUDA does not start: what the session says of that is more.
+        return ""
 
 
 def _make_options(ort: ModuleType, bundle: Bundle, wanted: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Final
 
 from packaging.version import Version
 
-from gap_runtime.backends.onnxruntime.providers import find_provider
+from gap_runtime.backends.onnxruntime.providers import describe_lack, find_provider
 from gap_runtime.machines.fit import fits_version
 from gap_runtime.machines.survey import Machine, is_newer
 from gap_runtime.machines.target import Target
@@ -59,4 +59,9 @@ def _miss_provider(machine: Machine, device: str, installed: str, version: str) 
             f"{machine.cuda}; update the driver, or export with --target standard and pip install "
             "'gap-runtime[gpu-cu12]'"
         )
+    capabilities = [gpu.compute_capability for gpu in machine.gpus]
+    if None not in capabilities:
+        lack = describe_lack(machine.onnxruntime_kernels, list(filter(None, capabilities)))
+        if lack:
+            found.append(f"{installed} {lack}")
     return found

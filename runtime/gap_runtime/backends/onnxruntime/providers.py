@@ -14,6 +14,8 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import provider_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.errors import ConfigError
+from gap_runtime.machines.fat_binary import has_kernels
+from gap_runtime.machines.target import list_targets, load_target
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
@@ -70,6 +72,31 @@ def find_provider(device: str) -> Provider:
     if device not in PROVIDERS:
         raise ConfigError(f"unknown onnxruntime device '{device}'; have {', '.join(PROVIDERS)}")
     return PROVIDERS[device]
+
+
+def describe_lack(kernels: tuple[str, ...], gpus: list[str]) -> str:
+    """What an onnxruntime lacks for a machine's GPUs; empty where it has kernels, or none knows.
+
+    Args:
+        kernels: Those that it has, from `list_kernels`.
+        gpus: Compute capability of each.
+    """
+    if not kernels or not gpus or any(has_kernels(kernels, gpu) for gpu in gpus):
+        return ""
+    *first, last = dict.fromkeys(kernel.removesuffix("a") for kernel in kernels)
+    has = f"{', '.join(first)} and {last}" if first else last
+    builds = [
+        name for name in list_targets() if set(load_target(name).compute_capabilities) & set(gpus)
+    ]
+    advice = (
+        f"export with --target {' or '.join(builds)}, whose engines run on it"
+        if builds
+        else "export with --target cpu"
+    )
+    return (
+        f"has kernels for compute capability {has} alone, the GPU here is of "
+        f"{' and '.join(dict.fromkeys(gpus))}; {advice}"
+    )
 
 
 def writes_in_place(device: str, opset: int) -> bool:
