@@ -182,11 +182,11 @@ def read_clip(part: Checkpoint) -> tuple[CLIPVisionConfig, CLIPTextConfig | None
     data = part.require_json("config.json")
     where = str(part.folder / "config.json")
     if data.get("model_type") == "clip":
-        whole = parse_config(lambda: CLIPConfig.from_dict(data), where, "CLIP")
+        whole = parse_config(lambda: CLIPConfig(**data), where, "CLIP")
         vision, text = whole.vision_config, whole.text_config
         text.projection_dim = vision.projection_dim = whole.projection_dim
     elif data.get("model_type") in {None, "clip_vision_model"}:
-        vision = parse_config(lambda: CLIPVisionConfig.from_dict(data), where, "CLIP")
+        vision = parse_config(lambda: CLIPVisionConfig(**data), where, "CLIP")
         text = None
     else:
         raise CheckpointError(

@@ -13,7 +13,7 @@ import torch
 
 from gap_export.checkpoint.folder import refuse_pointer
 from gap_export.checkpoint.legacy_torch_file import MAGIC, load_legacy
-from gap_export.checkpoint.torch_pickle import DAMAGE, Record, Skeleton, unpickling
+from gap_export.checkpoint.torch_pickle import DAMAGE, Record, Skeleton, is_plain, unpickling
 from gap_export.errors import CheckpointError
 from gap_runtime.records.files import open_file
 
@@ -87,8 +87,8 @@ def _load(path: Path, shown: Path) -> Skeleton:
             )
         pickled, records = _read_archive(file, shown)
     archive, places = _build_skeleton(pickled, records)
-    with unpickling(shown):
-        # "meta" keeps the pickle from GPUs.
+    with unpickling(shown, plain=is_plain(pickled)):
+        # "meta" keeps the pickle from GPUs and from memory.
         loaded = torch.load(archive, map_location="meta", weights_only=True)
     return Skeleton(loaded=loaded, records=places)
 

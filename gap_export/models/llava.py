@@ -251,7 +251,7 @@ def _added_tokens(data: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read_library(data: dict[str, Any], where: str) -> LlavaConfig:
-    return parse_config(lambda: LlavaConfig.from_dict(data), where, "LLaVA")
+    return parse_config(lambda: LlavaConfig(**data), where, "LLaVA")
 
 
 def _read_original(checkpoint: Checkpoint, data: dict[str, Any], where: str) -> LlavaConfig:
@@ -278,7 +278,7 @@ def _read_original(checkpoint: Checkpoint, data: dict[str, Any], where: str) -> 
             "--set parts.clip=DIR"
         )
     facts = {key: value for key, value in data.items() if key not in {"model_type", "dtype"}}
-    text = parse_config(lambda: LlamaConfig.from_dict(facts), where, "Llama")
+    text = parse_config(lambda: LlamaConfig(**facts), where, "Llama")
     features = {"patch": "default", "cls_patch": "full"}
     return LlavaConfig(
         vision_config=vision,

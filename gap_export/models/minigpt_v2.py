@@ -108,7 +108,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     refuse_differences(language)
     where = str(language.folder / "config.json")
     data = language.require_json("config.json")
-    text = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
+    text = parse_config(lambda: LlamaConfig(**data), where, "Llama")
     tower = _read_tower(_find_eva(checkpoint), config)
     return ModelSpec(
         buckets=(

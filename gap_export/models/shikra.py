@@ -116,7 +116,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
             f"{vision.hidden_size} wide; give the right CLIP checkpoint: --set parts.clip=DIR"
         )
     facts = {key: value for key, value in data.items() if key not in {"model_type", "dtype"}}
-    text = parse_config(lambda: LlamaConfig.from_dict(facts), where, "Llama")
+    text = parse_config(lambda: LlamaConfig(**facts), where, "Llama")
     decoder = llama.read_decoder(text, where)
     text_spec = read_text_spec(clip, vision.hidden_size)
     side = vision.image_size // vision.patch_size
@@ -162,7 +162,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     _require_one_whole(checkpoint, base)
     if base is not None:
         data, where = base.require_json("config.json"), str(base.folder / "config.json")
-        config = parse_config(lambda: LlamaConfig.from_dict(data), where, "Llama")
+        config = parse_config(lambda: LlamaConfig(**data), where, "Llama")
         plain = dataclasses.replace(spec.decoder, vocabulary=config.vocab_size)
         found = match_tensors(
             base, llama.tensor_shapes(plain), rename=llama.llama_name, ignored=IGNORED
