@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 import signal
 
 import hypothesis
@@ -12,6 +13,10 @@ from gap_runtime.cli import options as command_options
 # Before any command takes it by its name: what one prints with --json in any test is what its
 # documented schema says.
 command_options.print_json = schemas.hold_to_schemas(command_options.print_json)
+
+# Torch and the libraries beside it are hundreds of thousands of objects that never die; looking
+# through them again and again is a tenth of the run.
+gc.set_threshold(100_000, 20, 50)
 
 # The same draws everywhere, and no folder of past failures in the checkout.
 hypothesis.settings.register_profile("here", database=None, derandomize=True, deadline=None)

@@ -42,11 +42,7 @@ ROTATED = tuple(
     for j, pruner in enumerate(PRUNERS)
 )
 """Every pruner once; `make matrix` has all combinations."""
-MORE = tuple(
-    (family, pruner, mode)
-    for family in WITHOUT_CLS
-    for pruner, mode in (("column_attention", "gap"), ("trim", "permuted"))
-)
+MORE = tuple((family, "column_attention", "gap") for family in WITHOUT_CLS)
 """Of towers without CLS, whose pruners are fewer."""
 EXTRA_FAMILY = "llava-next-mistral"
 """Its newlines stand between the tokens that an extra one can be made of."""

@@ -5,7 +5,7 @@ import shutil
 
 import onnx
 import pytest
-from makers.families import ARCHITECTURES, EVERY_FAMILY, WITHOUT_CLS, export, find_family, serves
+from makers.families import ARCHITECTURES, EVERY_FAMILY, WITHOUT_CLS, export, find_family
 from onnx import TensorProto, helper
 from tools.engines import build_bundle
 
@@ -23,7 +23,7 @@ BUILT = (*(each for each in ARCHITECTURES if "llava" not in each), *WITHOUT_CLS)
 CASES = [
     pytest.param(
         family,
-        PRUNERS[k % 3] if serves(family, PRUNERS[k % 3]) else None,
+        None if family in WITHOUT_CLS else PRUNERS[k % 3],
         target,
         # Each architecture for one of both targets, in turns; the other LLaVAs are built by
         # test_quantized.py.

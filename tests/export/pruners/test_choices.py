@@ -150,16 +150,17 @@ def export_stage(name, scene, kept, folder):
     return traced, dict(zip(names, session.run(names, given), strict=True))
 
 
+_SOME, _ALL, _ONE = (make_scene((8, 9)), 13), (make_scene((3, 4)), 12), (make_scene((1, 1)), 1)
+_VIEWS = (make_scene((6, 6), (6, 5), strip=4, views=2, sign=1), 20)
 EXPORTED = [
-    (make_scene((8, 9)), 13),
-    (make_scene((6, 6), (6, 5), strip=4, views=2, sign=1), 20),
-    (make_scene((3, 4)), 12),
-    (make_scene((1, 1)), 1),
+    pytest.param(name, *case)
+    for j, name in enumerate(PRUNERS)
+    for case in (_SOME, _VIEWS, (_ALL, _ONE)[j % 2])
 ]
+"""Where nothing is removed, one of both scenes by turns."""
 
 
-@every_pruner
-@pytest.mark.parametrize(("scene", "kept"), EXPORTED)
+@pytest.mark.parametrize(("name", "scene", "kept"), EXPORTED)
 def test_the_exported_choice_is_the_formulas(name, scene, kept, tmp_path):
     _, made = export_stage(name, scene, kept, tmp_path)
     expected = expect(name, scene, kept)
