@@ -2,26 +2,29 @@
 
     python -m benchmarks.service BUNDLE [--requests 1000] [--clients 16]
 
-The service runs in a process of its own on this machine, so clients take some of its cores.
+The service runs in a process of its own on this machine, so clients take some of its cores. The
+overhead of a request is what its client waits for the answer, from the first byte sent to the last
+one received, without what the same call of the library takes (reading the picture, and the stages
+of its phrases) and without the wait for the requests before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import http.client
 import io
 import json
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from queue import Empty, SimpleQueue
@@ -36,31 +39,55 @@ _WARM = 100
 _ALONE = 200
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A request that was answered, in milliseconds: all of it, and what the service says of it."""
+
+    status: int
+    whole: float
+    model: float
+    picture: float
+    queue: float
+
+    @property
+    def overhead(self) -> float:
+        """What the service adds to a call of the library."""
+        return self.whole - self.model - self.picture - self.queue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Middle and tail of some milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """What was measured. Times are in milliseconds; memory is the resident set in MiB.
 
     Pictures are kept until their memory is used up, so memory grows with new pictures: the same
-    ones are asked about twice. `alone_` is one client. The two `cpu_` are of the processor, of a
-    request in the service and of the same call of the library, on one thread: other work on the
-    machine does not change them.
+    ones are asked about twice. `many` is of all clients at once, `alone` of one. The two `cpu_`
+    are of the processor, of a request in the service and of the same call of the library, on one
+    thread: other work on the machine does not change them.
     """
 
     requests: int
     clients: int
     statuses: dict[str, int]
     seconds: float
-    p50: float
-    p95: float
-    p99: float
+    many: Times
+    many_overhead: Times
     memory_ready: float
     memory_after_first: float
     memory_after_all: float
     memory_after_all_again: float
-    alone_p50: float
-    alone_model_p50: float
-    alone_overhead_p50: float
-    alone_overhead_p95: float
+    alone: Times
+    alone_model: Times
+    alone_picture: Times
+    alone_overhead: Times
     cpu_of_a_request: float
     cpu_of_the_library: float
 
@@ -79,21 +106,50 @@ def make_bodies() -> Iterator[bytes]:
 
 
 class Client:
-    """One connection that is kept."""
+    """One connection that is kept. It reads no more of HTTP than it needs, to take little time."""
 
     def __init__(self, address: str) -> None:
         host, port = address.removeprefix("http://").split(":")
-        self._connection = http.client.HTTPConnection(host, int(port), timeout=120)
+        self._socket = socket.create_connection((host, int(port)), timeout=120)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._host = host
 
-    def ask(self, body: bytes) -> tuple[int, float, float]:
-        """Status, milliseconds, and those of them that the model's stages took."""
+    def ask(self, body: bytes) -> Answered:
+        """Send a request and wait for its answer."""
+        head = (
+            f"POST /v1/ground HTTP/1.1\r\nhost: {self._host}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        ).encode()
         began = time.perf_counter()
-        self._connection.request("POST", "/v1/ground", body, {"content-type": "application/json"})
-        answer = self._connection.getresponse()
-        data = json.loads(answer.read())
-        took = (time.perf_counter() - began) * 1e3
-        results = data.get("results", [])
-        return answer.status, took, sum(each["milliseconds"]["total"] for each in results)
+        self._socket.sendall(head + body)
+        status, answer = self._receive()
+        whole = (time.perf_counter() - began) * 1e3
+        data = json.loads(answer)
+        waited = data.get("milliseconds", {})
+        return Answered(
+            status=status,
+            whole=whole,
+            model=sum(each["milliseconds"]["total"] for each in data.get("results", [])),
+            picture=waited.get("picture", 0.0),
+            queue=waited.get("queue", 0.0),
+        )
+
+    def _receive(self) -> tuple[int, bytes]:
+        data = bytearray()
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            data += self._receive_some()
+        found = re.search(rb"\r\ncontent-length: *(\d+)", data[:end], re.IGNORECASE)
+        assert found is not None
+        size = end + 4 + int(found[1])
+        while len(data) < size:
+            data += self._receive_some()
+        return int(data[9:12]), bytes(data[end + 4 :])
+
+    def _receive_some(self) -> bytes:
+        piece = self._socket.recv(2**16)
+        if not piece:
+            raise ConnectionError("the service closed the connection")
+        return piece
 
 
 def start(
@@ -145,13 +201,12 @@ def time_library(bundle: str, bodies: list[bytes]) -> float:
 
 def press(
     address: str, bodies: list[bytes], clients: int
-) -> tuple[Counter[str], list[float], float]:
-    """Statuses, milliseconds and the seconds of it all."""
+) -> tuple[Counter[str], list[Answered], float]:
+    """Statuses, answers and the seconds of it all."""
     waiting: SimpleQueue[bytes] = SimpleQueue()
     for body in bodies:
         waiting.put(body)
-    statuses: Counter[str] = Counter()
-    took: list[float] = []
+    answers: list[Answered] = []
 
     def work() -> None:
         client = Client(address)
@@ -160,9 +215,7 @@ def press(
                 body = waiting.get_nowait()
             except Empty:
                 return
-            status, milliseconds, _ = client.ask(body)
-            statuses[str(status)] += 1
-            took.append(milliseconds)
+            answers.append(client.ask(body))
 
     threads = [threading.Thread(target=work) for _ in range(clients)]
     began = time.perf_counter()
@@ -170,7 +223,14 @@ def press(
         thread.start()
     for thread in threads:
         thread.join()
-    return statuses, took, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return Counter(str(each.status) for each in answers), answers, seconds
+
+
+def sum_up(milliseconds: Iterable[float]) -> Times:
+    """Middle and tail."""
+    cuts = statistics.quantiles(milliseconds, n=100)
+    return Times(p50=cuts[49], p95=cuts[94], p99=cuts[98])
 
 
 def measure(bundle: str, requests: int, clients: int) -> Figures:
@@ -182,36 +242,33 @@ def measure(bundle: str, requests: int, clients: int) -> Figures:
         ready = read_memory(process)
         press(address, bodies[:_WARM], clients)
         first = read_memory(process)
-        statuses, took, seconds = press(address, bodies, clients)
+        statuses, many, seconds = press(address, bodies, clients)
         end = read_memory(process)
         press(address, bodies, clients)
         again = read_memory(process)
         # A new one: a connection that nothing comes over for long is closed.
-        alone = Client(address)
+        client = Client(address)
         before = read_cpu(process)
-        single = [alone.ask(body)[1:] for body in bodies[:_ALONE]]
-        cpu = (read_cpu(process) - before) / len(single)
+        alone = [client.ask(body) for body in bodies[:_ALONE]]
+        cpu = (read_cpu(process) - before) / len(alone)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    cuts = statistics.quantiles(took, n=100)
-    over = sorted(whole - model for whole, model in single)
     return Figures(
         requests=requests,
         clients=clients,
         statuses=dict(statuses),
         seconds=seconds,
-        p50=cuts[49],
-        p95=cuts[94],
-        p99=cuts[98],
+        many=sum_up(each.whole for each in many),
+        many_overhead=sum_up(each.overhead for each in many),
         memory_ready=ready,
         memory_after_first=first,
         memory_after_all=end,
         memory_after_all_again=again,
-        alone_p50=statistics.median(whole for whole, _ in single),
-        alone_model_p50=statistics.median(model for _, model in single),
-        alone_overhead_p50=over[len(over) // 2],
-        alone_overhead_p95=over[int(len(over) * 0.95)],
+        alone=sum_up(each.whole for each in alone),
+        alone_model=sum_up(each.model for each in alone),
+        alone_picture=sum_up(each.picture for each in alone),
+        alone_overhead=sum_up(each.overhead for each in alone),
         cpu_of_a_request=cpu,
         cpu_of_the_library=time_library(bundle, bodies[:_ALONE]),
     )

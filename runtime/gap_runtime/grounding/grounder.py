@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
@@ -236,10 +236,27 @@ class Grounder:
             InputError: The picture cannot be used.
         """
         self._require_open()
-        picture = open_picture(image, order=order)
+        if order == "RGB" and isinstance(image, bytes):
+            return self.look_at_file(image, open_picture)
+        return self._look(open_picture(image, order=order))
+
+    def look_at_file(self, data: bytes, read: Callable[[bytes], Image.Image]) -> View:
+        """Look at the bytes of a picture file, which are not read where that picture is kept.
+
+        Args:
+            data: The file.
+            read: Makes RGB of it.
+
+        Raises:
+            InputError: The picture cannot be used.
+        """
+        self._require_open()
+        return self._views.find_file(data) or self._look(read(data), data)
+
+    def _look(self, picture: Image.Image, data: bytes | None = None) -> View:
         manifest = self.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
-        return self._views.find(self._make_view(picture, bucket))
+        return self._views.find(self._make_view(picture, bucket), data)
 
     def _make_view(self, picture: Image.Image, bucket: Bucket) -> View:
         frame = frame_picture(picture.size, self.bundle.manifest.preprocess, bucket)

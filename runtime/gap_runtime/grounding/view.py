@@ -148,7 +148,8 @@ class View:
     """A picture that was looked at. What its phrases share is computed for the first of them.
 
     `frame` is what of it the model is shown. `outputs` are by ratio, for pruners that do not read
-    the phrase. `key` says that it is kept because the picture may come again.
+    the phrase. `key` says that it is kept because the picture may come again, `file` is the hash
+    of the file that it was last read from.
     """
 
     picture: Image.Image
@@ -158,6 +159,7 @@ class View:
     pixels: np.ndarray | None = None
     outputs: dict[RatioEntry, VisionOutput] = field(default_factory=dict)
     key: str | None = None
+    file: str | None = None
 
     def ground(
         self, phrase: str, *, ratio: float | None = None, keep: int | None = None
@@ -207,18 +209,36 @@ class KeptViews:
         """
         self._limit = limit
         self._views: OrderedDict[str, View] = OrderedDict()
+        self._files: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
         self._bytes = 0
         self._last: View | None = None
 
-    def find(self, view: View) -> View:
-        """The view of the same picture that is kept; else this one, which is kept from now on."""
+    def find_file(self, data: bytes) -> View | None:
+        """The view of a picture that is kept, by the bytes of the file that it was read from."""
+        key = self._files.get(hash_bytes(data)) if self._files else None
+        if key is None:
+            return None
+        self._views.move_to_end(key)
+        return self._views[key]
+
+    def find(self, view: View, data: bytes | None = None) -> View:
+        """The view of the same picture that is kept; else this one, which is kept from now on.
+
+        Args:
+            view: Of a picture.
+            data: The file that it was read from, which need not be read where it comes again.
+        """
         if not self._limit:
             return view
         values = np.asarray(view.picture)
         key = f"{values.shape} {hash_bytes(values.data.cast('B'))}"
         found = self._views.setdefault(key, view)
         found.key = key
+        if data is not None:
+            self._forget_file(found)
+            found.file = hash_bytes(data)
+            self._files[found.file] = key
         self._views.move_to_end(key)
         # A phrase may be refused and never come to an answer; the picture lies here already.
         self._measure(found)
@@ -257,6 +277,12 @@ class KeptViews:
         while self._views and self._bytes > self._limit:
             key, view = self._views.popitem(last=False)
             self._bytes -= self._sizes.pop(key)
+            self._forget_file(view)
             view.release()
             if view is self._last:
                 self._last = None
+
+    def _forget_file(self, view: View) -> None:
+        if view.file is not None:
+            self._files.pop(view.file, None)
+            view.file = None

@@ -213,8 +213,10 @@ def to_rgb(picture: Image.Image, *, turned: bool = True) -> Image.Image:
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")
+    plain = upright.convert("RGB")
     # Without metadata, so that a picture that comes again is not turned again.
-    return Image.fromarray(np.asarray(upright.convert("RGB")))
+    plain.info = {}
+    return plain
 
 
 def _turn(picture: Image.Image, *, turned: bool) -> Image.Image:

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from importlib import resources
 from typing import Final, TypeVar
 
+import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -236,10 +237,9 @@ class Service:
 
     async def _read_body(self, request: Request) -> bytes:
         """The whole body, within the limits of size and time."""
-        try:
-            return await asyncio.wait_for(self._collect_body(request), _count_left(request))
-        except asyncio.TimeoutError as error:
-            raise LateError("the body did not arrive in time") from error
+        with anyio.move_on_after(_count_left(request)):
+            return await self._collect_body(request)
+        raise LateError("the body did not arrive in time")
 
     async def _collect_body(self, request: Request) -> bytes:
         limit = self._settings.body_bytes

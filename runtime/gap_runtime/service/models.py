@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from gap_runtime.errors import ConfigError, InputError, suggest
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.view import Grounding, View
 from gap_runtime.pictures.drawing import find_patches
-from gap_runtime.pictures.load import fitting_size
+from gap_runtime.pictures.load import fitting_size, read_picture
 from gap_runtime.service.pictures import open_sent_picture
 from gap_runtime.service.questions import Question
 from gap_runtime.service.settings import ServiceSettings
@@ -131,13 +132,16 @@ class Models:
         Raises:
             GapError: A bundle cannot be run.
         """
+        # Pillow looks for its formats when it opens the first file: a tenth of a second.
+        file = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(file, "png")
+        read_picture(file, "the first picture")
         for grounder in self._grounders.values():
             manifest = grounder.bundle.manifest
             bucket = manifest.bucket(grounder.default_ratio.bucket)
             width, height = fitting_size(bucket, manifest.preprocess)
             values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-            view = grounder.look(Image.fromarray(values))
-            view.ground("it")
+            grounder.look(Image.fromarray(values)).ground("it")
 
     def answer(self, question: Question, given_up: threading.Event) -> Reply:
         """Ask all phrases of a question, whose picture is there; in the worker's thread.
@@ -149,8 +153,7 @@ class Models:
         name, grounder = self.find(question.model)
         began = time.perf_counter()
         assert isinstance(question.image, bytes)
-        picture = open_sent_picture(question.image, self._settings)
-        view = grounder.look(picture)
+        view = grounder.look_at_file(question.image, self._open)
         picture_ms = (time.perf_counter() - began) * 1e3
         found = []
         for phrase in question.phrases:
@@ -160,7 +163,7 @@ class Models:
             found.append(grounding.reject_below(question.least_score))
         return Reply(
             model=name,
-            size=picture.size,
+            size=view.picture.size,
             found=tuple(found),
             cells=_find_cells(grounder, view) if question.cells else None,
             prompt_tokens=(
@@ -168,6 +171,9 @@ class Models:
             ),
             picture_ms=picture_ms,
         )
+
+    def _open(self, data: bytes) -> Image.Image:
+        return open_sent_picture(data, self._settings)
 
     def count_kept(self) -> tuple[int, int]:
         """Pictures that are kept and their bytes; in the worker's thread."""

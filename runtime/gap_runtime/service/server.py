@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
+from typing import Final
 
 import uvicorn
 
@@ -22,6 +23,9 @@ from gap_runtime.service.app import Service
 from gap_runtime.service.connections import IDLE_SECONDS, MOST_CONNECTIONS, make_protocol
 from gap_runtime.service.models import Models
 from gap_runtime.service.settings import ServiceSettings
+
+_TURN_SECONDS: Final = 0.0005
+"""How long one thread of Python may keep the others waiting."""
 
 
 def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], None]) -> None:
@@ -64,6 +68,8 @@ def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], N
         # uvicorn stops at SIGTERM, then sends it again to whoever had it before: nobody.
         signal.signal(signal.SIGTERM, lambda *_: None)
     announce(_describe(listening))
+    # While a model runs, reading and answering others' requests must not wait 5 ms for their turn.
+    sys.setswitchinterval(_TURN_SECONDS)
     # uvicorn raises Ctrl-C again when it has stopped; what runs still gets its time.
     with listening, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

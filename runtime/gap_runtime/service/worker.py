@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Final, TypeVar
 
 from gap_runtime.errors import GapError
 
@@ -34,6 +35,12 @@ class LateError(GapError):
 
 class GoneError(GapError):
     """The client has gone, so nobody waits for the answer."""
+
+
+_SAID: Final[dict[type[GapError], str]] = {
+    LateError: "no answer in time; send less at once, or come back",
+    GoneError: "the client has gone",
+}
 
 
 class Worker:
@@ -82,23 +89,28 @@ class Worker:
         self.require_room()
         given_up = threading.Event()
         held = [work]
+        loop = asyncio.get_running_loop()
+        # Not the error itself: the pool keeps what was cancelled for a while, this with it, and an
+        # error keeps all that was there where it was raised.
+        awaited: asyncio.Future[type[GapError] | None] = loop.create_future()
         inner = self._pool.submit(self._time, held, given_up)
         self.waiting += 1
-        inner.add_done_callback(self._make_counter())
-        future = asyncio.wrap_future(inner)
+        inner.add_done_callback(partial(self._tell, loop, awaited))
         leaving = None if gone is None else asyncio.ensure_future(gone())
-        awaited: set[asyncio.Future[Any]] = {future} if leaving is None else {future, leaving}
+        if leaving is not None:
+            leaving.add_done_callback(lambda _: _settle(awaited, GoneError))
+        timer = None if seconds is None else loop.call_later(seconds, _settle, awaited, LateError)
         try:
-            await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if future.done():
-                return future.result()
-            if leaving is not None and leaving.done():
-                raise GoneError("the client has gone")
-            raise LateError("no answer in time; send less at once, or come back")
+            refused = await awaited
+            if refused is not None:
+                raise refused(_SAID[refused])
+            return inner.result()
         finally:
             given_up.set()
             if leaving is not None:
                 leaving.cancel()
+            if timer is not None:
+                timer.cancel()
             # Work that has not begun never will; what runs looks at the event.
             if inner.cancel():
                 # The pool keeps what was cancelled until its turn comes; not the picture in it.
@@ -112,19 +124,21 @@ class Worker:
         finally:
             self._mean_seconds += _WEIGHT * (time.perf_counter() - began - self._mean_seconds)
 
-    def _make_counter(self) -> Callable[[Future[T]], None]:
-        """Counts work as done, on the event loop, when the thread has let go of it."""
-        loop = asyncio.get_running_loop()
+    def _tell(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        awaited: asyncio.Future[type[GapError] | None],
+        _: Future[T],
+    ) -> None:
+        """Have the event loop told that the thread has let go of some work: once, it is slow."""
+        # After the loop has ended there is nobody left to tell.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._finish, awaited)
 
-        def count() -> None:
-            self.waiting -= 1
-
-        def tell(_: Future[T]) -> None:
-            # After the loop has ended there is nobody left to count for.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(count)
-
-        return tell
+    def _finish(self, awaited: asyncio.Future[type[GapError] | None]) -> None:
+        """Count work as done, and wake whoever waits for it still; on the event loop."""
+        self.waiting -= 1
+        _settle(awaited, None)
 
     def stop(self, seconds: float) -> bool:
         """Do nothing that has not begun; whether what runs came to its end within some seconds."""
@@ -136,3 +150,11 @@ class Worker:
     def _close(self, idle: threading.Event) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         idle.set()
+
+
+def _settle(
+    awaited: asyncio.Future[type[GapError] | None], refused: type[GapError] | None
+) -> None:
+    """Say how it went, to whoever does not know it yet."""
+    if not awaited.done():
+        awaited.set_result(refused)

@@ -1,6 +1,7 @@
 """What is computed once for phrases and pictures, on a backend that writes down all it does."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from gap_runtime.errors import EngineError, InputError
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.prompt_cache import PromptCache
 from gap_runtime.grounding.view import View, VisionOutput
+from gap_runtime.pictures.load import open_picture
 
 BOX_TOKEN = 11
 MUG, RED = "the mug", "the red mug"
@@ -123,6 +125,47 @@ def test_a_picture_that_comes_again_is_known_by_its_content(make_grounder, backe
     assert looks(backend) == ["vision-8"]
     grounder.ground(np.ascontiguousarray(values[:20]), MUG)
     assert looks(backend) == ["vision-8", "vision-8"]
+
+
+def save(picture, kind):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def test_a_file_that_comes_again_is_not_read_again(make_grounder, backend):
+    grounder, read = make_grounder(), []
+
+    def look(data):
+        read.append(data)
+        return open_picture(data)
+
+    png, tiff = save(make_picture(1), "png"), save(make_picture(1), "tiff")
+    other = save(make_picture(2), "png")
+    views = [grounder.look_at_file(data, look) for data in (png, png, other, tiff, tiff, png)]
+    # The two files are of one picture, which is known by the one that came last.
+    assert read == [png, other, tiff, png]
+    assert [view is views[0] for view in views] == [True, True, False, True, True, True]
+    for data in (png, bytearray(tiff), png):
+        grounder.ground(data, MUG)
+    assert looks(backend) == ["vision-8"]
+    assert read == [png, other, tiff, png]
+
+
+def test_a_file_whose_picture_gave_way_is_read_again(make_grounder):
+    grounder = make_grounder(keep=1)
+    values = [np.full((500, 500, 3), number, np.uint8) for number in range(2)]
+    files = [save(Image.fromarray(each), "png") for each in values]
+    first = grounder.look(files[0])
+    assert grounder.look(files[0]) is first
+    grounder.look(files[1])
+    assert grounder.look(files[0]) is not first
+    assert np.array_equal(np.asarray(grounder.look(files[0]).picture), values[0])
+
+
+def test_no_file_is_known_where_no_picture_is_kept(make_grounder):
+    grounder, file = make_grounder(keep=0), save(make_picture(1), "png")
+    assert grounder.look(file) is not grounder.look(file)
 
 
 def test_rows_of_a_picture_that_gave_way_are_put_back(make_grounder, backend):
