@@ -55,7 +55,7 @@ from gap_runtime.bundle.manifest import (
     Stage,
 )
 from gap_runtime.bundle.validation import read_manifest
-from gap_runtime.display import Display, Pace, format_bytes
+from gap_runtime.display import Display, format_bytes
 from gap_runtime.errors import BackendMissingError, BundleError, CheckError, EngineError
 from gap_runtime.grounding.check import CheckReport, check_bundle, count_rows
 from gap_runtime.pictures.load import load_picture
@@ -110,22 +110,23 @@ def export(
             weights = _lay_out(plan, graphs, statistics)
         with display.step("proving the graphs"):
             stages = write_graphs(plan, weights, folder, graphs)
-        with display.progress(f"bringing {format_bytes(weights.size)} of weights") as show:
+        with display.count(
+            f"bringing {format_bytes(weights.size)} of weights", "bytes", weights.size
+        ) as pace:
             hashes = bring_weights(
                 weights,
                 folder,
                 plan.request.bring,
                 copy_of=reader.copy_of,
-                on_bytes=Pace(show, weights.size, "bytes"),
+                on_bytes=pace,
             )
             if (folder / _COPIES).exists():
                 # What stayed would become part of the bundle.
                 shutil.rmtree(folder / _COPIES)
             reader.require_finite(weights)
         _write_tokenizers(plan, folder)
-        with display.step("hashing"):
-            hashes |= {name: reader.hash(source) for name, source in weights.shards.items()}
-            entries = _describe_files(folder, hashes)
+        hashes |= _hash_shards(reader, weights, display)
+        entries = _describe_files(folder, hashes)
         manifest = _make_manifest(plan, weights, stages, reference, entries)
         report, note = _check(Bundle(folder=folder, manifest=manifest), display)
         if record is not None:
@@ -210,12 +211,10 @@ def _lay_out(
 @contextmanager
 def _asking(display: Display, layers: str | None) -> Iterator[Callable[[float, str], None]]:
     """Show that PyTorch is asked; `layers` says why weights are read layer by layer, if so."""
-    if layers is None:
-        with display.step("asking PyTorch"):
-            yield lambda _share, _now: None
-        return
-    display.say(layers)
-    with display.progress("asking PyTorch, layer by layer") as show:
+    if layers is not None:
+        display.say(layers)
+    how = "" if layers is None else ", layer by layer"
+    with display.progress(f"asking PyTorch{how}") as show:
         yield show
 
 
@@ -241,6 +240,16 @@ def _record(
     return recorded, statistics
 
 
+def _hash_shards(reader: SourceReader, weights: WeightPlan, display: Display) -> dict[str, str]:
+    """The hashes of the checkpoint's own files, by their names in the bundle."""
+    hashes, size = {}, sum(source.stat().st_size for source in weights.shards.values())
+    with display.count("hashing", "bytes", size) as pace:
+        for name, source in weights.shards.items():
+            hashes[name] = reader.hash(source)
+            pace(source.stat().st_size)
+    return hashes
+
+
 def _write_tokenizers(plan: ExportPlan, folder: Path) -> None:
     """The language model's tokenizer, and CLIP's where phrases go through its text tower."""
     if plan.tokenizer is not None:
@@ -259,8 +268,8 @@ def _check(bundle: Bundle, display: Display) -> tuple[CheckReport | None, str]:
     if bundle.manifest.dtype == "bfloat16":
         return None, "the onnxruntime backend does not run bfloat16"
     try:
-        with display.progress("checking against PyTorch on onnxruntime") as show:
-            pace = Pace(show, count_rows(bundle), "answers")
+        rows = count_rows(bundle)
+        with display.count("checking against PyTorch on onnxruntime", "answers", rows) as pace:
             report = check_bundle(bundle, "onnxruntime:cpu", on_row=lambda _: pace(1))
     except BackendMissingError as error:
         return None, str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,10 +43,15 @@ class Display:
         )
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Show that a step runs, and when it is done how long it took."""
+    def step(self, name: str, *, live: bool = True) -> Iterator[None]:
+        """Show that a step runs, and when it is done how long it took.
+
+        Args:
+            name: Of the step.
+            live: Without, nothing is shown meanwhile: a library shows its own progress.
+        """
         began = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_terminal and live:
             with self._console.status(name):
                 yield
         else:
@@ -56,7 +62,7 @@ class Display:
     def progress(self, name: str) -> Iterator[Callable[[float | None, str], None]]:
         """Show how far a long step is; what it gives takes the share done and what is done now.
 
-        The share is None where the end is not known.
+        The share is None where the end is not known; else the time that is left is shown too.
         """
         began = time.monotonic()
         if self._console.is_terminal:
@@ -72,12 +78,25 @@ class Display:
 
                 def show(share: float | None, now: str) -> None:
                     total = None if share is None else 1.0
-                    bar.update(task, total=total, completed=share or 0.0, now=now)
+                    said = now + _tell_left(share, began)
+                    bar.update(task, total=total, completed=share or 0.0, now=said)
 
                 yield show
         else:
             yield _Lines(self, name)
         self._console.print(f"{name} [dim]({time.monotonic() - began:.1f} s)[/dim]")
+
+    @contextmanager
+    def count(self, name: str, noun: str, total: int) -> Iterator[Pace]:
+        """Show how far a long step is of which it is known how much there is to do.
+
+        Args:
+            name: Of the step.
+            noun: What is counted, as for Pace.
+            total: How many there are to do.
+        """
+        with self.progress(name) as show:
+            yield Pace(show, total, noun)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -121,18 +140,27 @@ class _Lines:
 
     def __init__(self, display: Display, name: str) -> None:
         """Begin now."""
-        self._display, self._name, self._said = display, name, time.monotonic()
+        self._display, self._name = display, name
+        self._began = self._said = time.monotonic()
 
     def __call__(self, share: float | None, now: str) -> None:
         """So much is done."""
         if time.monotonic() - self._said >= _LINE_SECONDS:
             self._said = time.monotonic()
             done = "" if share is None else f"{share:.0%}, "
-            self._display.say(f"{self._name}: {done}{now}")
+            self._display.say(f"{self._name}: {done}{now}{_tell_left(share, self._began)}")
+
+
+def _tell_left(share: float | None, began: float) -> str:
+    """The time that is left, at the pace since the beginning."""
+    if not share:
+        return ""
+    left = (time.monotonic() - began) * max(1 - share, 0.0) / share
+    return f", {format_seconds(left)} left"
 
 
 class Pace:
-    """Counts what is done of many, and tells a progress the rate and the time that is left."""
+    """Counts what is done of many, from any thread, and tells a progress the rate."""
 
     def __init__(self, show: Callable[[float, str], None], total: int, noun: str) -> None:
         """Begin now.
@@ -144,18 +172,19 @@ class Pace:
         """
         self._show, self._total, self._noun = show, total, noun
         self._done, self._began = 0, time.monotonic()
+        self._lock = threading.Lock()
 
     def __call__(self, more: int) -> None:
         """So many more are done."""
-        self._done += more
+        with self._lock:
+            self._done += more
         rate = self._done / max(time.monotonic() - self._began, 1e-9)
-        left = format_seconds((self._total - self._done) / rate) if rate else "unknown time"
         if self._noun == "bytes":
             done, total = format_bytes(self._done), format_bytes(self._total)
             said = f"{done} of {total}, {format_bytes(round(rate))}/s"
         else:
             said = f"{self._done:,} of {self._total:,} {self._noun}, {format_rate(rate)}"
-        self._show(self._done / max(self._total, 1), f"{said}, {left} left")
+        self._show(self._done / max(self._total, 1), said)
 
 
 def format_rate(rate: float) -> str:

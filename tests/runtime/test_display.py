@@ -1,5 +1,7 @@
 """What people see: tables lose nothing in a narrow window."""
 
+import re
+
 import pytest
 
 from gap_runtime import display
@@ -20,6 +22,31 @@ def test_no_cell_of_a_table_is_cut(monkeypatch, capsys, columns):
     assert out.count("again") == 9
     for word in " ".join(HEADER).split():
         assert word in out
+
+
+def test_progress_says_what_is_left_where_the_end_is_known(monkeypatch, capsys):
+    monkeypatch.setattr(display, "_LINE_SECONDS", 0)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(display.time, "monotonic", lambda: float(next(clock)))
+    with display.Display().progress("asking") as show:
+        show(None, "a camera")
+        show(0.0, "one")
+        show(0.25, "two")
+        show(1.0, "last")
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["asking: a camera", "asking: 0%, one"]
+    assert re.fullmatch(r"asking: 25%, two, \d min \d\d s left", said[2])
+    assert said[3] == "asking: 100%, last, 0 s left"
+
+
+def test_a_step_whose_library_shows_progress_is_told_at_its_end(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with display.Display().step("pulling", live=False):
+        assert capsys.readouterr().err == ""
+    assert "pulling" in capsys.readouterr().err
+    with display.Display().step("tracing"):
+        assert capsys.readouterr().err != ""
 
 
 def test_a_table_without_rows(capsys):

@@ -41,14 +41,17 @@ def run(options: argparse.Namespace) -> int:
     bundle = open_bundle(options)
     manifest = bundle.manifest
     found = None
-    with Display().step("looking at every tensor"):
-        for image, phrase in _questions(options, bundle):
+    questions = _questions(options, bundle)
+    count = Display().count("looking at every tensor", "questions", len(questions))
+    with count as pace:
+        for image, phrase in questions:
             picture = load_picture(image)
             bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
             entry = bundle.choose_ratio(options.ratio, bucket.name, keep=options.keep)
             found = find_bad_tensor(bundle, picture, phrase, entry)
             if found is not None:
                 break
+            pace(1)
     if options.json:
         print_json(dump_record(Probed(bad=found)))
     if found is not None:

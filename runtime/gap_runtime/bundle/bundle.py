@@ -13,7 +13,13 @@ from typing import Final
 
 import numpy as np
 
-from gap_runtime.bundle.hashes import hash_bytes, hash_file, read_blocks
+from gap_runtime.bundle.hashes import (
+    Begin,
+    begin_silently,
+    hash_bytes,
+    hash_file,
+    read_blocks,
+)
 from gap_runtime.bundle.hub import PREFIX, parse_name, pull
 from gap_runtime.bundle.layout import is_ratio, suggest_ratio
 from gap_runtime.bundle.manifest import Manifest, RatioEntry
@@ -33,7 +39,9 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: str | Path, *, verify_all: bool = False) -> Bundle:
+    def open(
+        cls, path: str | Path, *, verify_all: bool = False, begin: Begin = begin_silently
+    ) -> Bundle:
         """Open a bundle and check that its files are those that were exported.
 
         Args:
@@ -41,6 +49,7 @@ class Bundle:
                 is not in the hub's cache here.
             verify_all: Hash every file. Otherwise files above 256 MiB (the weights of a large
                 model) are checked by size alone.
+            begin: Shows how far the hashing is.
 
         Raises:
             BundleError: The folder is no bundle, or a file is missing.
@@ -52,7 +61,7 @@ class Bundle:
         if isinstance(path, str) and path.startswith(PREFIX):
             folder = pull(parse_name(path))
         bundle = cls(folder=folder, manifest=read_manifest(folder))
-        bundle.verify(limit=None if verify_all else _SMALL_BYTES)
+        bundle.verify(limit=None if verify_all else _SMALL_BYTES, begin=begin)
         return bundle
 
     def __repr__(self) -> str:
@@ -64,8 +73,11 @@ class Bundle:
             f"pruner {manifest.pruning.strategy}, ratios {ratios})"
         )
 
-    def verify(self, *, limit: int | None) -> None:
-        """Compare sizes of all files and hashes of those up to `limit` bytes (None: all)."""
+    def verify(self, *, limit: int | None, begin: Begin = begin_silently) -> None:
+        """Compare sizes of all files and hashes of those up to `limit` bytes (None: all).
+
+        `begin` shows how far the hashing is.
+        """
         files = self.manifest.files
         for name, entry in files.items():
             path = self.folder / name
@@ -83,8 +95,9 @@ class Bundle:
                     "copy the bundle again or export again"
                 )
         hashed = [name for name, entry in files.items() if limit is None or entry.size <= limit]
-        with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda name: hash_file(self.folder / name), hashed)
+        size = sum(files[name].size for name in hashed)
+        with begin(size) as on_bytes, ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: hash_file(self.folder / name, on_bytes), hashed)
             for name, found_hash in zip(hashed, found, strict=True):
                 if found_hash != files[name].blake3:
                     raise HashError(

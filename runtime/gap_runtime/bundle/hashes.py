@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,11 @@ from gap_runtime.records.files import open_file
 _BLOCK_BYTES: Final = 2**20
 
 
+Begin = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Told how much there is to do, bytes to hash for example; what it gives is told of every part
+that is done, by any thread."""
+
+
 def new_hash() -> blake3:
     """A hash of nothing yet, to be updated."""
     return blake3()
@@ -26,8 +32,17 @@ def hash_bytes(data: bytes | memoryview) -> str:
     return blake3(data).hexdigest()
 
 
-def hash_file(path: Path) -> str:
+def begin_silently(_: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A Begin that shows nothing."""
+    return nullcontext(lambda _: None)
+
+
+def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
     """Hash of a file as hexadecimal text, read in blocks to its end.
+
+    Args:
+        path: The file.
+        on_bytes: Told the size of every block that was hashed.
 
     Raises:
         BundleError: The file cannot be read.
@@ -35,6 +50,7 @@ def hash_file(path: Path) -> str:
     digest = new_hash()
     for block in read_blocks(path):
         digest.update(block)
+        on_bytes(len(block))
     return digest.hexdigest()
 
 
@@ -60,6 +76,6 @@ def read_blocks(path: Path, offset: int = 0, length: int | None = None) -> Itera
             yield buffer[:size]
 
 
-def describe_file(path: Path) -> FileEntry:
-    """Size and hash of a file, for a manifest."""
-    return FileEntry(size=path.stat().st_size, blake3=hash_file(path))
+def describe_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> FileEntry:
+    """Size and hash of a file, for a manifest; `on_bytes` as for `hash_file`."""
+    return FileEntry(size=path.stat().st_size, blake3=hash_file(path, on_bytes))

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from gap_runtime.bundle.hashes import describe_file
+from gap_runtime.bundle.hashes import Begin, begin_silently, describe_file
 from gap_runtime.bundle.hub_library import describe_failure, library_failures, load_library
 from gap_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 from gap_runtime.bundle.validation import read_manifest
@@ -71,7 +71,13 @@ def explain_failure(name: HubName, what: str, error: Exception) -> GapError:
     return HubError(f"{PREFIX}{name}: cannot {what}: {describe_failure(error)}")
 
 
-def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False) -> Path:
+def pull(
+    name: HubName,
+    folder: Path | None = None,
+    *,
+    verify_all: bool = False,
+    begin: Begin = begin_silently,
+) -> Path:
     """A bundle from the hub: what is not here yet is downloaded, and compared with the manifest.
 
     Of the repository come the files that its manifest names, and its card. What was half
@@ -81,6 +87,7 @@ def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False)
         name: Of the repository.
         folder: Where it goes; the hub's own cache by default.
         verify_all: Hash what was downloaded earlier, too.
+        begin: Shows how far the hashing is.
 
     Returns:
         The bundle's folder.
@@ -105,7 +112,7 @@ def pull(name: HubName, folder: Path | None = None, *, verify_all: bool = False)
     # A commit, so that both downloads are of the same state.
     place = _download(name, seen.name, [glob.escape(each) for each in names], folder)
     if verify_all or not was_whole:
-        _verify(name, place, manifest)
+        _verify(name, place, manifest, begin)
     return place
 
 
@@ -128,21 +135,22 @@ def _download(
         raise explain_failure(name, "be pulled", error) from error
 
 
-def _verify(name: HubName, folder: Path, manifest: Manifest) -> None:
+def _verify(name: HubName, folder: Path, manifest: Manifest, begin: Begin) -> None:
     """Compare all that came with the manifest; what differs is removed, so that it comes again."""
     wrong = []
-    for each, entry in manifest.files.items():
-        path = folder / each
-        if not is_file(path):
-            raise HubError(
-                f"{PREFIX}{name}: {each} is in its manifest and not in the repository; its owner "
-                "has to push it again"
-            )
-        if describe_file(path) != entry:
-            wrong.append(each)
-            real = Path(os.path.realpath(path))
-            path.unlink()
-            real.unlink(missing_ok=True)
+    with begin(sum(entry.size for entry in manifest.files.values())) as on_bytes:
+        for each, entry in manifest.files.items():
+            path = folder / each
+            if not is_file(path):
+                raise HubError(
+                    f"{PREFIX}{name}: {each} is in its manifest and not in the repository; its "
+                    "owner has to push it again"
+                )
+            if describe_file(path, on_bytes) != entry:
+                wrong.append(each)
+                real = Path(os.path.realpath(path))
+                path.unlink()
+                real.unlink(missing_ok=True)
     if wrong:
         raise HubError(
             f"{PREFIX}{name}: {', '.join(wrong)}: the BLAKE3 differs from the manifest's; what "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.hashes import Begin, begin_silently
 from gap_runtime.bundle.hub import CARD_FILE, PREFIX, HubName, explain_failure
 from gap_runtime.bundle.hub_library import library_failures, load_library
 from gap_runtime.bundle.license import License
@@ -60,6 +61,7 @@ def push(
     *,
     accept_license: bool = False,
     private: bool = False,
+    begin: Begin = begin_silently,
 ) -> Pushed:
     """Push a bundle: the files of its manifest, the manifest and a card, in one commit.
 
@@ -73,6 +75,7 @@ def push(
         card: Its page there, `report.card` makes it.
         accept_license: The user has read a licence that binds who shares.
         private: Whether a repository that is made is private.
+        begin: Shows how far the hashing is.
 
     Raises:
         ConfigError: The licence, or what the repository holds, is against it.
@@ -82,7 +85,7 @@ def push(
     license.require_shareable(accepted=accept_license)
     require_login(name)
     # A hard link may have been written through since the export.
-    bundle.verify(limit=None)
+    bundle.verify(limit=None, begin=begin)
     library = load_library()
     api = library.HfApi(library_name="gap-runtime")
     try:

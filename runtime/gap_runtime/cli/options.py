@@ -16,6 +16,7 @@ from gap_runtime.errors import ConfigError, GapError, show_line
 
 if TYPE_CHECKING:
     from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.bundle.hashes import Begin
 
 
 class Command(Protocol):
@@ -350,8 +351,12 @@ def read_share(text: str) -> float:
     return share
 
 
-def open_bundle(options: argparse.Namespace, *, verify_all: bool = False) -> Bundle:
-    """The bundle that is named on the command line."""
+def open_bundle(
+    options: argparse.Namespace, *, verify_all: bool = False, begin: Begin | None = None
+) -> Bundle:
+    """The bundle that is named on the command line; the rest as for `Bundle.open`."""
     from gap_runtime.bundle.bundle import Bundle  # noqa: PLC0415 - numpy only when a command runs
 
-    return Bundle.open(options.bundle, verify_all=verify_all)
+    if begin is None:
+        return Bundle.open(options.bundle, verify_all=verify_all)
+    return Bundle.open(options.bundle, verify_all=verify_all, begin=begin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def push_bundle(
             f"note: {', '.join(linked)}: hard links; their content is pushed, as the hub has no "
             "links, and whoever pulls gets files of their own"
         )
-    with display.step(f"pushing to {name}"):
+    # The library shows how far it is.
+    with display.step(f"pushing to {name}", live=False):
         pushed = push(
             bundle,
             name,
@@ -71,6 +73,7 @@ def push_bundle(
             make_card(bundle, name, license, report, accuracy),
             accept_license=options.accept_license,
             private=options.private,
+            begin=partial(display.count, "hashing", "bytes"),
         )
     display.say(f"gap-runtime ground hub:{name} PICTURE PHRASE")
     return {

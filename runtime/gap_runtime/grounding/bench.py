@@ -13,6 +13,7 @@ from PIL import Image
 
 from gap_runtime.backends import DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.hashes import Begin, begin_silently
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.grounding.fastest import choose_backend
 from gap_runtime.grounding.grounder import Grounder, StageValues
@@ -92,6 +93,7 @@ def bench_bundle(
     warmup: int = 2,
     ratios: Collection[float] | None = None,
     draft: bool = True,
+    begin: Begin = begin_silently,
 ) -> BenchReport:
     """Time every ratio of a bundle, the ratios taking turns so that drift hits all alike.
 
@@ -102,13 +104,18 @@ def bench_bundle(
         warmup: Untimed runs before them.
         ratios: Those of the bundle's that are timed; all by default.
         draft: As in Grounder.
+        begin: Shows how far it is; is told the number of runs, and of each one.
     """
     backend = choose_backend(bundle, backend)
     pictures = {bucket.name: _noise(bundle, bucket) for bucket in bundle.manifest.buckets}
     entries = [each for each in bundle.manifest.ratios if ratios is None or each.ratio in ratios]
     runs_of: list[list[_Run]] = [[] for _ in entries]
     most = min(_TOKENS, bundle.manifest.layout.answer)
-    with Grounder(bundle, backend, draft=draft, keep_pictures=0) as grounder, Meter() as meter:
+    with (
+        Grounder(bundle, backend, draft=draft, keep_pictures=0) as grounder,
+        begin((warmup + runs) * len(entries)) as note,
+        Meter() as meter,
+    ):
         for run in range(warmup + runs):
             if run == warmup:
                 meter.begin()
@@ -123,6 +130,7 @@ def bench_bundle(
                 )
                 if run >= warmup:
                     samples.append(sample)
+                note(1)
     rows = tuple(
         _make_row(bundle, entry, samples, most)
         for entry, samples in zip(entries, runs_of, strict=True)

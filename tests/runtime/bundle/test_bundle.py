@@ -1,5 +1,6 @@
 """Bundles on disk: opened when whole, refused when a file is missing or not as exported."""
 
+import contextlib
 import dataclasses
 import queue
 import struct
@@ -63,6 +64,19 @@ def test_large_files_are_hashed_only_when_asked_for(make_bundle, monkeypatch):
     assert Bundle.open(folder).folder == folder
     with pytest.raises(HashError, match=r"weights\.bin"):
         Bundle.open(folder, verify_all=True)
+
+
+def test_hashing_tells_how_far_it_is(make_bundle):
+    folder, told = make_bundle(), []
+
+    @contextlib.contextmanager
+    def begin(total):
+        told.append([total])
+        yield told[-1].append
+
+    files = Bundle.open(folder, verify_all=True, begin=begin).manifest.files.values()
+    ((total, *parts),) = told
+    assert total == sum(parts) == sum(entry.size for entry in files) > 0
 
 
 def test_files_that_the_manifest_does_not_list_are_left_alone(make_bundle):

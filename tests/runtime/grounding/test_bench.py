@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -27,6 +28,16 @@ def test_every_ratio_has_a_row(make_bundle, backend):
     assert found == [(0.5, "", 8, 16, 16), (0.75, "", 4, 16, 12)]
     assert Counter(name for name, _ in backend.calls) == {"vision-8": 4, "vision-4": 4}
     assert report.runs == 3
+
+
+@pytest.mark.usefixtures("backend")
+def test_every_run_is_shown_with_the_time_that_is_left(make_bundle, capsys, monkeypatch):
+    monkeypatch.setattr("gap_runtime.display._LINE_SECONDS", 0)
+    assert main(["bench", str(make_bundle()), "--runs", "3", "--warmup", "1"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    # Four times two ratios, and how long it took.
+    assert len(said) == 9
+    assert re.fullmatch(r"timing: 38%, 3 of 8 runs, [\d.,]+/s, \d+ s left", said[2])
 
 
 @pytest.mark.usefixtures("backend")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from gap_runtime.cli.options import (
@@ -60,16 +61,16 @@ def run(options: argparse.Namespace) -> int:
     display = Display()
     if options.all:
         return _time_all(options, display)
-    with display.step("timing"):
-        bundle = open_bundle(options)
-        report = bench_bundle(
-            bundle,
-            options.backend,
-            runs=options.runs,
-            warmup=options.warmup,
-            ratios=bundle.choose_ratios(options.ratios, options.keep),
-            draft=options.draft,
-        )
+    bundle = open_bundle(options)
+    report = bench_bundle(
+        bundle,
+        options.backend,
+        runs=options.runs,
+        warmup=options.warmup,
+        ratios=bundle.choose_ratios(options.ratios, options.keep),
+        draft=options.draft,
+        begin=partial(display.count, "timing", "runs"),
+    )
     if options.json:
         print_json(dump_record(report))
         return 0
@@ -103,8 +104,10 @@ def _time_all(options: argparse.Namespace, display: Display) -> int:
     ratios = bundle.choose_ratios(options.ratios, options.keep)
 
     def measure(backend: str) -> float:
-        with display.step(f"timing {backend}"):
-            return request_ms(bench_bundle(bundle, backend, runs=options.runs, ratios=ratios))
+        begin = partial(display.count, f"timing {backend}", "runs")
+        return request_ms(
+            bench_bundle(bundle, backend, runs=options.runs, ratios=ratios, begin=begin)
+        )
 
     timed = time_backends(bundle, measure)
     if options.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,7 +42,7 @@ def json_types() -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from gap_runtime.display import Display, Pace  # noqa: PLC0415
+    from gap_runtime.display import Display  # noqa: PLC0415
     from gap_runtime.grounding.boxless import describe_boxless  # noqa: PLC0415
     from gap_runtime.grounding.check import Compared, check_bundle, count_rows  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
@@ -51,12 +52,12 @@ def run(options: argparse.Namespace) -> int:
     if options.html is not None:
         require_writable(options.html)
     display = Display()
-    with display.step("checking files"):
-        bundle = open_bundle(options, verify_all=True)
-    with display.progress("comparing with PyTorch's answers") as show:
-        compared: list[Compared] = []
-        ratios = bundle.choose_ratios(options.ratios, options.keep)
-        pace = Pace(show, count_rows(bundle, ratios), "answers")
+    begin = partial(display.count, "checking files", "bytes")
+    bundle = open_bundle(options, verify_all=True, begin=begin)
+    ratios = bundle.choose_ratios(options.ratios, options.keep)
+    compared: list[Compared] = []
+    rows = count_rows(bundle, ratios)
+    with display.count("comparing with PyTorch's answers", "answers", rows) as pace:
 
         def note(found: Compared) -> None:
             compared.append(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -43,8 +44,10 @@ def run(options: argparse.Namespace) -> int:
 
     name = parse_name(options.name)
     display = Display()
-    with display.step(f"pulling {name}"):
-        folder = pull(name, options.out, verify_all=True)
+    # The library shows how far it is.
+    with display.step(f"pulling {name}", live=False):
+        begin = partial(display.count, "comparing with the manifest", "bytes")
+        folder = pull(name, options.out, verify_all=True, begin=begin)
     files = read_manifest(folder).files
     size = sum(entry.size for entry in files.values())
     display.say(f"{len(files)} files, {format_bytes(size)}, as the manifest has them")

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.bundle.hub import parse_name  # noqa: PLC0415
     from gap_runtime.bundle.license import find_license  # noqa: PLC0415
     from gap_runtime.bundle.push import require_login  # noqa: PLC0415
-    from gap_runtime.display import Display, Pace  # noqa: PLC0415
+    from gap_runtime.display import Display  # noqa: PLC0415
     from gap_runtime.grounding.check import check_bundle, count_rows  # noqa: PLC0415
     from gap_runtime.report.card import read_accuracy  # noqa: PLC0415
 
@@ -55,8 +55,8 @@ def run(options: argparse.Namespace) -> int:
     found.require_shareable(accepted=options.accept_license)
     report = None
     if options.check and bundle.manifest.reference is not None:
-        with display.progress("comparing with PyTorch's answers") as show:
-            pace = Pace(show, count_rows(bundle), "answers")
+        rows = count_rows(bundle)
+        with display.count("comparing with PyTorch's answers", "answers", rows) as pace:
             report = check_bundle(bundle, options.backend, on_row=lambda _: pace(1))
     result = push_bundle(options, display, bundle, name, found, report=report, accuracy=accuracy)
     if options.json:

@@ -185,8 +185,6 @@ def _describe_progress(report: WatchReport) -> tuple[float | None, str]:
     if report.broken:
         parts.append(f"{report.broken} broken")
     share = min(report.seconds / report.duration, 1.0) if report.duration else None
-    if share and report.elapsed:
-        parts.append(f"{format_seconds(report.elapsed * (1 - share) / share)} left")
     return share, ", ".join(parts)
 
 
