@@ -17,6 +17,8 @@ from gap_runtime.pictures.boxes import BoxFormat
 
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+AS_PUBLISHED: Final = "give the checkpoint as it was published, or mend the value"
+"""What to do about a value that nothing here has a use for."""
 _NUMBER: Final = r"\s*(-?\d+(?:\.\d+)?)\s*"
 FRACTION_BOX: Final = BoxFormat(
     attempt=r"\[[^\[\]]*\]?",
@@ -63,7 +65,9 @@ def parse_config(make: Callable[[], Config], where: str, kind: str) -> Config:
         return make()
     except _LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{where}: not a {kind} config ({reason:.200})") from error
+        raise CheckpointError(
+            f"{where}: not a {kind} config ({reason:.200}); {AS_PUBLISHED}"
+        ) from error
 
 
 def read_library_config(
@@ -131,10 +135,13 @@ def require_tower(vision: Any, where: str, kind: str) -> None:
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(vision, name), int):
             raise CheckpointError(
-                f"{where}: vision_config.{name} {getattr(vision, name)}, expected one number"
+                f"{where}: vision_config.{name} {getattr(vision, name)}, expected one number; "
+                f"{AS_PUBLISHED}"
             )
     if vision.num_channels != 3:
-        raise CheckpointError(f"{where}: vision_config.num_channels is not 3")
+        raise CheckpointError(
+            f"{where}: vision_config.num_channels {vision.num_channels}, expected 3; {NO_WAY}"
+        )
 
 
 def require_patches_alone(config: Any, where: str) -> None:
@@ -150,7 +157,8 @@ def require_patches_alone(config: Any, where: str) -> None:
         )
     if not isinstance(config.vision_feature_layer, int):
         raise CheckpointError(
-            f"{where}: vision_feature_layer {config.vision_feature_layer}, expected one layer"
+            f"{where}: vision_feature_layer {config.vision_feature_layer}, expected one layer; "
+            f"{NO_WAY}"
         )
 
 
@@ -188,16 +196,35 @@ def find_image_token(data: dict[str, Any], default: int) -> int:
     return default
 
 
-def find_stop_ids(checkpoint: Checkpoint, configured: int | list[int] | None) -> tuple[int, ...]:
-    """End-of-sequence tokens: the generation config's, else the text config's."""
+def find_stop_ids(
+    checkpoint: Checkpoint, configured: int | list[int] | None, vocabulary: int
+) -> tuple[int, ...]:
+    """End-of-sequence tokens: the generation config's, else the text config's.
+
+    Tokens that the embedding table has no row for, as those that a tokenizer got after the
+    training, never come, and are left out.
+
+    Args:
+        checkpoint: Of the language model.
+        configured: By its config.
+        vocabulary: Rows of the table.
+
+    Raises:
+        CheckpointError: There are some, and none of them can ever come.
+    """
     generation = checkpoint.read_json("generation_config.json") or {}
-    found = generation.get("eos_token_id", configured)
+    found, where = generation.get("eos_token_id"), "generation_config.json"
     if found is None:
-        found = configured
+        found, where = configured, "config.json"
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{checkpoint.folder}: eos_token_id {found!r}, expected numbers")
-    return tuple(ids)
+    stops = tuple(token for token in dict.fromkeys(ids) if 0 <= token < vocabulary)
+    if ids and not stops:
+        raise CheckpointError(
+            f"{checkpoint.folder / where}: eos_token_id {found!r}, which the model can never "
+            f"answer with, expected one of its {vocabulary} tokens (0 to {vocabulary - 1}); give "
+            "the number that the tokenizer has for its end of sentence, 2 for most of Llama's kind"
+        )
+    return stops
 
 
 def read_normalization(
@@ -214,22 +241,33 @@ def read_normalization(
     where = f"{checkpoint.folder}: image processor"
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if data.get(name) is False:
-            raise CheckpointError(f"{where}: {name} is off, expected on")
+            raise _refuse_processor(where, f"{name} is off", "on")
     # Values that cannot be hashed are compared as others are.
     if data.get("resample") not in (None, int(Image.Resampling.BICUBIC)):
-        raise CheckpointError(f"{where}: resample {data['resample']}, expected 3 (bicubic)")
+        raise _refuse_processor(where, f"resample {data['resample']}", "3 (bicubic)")
     if abs((data.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
-        raise CheckpointError(f"{where}: rescale_factor {data['rescale_factor']}, expected 1/255")
+        raise _refuse_processor(where, f"rescale_factor {data['rescale_factor']}", "1/255")
     for name in ("size", "crop_size") if side is not None else ():
         sizes = data.get(name) or side
         each = [*sizes.values()] if isinstance(sizes, dict) else [sizes]
         if not each or any(size != side for size in each):
-            raise CheckpointError(f"{where}: {name} {sizes}, but the vision tower takes {side}")
+            raise CheckpointError(
+                f"{where}: {name} {sizes}, but the vision tower takes {side}; give the "
+                f"preprocessor_config.json that was published with it, or mend {name}"
+            )
     mean = tuple(float(v) for v in data.get("image_mean") or CLIP_MEAN)
     std = tuple(float(v) for v in data.get("image_std") or CLIP_STD)
     if len(mean) != 3 or len(std) != 3:
-        raise CheckpointError(f"{where}: image_mean and image_std need 3 values each")
+        counts = f"image_mean and image_std have {len(mean)} and {len(std)} values"
+        raise _refuse_processor(where, counts, "3 values each")
     return mean, std
+
+
+def _refuse_processor(where: str, found: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {found}, expected {expected}, as no runtime here does it otherwise; if the "
+        "model was trained so, it cannot be exported; else mend the value"
+    )
 
 
 def processor_config(checkpoint: Checkpoint) -> dict[str, Any]:

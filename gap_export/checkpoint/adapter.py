@@ -111,13 +111,29 @@ def choose_base(checkpoint: Checkpoint) -> Checkpoint:
                 f"{checkpoint.folder}: holds changes to a model (LoRA, or the projector alone); "
                 "give the model that it was trained from: --set parts.base=DIR"
             )
-        return checkpoint.parts[BASE]
+        return require_whole(checkpoint.parts[BASE], BASE)
     if BASE in checkpoint.parts:
         raise CheckpointError(
             f"{checkpoint.folder}: holds a whole model, which needs no base; leave it out: "
             "--set parts.base="
         )
     return checkpoint
+
+
+def require_whole(part: Checkpoint, role: str) -> Checkpoint:
+    """Refuse changes to a model as the language model that a checkpoint is made from.
+
+    Raises:
+        CheckpointError: The part is an adapter, or a projector alone.
+    """
+    marks = (".lora_", "mm_projector")
+    if is_partial(part) and any(mark in key for key in part.tensors for mark in marks):
+        raise CheckpointError(
+            f"{part.folder}: holds changes to a model (LoRA, or a projector alone), expected a "
+            f"whole one as the part '{role}'; merge them first with PEFT's merge_and_unload(), or "
+            f"give the model that they were made from: --set parts.{role}=DIR"
+        )
+    return part
 
 
 def read_adapters(checkpoint: Checkpoint, rename: Callable[[str], str]) -> list[Adapter]:

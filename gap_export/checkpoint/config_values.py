@@ -64,7 +64,10 @@ def require_values(data: dict[str, Any], where: str) -> None:
     for key, value in data.items():
         rule = _find_rule(key)
         if rule is not None and value is not None and not rule[0](value):
-            raise CheckpointError(f"{where}: {key} is {value!r:.60}, expected {rule[1]}")
+            raise CheckpointError(
+                f"{where}: {key} is {value!r:.60}, expected {rule[1]}; download the checkpoint "
+                "again, or mend the value"
+            )
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, dict):
                 require_values(each, where)
@@ -100,6 +103,12 @@ def _are_channels(value: Any, least: float) -> bool:
     )
 
 
+def _are_tokens(value: Any) -> bool:
+    # Which of them there are, the reader of the table says.
+    found = value if isinstance(value, list) else [value]
+    return bool(found) and all(type(each) is int for each in found)
+
+
 _Rule = tuple[Callable[[Any], bool], str]
 _RULES: Final[tuple[tuple[frozenset[str], _Rule], ...]] = (
     (_COUNTS, (_is_count, "a whole number above 0")),
@@ -107,6 +116,10 @@ _RULES: Final[tuple[tuple[frozenset[str], _Rule], ...]] = (
     (_SCALES, (_is_scale, "a number above 0")),
     (_WORDS, (_is_word, "a word")),
     (_TABLES, (lambda value: isinstance(value, dict), "a table")),
+    (
+        frozenset(("eos_token_id",)),
+        (_are_tokens, "the number of a token, or a list of several"),
+    ),
     (frozenset(("image_mean",)), (lambda value: _are_channels(value, -10), "numbers")),
     (frozenset(("image_std",)), (lambda value: _are_channels(value, 1e-3), "numbers above 0")),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from gap_export.config.families import describe_folder
+from gap_export.config.folders import describe_folder, describe_strays
 from gap_export.errors import CheckpointError
 from gap_runtime.records.files import is_file, refusal
 from gap_runtime.records.plain import read_table
@@ -80,9 +80,12 @@ def find_weight_files(folder: Path, ignored: frozenset[str] = frozenset()) -> di
             f"{folder}: {len(others)} files that may be the weights ({', '.join(others)}), "
             "expected one; name the file itself"
         )
+    strays = describe_strays(folder)
     names = ", ".join(name for layout in _LAYOUTS for name in layout)
     advice = describe_folder(folder) or (
-        f"no weights in it (none of {names}, and no other {', '.join(TORCH_FILES)}); give a "
+        f"no weights in it; {strays}"
+        if strays
+        else f"no weights in it (none of {names}, and no other {', '.join(TORCH_FILES)}); give a "
         "checkpoint folder or file"
     )
     raise CheckpointError(f"{folder}: {advice}")

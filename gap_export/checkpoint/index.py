@@ -12,7 +12,7 @@ from gap_export.checkpoint.folder import ADAPTER_CONFIG, find_weight_files, read
 from gap_export.checkpoint.hub import download, find_snapshot, is_hub_id
 from gap_export.checkpoint.safetensors_file import index_safetensors_file
 from gap_export.checkpoint.tensor import FileIndex, TensorLocation
-from gap_export.config.families import describe_folder
+from gap_export.config.folders import describe_folder
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.records.files import exists, expand, is_file, is_folder, read_bytes

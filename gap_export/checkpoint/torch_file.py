@@ -19,6 +19,8 @@ from gap_runtime.records.files import open_file
 
 _CONTAINERS: Final = ("model", "state_dict", "module")
 """Where training scripts keep the state dict, beside the optimizer's and others."""
+_WRAPPER: Final = "module."
+"""Before all names where the model was saved in its wrapper for several GPUs (DDP)."""
 _LOCAL_HEADER: Final = 30
 """Bytes of a zip record's header before its name, whose last four are two lengths."""
 
@@ -50,7 +52,7 @@ def index_torch_file(path: Path, shown: Path) -> dict[str, TorchTensor]:
             or holds no tensors.
     """
     skeleton = _load(path, shown)
-    state = _find_state(skeleton.loaded, shown)
+    state = _without_wrapper(_find_state(skeleton.loaded, shown))
     return {
         key: _describe(value, skeleton.records)
         for key, value in state.items()
@@ -198,6 +200,13 @@ def _find_state(loaded: Any, shown: Path) -> dict[Any, Any]:
         f"{shown}: no tensors in it but {found}, expected a dict of tensors, alone or under "
         f"{', '.join(map(repr, _CONTAINERS))}; save one with torch.save"
     )
+
+
+def _without_wrapper(state: dict[Any, Any]) -> dict[Any, Any]:
+    """A state dict by the names of the model itself."""
+    if all(isinstance(key, str) and key.startswith(_WRAPPER) for key in state):
+        return {key.removeprefix(_WRAPPER): value for key, value in state.items()}
+    return state
 
 
 def _count_tensors(state: dict[Any, Any]) -> int:

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Final
 
+from gap_export.config.folders import describe_folder, describe_strays, holds_weights
 from gap_export.config.pruners import USUAL
 from gap_export.config.shipped import list_configs
 from gap_runtime.errors import ConfigError, UnknownNameError
-from gap_runtime.records.files import exists, is_file, read_text
+from gap_runtime.records.files import exists
 from gap_runtime.records.plain import read_json
 from gap_runtime.registry import list_plugins, read_constant
 
@@ -24,9 +25,12 @@ def resolve_family(folder: Path) -> str:
     """The family that the `model_type` of a folder's config.json names."""
     path = folder / "config.json"
     if not exists(path):
+        strays = None if holds_weights(folder) else describe_strays(folder)
         advice = describe_folder(folder) or (
-            "no config.json in it that tells the family; give the model's name and the folder: "
-            f"gap-export NAME --checkpoint {folder} (NAME: {', '.join(list_configs())})"
+            f"no model in it; {strays}"
+            if strays
+            else "no config.json in it that tells the family; give the model's name and the "
+            f"folder: gap-export NAME --checkpoint {folder} (NAME: {', '.join(list_configs())})"
         )
         raise ConfigError(f"{folder}: {advice}")
     data = read_json(path, ConfigError)
@@ -35,33 +39,6 @@ def resolve_family(folder: Path) -> str:
     if family is None:
         raise UnknownNameError(f"{path}: {describe_model_type(found)}")
     return family
-
-
-def describe_folder(folder: Path) -> str | None:
-    """What a folder is that is no model, and what to give instead; None where nothing is known."""
-    if exists(folder / "config.json"):
-        return None
-    adapter = folder / "adapter_config.json"
-    if is_file(adapter):
-        text = read_text(adapter, ConfigError)
-        found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', text)
-        base = found[1] if found else "FOLDER"
-        return (
-            "an adapter of PEFT, not a model; give the model and the adapter: gap-export NAME "
-            f"--checkpoint {base} --set parts.adapter={folder}"
-        )
-    if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
-        head = folder / "refs" / "main"
-        commits = sorted(path.name for path in (folder / "snapshots").iterdir())
-        commit = read_text(head, ConfigError).strip() if is_file(head) else ""
-        chosen = commit if commit in commits else commits[-1] if commits else "COMMIT"
-        return f"the top of a hub cache; give the files' folder: {folder / 'snapshots' / chosen}"
-    inner = sorted(path.parent for path in folder.glob("*/config.json"))
-    if inner:
-        return (
-            f"no config.json in it, but in {len(inner)} of its folders; give one, as {inner[-1]}"
-        )
-    return None
 
 
 def find_family(model_type: str) -> str | None:

@@ -123,16 +123,17 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         image_token_id=image_token_id,
         config=config.prompt,
     )
+    decoder = llama.read_decoder(text, where, is_tied=library.tie_word_embeddings)
     return ModelSpec(
         buckets=_read_buckets(config.image.canvas, preprocess, tower),
         vision_width=tower.width * tower.cell**2,
         features=cls_features(tower.width, tower.heads),
         text=None,
-        decoder=llama.read_decoder(text, where, is_tied=library.tie_word_embeddings),
+        decoder=decoder,
         tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=_find_image_text(checkpoint),
         image_token_id=image_token_id,
-        stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
+        stop_ids=find_stop_ids(checkpoint, text.eos_token_id, decoder.vocabulary),
         preprocess=preprocess,
         box=_BOX,
         template=prompt.template,

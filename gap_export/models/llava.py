@@ -87,6 +87,11 @@ _TEMPLATES: Final = dict.fromkeys(
 )
 _FRAMED: Final = "<im_start><image><im_end>"
 """What stands for the picture where `mm_use_im_start_end` is on."""
+_NOT_READ: Final = {
+    "s2": "a tower that looks at several scales of a picture (S2)",
+    "mm_resampler_type": "a resampler between tower and projector",
+}
+"""Keys of the authors' configs, and what they switch on between picture and projector."""
 _SHORT_PREFIX: Final = 5
 _ORIGINAL_NAMES: Final = (
     (re.compile(r"^model\.mm_projector\.0\."), "multi_modal_projector.linear_1."),
@@ -145,6 +150,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         config=config.prompt,
     )
     added = _added_tokens(data) if original else ()
+    notes = (*prompt.notes, *_describe_cropping(data, where)) if original else prompt.notes
     return ModelSpec(
         buckets=(Bucket(name="", canvas=None, grids=(grid,), strip=1, fixed=()),),
         vision_width=vision.hidden_size,
@@ -156,7 +162,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         ),
         image_text=_FRAMED if added else None,
         image_token_id=image_token_id,
-        stop_ids=find_stop_ids(base, text.eos_token_id),
+        stop_ids=find_stop_ids(base, text.eos_token_id, decoder.vocabulary),
         # Always padded: the library's default crops, which moves the box frame.
         preprocess=Preprocess(
             mode="pad",
@@ -170,7 +176,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         template=prompt.template,
         prefix=_SHORT_PREFIX,
         library_config=library,
-        notes=prompt.notes,
+        notes=notes,
     )
 
 
@@ -250,19 +256,38 @@ def _added_tokens(data: dict[str, Any]) -> tuple[str, ...]:
     return (*patch, "<im_start>", "<im_end>")
 
 
+def _describe_cropping(data: dict[str, Any], where: str) -> tuple[str, ...]:
+    """A line for people about a model whose authors' code would show it less of a picture."""
+    found = data.get("image_aspect_ratio")
+    if found == "pad":
+        return ()
+    return (
+        (
+            f"{where}: image_aspect_ratio is {found!r}, with which its authors' code cuts off the "
+            "edges of pictures; here they are padded, since a box may lie there"
+        ),
+    )
+
+
 def _read_library(data: dict[str, Any], where: str) -> LlavaConfig:
     return parse_config(lambda: LlavaConfig(**data), where, "LLaVA")
 
 
 def _read_original(checkpoint: Checkpoint, data: dict[str, Any], where: str) -> LlavaConfig:
     """The library's config for a checkpoint in the authors' layout."""
-    tiles = data.get("image_aspect_ratio") == "anyres"
+    tiles = str(data.get("image_aspect_ratio")).startswith("anyres")
     if tiles or str(data.get("mm_patch_merge_type", "flat")) != "flat":
         raise CheckpointError(
             f"{where}: LLaVA-NeXT (1.6) in its authors' layout, which is not read; give the same "
             "model in Hugging Face's layout, for example llava-hf/llava-v1.6-vicuna-7b-hf, with "
             "gap-export llava-next-vicuna-7b --checkpoint FOLDER"
         )
+    for name, what in _NOT_READ.items():
+        if data.get(name):
+            raise CheckpointError(
+                f"{where}: {name} is {data[name]!r:.60}, {what}, which no family here has; give "
+                "a LLaVA without it, for example llava-hf/llava-1.5-7b-hf"
+            )
     kind = data.get("mm_projector_type")
     if kind != "mlp2x_gelu":
         raise CheckpointError(

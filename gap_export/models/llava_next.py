@@ -131,7 +131,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=None,
         image_token_id=image_token_id,
-        stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
+        stop_ids=find_stop_ids(checkpoint, text.eos_token_id, decoder.vocabulary),
         preprocess=preprocess,
         box=FRACTION_BOX,
         template=prompt.template,

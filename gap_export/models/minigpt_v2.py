@@ -32,7 +32,7 @@ from gap_export.blocks.eva import EvaShape, EvaTower
 from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
 from gap_export.blocks.projector import Projector
 from gap_export.blocks.scores import cls_features
-from gap_export.checkpoint.adapter import add_pair
+from gap_export.checkpoint.adapter import add_pair, require_whole
 from gap_export.checkpoint.differences import refuse_differences
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import (
@@ -105,10 +105,12 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         ConfigError: `vision.heads` or `vision.side` do not fit the tower.
     """
     language = checkpoint.require_part("language")
+    require_whole(language, "language")
     refuse_differences(language)
     where = str(language.folder / "config.json")
     data = language.require_json("config.json")
     text = parse_config(lambda: LlamaConfig(**data), where, "Llama")
+    decoder = llama.read_decoder(text, where)
     tower = _read_tower(_find_eva(checkpoint), config)
     return ModelSpec(
         buckets=(
@@ -117,11 +119,11 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         vision_width=_STRIP * tower.width,
         features=cls_features(tower.width, tower.heads),
         text=None,
-        decoder=llama.read_decoder(text, where),
+        decoder=decoder,
         tokenizer=TokenizerFiles(folder=language.folder, rule="stripped"),
         image_text=None,
         image_token_id=None,
-        stop_ids=find_stop_ids(language, text.eos_token_id),
+        stop_ids=find_stop_ids(language, text.eos_token_id, decoder.vocabulary),
         preprocess=Preprocess(
             mode="stretch",
             side=tower.side,

@@ -100,7 +100,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=None,
         image_token_id=find_image_token(data, library.image_token_id),
-        stop_ids=find_stop_ids(checkpoint, text.eos_token_id),
+        stop_ids=find_stop_ids(checkpoint, text.eos_token_id, decoder.vocabulary),
         preprocess=read_preprocess(checkpoint, vision),
         box=json_boxes(1.0, "resized"),
         template=config.prompt.template or _TEMPLATE,

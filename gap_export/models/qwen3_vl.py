@@ -101,7 +101,9 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
         tokenizer=TokenizerFiles(folder=checkpoint.folder),
         image_text=None,
         image_token_id=find_image_token(data, library.image_token_id),
-        stop_ids=find_stop_ids(checkpoint, getattr(text, "eos_token_id", None)),
+        stop_ids=find_stop_ids(
+            checkpoint, getattr(text, "eos_token_id", None), decoder.vocabulary
+        ),
         preprocess=read_preprocess(checkpoint, vision, _HALF),
         box=json_boxes(1000.0, "original"),
         template=config.prompt.template or _TEMPLATE,

@@ -39,6 +39,7 @@ from gap_export.blocks.hf_config import (
     require_model_type,
 )
 from gap_export.blocks.projector import Projector
+from gap_export.checkpoint.adapter import BASE, require_whole
 from gap_export.checkpoint.added_tokens import read_added_tokens
 from gap_export.checkpoint.differences import holds_differences
 from gap_export.checkpoint.index import Checkpoint
@@ -252,6 +253,7 @@ def _require_one_whole(checkpoint: Checkpoint, base: Checkpoint | None) -> None:
         )
     if base is None:
         return
+    require_whole(base, BASE)
     if not holds_differences(checkpoint):
         raise CheckpointError(
             f"{where}: holds a whole model, to which {base.folder} would be added; leave the base "

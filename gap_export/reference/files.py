@@ -78,12 +78,28 @@ def _map_files(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, _Stored]
     stored: dict[str, _Stored] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         values = _map_file(file)
+        if _is_wrapped(values):
+            values = {key.partition(".")[2]: value for key, value in values.items()}
         stored |= {
             key: _mapped(value, dtype)
             for key, value in values.items()
             if key in checkpoint.tensors
         }
     return stored
+
+
+def is_wrapped(checkpoint: Checkpoint) -> bool:
+    """Whether a file has the names of a model in a wrapper, which the library knows nothing of."""
+    torch_files = {
+        tensor.file
+        for tensor in checkpoint.tensors.values()
+        if tensor.shown.suffix != ".safetensors"
+    }
+    return any(_is_wrapped(_map_file(file)) for file in torch_files)
+
+
+def _is_wrapped(values: Mapping[str, Any]) -> bool:
+    return {key.partition(".")[0] for key in values} == {"module"}
 
 
 def _map_file(file: Path) -> dict[str, Tensor]:

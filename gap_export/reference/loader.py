@@ -19,7 +19,7 @@ from gap_export.checkpoint.adapter import Adapter
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.errors import CheckpointError
 from gap_export.reference.clip import EagerClipText
-from gap_export.reference.files import open_tensors, read_quantization
+from gap_export.reference.files import is_wrapped, open_tensors, read_quantization
 from gap_export.reference.lazy import LazyTensor, add_product, rename_tensors
 from gap_export.reference.streamed import Stream, StreamedTensors, read_parameter
 
@@ -80,7 +80,8 @@ class Loader:
             adapters: What is merged into it.
         """
         checkpoint = self._find(part)
-        if self._stream is None and not read_quantization(checkpoint) and not adapters:
+        is_plain = not (adapters or read_quantization(checkpoint) or is_wrapped(checkpoint))
+        if self._stream is None and is_plain:
             return kind.from_pretrained(
                 checkpoint.folder,
                 dtype=self.dtype,

@@ -343,6 +343,18 @@ def test_a_base_that_is_not_needed(find, tmp_path):
     assert message.startswith(f"{case.place()}: holds a whole model, which needs no base")
 
 
+@pytest.mark.parametrize(
+    ("name", "role"), [("shikra", "base"), ("minigpt-v2", "language"), ("lora", "base")]
+)
+def test_an_adapter_as_the_model_that_is_changed(find, lora, tmp_path, name, role):
+    case = lora if name == "lora" else find(name)
+    adapter = originals.make_llava_lora(tmp_path / "other", find("llava-original").place())
+    message = refuse(case, tmp_path / "b", CheckpointError, **{f"parts__{role}": str(adapter)})
+    assert message.startswith(f"{adapter}: holds changes to a model (LoRA, or a projector alone)")
+    assert f"expected a whole one as the part '{role}'; merge them first" in message
+    assert f"--set parts.{role}=DIR" in message
+
+
 def test_a_base_that_was_left_out(lora, tmp_path):
     message = refuse(lora, tmp_path / "b", CheckpointError, parts__base="")
     assert message == (

@@ -93,8 +93,64 @@ def test_what_the_authors_later_code_saves(find, tmp_path, files):
         assert torch.equal(make_tensor(plan.sources[name]), stored[key])
 
 
+@pytest.mark.parametrize("value", ["square", None])
+def test_pictures_that_the_authors_code_would_crop(find, tmp_path, value):
+    case = find("llava-original").copy(tmp_path / "home")
+    assert case.plan(tmp_path / "a").spec.notes == ()
+    edit_config(case.place(), image_aspect_ratio=value)
+    (note,) = case.plan(tmp_path / "b").spec.notes
+    assert note.startswith(f"{case.place() / 'config.json'}: image_aspect_ratio is {value!r}, ")
+
+
+@pytest.mark.parametrize("role", ["", "vision", "language"])
+def test_a_model_that_was_saved_in_its_wrapper(find, tmp_path, role):
+    """DistributedDataParallel puts `module.` before every name."""
+    case = find("minigpt-v2").copy(tmp_path / "home")
+    if role == "language":
+        tensors = originals.read_folder(case.place(role))
+        for path in case.place(role).glob("model*"):
+            path.unlink()
+        torch.save(tensors, case.place(role) / "pytorch_model.bin")
+    before = case.plan(tmp_path / "a")
+    values = {name: make_tensor(source) for name, source in before.sources.items()}
+    logits = answer_three_rows(before)
+    place = case.place(role) / "pytorch_model.bin" if role == "language" else case.place(role)
+    whole = torch.load(place, weights_only=True)
+    inner = whole.get("model", whole)
+    wrapped = {f"module.{name}": value for name, value in inner.items()}
+    torch.save(whole | {"model": wrapped} if "model" in whole else wrapped, place)
+    plan = case.plan(tmp_path / "b")
+    assert plan.sources.keys() == values.keys()
+    for name, source in plan.sources.items():
+        assert torch.equal(make_tensor(source), values[name]), name
+    assert torch.equal(answer_three_rows(plan), logits)
+
+
+def answer_three_rows(plan):
+    model = plan.family.load_eager(plan.checkpoint, plan.spec, "float32")
+    rows = model.embed([5, 6, 7])
+    return model.run_decoder(rows, torch.arange(3)[None], model.start_cache())
+
+
+def test_the_library_is_not_given_a_model_in_a_wrapper(find, tmp_path):
+    """It would leave all parameters as they are made, at random."""
+    case = find("llava").copy(tmp_path / "home")
+    wanted = answer_three_rows(case.plan(tmp_path / "a"))
+    tensors = originals.read_folder(case.place())
+    for path in case.place().glob("model*.safetensors*"):
+        path.unlink()
+    wrapped = {f"module.{name}": value for name, value in tensors.items()}
+    torch.save(wrapped, case.place() / "pytorch_model.bin")
+    assert torch.equal(answer_three_rows(case.plan(tmp_path / "b")), wanted)
+
+
 @pytest.mark.parametrize(
-    "values", [{"image_aspect_ratio": "anyres"}, {"mm_patch_merge_type": "spatial_unpad"}]
+    "values",
+    [
+        {"image_aspect_ratio": "anyres"},
+        {"image_aspect_ratio": "anyres_max_9"},
+        {"mm_patch_merge_type": "spatial_unpad"},
+    ],
 )
 def test_llava_next_in_its_authors_layout(find, tmp_path, values):
     case = find("llava-original").copy(tmp_path / "home")

@@ -104,6 +104,49 @@ def pointer_of_torch(folder):
     (folder / "pytorch_model.bin").write_text(text, encoding="utf-8")
 
 
+def files(*names, config=True):
+    """A maker of a folder with empty files, and with a config or without."""
+
+    def make(folder):
+        if config:
+            config_alone(folder)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"")
+
+    make.__name__ = f"{names[-1]}{'' if config else ' alone'}"
+    return make
+
+
+def lora_config(folder):
+    """An adapter beside a config of the model, without what says how it is scaled."""
+    config_alone(folder)
+    write_tensors(folder / "adapter_model.safetensors", PAIR)
+
+
+STRAYS = (
+    (files("a.Q4_K_M.gguf"), "", "no weights in it; 'a.Q4_K_M.gguf' is a model for llama", "give"),
+    (files("b.gguf", "a.gguf", config=False), "", "in it; 'a.gguf' (and 1 more) is a", "give the"),
+    (files("epoch=1.ckpt"), "", "is a checkpoint of PyTorch Lightning", "save its state dict"),
+    (files("flax_model.msgpack"), "", "'flax_model.msgpack' holds weights for Flax", "give the"),
+    (files("tf_model.h5"), "", "holds weights for Flax or TensorFlow", "save_pretrained"),
+    (files("model.onnx"), "", "a graph that was exported already", "give the checkpoint"),
+    (files("model.safetensors.part"), "", "a download that was not finished", "download the"),
+    (files(".cache/huggingface/download/x.incomplete"), "", "was not finished", "download the"),
+    (files("llava.tar.gz"), "", "'llava.tar.gz' is an archive", "give the folder"),
+    (files("global_step9/mp_rank_00_model_states.pt"), "", "DeepSpeed's ZeRO", "zero_to_fp32.py"),
+    (files("pytorch_model_fsdp_0/__0_0.distcp"), "", "distributed checkpoint", "merge-weights"),
+    (files("model-00001-of-00002.safetensors"), "", "no index names", "index.json too, or give"),
+    (
+        files("tokenizer.model", config=False),
+        "",
+        "is of a tokenizer alone",
+        "download the weights",
+    ),
+    (files("checkpoint-9/model.safetensors"), "", "some in 1 of its folders", "checkpoint-9"),
+    (files("consolidated.00.pth", "params.json", config=False), "", "its first release", "give"),
+    (lora_config, "", "holds changes to a model (LoRA", "--set parts.base=DIR"),
+)
 CASES = (
     (peft_adapter, "", "an adapter of PEFT", "--set parts.adapter="),
     (authors_lora, "", "holds changes to a model", "--set parts.base=DIR"),
@@ -118,6 +161,7 @@ CASES = (
     (two_files, "", "2 files that may be the weights (a.pth, b.pth)", "name the file itself"),
     (pointer, "model.safetensors", "a pointer of Git LFS", "git lfs pull"),
     (pointer_of_torch, "pytorch_model.bin", "a pointer of Git LFS", "git lfs pull"),
+    *STRAYS,
 )
 
 

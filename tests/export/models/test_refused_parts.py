@@ -1,6 +1,7 @@
 """Parts, settings, configs and tokenizers that are missing or wrong: one line each."""
 
 import itertools
+import re
 import shutil
 from dataclasses import replace
 
@@ -202,6 +203,8 @@ CONFIGS = (
     ("shikra", {"mm_vision_select_layer": -9}, "vision_feature_layer -9"),
     ("llava", {"vision_feature_layer": [-2, -1]}, "expected one layer"),
     ("llava-original", {"mm_projector_type": "linear"}, "'linear', expected mlp2x_gelu"),
+    ("llava-original", {"s2": True}, "s2 is True, a tower that looks at several scales"),
+    ("llava-original", {"mm_resampler_type": "qformer"}, "mm_resampler_type is 'qformer', a res"),
     ("llava-next-vicuna", {"image_grid_pinpoints": [[42, 43]]}, "expected multiples of 42"),
     ("llava-next-vicuna", {"image_grid_pinpoints": []}, "image_grid_pinpoints"),
     ("llava", {"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
@@ -248,7 +251,7 @@ def test_a_config_that_cannot_be_read(find, tmp_path, name, role, text):
         ({"size": {"shortest_edge": 77}}, "but the vision tower takes"),
         ({"size": {"shortest_edge": [70]}}, "but the vision tower takes"),
         ({"resample": [3]}, "expected 3"),
-        ({"image_mean": [0.5]}, "need 3 values"),
+        ({"image_mean": [0.5]}, "1 and 3 values, expected 3 values each"),
     ],
 )
 def test_a_processor_that_does_something_else(find, tmp_path, name, role, values, reason):
@@ -257,6 +260,7 @@ def test_a_processor_that_does_something_else(find, tmp_path, name, role, values
     message = refuse(case, tmp_path / "b", CheckpointError)
     assert message.startswith(f"{case.place(role)}: image processor: ")
     assert reason in message
+    assert re.search("; (if|give) .* mend ", message)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
