@@ -1,24 +1,25 @@
 """Which layers of a stack are alike: proved by what each of them does, not by what is said of it.
 
-The whole module is run once on tensors without values, and every operator is written down with
-all that it reads: constants, the layer's own parameters, what comes in as arguments, what was
-computed before the stack. Two layers are alike where these records are the same but for the
-layer's number. So an attribute, a size, one more operator or another mask makes a layer of its
-own, whoever built it and for whatever reason.
+The whole module is run once on tensors of the device "meta", which have no values and cost least,
+and every operator is written down with all that it reads: constants, the layer's own parameters,
+what comes in as arguments, what was computed before the stack. Two layers are alike where these
+records are the same but for the layer's number. So an attribute, a size, one more operator or
+another mask makes a layer of its own, whoever built it and for whatever reason.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 Reference: TypeAlias = tuple[Any, ...]
 """Where a tensor comes from: its kind, and which of them it is."""
@@ -26,6 +27,7 @@ _INPUT: Final = "input"
 _PARAMETER: Final = "parameter"
 _BUFFER: Final = "buffer"
 _VALUE: Final = "value"
+_META: Final = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +69,14 @@ def find_copies(module: nn.Module, stack: str, arguments: Sequence[Any]) -> dict
         stack: Path of its list of layers.
         arguments: Of the module, without values as well.
     """
-    record = _Record(module, stack, arguments)
-    with torch.no_grad(), record:
-        given = module(*arguments)
-    record.close(given)
+    with unset_fake_temporarily():
+        held = dict(module.named_parameters()) | dict(module.named_buffers())
+        empty = {name: _empty(each) for name, each in held.items() if isinstance(each, FakeTensor)}
+        inputs = tree_map_only(Tensor, _empty, tuple(arguments))
+        record = _Record(module, stack, inputs, empty)
+        with torch.no_grad(), record:
+            given = functional_call(module, empty, inputs)
+        record.close(given)
     sources: dict[Any, Joints] = {}
     copies: dict[int, Copy] = {}
     for number in sorted(record.calls)[1:]:
@@ -116,8 +122,17 @@ class _Operator:
 class _Record(TorchDispatchMode):
     """Writes down all operators of a run, and which of them run in which layer."""
 
-    def __init__(self, module: nn.Module, stack: str, arguments: Sequence[Any]) -> None:
-        """Watch the layers of a module that is about to be run."""
+    def __init__(
+        self,
+        module: nn.Module,
+        stack: str,
+        arguments: Sequence[Any],
+        empty: Mapping[str, Tensor],
+    ) -> None:
+        """Watch the layers of a module that is about to be run.
+
+        `empty` are the tensors that stand for its own.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
         self.operators: list[_Operator] = []
@@ -130,15 +145,17 @@ class _Record(TorchDispatchMode):
         self._now: int | None = None
         self._begin: int | None = None
         self._references: dict[int, Reference] = {}
+        # What operators give follows from kinds of tensors; finding it costs most of a run.
+        self._known: dict[Any, tuple[list[Any], TreeSpec]] = {}
         # As long as a tensor lives, its identity is not given to another.
         self._alive: list[Any] = []
         for k, leaf in enumerate(tree_leaves(list(arguments))):
             self._know(leaf, (_INPUT, k))
-        for name, parameter in module.named_parameters():
-            self._know(parameter, (_PARAMETER, name, tuple(parameter.shape), parameter.dtype))
-        for name, buffer in module.named_buffers():
-            if isinstance(buffer, FakeTensor):
-                self._know(buffer, (_BUFFER, name))
+        parameters = {name for name, _ in module.named_parameters()}
+        for name, each in empty.items():
+            shape, dtype = tuple(each.shape), each.dtype
+            is_parameter = name in parameters
+            self._know(each, (_PARAMETER, name, shape, dtype) if is_parameter else (_BUFFER, name))
         layers: Any = module.get_submodule(stack)
         self._hooks = [
             hook
@@ -171,14 +188,26 @@ class _Record(TorchDispatchMode):
         reads = [self._refer(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         constants = tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         writes = self._written(func, args, kwargs)
-        given = func(*args, **kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = func, str(form), constants, tuple(map(_describe, tensors))
+        if key in self._known and not writes:
+            kinds, given_form = self._known[key]
+            given = tree_unflatten([_make(each) for each in kinds], given_form)
+        else:
+            leaves = [_empty(leaf) if _has_values(leaf) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(leaves, form)
+            if any(each.name == "device" for each in func._schema.arguments):  # noqa: SLF001
+                kwargs["device"] = _META
+            given = func(*args, **kwargs)
+            found, given_form = tree_flatten(given)
+            self._known[key] = [_describe(each) for each in found], given_form
         results = tree_leaves(given)
         for k, result in enumerate(results):
             self._know(result, (_VALUE, len(self.operators), k))
         self.operators.append(
             _Operator(
                 name=str(func),
-                form=(constants, str(form)),
+                form=(constants, key[1]),
                 reads=tuple(reads),
                 writes=writes,
                 gives=tuple(
@@ -306,8 +335,7 @@ class _Record(TorchDispatchMode):
         """Where a tensor comes from; of a constant its values."""
         found = self._references.get(id(tensor))
         if found is None:
-            assert isinstance(tensor, Tensor)
-            assert not isinstance(tensor, FakeTensor), "made where nobody was looking"
+            assert _has_values(tensor), "made where nobody was looking"
             found = ("constant", tuple(tensor.shape), tensor.dtype, _hash(tensor))
             self._know(tensor, found)
         return found
@@ -327,14 +355,43 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _has_values(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """All of a tensor without values but its identity."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _describe(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _Kind(tuple(value.shape), value.stride(), value.dtype)
+
+
+def _make(kind: Any) -> Any:
+    if not isinstance(kind, _Kind):
+        return kind
+    return torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=_META)
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """A tensor's likeness without values."""
+    return _make(_describe(tensor))  # type: ignore[no-any-return]
+
+
 def _is_none(value: Any) -> bool:
     return value is None
 
 
 def _hash(tensor: Tensor) -> str:
-    with unset_fake_temporarily():
-        data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(data.tobytes()).hexdigest()
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
 
 
 def _find_like(result: Any, arguments: Sequence[Any], given: Sequence[int]) -> int | None:

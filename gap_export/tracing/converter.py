@@ -1,9 +1,10 @@
-"""torch.onnx without what it does again for every graph: its table of operators and a capture.
+"""torch.onnx without what it does again and again: its table of operators, a capture, signatures.
 
 The converter captures a module, captures the result a second time to write operators that it has
-no translation for in others, and looks all translations up anew. The graphs here need neither:
-each operator is either translated as it is or is one of a few that are rewritten in place. A
-program that holds another operator is captured a second time, as torch.onnx would do.
+no translation for in others, looks all translations up anew, and reads the signature of an ONNX
+operator for every node. The graphs here need none of it: each operator is either translated as it
+is or is one of a few that are rewritten in place. A program that holds another operator is
+captured a second time, as torch.onnx would do.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
+from onnx.defs import OpSchema
+from onnx_ir.schemas import OpSignature
 from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.onnx._internal._lazy_import import onnxscript_apis
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -29,21 +34,29 @@ _SAME: Final[dict[Any, Any]] = {
 """Operators without a translation, and those with one that compute the same."""
 _MAY_BE_NOTHING: Final = {_COPY, _ATEN.reshape.default, _ATEN.view.default}
 _operators: dict[int, ONNXRegistry] = {}
+_signatures: dict[tuple[str, str, int], OpSignature] = {}
 
 
 @contextlib.contextmanager
 def quick_conversion() -> Iterator[None]:
     """Convert with one table of operators and one capture a graph, where these are enough."""
-    find, decompose = vars(ONNXRegistry)["from_torchlib"], _fx_passes.decompose_with_registry
-    build = ONNXRegistry.from_torchlib
+    build, read = ONNXRegistry.from_torchlib, OpSignature.from_op_schema
+    decompose = _fx_passes.decompose_with_registry
 
     def find_known(opset_version: int) -> ONNXRegistry:
         if opset_version not in _operators:
-            _operators[opset_version] = build(opset_version=opset_version)
+            with _replaced(onnxscript_apis, "get_torchlib_ops", _list_translations):
+                _operators[opset_version] = build(opset_version=opset_version)
         # A graph's own translations go into a table of its own.
         found = copy.copy(_operators[opset_version])
         found.functions = {name: list(each) for name, each in found.functions.items()}
         return found
+
+    def read_once(schema: OpSchema) -> OpSignature:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in _signatures:
+            _signatures[key] = read(schema)
+        return _signatures[key]
 
     def rewrite_or_decompose(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
         _fx_passes.remove_assertion_nodes(program.graph_module)
@@ -53,15 +66,40 @@ def quick_conversion() -> Iterator[None]:
         program.graph_module.recompile()
         return program
 
-    kind: Any = ONNXRegistry
-    passes: Any = _fx_passes
-    kind.from_torchlib = staticmethod(find_known)
-    passes.decompose_with_registry = rewrite_or_decompose
+    with (
+        _replaced(ONNXRegistry, "from_torchlib", staticmethod(find_known)),
+        _replaced(OpSignature, "from_op_schema", staticmethod(read_once)),
+        _replaced(_fx_passes, "decompose_with_registry", rewrite_or_decompose),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of a class or module with another value for a while."""
+    is_own = name in vars(owner)
+    before = vars(owner)[name] if is_own else None
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        kind.from_torchlib = find
-        passes.decompose_with_registry = decompose
+        if is_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def _list_translations() -> list[SimpleNamespace]:
+    """The library's translations; it would read the source of each for facts that nobody asks."""
+    from onnxscript.function_libs.torch_lib import ops, registration  # noqa: F401, PLC0415 - slow
+
+    return [
+        SimpleNamespace(qualified_name=name, function=function, is_complex=is_complex)
+        for name, found in registration.default_registry.items()
+        if not name.startswith("internal::")
+        for is_complex, functions in ((False, found.overloads), (True, found.complex))
+        for function in functions
+    ]
 
 
 def rewrite(graph: fx.Graph) -> None:

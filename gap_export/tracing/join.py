@@ -52,5 +52,6 @@ def join(first: Traced, second: Traced) -> Traced:
             inputs=tuple(inputs),
             outputs=second.outputs,
             parameters=first.parameters | second.parameters,
-        )
+        ),
+        is_shaped=True,
     )

@@ -24,15 +24,19 @@ from onnxscript import optimizer
 from gap_export.tracing.graph import Traced
 
 
-def tidy(traced: Traced) -> Traced:
+def tidy(traced: Traced, *, is_shaped: bool = False) -> Traced:
     """Leave only nodes that compute something which is used.
 
     Args:
         traced: A graph, which is changed.
+        is_shaped: Whether shapes of all values are known, so that nothing has to infer them.
     """
     with quiet():
         optimizer.fold_constants(
-            traced.model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=65536
+            traced.model,
+            onnx_shape_inference=not is_shaped,
+            input_size_limit=1024,
+            output_size_limit=65536,
         )
     passes = PassManager(
         [
