@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Unpack
 
 from gap_export.pipeline.fingerprint import find_finished
+from gap_export.pipeline.garbage import rare_collections
 from gap_export.pipeline.request import ExportOptions, ExportRequest, make_request
 from gap_export.pipeline.result import ExportResult
 from gap_runtime.display import Display
@@ -56,6 +57,7 @@ def export(
     return export_request(request, Display(quiet=quiet), force=force)
 
 
+@rare_collections()
 def export_request(
     request: ExportRequest, display: Display, *, force: bool = False
 ) -> ExportResult:

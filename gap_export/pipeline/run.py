@@ -22,6 +22,7 @@ from gap_export.errors import ExportError
 from gap_export.interfaces.family import InputStatistics
 from gap_export.pipeline.asking import load_reference, measure_reference
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
+from gap_export.pipeline.garbage import rare_collections
 from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.pipeline.nonfinite import find_bad_tensor
 from gap_export.pipeline.plan import ExportPlan
@@ -64,6 +65,7 @@ _REFERENCE: Final = "reference.npz"
 _COPIES: Final = ".copies"
 
 
+@rare_collections()
 def export(
     plan: ExportPlan, display: Display | None = None, *, known: GraphCache | None = None
 ) -> ExportResult:
