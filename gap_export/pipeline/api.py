@@ -59,7 +59,7 @@ def export(
 
 @rare_collections()
 def export_request(
-    request: ExportRequest, display: Display, *, force: bool = False
+    request: ExportRequest, display: Display, *, force: bool = False, may_fork: bool = False
 ) -> ExportResult:
     """Export, or find the same export made before.
 
@@ -67,6 +67,7 @@ def export_request(
         request: What to export.
         display: Shows the steps.
         force: Export again what is there already, unchanged.
+        may_fork: Whether a copy of this process may take part, as a program's own threads forbid.
 
     Raises:
         GapError: As for `export`.
@@ -77,4 +78,4 @@ def export_request(
     with display.step("loading libraries"):
         from gap_export.pipeline import run  # noqa: PLC0415 - loads torch
         from gap_export.pipeline.plan import plan_export  # noqa: PLC0415
-    return run.export(plan_export(request), display)
+    return run.export(plan_export(request), display, may_fork=may_fork)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from gap_export.pipeline.plan import ExportPlan
@@ -16,6 +17,7 @@ from gap_export.pipeline.stages import (
     trace_text,
     trace_tower,
 )
+from gap_export.tracing.aside import MOST_JOBS, shared_work
 from gap_export.tracing.graph import Traced
 from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.pictures.preprocess import Bucket
@@ -49,6 +51,32 @@ class GraphCache:
     def decoder(self, plan: ExportPlan) -> Traced:
         """See `trace_decoder`."""
         return self._find(decoder_key(plan), partial(trace_decoder, plan))
+
+    @contextlib.contextmanager
+    def traced_by_two(self, plan: ExportPlan) -> Iterator[Callable[[], int]]:
+        """Begin to trace the graphs of an export that are not known in a copy of this process.
+
+        Yields:
+            What takes part in the work; then all are known. It gives how many were traced.
+        """
+        jobs: dict[tuple[object, ...], Callable[[], Traced]] = {
+            tower_key(plan, bucket): partial(trace_tower, plan, bucket)
+            for bucket in plan.spec.buckets
+        }
+        jobs[decoder_key(plan)] = partial(trace_decoder, plan)
+        if plan.reads_clip:
+            jobs[text_key(plan)] = partial(trace_text, plan)
+        jobs |= {
+            pruning_key(plan, entry): partial(trace_pruning, plan, entry) for entry in plan.entries
+        }
+        missing = [key for key in jobs if key not in self._known][:MOST_JOBS]
+        with shared_work([jobs[key] for key in missing]) as finish:
+
+            def learn() -> int:
+                self._known |= dict(zip(missing, finish(), strict=True))
+                return len(missing)
+
+            yield learn
 
     def _find(self, key: tuple[object, ...], trace: Callable[[], Traced]) -> Traced:
         if key not in self._known:

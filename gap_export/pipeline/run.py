@@ -35,8 +35,9 @@ from gap_export.pipeline.staging import folder_aside, move_into_place, require_r
 from gap_export.quantization.awq import smooth_model
 from gap_export.quantization.cache import CacheRange, quantize_cache
 from gap_export.quantization.values import quantize_sources
-from gap_export.reference.memory import REFERENCE_DTYPE
+from gap_export.reference.memory import REFERENCE_DTYPE, WORK_BYTES
 from gap_export.reference.record import record_answers
+from gap_export.tracing.aside import can_work_aside
 from gap_export.tracing.join import join
 from gap_export.weights.bind import used_parameters
 from gap_export.weights.plan import WeightPlan
@@ -59,15 +60,23 @@ from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.display import Display, format_bytes
 from gap_runtime.errors import BackendMissingError, BundleError, CheckError, EngineError
 from gap_runtime.grounding.check import CheckReport, check_bundle, count_rows
+from gap_runtime.machines.memory import free_memory
 from gap_runtime.pictures.load import load_picture
 
 _REFERENCE: Final = "reference.npz"
 _COPIES: Final = ".copies"
+_LARGE_BYTES: Final = 256 * 2**20
+_ROOM: Final = 4
+"""Times the memory that tracing takes at least."""
 
 
 @rare_collections()
 def export(
-    plan: ExportPlan, display: Display | None = None, *, known: GraphCache | None = None
+    plan: ExportPlan,
+    display: Display | None = None,
+    *,
+    known: GraphCache | None = None,
+    may_fork: bool = False,
 ) -> ExportResult:
     """Make the bundle.
 
@@ -75,30 +84,29 @@ def export(
         plan: What to make.
         display: Shows the steps; nothing is shown without one.
         known: Graphs of earlier exports, which are not traced again.
+        may_fork: Whether a copy of this process may trace some of a large model's graphs.
 
     Raises:
         GapError: The export failed; nothing was left behind and nothing was overwritten.
     """
     display = display or Display(quiet=True)
-    replaced = require_replaceable(plan.out)
-    if replaced is not None:
-        display.say(f"note: {plan.out} holds a bundle, which is replaced: {replaced}")
-    for note in plan.spec.notes:
-        display.say(f"note: {note}")
-    require_answers(plan.request)
-    require_readable(plan)
-    require_memory(plan)
-    need, kept = measure_reference(plan), None
-    if plan.request.reference:
-        kept = need.settle("export with --no-reference, or on")
+    _find_obstacles(plan, display)
+    need = measure_reference(plan)
+    wanted = plan.request.reference
+    kept = need.settle("export with --no-reference, or on") if wanted else None
     # Before anything is read, so that what changes meanwhile is noticed next time.
     record = _start_record(plan)
     ready = {name: plan.sources[name] for name in sorted(plan.weights.ready)}
-    with folder_aside(plan.out) as folder, ExitStack() as stack:
+    known = known or GraphCache()
+    with ExitStack() as stack:
+        # Before the folder's lock and the readers' threads, which a copy must not have.
+        two = may_fork and _has_room_for_two(plan)
+        finish = stack.enter_context(known.traced_by_two(plan)) if two else None
+        folder = stack.enter_context(folder_aside(plan.out))
         require_room(plan, folder)
         copies = _plan_copies(plan.weights, folder, plan.request.bring)
         reader = stack.enter_context(SourceReader(ready, copies))
-        graphs = _trace(plan, display, known or GraphCache())
+        graphs = _trace(plan, display, known, finish)
         if plan.schemes:
             graphs = quantize_graphs(plan, graphs)
         reference, statistics, cached = None, dict[str, InputStatistics](), CacheRange()
@@ -142,6 +150,18 @@ def export(
     return ExportResult(folder=plan.out, manifest=manifest, report=report, note=note, plan=plan)
 
 
+def _find_obstacles(plan: ExportPlan, display: Display) -> None:
+    """Say what is to be known before the work, and what makes it useless."""
+    replaced = require_replaceable(plan.out)
+    if replaced is not None:
+        display.say(f"note: {plan.out} holds a bundle, which is replaced: {replaced}")
+    for note in plan.spec.notes:
+        display.say(f"note: {note}")
+    require_answers(plan.request)
+    require_readable(plan)
+    require_memory(plan)
+
+
 def _require_readable(folder: Path) -> None:
     """Never publish a manifest that the runtime would refuse.
 
@@ -177,7 +197,18 @@ def _plan_copies(weights: WeightPlan, folder: Path, bring: str) -> dict[Path, Pa
     return {source: folder / _COPIES / name for name, source in weights.shards.items()}
 
 
-def _trace(plan: ExportPlan, display: Display, known: GraphCache) -> Graphs:
+def _has_room_for_two(plan: ExportPlan) -> bool:
+    """Whether a copy of the process pays and fits: small models are traced beside other work."""
+    is_large = plan.weights.size >= _LARGE_BYTES
+    return is_large and free_memory() >= _ROOM * WORK_BYTES and can_work_aside()
+
+
+def _trace(
+    plan: ExportPlan, display: Display, known: GraphCache, finish: Callable[[], object] | None
+) -> Graphs:
+    if finish is not None:
+        with display.step("tracing on two cores"):
+            finish()
     with display.step("tracing the vision tower"):
         towers = {bucket.name: known.tower(plan, bucket) for bucket in plan.spec.buckets}
         text = known.text(plan) if plan.reads_clip else None

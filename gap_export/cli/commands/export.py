@@ -125,7 +125,7 @@ def _make(request: ExportRequest, display: Display, *, force: bool, as_json: boo
     """Export and say on stderr what was made."""
     from gap_export.pipeline.api import export_request  # noqa: PLC0415
 
-    result = export_request(request, display, force=force)
+    result = export_request(request, display, force=force, may_fork=True)
     if result.plan is None:
         display.say(
             f"{result.folder}: exported before, with these settings and from these files; "

@@ -1,0 +1,131 @@
+"""Graphs traced by two processes, one of which is a copy of the other made for it.
+
+Tracing is Python on one core. Where a command has a second core, a copy of its process (a fork: so
+that nothing is loaded twice) takes graphs from the same list, and sends them back as bytes:
+
+    graphs 0 1 2 3 4   the process:  0  2  4
+                       its copy:     1  3
+
+Each takes the next graph that nobody has. What the copy cannot do, for whatever reason, the
+process does itself, so its errors are those of tracing in one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeAlias
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from gap_export.tracing.graph import Traced
+
+Job: TypeAlias = Callable[[], Traced]
+MOST_JOBS: Final = 255
+"""As many as a byte can name."""
+
+
+def can_work_aside() -> bool:
+    """Whether a copy of this process can be made, and has a core of its own to run on.
+
+    Locks that other threads hold would be held for ever in a copy.
+    """
+    has_cores = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1
+    return has_cores and threading.active_count() == 1
+
+
+@contextlib.contextmanager
+def shared_work(jobs: Sequence[Job]) -> Iterator[Callable[[], list[Traced]]]:
+    """Begin to trace graphs in a copy of this process.
+
+    Args:
+        jobs: Each traces a graph; at most 255.
+
+    Yields:
+        What takes part in the work, and gives all graphs in the order of the jobs.
+    """
+    assert len(jobs) <= MOST_JOBS, len(jobs)
+    turns, results, child = _start(jobs)
+
+    def finish() -> list[Traced]:
+        done = _take_turns(turns, jobs)
+        with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
+            sent = pickle.load(results)  # noqa: S301 - from a copy of this process
+            done |= {number: unpack(each) for number, each in sent.items()}
+        return [done[k] if k in done else job() for k, job in enumerate(jobs)]
+
+    try:
+        yield finish
+    finally:
+        os.close(turns)
+        results.close()
+        # It may still be at work where this process failed.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _start(jobs: Sequence[Job]) -> tuple[int, Any, int]:
+    """The pipe of turns, a file of the copy's results, and the copy's process."""
+    turns, begin = os.pipe()
+    os.write(begin, bytes(range(len(jobs))))
+    # Without a writer the pipe ends behind the last turn.
+    os.close(begin)
+    results, send = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(send)
+        return turns, os.fdopen(results, "rb"), child
+    # Nothing of the process's own ways out may run in its copy.
+    try:
+        os.close(results)
+        # A pool of threads does not survive a fork.
+        torch.set_num_threads(1)
+        done = {number: pack(each) for number, each in _take_turns(turns, jobs).items()}
+        with os.fdopen(send, "wb") as opened:
+            pickle.dump(done, opened)
+    except BaseException:  # noqa: BLE001 - the process finds it again where it is to be said
+        os._exit(1)
+    os._exit(0)
+
+
+def _take_turns(turns: int, jobs: Sequence[Job]) -> dict[int, Traced]:
+    """Do the next job that nobody has taken, until none is left."""
+    done = {}
+    while turn := os.read(turns, 1):
+        done[turn[0]] = jobs[turn[0]]()
+    return done
+
+
+def pack(traced: Traced) -> bytes:
+    """A graph, which is used up, as bytes; initializers without values go as inputs in ONNX."""
+    graph = traced.model.graph
+    order = list(graph.initializers)
+    empty = [value for value in graph.initializers.values() if value.const_value is None]
+    for value in empty:
+        del graph.initializers[value.name]  # type: ignore[arg-type]
+        graph.inputs.append(value)
+    written = ir.to_proto(traced.model).SerializeToString()
+    about = replace(traced, model=None)  # type: ignore[arg-type]
+    return pickle.dumps((about, written, order, len(empty)))
+
+
+def unpack(data: bytes) -> Traced:
+    """The graph that `pack` wrote."""
+    about, written, order, count = pickle.loads(data)  # noqa: S301 - from `pack`
+    model = ir.from_proto(onnx.ModelProto.FromString(written))
+    graph = model.graph
+    known = {value.name: value for value in graph.initializers.values()}
+    known |= {value.name: value for value in graph.inputs[len(graph.inputs) - count :]}
+    del graph.inputs[len(graph.inputs) - count :]
+    graph.initializers.clear()
+    graph.initializers.update({name: known[name] for name in order})
+    traced: Traced = replace(about, model=model)
+    return traced
