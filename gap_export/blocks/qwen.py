@@ -8,16 +8,27 @@ References:
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from gap_export.blocks import llama
-from gap_export.blocks.hf_config import processor_config, read_normalization
+from gap_export.blocks.hf_config import (
+    find_image_token,
+    find_stop_ids,
+    processor_config,
+    read_normalization,
+)
 from gap_export.blocks.qwen_vision import MERGE, STRIP
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource
+from gap_export.checkpoint.tokenizer_files import TokenizerFiles
+from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
 from gap_export.interfaces.decoder import DecoderSpec
+from gap_export.interfaces.family import ModelSpec
+from gap_export.interfaces.features import Feature
 from gap_runtime.errors import ConfigError
 from gap_runtime.pictures.boxes import BoxFormat, Frame
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
@@ -37,6 +48,76 @@ _NAMES: Final = (
     (re.compile(r"^model\.(?=(visual|language_model)\.)"), ""),
     (re.compile(r"^model\."), "language_model."),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What all published checkpoints of a family have in common.
+
+    `canvases` are sizes of pictures as `image.canvas` lists them, `prefix` is the count of tokens
+    before the picture, `normalization` mean and deviation of the channels (None: CLIP's).
+    """
+
+    canvases: str
+    template: str
+    prefix: int
+    box: BoxFormat
+    normalization: tuple[float, float, float] | None = None
+
+
+def make_spec(
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    published: Published,
+    *,
+    data: Mapping[str, Any],
+    library: Any,
+    decoder: DecoderSpec,
+    step: int,
+    why: str,
+    features: dict[Feature, tuple[int, ...]],
+) -> ModelSpec:
+    """What is known of a model, once its decoder was read and its tower looked at.
+
+    Args:
+        checkpoint: The files.
+        config: What the user asked for.
+        published: What holds where neither says anything else.
+        data: config.json.
+        library: The library's config of it.
+        decoder: The language model.
+        step: Both sides of a picture have to be multiples of so many pixels.
+        why: Ends the message about sides that are not.
+        features: What the tower can tell pruners, each with its sizes.
+
+    Raises:
+        CheckpointError: A config describes something that this family does not have.
+        ConfigError: `image.canvas` cannot be read, or a side is no such multiple.
+    """
+    vision, canvases = library.vision_config, config.image.canvas
+    return ModelSpec(
+        buckets=read_buckets(
+            published.canvases if canvases is None else canvases,
+            vision.patch_size * MERGE,
+            step,
+            why,
+        ),
+        vision_width=STRIP * vision.hidden_size * (1 + decoder.planes),
+        features=features,
+        text=None,
+        decoder=decoder,
+        tokenizer=TokenizerFiles(folder=checkpoint.folder),
+        image_text=None,
+        image_token_id=find_image_token(data, library.image_token_id),
+        stop_ids=find_stop_ids(
+            checkpoint, getattr(library.text_config, "eos_token_id", None), decoder.vocabulary
+        ),
+        preprocess=read_preprocess(checkpoint, vision, published.normalization),
+        box=published.box,
+        template=config.prompt.template or published.template,
+        prefix=published.prefix,
+        library_config=library,
+    )
 
 
 def match_weights(

@@ -217,6 +217,15 @@ class FamilyOptions(Protocol):
         """
 
 
+def no_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
+    """`find_parts` of a family of which nothing lies elsewhere.
+
+    Phrases are compared by the language model's own embeddings.
+    """
+    del checkpoint, text
+    return {}
+
+
 def build_fixed_tokens(family: Family, spec: ModelSpec, bucket: Bucket) -> nn.Module | None:
     """A family's tokens that are never removed; None where a bucket has none."""
     if not bucket.fixed:

@@ -45,7 +45,7 @@ from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.family import EagerModel, ModelSpec
+from gap_export.interfaces.family import EagerModel, ModelSpec, no_parts
 from gap_export.interfaces.features import Feature
 from gap_export.reference.internvit import EagerInternVit, pack_cells
 from gap_export.reference.llama import EagerLlama
@@ -90,12 +90,7 @@ _BOX: Final = BoxFormat(
 _LAST_NORM: Final = r"vision_tower\.layernorm\."
 """Of a tower whose patches are taken before it."""
 _CANVAS: Final = re.compile(r"(\d+)x(\d+)")
-
-
-def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """None: phrases are compared by the language model's own embeddings."""
-    del checkpoint, text
-    return {}
+find_parts = no_parts
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:

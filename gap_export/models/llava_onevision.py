@@ -48,7 +48,7 @@ from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.family import EagerModel, ModelSpec
+from gap_export.interfaces.family import EagerModel, ModelSpec, no_parts
 from gap_export.interfaces.features import Feature
 from gap_export.reference.clip import EagerClip
 from gap_export.reference.llama import EagerLlama
@@ -74,12 +74,7 @@ _MAX_VIEWS: Final = re.compile(r"anyres_max_([1-9]\d*)")
 _USUAL_ASPECTS: Final = ((4, 3), (3, 4))
 _USUAL_SIDE: Final = 5 / 12
 """Of a part of those, in sides of a view: photographs of 640 x 480 pixels before views of 384."""
-
-
-def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """None: phrases are compared by the language model's own embeddings."""
-    del checkpoint, text
-    return {}
+find_parts = no_parts
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:

@@ -16,34 +16,28 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from gap_export.blocks import llama
-from gap_export.blocks.hf_config import (
-    find_image_token,
-    find_stop_ids,
-    read_library_config,
-)
+from gap_export.blocks.hf_config import read_library_config
 from gap_export.blocks.qwen import (
     AXES,
     QUESTION,
+    Published,
     find_processor,
     json_boxes,
+    make_spec,
     match_weights,
-    read_buckets,
-    read_preprocess,
     require_tower,
 )
 from gap_export.blocks.qwen_vision import (
     MERGE,
-    STRIP,
     QwenMerger,
     QwenTower,
     find_scored_block,
 )
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
-from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.family import EagerModel, ModelSpec
+from gap_export.interfaces.family import EagerModel, ModelSpec, no_parts
 from gap_export.interfaces.features import Feature
 from gap_export.reference.llama import EagerLlama
 from gap_export.reference.loader import open_loader
@@ -57,15 +51,13 @@ DECODER: Final = llama
 TOWER_LAYERS: Final = "visual.blocks"
 PARTS: Final[dict[str, str]] = {}
 PRUNER: Final = "divprune"
-_PREFIX: Final = 15
-_CANVASES: Final = "1008x1008,1120x896,896x1120"
-_TEMPLATE: Final = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + QUESTION
-
-
-def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """Nothing lies elsewhere."""
-    del checkpoint, text
-    return {}
+_PUBLISHED: Final = Published(
+    canvases="1008x1008,1120x896,896x1120",
+    template="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + QUESTION,
+    prefix=15,
+    box=json_boxes(1.0, "resized"),
+)
+find_parts = no_parts
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
@@ -78,34 +70,26 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     data, library, where = read_library_config(
         checkpoint, "qwen2_5_vl", Qwen2_5_VLConfig.from_dict, "Qwen2.5-VL"
     )
-    vision, text = library.vision_config, library.text_config
-    decoder = llama.read_decoder(text, where, is_tied=library.tie_word_embeddings, axes=AXES)
+    vision = library.vision_config
+    decoder = llama.read_decoder(
+        library.text_config, where, is_tied=library.tie_word_embeddings, axes=AXES
+    )
     require_tower(vision, {"hidden_act": "silu"}, decoder.width, where)
     token, window = vision.patch_size * MERGE, vision.window_size
     if window < token or window % token:
         raise CheckpointError(
             f"{where}: vision_config.window_size {window}, expected a multiple of {token}"
         )
-    return ModelSpec(
-        buckets=read_buckets(
-            _CANVASES if config.image.canvas is None else config.image.canvas,
-            token,
-            window,
-            "so that the tower's windows are equal",
-        ),
-        vision_width=STRIP * vision.hidden_size,
-        features={} if find_scored_block(vision) is None else {Feature.COLUMN_ATTENTION: ()},
-        text=None,
+    return make_spec(
+        checkpoint,
+        config,
+        _PUBLISHED,
+        data=data,
+        library=library,
         decoder=decoder,
-        tokenizer=TokenizerFiles(folder=checkpoint.folder),
-        image_text=None,
-        image_token_id=find_image_token(data, library.image_token_id),
-        stop_ids=find_stop_ids(checkpoint, text.eos_token_id, decoder.vocabulary),
-        preprocess=read_preprocess(checkpoint, vision),
-        box=json_boxes(1.0, "resized"),
-        template=config.prompt.template or _TEMPLATE,
-        prefix=_PREFIX,
-        library_config=library,
+        step=window,
+        why="so that the tower's windows are equal",
+        features={} if find_scored_block(vision) is None else {Feature.COLUMN_ATTENTION: ()},
     )
 
 

@@ -18,29 +18,24 @@ from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from gap_export.blocks import llama
-from gap_export.blocks.hf_config import (
-    find_image_token,
-    find_stop_ids,
-    read_library_config,
-)
+from gap_export.blocks.hf_config import read_library_config
 from gap_export.blocks.qwen import (
     AXES,
     QUESTION,
+    Published,
     find_processor,
     json_boxes,
+    make_spec,
     match_weights,
-    read_buckets,
-    read_preprocess,
     require_tower,
 )
 from gap_export.blocks.qwen3_vision import Qwen3Mergers, Qwen3Tower
-from gap_export.blocks.qwen_vision import MERGE, STRIP
+from gap_export.blocks.qwen_vision import MERGE
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
-from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import ExportConfig
 from gap_export.errors import CheckpointError
-from gap_export.interfaces.family import EagerModel, ModelSpec
+from gap_export.interfaces.family import EagerModel, ModelSpec, no_parts
 from gap_export.interfaces.features import Feature
 from gap_export.reference.loader import open_loader
 from gap_export.reference.model import EagerGrounder
@@ -52,18 +47,15 @@ DECODER: Final = llama
 TOWER_LAYERS: Final = "visual.blocks"
 PARTS: Final[dict[str, str]] = {}
 PRUNER: Final = "divprune"
-_TEMPLATE: Final = QUESTION
-"""Without a system line, as published."""
-_PREFIX: Final = 4
-_CANVASES: Final = "1024x1024,1184x896,896x1184"
-_HALF: Final = (0.5, 0.5, 0.5)
-"""Mean and deviation of all published checkpoints."""
-
-
-def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """Nothing lies elsewhere."""
-    del checkpoint, text
-    return {}
+_PUBLISHED: Final = Published(
+    canvases="1024x1024,1184x896,896x1184",
+    # Without a system line.
+    template=QUESTION,
+    prefix=4,
+    box=json_boxes(1000.0, "original"),
+    normalization=(0.5, 0.5, 0.5),
+)
+find_parts = no_parts
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
@@ -76,39 +68,26 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
     data, library, where = read_library_config(
         checkpoint, "qwen3_vl", Qwen3VLConfig.from_dict, "Qwen3-VL"
     )
-    vision, text = library.vision_config, library.text_config
+    vision = library.vision_config
     _require_stack(vision, where)
     decoder = llama.read_decoder(
-        text,
+        library.text_config,
         where,
         is_tied=library.tie_word_embeddings,
         axes=AXES,
         planes=len(vision.deepstack_visual_indexes),
     )
     require_tower(vision, {"hidden_act": "gelu_pytorch_tanh"}, decoder.width, where)
-    token = vision.patch_size * MERGE
-    return ModelSpec(
-        buckets=read_buckets(
-            _CANVASES if config.image.canvas is None else config.image.canvas,
-            token,
-            token,
-            "the pixels of a visual token",
-        ),
-        vision_width=STRIP * vision.hidden_size * (1 + decoder.planes),
-        features={Feature.COLUMN_ATTENTION: ()},
-        text=None,
+    return make_spec(
+        checkpoint,
+        config,
+        _PUBLISHED,
+        data=data,
+        library=library,
         decoder=decoder,
-        tokenizer=TokenizerFiles(folder=checkpoint.folder),
-        image_text=None,
-        image_token_id=find_image_token(data, library.image_token_id),
-        stop_ids=find_stop_ids(
-            checkpoint, getattr(text, "eos_token_id", None), decoder.vocabulary
-        ),
-        preprocess=read_preprocess(checkpoint, vision, _HALF),
-        box=json_boxes(1000.0, "original"),
-        template=config.prompt.template or _TEMPLATE,
-        prefix=_PREFIX,
-        library_config=library,
+        step=vision.patch_size * MERGE,
+        why="the pixels of a visual token",
+        features={Feature.COLUMN_ATTENTION: ()},
     )
 
 
