@@ -1,12 +1,19 @@
 """Graphs that are captured once are those that torch.onnx makes by capturing them twice."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnx.defs import get_schema
+from onnx_ir.schemas import OpSignature
+from onnxscript import values
 from torch import nn
+from torch.onnx._internal._lazy_import import onnxscript_apis
 from torch.onnx._internal.exporter import _fx_passes
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gap_export.tracing import converter
 from gap_export.tracing.trace import trace
@@ -83,6 +90,33 @@ def test_answers_are_torchs(kind, captures, decomposed, tmp_path):
         wanted = kind()(torch.from_numpy(x)).numpy()
         found = answer(traced, x, tmp_path / "graph.onnx")
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_list_of_translations_is_the_librarys(monkeypatch):
+    # Its list also has facts that take seconds to read from the source of each.
+    facts = SimpleNamespace(domain="", name="")
+    for kind in (values.TracedOnnxFunction, values.OnnxFunction):
+        monkeypatch.setattr(kind, "function_ir", property(lambda _: facts), raising=False)
+    library = onnxscript_apis.get_torchlib_ops()
+    told = [(each.qualified_name, each.function, each.is_complex) for each in library]
+    ours = converter._list_translations()
+    assert [(each.qualified_name, each.function, each.is_complex) for each in ours] == told
+    assert len(told) > 400
+
+
+def test_signatures_are_read_once_and_as_the_library_reads_them():
+    trace_it(Known)
+    assert ("", "Reshape", 21) in converter._signatures
+    for (domain, name, version), found in converter._signatures.items():
+        read = OpSignature.from_op_schema(get_schema(name, version, domain))
+        assert (str(found), found.since_version) == (str(read), version)
+
+
+def test_nothing_stays_replaced():
+    before = [vars(ONNXRegistry)["from_torchlib"], vars(OpSignature)["from_op_schema"]]
+    trace_it(Known)
+    assert [vars(ONNXRegistry)["from_torchlib"], vars(OpSignature)["from_op_schema"]] == before
+    assert "get_torchlib_ops" not in vars(onnxscript_apis)
 
 
 def test_nodes_are_those_of_a_second_capture(monkeypatch):
