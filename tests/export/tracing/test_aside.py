@@ -49,7 +49,7 @@ def a_graph(name):
         opset_imports={"": 20},
         name="g",
     )
-    specs = [TensorSpec(name=each, dtype="float32", shape=(2,)) for each in "xz"]
+    specs = [TensorSpec(name=each, dtype="float32", shape=(2,), meaning="") for each in "xz"]
     return Traced(
         model=ir.Model(graph, ir_version=10),
         inputs=(specs[0],),
