@@ -15,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
@@ -30,6 +32,8 @@ from gap_export.tracing.graph import Traced
 Job: TypeAlias = Callable[[], Traced]
 MOST_JOBS: Final = 255
 """As many as a byte can name."""
+PATIENCE_SECONDS: Final = 300.0
+"""How long the copy's last graph may take once the process has done its own."""
 
 
 def can_work_aside() -> bool:
@@ -57,8 +61,9 @@ def shared_work(jobs: Sequence[Job]) -> Iterator[Callable[[], list[Traced]]]:
     def finish() -> list[Traced]:
         done = _take_turns(turns, jobs)
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
-            sent = pickle.load(results)  # noqa: S301 - from a copy of this process
-            done |= {number: unpack(each) for number, each in sent.items()}
+            if select.select([results], [], [], PATIENCE_SECONDS)[0]:
+                sent = pickle.load(results)  # noqa: S301 - from a copy of this process
+                done |= {number: unpack(each) for number, each in sent.items()}
         return [done[k] if k in done else job() for k, job in enumerate(jobs)]
 
     try:
@@ -79,7 +84,10 @@ def _start(jobs: Sequence[Job]) -> tuple[int, Any, int]:
     # Without a writer the pipe ends behind the last turn.
     os.close(begin)
     results, send = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Threads of libraries alone, which the copy does without.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child:
         os.close(send)
         return turns, os.fdopen(results, "rb"), child

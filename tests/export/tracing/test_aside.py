@@ -135,6 +135,21 @@ def test_an_error_of_the_process_is_its_own_and_no_copy_is_left(copies):
         os.waitpid(copies[0], os.WNOHANG)
 
 
+def test_a_copy_that_hangs_is_given_up(copies, monkeypatch):
+    me = os.getpid()
+
+    def work():
+        while os.getpid() != me:
+            pass
+        return a_graph("weight")
+
+    monkeypatch.setattr(aside, "PATIENCE_SECONDS", 0.2)
+    with shared_work([work] * 3) as finish:
+        assert len(finish()) == 3
+    with pytest.raises(ChildProcessError):
+        os.waitpid(copies[0], os.WNOHANG)
+
+
 def test_a_graph_that_nobody_waits_for_is_given_up(copies):
     me = os.getpid()
 
