@@ -132,6 +132,7 @@ def export(
             )
             if (folder / _COPIES).exists():
                 # What stayed would become part of the bundle.
+                reader.wait()
                 shutil.rmtree(folder / _COPIES)
             reader.require_finite(weights)
         _write_tokenizers(plan, folder)

@@ -63,7 +63,7 @@ def shared_work(jobs: Sequence[Job]) -> Iterator[Callable[[], list[Traced]]]:
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
             if select.select([results], [], [], PATIENCE_SECONDS)[0]:
                 sent = pickle.load(results)  # noqa: S301 - from a copy of this process
-                done |= {number: unpack(each) for number, each in sent.items()}
+                done |= {number: _unpack(each) for number, each in sent.items()}
         return [done[k] if k in done else job() for k, job in enumerate(jobs)]
 
     try:
@@ -96,7 +96,7 @@ def _start(jobs: Sequence[Job]) -> tuple[int, Any, int]:
         os.close(results)
         # A pool of threads does not survive a fork.
         torch.set_num_threads(1)
-        done = {number: pack(each) for number, each in _take_turns(turns, jobs).items()}
+        done = {number: _pack(each) for number, each in _take_turns(turns, jobs).items()}
         with os.fdopen(send, "wb") as opened:
             pickle.dump(done, opened)
     except BaseException:  # noqa: BLE001 - the process finds it again where it is to be said
@@ -112,7 +112,7 @@ def _take_turns(turns: int, jobs: Sequence[Job]) -> dict[int, Traced]:
     return done
 
 
-def pack(traced: Traced) -> bytes:
+def _pack(traced: Traced) -> bytes:
     """A graph, which is used up, as bytes; initializers without values go as inputs in ONNX."""
     graph = traced.model.graph
     order = list(graph.initializers)
@@ -125,9 +125,9 @@ def pack(traced: Traced) -> bytes:
     return pickle.dumps((about, written, order, len(empty)))
 
 
-def unpack(data: bytes) -> Traced:
-    """The graph that `pack` wrote."""
-    about, written, order, count = pickle.loads(data)  # noqa: S301 - from `pack`
+def _unpack(data: bytes) -> Traced:
+    """The graph that `_pack` wrote."""
+    about, written, order, count = pickle.loads(data)  # noqa: S301 - from `_pack`
     model = ir.from_proto(onnx.ModelProto.FromString(written))
     graph = model.graph
     known = {value.name: value for value in graph.initializers.values()}

@@ -6,7 +6,7 @@ None of it needs the interpreter lock, so that it costs the tracing little.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -58,6 +58,10 @@ class SourceReader:
         """End at once: a failed export does not wait for gigabytes that nobody asks for."""
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
+
+    def wait(self) -> None:
+        """Until no file is being copied any more, one that nobody asked for included."""
+        wait(self._found.values())
 
     def require_finite(self, weights: WeightPlan) -> None:
         """Refuse a checkpoint in which a tensor that is used holds NaN or infinity."""

@@ -106,7 +106,7 @@ def test_the_list_of_translations_is_the_librarys(monkeypatch):
 
 def test_signatures_are_read_once_and_as_the_library_reads_them():
     trace_it(Known)
-    assert ("", "Reshape", 21) in converter._signatures
+    assert {"Reshape", "Sub"} <= {name for _, name, _ in converter._signatures}
     for (domain, name, version), found in converter._signatures.items():
         read = OpSignature.from_op_schema(get_schema(name, version, domain))
         assert (str(found), found.since_version) == (str(read), version)
