@@ -8,7 +8,6 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,7 +69,7 @@ def make_spec(
     config: ExportConfig,
     published: Published,
     *,
-    data: Mapping[str, Any],
+    data: dict[str, Any],
     library: Any,
     decoder: DecoderSpec,
     step: int,

@@ -21,11 +21,11 @@ from onnx_ir.schemas import OpSignature
 from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.onnx._internal._lazy_import import onnxscript_apis
-from torch.onnx._internal.exporter import _decomp, _fx_passes
+from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 _ATEN: Final[Any] = torch.ops.aten
+_apis: Final[Any] = vars(_registration)["onnxscript_apis"]
 _COPY: Final[Any] = _ATEN._to_copy.default  # noqa: SLF001 - the operator's name
 _SAME: Final[dict[Any, Any]] = {
     _ATEN.detach_.default: _ATEN.alias.default,
@@ -45,7 +45,7 @@ def quick_conversion() -> Iterator[None]:
 
     def find_known(opset_version: int) -> ONNXRegistry:
         if opset_version not in _operators:
-            with _replaced(onnxscript_apis, "get_torchlib_ops", _list_translations):
+            with _replaced(_apis, "get_torchlib_ops", _list_translations):
                 _operators[opset_version] = build(opset_version=opset_version)
         # A graph's own translations go into a table of its own.
         found = copy.copy(_operators[opset_version])

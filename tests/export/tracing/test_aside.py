@@ -4,11 +4,10 @@ import os
 
 import onnx_ir as ir
 import pytest
-from makers.families import find_family
+from makers.families import find_family, shared_graphs
 
 from gap_export.pipeline import run
 from gap_export.pipeline.graph_cache import GraphCache
-from gap_export.pipeline.stages import trace_decoder, trace_pruning, trace_tower
 from gap_export.tracing import aside
 from gap_export.tracing.aside import _pack, _unpack, shared_work
 from gap_export.tracing.graph import Traced
@@ -77,9 +76,9 @@ def plan(tmp_path_factory):
 def test_a_graph_survives_the_journey(plan):
     for make in (
         lambda: a_graph("weight"),
-        lambda: trace_decoder(plan),
-        lambda: trace_pruning(plan, plan.entries[0]),
-        lambda: trace_tower(plan, plan.spec.buckets[0]),
+        lambda: shared_graphs().decoder(plan),
+        lambda: shared_graphs().pruning(plan, plan.entries[0]),
+        lambda: shared_graphs().tower(plan, plan.spec.buckets[0]),
     ):
         traced = make()
         before = describe(traced)
@@ -154,7 +153,7 @@ def test_a_graph_that_nobody_waits_for_is_given_up(copies):
 
 def test_the_bundle_is_the_same(plan, monkeypatch):
     made = []
-    for known in (GraphCache(), GraphCache()):
+    for known in (shared_graphs(), GraphCache()):
         if made:
             with known.traced_by_two(plan) as finish:
                 assert finish() == len(plan.spec.buckets) + 1 + len(plan.entries)
