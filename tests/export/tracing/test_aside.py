@@ -4,7 +4,7 @@ import os
 
 import onnx_ir as ir
 import pytest
-from makers.families import find_family, shared_graphs
+from makers.families import GRAPHS, find_family
 
 from gap_export.pipeline import run
 from gap_export.pipeline.graph_cache import GraphCache
@@ -76,9 +76,9 @@ def plan(tmp_path_factory):
 def test_a_graph_survives_the_journey(plan):
     for make in (
         lambda: a_graph("weight"),
-        lambda: shared_graphs().decoder(plan),
-        lambda: shared_graphs().pruning(plan, plan.entries[0]),
-        lambda: shared_graphs().tower(plan, plan.spec.buckets[0]),
+        lambda: GRAPHS.decoder(plan),
+        lambda: GRAPHS.pruning(plan, plan.entries[0]),
+        lambda: GRAPHS.tower(plan, plan.spec.buckets[0]),
     ):
         traced = make()
         before = describe(traced)
@@ -153,7 +153,7 @@ def test_a_graph_that_nobody_waits_for_is_given_up(copies):
 
 def test_the_bundle_is_the_same(plan, monkeypatch):
     made = []
-    for known in (shared_graphs(), GraphCache()):
+    for known in (GRAPHS, GraphCache()):
         if made:
             with known.traced_by_two(plan) as finish:
                 assert finish() == len(plan.spec.buckets) + 1 + len(plan.entries)
