@@ -91,7 +91,8 @@ def _start(jobs: Sequence[Job]) -> tuple[int, Any, int]:
     if child:
         os.close(send)
         return turns, os.fdopen(results, "rb"), child
-    # Nothing of the process's own ways out may run in its copy.
+    # Nothing of the process's own ways out may run in its copy, whatever goes wrong there.
+    code = 1
     try:
         os.close(results)
         # A pool of threads does not survive a fork.
@@ -99,9 +100,9 @@ def _start(jobs: Sequence[Job]) -> tuple[int, Any, int]:
         done = {number: _pack(each) for number, each in _take_turns(turns, jobs).items()}
         with os.fdopen(send, "wb") as opened:
             pickle.dump(done, opened)
-    except BaseException:  # noqa: BLE001 - the process finds it again where it is to be said
-        os._exit(1)
-    os._exit(0)
+        code = 0
+    finally:
+        os._exit(code)
 
 
 def _take_turns(turns: int, jobs: Sequence[Job]) -> dict[int, Traced]:
