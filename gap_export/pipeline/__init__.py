@@ -18,6 +18,7 @@ What is done then:
     run          in which order everything is made
     stages       modules -> traced, quantized, written and proved graphs
     graph_cache  graphs that several exports share
+    garbage      dead objects are looked for seldom meanwhile
     staging      the folder aside, and the rename
     remains      what killed exports have left, and who is at work
     nonfinite    where float16 overflows
