@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Final
 
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.pipeline.stages import (
@@ -17,10 +18,23 @@ from gap_export.pipeline.stages import (
     trace_text,
     trace_tower,
 )
-from gap_export.tracing.aside import MOST_JOBS, shared_work
+from gap_export.reference.memory import WORK_BYTES
+from gap_export.tracing.aside import MOST_JOBS, can_work_aside, shared_work
 from gap_export.tracing.graph import Traced
 from gap_runtime.bundle.manifest import RatioEntry
+from gap_runtime.machines.memory import free_memory
 from gap_runtime.pictures.preprocess import Bucket
+
+
+_LARGE_BYTES: Final = 256 * 2**20
+_ROOM: Final = 4
+"""Times the memory that tracing takes at least."""
+
+
+def has_room_for_two(plan: ExportPlan) -> bool:
+    """Whether a copy of the process pays and fits: small models are traced beside other work."""
+    is_large = plan.weights.size >= _LARGE_BYTES
+    return is_large and free_memory() >= _ROOM * WORK_BYTES and can_work_aside()
 
 
 class GraphCache:

@@ -23,7 +23,7 @@ from gap_export.interfaces.family import InputStatistics
 from gap_export.pipeline.asking import load_reference, measure_reference
 from gap_export.pipeline.fingerprint import IDENTITY_FILE, ExportRecord, identify
 from gap_export.pipeline.garbage import rare_collections
-from gap_export.pipeline.graph_cache import GraphCache
+from gap_export.pipeline.graph_cache import GraphCache, has_room_for_two
 from gap_export.pipeline.nonfinite import find_bad_tensor
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.pipeline.precision import require_answers
@@ -35,9 +35,8 @@ from gap_export.pipeline.staging import folder_aside, move_into_place, require_r
 from gap_export.quantization.awq import smooth_model
 from gap_export.quantization.cache import CacheRange, quantize_cache
 from gap_export.quantization.values import quantize_sources
-from gap_export.reference.memory import REFERENCE_DTYPE, WORK_BYTES
+from gap_export.reference.memory import REFERENCE_DTYPE
 from gap_export.reference.record import record_answers
-from gap_export.tracing.aside import can_work_aside
 from gap_export.tracing.join import join
 from gap_export.weights.bind import used_parameters
 from gap_export.weights.plan import WeightPlan
@@ -60,14 +59,10 @@ from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.display import Display, format_bytes
 from gap_runtime.errors import BackendMissingError, BundleError, CheckError, EngineError
 from gap_runtime.grounding.check import CheckReport, check_bundle, count_rows
-from gap_runtime.machines.memory import free_memory
 from gap_runtime.pictures.load import load_picture
 
 _REFERENCE: Final = "reference.npz"
 _COPIES: Final = ".copies"
-_LARGE_BYTES: Final = 256 * 2**20
-_ROOM: Final = 4
-"""Times the memory that tracing takes at least."""
 
 
 @rare_collections()
@@ -100,7 +95,7 @@ def export(
     known = known or GraphCache()
     with ExitStack() as stack:
         # Before the folder's lock and the readers' threads, which a copy must not have.
-        two = may_fork and _has_room_for_two(plan)
+        two = may_fork and has_room_for_two(plan)
         finish = stack.enter_context(known.traced_by_two(plan)) if two else None
         folder = stack.enter_context(folder_aside(plan.out))
         require_room(plan, folder)
@@ -196,12 +191,6 @@ def _plan_copies(weights: WeightPlan, folder: Path, bring: str) -> dict[Path, Pa
         return {}
     (folder / _COPIES).mkdir()
     return {source: folder / _COPIES / name for name, source in weights.shards.items()}
-
-
-def _has_room_for_two(plan: ExportPlan) -> bool:
-    """Whether a copy of the process pays and fits: small models are traced beside other work."""
-    is_large = plan.weights.size >= _LARGE_BYTES
-    return is_large and free_memory() >= _ROOM * WORK_BYTES and can_work_aside()
 
 
 def _trace(

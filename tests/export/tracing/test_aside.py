@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from makers.families import GRAPHS, find_family
 
-from gap_export.pipeline import run
+from gap_export.pipeline import graph_cache, run
 from gap_export.pipeline.graph_cache import GraphCache
 from gap_export.tracing import aside
 from gap_export.tracing.aside import _pack, _unpack, shared_work
@@ -164,12 +164,12 @@ def test_the_bundle_is_the_same(plan, monkeypatch):
 
 
 def test_small_models_and_library_calls_stay_in_one_process(plan, monkeypatch):
-    monkeypatch.setattr(run, "can_work_aside", lambda: True)
-    assert not run._has_room_for_two(plan)
-    monkeypatch.setattr(run, "_LARGE_BYTES", 0)
-    assert run._has_room_for_two(plan)
-    monkeypatch.setattr(run, "free_memory", lambda: 2**28)
-    assert not run._has_room_for_two(plan)
+    monkeypatch.setattr(graph_cache, "can_work_aside", lambda: True)
+    assert not graph_cache.has_room_for_two(plan)
+    monkeypatch.setattr(graph_cache, "_LARGE_BYTES", 0)
+    assert graph_cache.has_room_for_two(plan)
+    monkeypatch.setattr(graph_cache, "free_memory", lambda: 2**28)
+    assert not graph_cache.has_room_for_two(plan)
 
 
 @pytest.mark.parametrize(("cores", "threads"), [({0}, 1), ({0, 1}, 2)], ids=["core", "threads"])
