@@ -25,7 +25,6 @@ from gap_runtime.bundle.manifest import RatioEntry
 from gap_runtime.machines.memory import free_memory
 from gap_runtime.pictures.preprocess import Bucket
 
-
 _LARGE_BYTES: Final = 256 * 2**20
 _ROOM: Final = 4
 """Times the memory that tracing takes at least."""
