@@ -173,3 +173,32 @@ def test_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})
     assert [entry.ratio for entry in Bundle.open("bundle").manifest.ratios] == [0.25, 0.5, 0.75]
     assert "Box(" in capsys.readouterr().out
+
+
+def read_rows(page, beginning):
+    """Cells of the rows of a page's tables whose first cell begins so."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    return [row for row in rows if row[0].startswith(beginning)]
+
+
+@pytest.mark.parametrize("side", ["PyTorch", "exported ONNX"])
+def test_the_front_page_has_the_figures_of_the_model_s_own_page(side):
+    (front,) = read_rows("README.md", side)
+    assert len(front) == 5
+    assert front[1:] in [row[1:] for row in read_rows("refshapes/README.md", side)]
+
+
+def test_the_front_page_has_the_figures_of_the_page_on_performance():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    whole, half = (
+        next(row for row in read_rows("docs/performance.md", removed) if row[1] == prompt)
+        for removed, prompt in (("0", "624"), ("0.5", "336"))
+    )
+    prefill = [int(row[4].replace(",", "")) / 1000 for row in (half, whole)]
+    assert f"a prompt takes {prefill[0]:.1f} s instead of {prefill[1]:.1f} s" in text
+    cache = [float(row[8]) for row in (half, whole)]
+    assert f"its KV cache {cache[0]:.0f} MB instead of {cache[1]:.0f} MB" in text
+    (row,) = read_rows("docs/performance.md", "transformers.exporters 5.23")
+    times, share = (float(re.search(r"\(([\d.]+)x\)", cell)[1]) for cell in row[1:3])
+    assert f"is {times} times as fast as transformers' exporter, in {1 / share:.2f} of" in text
