@@ -32,6 +32,9 @@ FUZZED := build/fuzz/bundle
 .PHONY: setup demo test lint unit device docs dist matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
+# Tests start many programs; each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml runtime/pyproject.toml
