@@ -1,10 +1,12 @@
 """Bundles that several parity tests read; made once."""
 
+import json
 import shutil
 import sys
 
 import onnxruntime
 import pytest
+from tools.once import make_once
 from tools.places import load_runtime_helper
 from tools.sockets import watched
 
@@ -42,10 +44,14 @@ def export_fixture():
 @pytest.fixture(scope="session")
 def refshapes_export(tmp_path_factory):
     """That export's folder, and the sockets that were opened for it."""
-    out = tmp_path_factory.mktemp("refshapes") / "gap"
-    with watched() as opened:
-        folder = export_bundle("refshapes", out, prune__ratios=[0.0, 0.25, 0.5, 0.75])
-    return folder, opened
+
+    def make(home):
+        with watched() as opened:
+            export_bundle("refshapes", home / "gap", prune__ratios=[0.0, 0.25, 0.5, 0.75])
+        (home / "sockets.json").write_text(json.dumps(opened), encoding="utf-8")
+
+    home = make_once(tmp_path_factory, "refshapes", make)
+    return home / "gap", json.loads((home / "sockets.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +77,11 @@ def sweep_arguments():
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory):
     """The folder of that sweep. Read only."""
-    out = tmp_path_factory.mktemp("sweeps") / "whole"
-    assert cli.main([*SWEEP, "--out", str(out)]) == 0
-    return out
+
+    def make(home):
+        assert cli.main([*SWEEP, "--out", str(home / "whole")]) == 0
+
+    return make_once(tmp_path_factory, "sweeps", make) / "whole"
 
 
 @pytest.fixture(scope="session")
