@@ -10,6 +10,7 @@ that are no aliases do not overlap, only what was enqueued during a capture is r
 import ctypes
 import json
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,8 @@ class FakeTensorrt(types.ModuleType):
         self.build_error, self.starts = None, True
         self.is_rtx, self.is_capturable, self.contexts = name == "tensorrt_rtx", True, []
         self.compiled = []
+        # What engines need while they run, by their graph's file; 4096 bytes of the others.
+        self.scratch = {}
         trt = self
 
         class ILogger:
@@ -351,11 +354,10 @@ class _Runtime:
 
 
 class _Engine:
-    device_memory_size_v2 = 4096
-
     def __init__(self, trt, told):
         self.trt, self.path, self.profiles = trt, told["path"], told["profiles"]
         self.graph = trt.graphs[Path(self.path).name]
+        self.device_memory_size_v2 = trt.scratch.get(Path(self.path).name, 4096)
 
     @property
     def _tensors(self):
@@ -396,6 +398,7 @@ class _Engine:
         else:
             assert settings == managed
         context = _Context(self)
+        self.trt.contexts.append(weakref.ref(context))
         if self.trt.is_rtx:
             context.is_stream_capturable = lambda stream: stream == 7 and self.trt.is_capturable
         return context
@@ -473,9 +476,9 @@ class _Context:
         assert stream == 7
         assert self.scratch is not None
         self.cuda.counts["enqueue"] += 1
-        addresses = dict(self.addresses)
+        addresses, scratch = dict(self.addresses), self.scratch
         self._require_apart(addresses)
-        self.cuda.submit(lambda: self._compute(addresses))
+        self.cuda.submit(lambda: self._compute(addresses, scratch))
         return True
 
     def _require_apart(self, addresses):
@@ -513,7 +516,10 @@ class _Context:
         dtype = NUMPY.get(spec.dtype, spec.dtype)
         return np.frombuffer(raw, np.uint8).view(dtype).reshape(self._shape(name))
 
-    def _compute(self, addresses):
+    def _compute(self, addresses, scratch):
+        # What lies there is written over, and has to be there still where a graph is launched.
+        self.cuda.require_inside(scratch, self.engine.device_memory_size_v2)
+        ctypes.memset(scratch, 0xAB, self.engine.device_memory_size_v2)
         inputs = {name: self._view(name, addresses).copy() for name in self.inputs}
         outputs = self.engine.trt.compute(self.engine.path, inputs)
         for name in self.outputs:

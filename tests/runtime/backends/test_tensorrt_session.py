@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -203,6 +206,86 @@ def test_all_memory_is_given_back(open_bundle):
     assert gpu.blocks
     del decoder, logits
     assert not gpu.blocks
+
+
+LARGE = 54_321
+
+
+def test_stages_share_one_scratch_memory_as_large_as_the_largest_needs(open_bundle):
+    bundle, trt, gpu = open_bundle()
+    vision, other, decoder = bundle.manifest.stages
+    trt.scratch[vision.file] = LARGE
+    sessions = [backend.open_stage(bundle, vision, ""), backend.open_stage(bundle, other, "")]
+    sessions.append(backend.open_decoder(bundle, decoder, ""))
+    for session in sessions[:2]:
+        session.run({"pixels": np.ones((1, 3, 8, 8), np.float32)})
+    assert np.array_equal(feed(sessions[2], 6), expected("float16", 6))
+    used = {context().scratch for context in trt.contexts}
+    assert len(used) == 1
+    sizes = [len(block) for block in gpu.blocks.values()]
+    assert (sizes.count(LARGE), sizes.count(4096)) == (1, 0)
+    # It goes with the last of them.
+    del sessions, session
+    assert not gpu.blocks
+
+
+def test_steps_that_are_recorded_follow_scratch_memory_that_moves(open_bundle):
+    bundle, trt, gpu = open_bundle()
+    decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+    assert np.array_equal(feed(decoder, 6), expected("float16", 6))
+    assert (len(gpu.graphs), gpu.counts["launch"]) == (1, 4)
+    trt.scratch[bundle.manifest.stages[0].file] = LARGE
+    vision = backend.open_stage(bundle, bundle.manifest.stages[0], "")
+    assert 4096 not in [len(block) for block in gpu.blocks.values()]
+    # The fake asserts of every launch that its scratch memory is there.
+    assert np.array_equal(feed(decoder, 6)[:, :3], expected("float16", 6)[:, :3])
+    assert (len(gpu.graphs), gpu.counts["launch"]) == (2, 9)
+    vision.run({"pixels": np.ones((1, 3, 8, 8), np.float32)})
+    feed(decoder, 2)
+    assert (len(gpu.graphs), gpu.counts["launch"]) == (2, 11)
+
+
+def test_scratch_memory_that_does_not_fit_leaves_the_others_theirs(open_bundle):
+    bundle, trt, gpu = open_bundle()
+    decoder = backend.open_decoder(bundle, bundle.manifest.stage("decoder"), "")
+    trt.scratch[bundle.manifest.stages[0].file] = LARGE
+    plain = gpu.cudaMalloc
+    gpu.cudaMalloc = lambda size: (2, None) if size == LARGE else plain(size)
+    with pytest.raises(EngineError, match="cudaMalloc"):
+        backend.open_stage(bundle, bundle.manifest.stages[0], "")
+    assert np.array_equal(feed(decoder), expected("float16"))
+
+
+def test_engines_that_share_memory_never_run_at_once(open_bundle):
+    """Whatever threads run them; those that another thread opens have memory of their own."""
+    bundle, trt, _ = open_bundle()
+    running, most, both = [], [], threading.Barrier(2)
+
+    def watch(path, inputs):
+        running.append(path)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.remove(path)
+        return compute(path, inputs)
+
+    trt.compute = watch
+    stages, pixels = bundle.manifest.stages, {"pixels": np.ones((1, 3, 8, 8), np.float32)}
+
+    def run(session):
+        both.wait()
+        session.run(pixels)
+
+    with ThreadPoolExecutor(2) as pool:
+        shared = [backend.open_stage(bundle, stage, "") for stage in stages[:2]]
+        list(pool.map(run, shared))
+        assert max(most) == 1
+        own = [
+            pool.submit(backend.open_stage, bundle, stages[0], "").result(),
+            backend.open_stage(bundle, stages[1], ""),
+        ]
+        list(pool.map(run, own))
+    assert max(most) == 2
+    assert len({context().scratch for context in trt.contexts if context()}) == 2
 
 
 def test_vision_engines_give_what_the_manifest_promises(open_bundle):

@@ -29,6 +29,7 @@ from gap_runtime.backends.tensorrt.library import (
     make_log,
     scratch_bytes,
 )
+from gap_runtime.backends.tensorrt.scratch import share_scratch
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import (
     EngineRecord,
@@ -50,7 +51,7 @@ _LOG: Final = logging.getLogger(__name__)
 
 
 class _Engine:
-    """A loaded engine: its library, its device, its scratch memory."""
+    """A loaded engine: its library, its device, and the scratch memory that it shares."""
 
     def __init__(self, bundle: Bundle, stage: Stage, folder_name: str) -> None:
         """Find the engine, prove that it is for this bundle and this machine, load it."""
@@ -77,8 +78,8 @@ class _Engine:
         self.log = make_log(self.trt)
         self.engine: Any = load_engine(self.trt, self.log, self.path)
         self._require_interface(stage)
-        # Profiles never run at the same time, so that all contexts work in the same memory.
-        self.scratch = self.device.allocate(scratch_bytes(self.engine))
+        self.scratch = share_scratch()
+        self.scratch.reserve(self.device, scratch_bytes(self.engine))
         self._kernels = (
             CompiledKernels(self.trt, self.engine, bundle, stage.name)
             if record.package == RTX
@@ -126,8 +127,14 @@ class _Engine:
             raise EngineError(f"{self.path}: no execution context: {last_error(self.log)}")
         if not context.set_optimization_profile_async(profile, self.device.stream):
             raise EngineError(f"{self.path}: profile {profile}: {last_error(self.log)}")
-        context.set_device_memory(self.scratch.address, self.scratch.size)
         return context
+
+    def settle(self, context: Any, moves: int) -> int:
+        """Have a context work where the scratch memory lies; its `moves`, those before given."""
+        if moves != self.scratch.moves:
+            address, size = self.scratch.place
+            context.set_device_memory(address, size)
+        return self.scratch.moves
 
     def set_address(self, context: Any, name: str, memory: DeviceMemory) -> None:
         """Say where a tensor lies."""
@@ -164,6 +171,7 @@ class TensorrtStage:
         """Load the engine."""
         self._engine = _Engine(bundle, stage, device)
         self._context = self._engine.make_context(0)
+        self._moves = 0
         self._has_run = False
         device_ = self._engine.device
         self._inputs = {spec.name: _place(device_, spec) for spec in stage.inputs}
@@ -177,10 +185,12 @@ class TensorrtStage:
         for name, tensor in self._inputs.items():
             tensor.write(inputs[name])
             device.to_device(tensor.memory, tensor.host)
-        self._engine.enqueue(self._context)
-        for tensor in self._outputs.values():
-            device.to_host(tensor.host, tensor.memory)
-        device.synchronize()
+        with self._engine.scratch.lock:
+            self._moves = self._engine.settle(self._context, self._moves)
+            self._engine.enqueue(self._context)
+            for tensor in self._outputs.values():
+                device.to_host(tensor.host, tensor.memory)
+            device.synchronize()
         if not self._has_run:
             self._has_run = True
             self._engine.keep_kernels()
@@ -203,13 +213,17 @@ class _Tensor:
 
 @dataclass(slots=True, kw_only=True)
 class _Call:
-    """What runs one row count. `graphs` are by the cache that is read."""
+    """What runs one row count. `graphs` are by the cache that is read.
+
+    `moves` is how often the scratch memory had moved when the context was told where it lies.
+    """
 
     rows: int
     context: Any
     inputs: dict[str, _Tensor]
     logits: _Tensor
     runs: int = 0
+    moves: int = 0
     graphs: dict[int, CapturedGraph]
 
 
@@ -260,8 +274,10 @@ class TensorrtDecoder:
         call.inputs["write_slot"].host[0] = write_slot
         call.inputs["logits_rows"].host[...] = logits_rows[-1]
         call.inputs["logits_rows"].host[: len(logits_rows)] = logits_rows
-        self._launch(call)
-        self._engine.device.synchronize()
+        with self._engine.scratch.lock:
+            self._settle(call)
+            self._launch(call)
+            self._engine.device.synchronize()
         if call.runs == 0:
             self._engine.keep_kernels()
         call.runs += 1
@@ -276,6 +292,15 @@ class TensorrtDecoder:
     def put_slots(self, saved: SlotCopy[DeviceMemory]) -> None:
         """Write slots back; see gap_runtime.backends.SlotSaver."""
         self._cache.put_slots(saved)
+
+    def _settle(self, call: _Call) -> None:
+        """Have a call work where the scratch memory lies; a graph of it knows the old place."""
+        moves = self._engine.settle(call.context, call.moves)
+        if moves != call.moves and call.graphs:
+            call.graphs.clear()
+            # Once more as it is before it is captured anew.
+            call.runs = _RUNS_BEFORE_CAPTURE - 1
+        call.moves = moves
 
     def _launch(self, call: _Call) -> None:
         """Queue one run: as a graph where there is one, or where one can be made now."""
