@@ -148,11 +148,16 @@ def test_an_unknown_device(decoder_bundle):
 
 
 def test_a_provider_that_does_not_start(ort, decoder_bundle):
-    ort.available, ort.broken = [CUDA, CPU], {CUDA}
-    with pytest.raises(
-        EngineError, match=r"could not start CUDAExecutionProvider .*without :cuda"
-    ):
+    """Somebody with another CUDA reads which one it is made for, and where the libraries are."""
+    ort.available, ort.broken, ort.cuda_version = [CUDA, CPU], {CUDA}, "13.0"
+    with pytest.raises(EngineError) as caught:
         open_vision(decoder_bundle, "cuda")
+    for part in (
+        "could not start CUDAExecutionProvider (it is made for CUDA 13.0, which the driver has",
+        "pip install 'onnxruntime-gpu[cuda,cudnn]'; gap-runtime doctor says what is here)",
+        "without :cuda it runs on the CPU",
+    ):
+        assert part in str(caught.value)
 
 
 def test_falling_back_to_the_cpu_is_said(ort, decoder_bundle, caplog):

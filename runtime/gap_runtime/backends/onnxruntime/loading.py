@@ -130,8 +130,8 @@ def open_session(
     require_interface(path, stage, *(map(_read_tensor, side) for side in found))
     if name not in session.get_providers():
         failure = (
-            f"{path}: {_installed_packages()} could not start {provider.name} (driver, CUDA "
-            "and cuDNN must fit it)"
+            f"{path}: {_installed_packages()} could not start {provider.name} "
+            f"({_describe_needs(ort, wanted)}; gap-runtime doctor says what is here)"
         )
         if device:
             raise EngineError(f"{failure}; without :{device} it runs on the CPU")
@@ -139,6 +139,17 @@ def open_session(
     elif wanted != "cpu":
         _judge_nodes(ort, _list_nodes(session), name, str(path))
     return session
+
+
+def _describe_needs(ort: ModuleType, wanted: str) -> str:
+    """What a provider of NVIDIA's needs of the machine, for people who have another CUDA."""
+    made_for = f"CUDA {getattr(ort, 'cuda_version', '')}".rstrip()
+    needs = f"it is made for {made_for}, which the driver has to run and whose libraries it needs"
+    libraries = {
+        "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt-cu13>=10.16,<11'",
+    }
+    return f"{needs}: {libraries[wanted]}" if wanted in libraries else needs
 
 
 def _require_version(bundle: Bundle, version: tuple[int, ...], path: Path) -> None:
