@@ -61,7 +61,8 @@ class FakeSession:
     """A session that runs nothing. `ort` says where it would run and what it tells."""
 
     def __init__(self, ort, path, options, providers=None, enable_fallback=1):
-        assert providers is None or not enable_fallback
+        assert not enable_fallback
+        ort.stdouts.append(sys.stdout)
         self.ort, self.path, self.options, self.providers = ort, path, options, providers
         if ort.failure:
             raise FakeError(ort.failure)
@@ -122,7 +123,7 @@ def make(stages):
     module.available = [CPU]
     module.broken, module.failure = set(), ""
     module.tells_places, module.on_host, module.parts = True, set(), None
-    module.sessions, module.registered, module.devices = [], [], []
+    module.sessions, module.registered, module.devices, module.stdouts = [], [], [], []
     module.stages = {stage.file: stage for stage in stages}
     module.get_available_providers = lambda: module.available
     module.SessionOptions = FakeOptions

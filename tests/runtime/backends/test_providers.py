@@ -60,6 +60,20 @@ def test_what_is_asked_for(ort, decoder_bundle, device, available, asked):
     assert session.providers == asked
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_stdout_stays_that_of_all_threads(ort, decoder_bundle, device, capsys):
+    """A thread that answers meanwhile prints to where it did; what the library prints is lost."""
+    ort.available = [CUDA, CPU]
+    code = "def preload_dlls():\n    seen.append(sys.stdout)\n    print('no cudnn')\n"
+    vars(ort).update(seen=ort.stdouts, sys=sys)
+    exec(code, vars(ort))
+    open_vision(decoder_bundle, device)
+    assert set(ort.stdouts) == {sys.stdout}
+    assert len(ort.stdouts) == 1 + (device == "cuda")
+    assert capsys.readouterr().out == ""
+    assert "print" not in vars(ort)
+
+
 def test_tensorrt_has_cuda_behind_it(ort, decoder_bundle):
     ort.available = [TENSORRT, CUDA, CPU]
     open_decoder(decoder_bundle, "tensorrt")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
 import logging
 import sys
 from collections.abc import Mapping
@@ -109,19 +108,17 @@ def open_session(
     name = str(devices[0].ep_name) if devices else provider.name
     settings = choose_options(wanted, bundle, stage, version) | dict(settings)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            if devices:
-                options.add_provider_for_devices(devices[:1], settings)
-                session = ort.InferenceSession(str(path), options)
-            else:
-                preload(ort, wanted)
-                # Its own way back is to print some lines and to take what it likes.
-                session = ort.InferenceSession(
-                    str(path),
-                    options,
-                    providers=_provider_list(provider, settings),
-                    enable_fallback=0,
-                )
+        if devices:
+            options.add_provider_for_devices(devices[:1], settings)
+        else:
+            preload(ort, wanted)
+        # Its own way back is to print some lines and to take what it likes.
+        session = ort.InferenceSession(
+            str(path),
+            options,
+            providers=None if devices else _provider_list(provider, settings),
+            enable_fallback=0,
+        )
     except list_errors(ort) as error:
         raise EngineError(
             f"{path}: {_installed_packages()} cannot load it: {first_words(error)}"
@@ -276,9 +273,17 @@ def _provider_list(
 def preload(ort: ModuleType, device: str) -> None:
     """Load CUDA from NVIDIA's Python packages where it is installed so."""
     if device in {"cuda", "tensorrt"} and hasattr(ort, "preload_dlls"):
-        # What it misses it prints; the session that cannot start then says it again.
-        with contextlib.redirect_stdout(io.StringIO()):
+        # What it misses it prints; the session that cannot start then says it again. Only its own
+        # `print` is taken meanwhile, as sys.stdout is that of all threads.
+        vars(ort)["print"] = _print_nothing
+        try:
             ort.preload_dlls()
+        finally:
+            vars(ort).pop("print", None)
+
+
+def _print_nothing(*_: Any, **__: Any) -> None:
+    """Stands where a library would print."""
 
 
 def _start_plugin(ort: ModuleType, provider: Provider, *, where: str) -> list[Any]:
