@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from gap_runtime.bundle.bundle import Bundle, identify_files
-from gap_runtime.bundle.files import write_whole
+from gap_runtime.bundle.files import user_cache, write_whole
 from gap_runtime.bundle.hashes import hash_bytes, hash_file
 from gap_runtime.bundle.manifest import DECODER, TEXT, VISION, BundleLayout, RatioEntry, Stage
 from gap_runtime.bundle.tensors import MOST_LOGITS
-from gap_runtime.errors import ConfigError, EngineError, RecordError
+from gap_runtime.errors import ConfigError, EngineError, GapError, RecordError
 from gap_runtime.machines.target import Target, list_targets, load_target
 from gap_runtime.records import dump_record, load_record
 from gap_runtime.records.plain import read_json
@@ -32,6 +32,7 @@ ENGINES: Final = "engines"
 STEP_ROWS: Final = 1
 """Rows of the decoder's profile for one token; the others are for whole prompts."""
 
+_SEAL: Final = "sealed.json"
 _HASHED_BYTES: Final = 256 * 2**20
 """Engines up to this size are hashed when they are looked at, larger ones are only measured."""
 
@@ -64,6 +65,20 @@ class EngineRecord:
     size: int
     blake3: str | None
     device_memory_bytes: int | None
+
+
+class _Sealed(NamedTuple):
+    """Size and, where it is not too large, BLAKE3 of a file that a runtime keeps."""
+
+    size: int
+    blake3: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seal:
+    """What a runtime has put into its cache, by path in it."""
+
+    files: dict[str, _Sealed]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,21 +161,68 @@ def provider_cache(bundle: Bundle, runtime: str) -> Path | None:
     """Where a runtime keeps what it compiles: in the bundle, else in the user's cache, or nowhere.
 
     The folder's name changes with any file of the bundle, so that nothing outlives its weights.
+    What is no file there is removed.
 
     Args:
         bundle: The opened bundle.
         runtime: Of the backend and its device, for example `onnxruntime-tensorrt`.
     """
     leaf = f"{runtime}-{identify_files(bundle)}"
-    beside = Path.home() / ".cache" / "gap-runtime" / bundle.manifest.name
-    for folder in (bundle.folder.resolve() / ENGINES / leaf, beside / leaf):
+    homes = (
+        lambda: bundle.folder.resolve() / ENGINES,
+        lambda: user_cache() / bundle.manifest.name,
+    )
+    for home in homes:
         try:
+            folder = home() / leaf
             folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.rglob("*"):
+                if not path.is_file() and not path.is_dir():
+                    # A pipe, for which a library would wait without end.
+                    path.unlink()
         except OSError:
             continue
         if os.access(folder, os.W_OK):
             return folder
     return None
+
+
+def prove_cache(folder: Path) -> None:
+    """Remove from a cache what is not as `seal_cache` saw it, for a runtime that trusts it.
+
+    What a process that was killed has half written goes, too.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    try:
+        sealed = load_record(_Seal, read_json(folder / _SEAL, RecordError), _SEAL).files
+    except RecordError:
+        sealed = {}
+    for path in _list_cache(folder):
+        kept = sealed.get(path.relative_to(folder).as_posix())
+        try:
+            is_same = kept is not None and kept == _Sealed(*describe_engine(path))
+        except GapError:
+            is_same = False
+        if not is_same:
+            path.unlink()
+
+
+def seal_cache(folder: Path) -> None:
+    """Write down what a runtime has put into its cache, as far as that can be written."""
+    with contextlib.suppress(OSError, GapError):
+        files = {
+            path.relative_to(folder).as_posix(): _Sealed(*describe_engine(path))
+            for path in _list_cache(folder)
+        }
+        text = json.dumps(dump_record(_Seal(files=files)), indent=2, sort_keys=True) + "\n"
+        with write_whole(folder / _SEAL) as aside:
+            aside.write_text(text, encoding="utf-8")
+
+
+def _list_cache(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _SEAL]
 
 
 def find_engine_folder(bundle: Bundle, name: str, backend: str) -> Path:

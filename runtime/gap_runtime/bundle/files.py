@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -21,6 +22,19 @@ def name_aside(name: str, state: str) -> str:
     .NAME.STATE-HOST-PID
     """
     return f".{name}.{state}-{host_name()}-{os.getpid()}"
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again.
+
+    Raises:
+        OSError: The user has no home folder, as in a container that is run by a number.
+    """
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    home = named if os.path.isabs(named) else os.path.expanduser("~/.cache")  # noqa: PTH111, PTH117
+    if not os.path.isabs(home):  # noqa: PTH117
+        raise FileNotFoundError(errno.ENOENT, "the user has no home folder; set XDG_CACHE_HOME")
+    return Path(home) / "gap-runtime"
 
 
 def host_name() -> str:

@@ -1,6 +1,6 @@
 """Which backend is the fastest for a bundle on this machine: measured once, then remembered.
 
-    ~/.cache/gap-runtime/<bundle>/fastest-<hash>.json    {"backend": ..., "milliseconds": {...}}
+    <cache>/gap-runtime/<bundle>/fastest-<hash>.json    {"backend": ..., "milliseconds": {...}}
 
 It is the machine's own, so it does not lie in the bundle, which may go to another one. The hash
 changes with any file of the bundle.
@@ -16,7 +16,7 @@ from typing import Final
 
 from gap_runtime.backends import BACKENDS, DEFAULT_BACKEND
 from gap_runtime.bundle.bundle import Bundle, identify_files
-from gap_runtime.bundle.files import write_whole
+from gap_runtime.bundle.files import user_cache, write_whole
 from gap_runtime.errors import ConfigError, EngineError
 from gap_runtime.records.plain import read_table
 from gap_runtime.registry import list_plugins
@@ -70,18 +70,21 @@ def choose_backend(bundle: Bundle, name: str) -> str:
         return name
     try:
         known = str(read_table(_remembered_in(bundle), EngineError)["backend"])
-    except (EngineError, KeyError):
+    except (EngineError, OSError, KeyError):
         return DEFAULT_BACKEND
     # It may have been another version's.
     return known if known.partition(":")[0] in list_plugins(BACKENDS) else DEFAULT_BACKEND
 
 
 def _remember(bundle: Bundle, ran: list[Timed]) -> None:
-    path = _remembered_in(bundle)
     data = {
         "backend": ran[0].backend,
         "milliseconds": {each.backend: each.milliseconds for each in ran},
     }
+    try:
+        path = _remembered_in(bundle)
+    except OSError as error:
+        raise EngineError(f"the fastest backend cannot be remembered: {error.strerror}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as aside:
@@ -91,5 +94,4 @@ def _remember(bundle: Bundle, ran: list[Timed]) -> None:
 
 
 def _remembered_in(bundle: Bundle) -> Path:
-    home = Path.home() / ".cache" / "gap-runtime" / bundle.manifest.name
-    return home / f"fastest-{identify_files(bundle)}.json"
+    return user_cache() / bundle.manifest.name / f"fastest-{identify_files(bundle)}.json"

@@ -5,6 +5,7 @@ onnxruntime is a fake one throughout: it writes down what it is asked for.
 
 import dataclasses
 import logging
+import os
 import sys
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
@@ -115,17 +116,46 @@ def test_the_targets_scratch_memory_is_kept_to(decoder_bundle):
 def test_engines_go_to_the_users_cache_where_the_bundle_is_read_only(
     decoder_bundle, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(engines.Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     (decoder_bundle.folder / "engines").write_text("in the way", encoding="utf-8")
     folder = engines.provider_cache(decoder_bundle, "onnxruntime-tensorrt")
-    assert folder.parent == tmp_path / "home" / ".cache" / "gap-runtime" / "tiny-8of16"
-    (tmp_path / "home" / ".cache" / "gap-runtime" / "tiny-8of16").rename(tmp_path / "moved")
-    (tmp_path / "home" / ".cache" / "gap-runtime").rmdir()
-    (tmp_path / "home" / ".cache" / "gap-runtime").write_text("in the way", encoding="utf-8")
+    assert folder.parent == tmp_path / "home" / "gap-runtime" / "tiny-8of16"
+    (tmp_path / "home" / "gap-runtime" / "tiny-8of16").rename(tmp_path / "moved")
+    (tmp_path / "home" / "gap-runtime").rmdir()
+    (tmp_path / "home" / "gap-runtime").write_text("in the way", encoding="utf-8")
     assert engines.provider_cache(decoder_bundle, "onnxruntime-tensorrt") is None
     stage = decoder_bundle.manifest.stage(DECODER)
     options = providers.choose_options("tensorrt", decoder_bundle, stage, (1, 31))
     assert "trt_engine_cache_enable" not in options
+
+
+def test_what_a_library_would_wait_for_goes_from_its_cache(decoder_bundle):
+    folder = engines.provider_cache(decoder_bundle, "openvino-gpu")
+    (folder / "models").mkdir()
+    (folder / "models" / "1.blob").write_bytes(b"x")
+    assert engines.provider_cache(decoder_bundle, "openvino-gpu") == folder
+    os.mkfifo(folder / "models" / "2.blob")
+    assert engines.provider_cache(decoder_bundle, "openvino-gpu") == folder
+    assert [path.name for path in folder.rglob("*")] == ["models", "1.blob"]
+
+
+def test_what_changed_in_a_cache_since_it_was_sealed_goes(tmp_path):
+    for name in ("same", "flipped", "cut", "emptied"):
+        (tmp_path / name).write_bytes(bytes(100))
+    engines.prove_cache(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for name in ("same", "flipped", "cut", "emptied"):
+        (tmp_path / name).write_bytes(bytes(100))
+    engines.seal_cache(tmp_path)
+    (tmp_path / "flipped").write_bytes(bytes(99) + b"\x01")
+    (tmp_path / "cut").write_bytes(bytes(99))
+    (tmp_path / "emptied").write_bytes(b"")
+    (tmp_path / "of a killed process").write_bytes(bytes(100))
+    engines.prove_cache(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"same", "sealed.json"}
+    (tmp_path / "sealed.json").write_text('{"files": {"same": [1]}}', encoding="utf-8")
+    engines.prove_cache(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sealed.json"]
 
 
 def test_engines_of_another_bundle_are_not_used(decoder_bundle):

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gap_runtime.bundle import files
 from gap_runtime.bundle.engines import new_engine
-from gap_runtime.bundle.files import write_whole
+from gap_runtime.bundle.files import user_cache, write_whole
 from gap_runtime.errors import EngineError
 
 
@@ -107,3 +108,26 @@ def test_an_engine_that_cannot_be_written_is_one_line(tmp_path):
     ):
         raise OSError(28, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("named", "home", "expected"),
+    [
+        ("/var/cache", "/home/a", "/var/cache/gap-runtime"),
+        ("", "/home/a", "/home/a/.cache/gap-runtime"),
+        # XDG's own rule: a path that is relative is none.
+        ("cache", "/home/a", "/home/a/.cache/gap-runtime"),
+    ],
+)
+def test_the_users_cache(monkeypatch, named, home, expected):
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    monkeypatch.setenv("HOME", home)
+    assert user_cache() == Path(expected)
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    """As in a container that is run by a number, where nothing may be written beside `/`."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(OSError, match="no home folder; set XDG_CACHE_HOME"):
+        user_cache()

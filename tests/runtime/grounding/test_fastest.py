@@ -6,9 +6,9 @@ import json
 import pytest
 
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.files import user_cache
 from gap_runtime.cli.main import main
 from gap_runtime.errors import ConfigError, EngineError
-from gap_runtime.grounding import fastest
 from gap_runtime.grounding.fastest import choose_backend, time_backends
 
 TIMES = {"onnxruntime": 30.0, "openvino": 20.0}
@@ -16,7 +16,7 @@ TIMES = {"onnxruntime": 30.0, "openvino": 20.0}
 
 @pytest.fixture
 def bundle(make_bundle, monkeypatch, tmp_path):
-    monkeypatch.setattr(fastest.Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return Bundle.open(make_bundle())
 
 
@@ -50,7 +50,7 @@ def test_another_bundle_is_another_question(bundle):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"backend": "another"}'])
 def test_what_cannot_be_read_is_nothing(bundle, text):
     time_backends(bundle, measure)
-    (path,) = (fastest.Path.home() / ".cache" / "gap-runtime").rglob("fastest-*.json")
+    (path,) = user_cache().rglob("fastest-*.json")
     path.write_text(text, encoding="utf-8")
     assert choose_backend(bundle, "auto") == "onnxruntime"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -18,13 +19,14 @@ from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.engines import provider_cache
+from gap_runtime.bundle.engines import prove_cache, provider_cache, seal_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.threads import read_threads
 
 _CPU: Final = "CPU"
+_CACHE: Final = "CACHE_DIR"
 _DTYPES: Final = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64"}
 """Dtypes by OpenVINO's words; others are not told apart."""
 _PRECISIONS: Final = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -180,12 +182,15 @@ def _compile(bundle: Bundle, stage: Stage, device: str) -> tuple[ModuleType, Any
         model = core.read_model(str(path))
         found = [[_read_tensor(each) for each in side] for side in (model.inputs, model.outputs)]
         require_interface(path, stage, *found)
-        return ov, core.compile_model(model, wanted, settings)
+        compiled = core.compile_model(model, wanted, settings)
     except RuntimeError as error:
         raise EngineError(
             f"{path}: OpenVINO {ov.__version__.partition('-')[0]} cannot load it on {wanted}: "
             f"{_first_words(error)}"
         ) from error
+    if _CACHE in settings:
+        seal_cache(Path(settings[_CACHE]))
+    return ov, compiled
 
 
 def _read_tensor(found: Any) -> GraphTensor:
@@ -215,7 +220,14 @@ def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
         return settings if threads is None else settings | {"INFERENCE_NUM_THREADS": threads}
     # Compiling for these takes minutes; for the CPU a copy of the weights is all that it saves.
     folder = provider_cache(bundle, f"openvino-{device.lower()}")
-    return settings if folder is None else settings | {"CACHE_DIR": str(folder)}
+    if folder is None:
+        return settings
+    try:
+        # What it finds there it takes as it is: a flipped bit is another answer.
+        prove_cache(folder)
+    except OSError:
+        return settings
+    return settings | {_CACHE: str(folder)}
 
 
 def _first_words(error: RuntimeError) -> str:

@@ -47,7 +47,7 @@ from gap_runtime.bundle.engines import (
     require_readable,
     write_engine_record,
 )
-from gap_runtime.bundle.files import write_whole
+from gap_runtime.bundle.files import user_cache, write_whole
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.display import Display
@@ -397,7 +397,11 @@ def _load_timings(job: _Job, config: Any) -> Callable[[], None]:
     if package_name(job.trt) == RTX:
         # It measures nothing at a build.
         return lambda: None
-    path = job.request.timing_cache or default_timing_cache(job.trt, job.capabilities[0])
+    try:
+        path = job.request.timing_cache or default_timing_cache(job.trt, job.capabilities[0])
+    except OSError as error:
+        job.display.say(f"timings cannot be kept ({error.strerror})")
+        return lambda: None
     known = read_bytes(path, EngineError) if is_file(path) else b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -416,10 +420,13 @@ def _load_timings(job: _Job, config: Any) -> Callable[[], None]:
 
 
 def default_timing_cache(trt: ModuleType, capability: str) -> Path:
-    """Where timings of this device and version are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """Where timings of this device and version are kept.
+
+    Raises:
+        OSError: The user has no place for them.
+    """
     name = f"timing-{package_name(trt)}-{trt.__version__}-{_sm(capability).lower()}.cache"
-    return Path(home) / "gap-runtime" / name
+    return user_cache() / name
 
 
 def _measure(job: _Job, path: Path) -> int:
