@@ -27,7 +27,7 @@ from gap_runtime.bundle.manifest import (
     Source,
     Stage,
 )
-from gap_runtime.bundle.tensors import StoredTensor, TensorSpec
+from gap_runtime.bundle.tensors import FREE_ROWS, StoredTensor, TensorSpec
 from gap_runtime.grounding import grounder
 from gap_runtime.machines.target import load_target
 from gap_runtime.pictures.boxes import Box, BoxFormat
@@ -118,8 +118,8 @@ def make_decoder(layout):
         ratio=None,
         kept=None,
         inputs=(
-            make_tensor("embeddings", 1, "S", 2),
-            make_tensor("position_ids", 1, "S", dtype="int64"),
+            make_tensor("embeddings", 1, FREE_ROWS, 2),
+            make_tensor("position_ids", 1, FREE_ROWS, dtype="int64"),
             make_tensor("write_slot", 1, dtype="int64"),
             *caches,
         ),

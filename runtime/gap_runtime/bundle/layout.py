@@ -100,6 +100,11 @@ def count_kept(patches: int, ratio: float) -> int:
     return kept
 
 
+def leaves_count(patches: int, ratio: float, kept: int) -> bool:
+    """Whether a ratio, a share in [0, 1), leaves exactly so many of the patches."""
+    return _round(patches, ratio) == kept
+
+
 def find_ratio(patches: int, kept: int) -> float:
     """The shortest ratio that keeps exactly so many patches: what `count_kept` does, undone.
 
@@ -110,7 +115,7 @@ def find_ratio(patches: int, kept: int) -> float:
     exact = 1 - Decimal(kept) / Decimal(patches)
     for digits in range(1, 18):
         ratio = float(round(exact, digits))
-        if ratio < 1 and _round(patches, ratio) == kept:
+        if ratio < 1 and leaves_count(patches, ratio, kept):
             return ratio
     raise AssertionError((patches, kept))
 

@@ -199,7 +199,7 @@ class Reference:
     """PyTorch's recorded answers, without pruning and at each ratio."""
 
     arrays: str
-    dtype: str
+    dtype: ModelDtype
     samples: tuple[ReferenceSample, ...]
 
 

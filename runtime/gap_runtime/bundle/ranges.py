@@ -14,13 +14,19 @@ from typing import Any, Final, NamedTuple
 
 from gap_runtime.bundle.layout import is_ratio
 from gap_runtime.bundle.manifest import DECODER, Manifest, ReferenceSample, Stage
+from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS
 from gap_runtime.pictures.boxes import BoxFormat, parse_corners
 
+_FREE: Final = (FREE_ROWS, FREE_LOGITS)
+"""What a size of a shape may be called that no export fixes."""
+_LONGEST_STRIP: Final = 1024
 _MOST: Final = 2**31
 """Above any count of tokens, rows or pixels."""
 _LONGEST_NAME: Final = 200
 _LONGEST_PATTERN: Final = 500
 _LONGEST_ANSWER: Final = 10_000
+_LONGEST_LINE: Final = 1000
+"""Characters of an answer, of a template or a phrase too, and of what is said to people."""
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _PHRASE: Final = "{phrase}"
 _IMAGE: Final = "<image>"
@@ -56,8 +62,8 @@ def is_plain_name(name: str) -> bool:
 def _list_claims(manifest: Manifest) -> Iterator[_Claim]:
     name = "a name without / and \\"
     yield _Claim("name", manifest.name, is_plain_name(manifest.name), name)
-    source = manifest.source.index_sha256
-    yield _Claim("source.index_sha256", source, _is_hash(source), "64 hexadecimal digits")
+    yield _Claim("family", manifest.family, is_plain_name(manifest.family), name)
+    yield from _list_claims_of_origin(manifest)
     for file, entry in manifest.files.items():
         yield _Claim("files", file, _is_inside(file), "a path inside the bundle")
         yield _Claim(f"files.{file}.size", entry.size, entry.size >= 0, "bytes")
@@ -72,16 +78,41 @@ def _list_claims(manifest: Manifest) -> Iterator[_Claim]:
     yield from _list_claims_of_box(manifest.box)
     if manifest.reference is not None:
         keys = [sample.key for sample in manifest.reference.samples]
-        yield _Claim("reference.samples", keys, len(set(keys)) == len(keys), "distinct keys")
+        usable = len(set(keys)) == len(keys) > 0
+        yield _Claim("reference.samples", keys, usable, "one or more, with distinct keys")
         for k, sample in enumerate(manifest.reference.samples):
             yield from _list_claims_of_sample(f"reference.samples[{k}]", sample, manifest)
 
 
+def _list_claims_of_origin(manifest: Manifest) -> Iterator[_Claim]:
+    source, pruning, line = manifest.source, manifest.pruning, f"a line of {_LONGEST_LINE:,}"
+    yield _Claim("source.checkpoint", source.checkpoint, _is_line(source.checkpoint), line)
+    usable = source.revision is None or _is_line(source.revision)
+    yield _Claim("source.revision", source.revision, usable, f"{line}, or null")
+    digits = source.index_sha256
+    yield _Claim("source.index_sha256", digits, _is_hash(digits), "64 hexadecimal digits")
+    for package, version in manifest.versions.items():
+        usable = is_plain_name(package) and is_plain_name(version)
+        yield _Claim(f"versions.{package}", version, usable, "a version")
+    usable = is_plain_name(pruning.strategy)
+    yield _Claim("pruning.strategy", pruning.strategy, usable, "a plain name")
+    yield _Claim("pruning.seed", pruning.seed, 0 <= pruning.seed < _MOST, "a seed")
+
+
 def _list_claims_of_stage(place: str, stage: Stage) -> Iterator[_Claim]:
     yield _Claim(f"{place}.name", stage.name, is_plain_name(stage.name), "a plain name")
+    for side in (stage.inputs, stage.outputs):
+        names = [tensor.name for tensor in side]
+        usable = len(set(names)) == len(names) and all(map(is_plain_name, names))
+        yield _Claim(f"{place}: tensors", names, usable, "a plain name of its own for each")
     for tensor in (*stage.inputs, *stage.outputs):
-        usable = all(isinstance(size, str) or 0 < size < _MOST for size in tensor.shape)
-        yield _Claim(f"{place}: shape of {tensor.name}", tensor.shape, usable, "sizes above 0")
+        usable = all(
+            size in _FREE if isinstance(size, str) else 0 < size < _MOST for size in tensor.shape
+        )
+        expected = f"sizes above 0, {' or '.join(_FREE)}"
+        yield _Claim(f"{place}: shape of {tensor.name}", tensor.shape, usable, expected)
+        usable = _is_line(tensor.meaning)
+        yield _Claim(f"{place}: meaning of {tensor.name}", tensor.meaning, usable, "a line")
 
 
 def _list_claims_of_target(manifest: Manifest) -> Iterator[_Claim]:
@@ -89,7 +120,15 @@ def _list_claims_of_target(manifest: Manifest) -> Iterator[_Claim]:
     for field in ("name", "backend", "dialect"):
         value = getattr(target, field)
         yield _Claim(f"target.{field}", value, is_plain_name(value), "a plain name")
+    provider, line = target.provider, _is_line(target.description)
+    usable = provider is None or is_plain_name(provider)
+    yield _Claim("target.provider", provider, usable, "a plain name, or null")
+    yield _Claim("target.description", target.description, line, "a line")
     yield _Claim("target.opset", target.opset, 1 <= target.opset <= 1000, "an opset of ONNX")
+    yield _Claim("target.block", target.block, 0 < target.block < _MOST, "a count of inputs")
+    for package, versions in target.packages.items():
+        usable = is_plain_name(package) and is_plain_name(versions)
+        yield _Claim(f"target.packages.{package}", versions, usable, "versions of a package")
     for field in ("workspace_mib", "memory_mib"):
         value = getattr(target, field)
         usable = value is None or 0 < value < _MOST
@@ -124,12 +163,23 @@ def _list_claims_of_counts(manifest: Manifest) -> Iterator[_Claim]:
 
 def _list_claims_of_pictures(manifest: Manifest) -> Iterator[_Claim]:
     spec, prompt = manifest.preprocess, manifest.prompt
+    for k, bucket in enumerate(manifest.buckets):
+        usable = bucket.name == "" or is_plain_name(bucket.name)
+        yield _Claim(f"buckets[{k}].name", bucket.name, usable, "a plain name, or none")
+        usable = 0 < bucket.strip <= _LONGEST_STRIP
+        yield _Claim(f"buckets[{k}].strip", bucket.strip, usable, "a count of patches")
     yield _Claim("preprocess.side", spec.side, 0 < spec.side < 100_000, "pixels")
     yield _Claim("preprocess.fill", spec.fill, _within(spec.fill, 0, 255), "values of 8 bits")
     yield _Claim("preprocess.mean", spec.mean, _within(spec.mean, -10, 10), "a mean of pixels")
     yield _Claim("preprocess.std", spec.std, _within(spec.std, 1e-3, 10), "a deviation of pixels")
     if prompt.tokenizer is not None:
+        usable = prompt.image_token is None or _is_line(prompt.image_token)
+        yield _Claim("prompt.image_token", prompt.image_token, usable, "a token, or null")
         template, image = prompt.template, prompt.image_token or _IMAGE
+        usable = len(template) <= _LONGEST_ANSWER
+        yield _Claim(
+            "prompt.template", template, usable, f"at most {_LONGEST_ANSWER:,} characters"
+        )
         yield _Claim("prompt.template", template, _PHRASE in template, f"{_PHRASE} in it")
         yield _Claim("prompt.template", template, template.count(image) == 1, f"{image} once")
 
@@ -149,7 +199,7 @@ def _list_claims_of_box(box: BoxFormat) -> Iterator[_Claim]:
 def _list_claims_of_sample(
     place: str, sample: ReferenceSample, manifest: Manifest
 ) -> Iterator[_Claim]:
-    rows, logits = manifest.embedding.shape[0], _count_logits(manifest)
+    rows, logits = manifest.embedding.shape[0], count_logits(manifest)
     entries = {(each.ratio, each.bucket): each.kept for each in manifest.ratios}
     buckets = {bucket.name: bucket.patches for bucket in manifest.buckets}
     kept = (
@@ -159,9 +209,17 @@ def _list_claims_of_sample(
     )
     wanted = "the kept count of one of the ratios" if kept is None else f"{kept} at its ratio"
     yield _Claim(f"{place}.kept", sample.kept, sample.kept == kept, wanted)
+    name, layout = sample.sample, manifest.layout
+    yield _Claim(f"{place}.sample", name, is_plain_name(name), "a plain name")
+    usable = sample.key.startswith(f"{name}/") and is_plain_name(sample.key[len(name) + 1 :])
+    yield _Claim(f"{place}.key", sample.key, usable, f"a name behind {name}/")
+    usable = 0 < len(sample.phrase.strip()) <= _LONGEST_ANSWER
+    yield _Claim(f"{place}.phrase", sample.phrase, usable, "a phrase")
     ids = sample.token_ids
-    yield _Claim(f"{place}.token_ids", ids, _are_ids(ids, logits), "tokens of the model")
-    usable = _are_ids(sample.prompt_ids, rows)
+    usable = _are_ids(ids, logits) and len(ids) <= layout.answer
+    yield _Claim(f"{place}.token_ids", ids, usable, "tokens of the model, an answer of them")
+    count = len(sample.prompt_ids)
+    usable = _are_ids(sample.prompt_ids, rows) and 0 < count <= layout.prefix + layout.suffix
     yield _Claim(f"{place}.prompt_ids", sample.prompt_ids, usable, "tokens of the model")
     margins = sample.token_margins
     usable = _within(margins, 0, 2) and len(margins) in {len(ids), len(ids) + 1}
@@ -182,12 +240,17 @@ def _list_claims_of_sample(
     )
 
 
-def _count_logits(manifest: Manifest) -> int:
+def count_logits(manifest: Manifest) -> int:
     """Tokens that the decoder may give; without such an output, none."""
     for tensor in manifest.stage(DECODER).outputs:
         if tensor.name == "logits" and tensor.shape and isinstance(tensor.shape[-1], int):
             return tensor.shape[-1]
     return 0
+
+
+def _is_line(text: str) -> bool:
+    """Whether a text is a line for people."""
+    return 0 < len(text) <= _LONGEST_LINE and all(c.isprintable() or c == "\u00a0" for c in text)
 
 
 def _are_ids(ids: Iterable[int], rows: int) -> bool:

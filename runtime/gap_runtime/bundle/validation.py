@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
+from gap_runtime.bundle.layout import leaves_count
 from gap_runtime.bundle.manifest import (
     CLIP,
     DECODER,
@@ -21,7 +22,7 @@ from gap_runtime.bundle.manifest import (
     RatioEntry,
     Stage,
 )
-from gap_runtime.bundle.ranges import find_absurd_value
+from gap_runtime.bundle.ranges import count_logits, find_absurd_value
 from gap_runtime.errors import BundleError, RecordError, SchemaError, suggest
 from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
@@ -113,6 +114,14 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
     wrong = [name for name, holds in claims.items() if not holds]
     if not wrong and not all(_fits_its_graph(entry, manifest) for entry in manifest.ratios):
         wrong = ["layout"]
+    if not wrong:
+        more = {
+            "ratios": _are_counts_of_ratios(manifest),
+            "stages": _are_stages_of_ratios(manifest),
+            "embedding.shape": manifest.embedding.shape[0] >= count_logits(manifest),
+            "target.dtypes": manifest.dtype in (manifest.target.dtypes or (manifest.dtype,)),
+        }
+        wrong = [name for name, holds in more.items() if not holds]
     if wrong:
         raise SchemaError(f"{path}: {wrong[0]} does not fit the graphs; export again")
 
@@ -151,6 +160,26 @@ def _are_ratios_usable(manifest: Manifest) -> bool:
         and (entry.extra == 0 or manifest.pruning.extra_token is not None)
         for entry in manifest.ratios
     )
+
+
+def _are_counts_of_ratios(manifest: Manifest) -> bool:
+    """Whether ratios leave the counts that they stand for.
+
+    A count that was asked for is called by the share of the largest bucket's tokens.
+    """
+    largest = max(entry.patches for entry in manifest.ratios)
+    return all(
+        leaves_count(entry.patches, entry.ratio, entry.kept)
+        or leaves_count(largest, entry.ratio, entry.kept)
+        for entry in manifest.ratios
+    )
+
+
+def _are_stages_of_ratios(manifest: Manifest) -> bool:
+    """Whether every graph is one of the ratios', or one for all of them."""
+    entries = {(each.ratio, each.bucket, each.kept) for each in manifest.ratios}
+    entries |= {(None, None, None)}
+    return all((each.ratio, each.bucket, each.kept) in entries for each in manifest.stages)
 
 
 def _is_phrase_told(manifest: Manifest) -> bool:

@@ -8,6 +8,7 @@ words; an error carries the dotted path.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -36,6 +37,12 @@ def load_record(kind: type[Record], data: Any, where: str) -> Record:
     return _load(kind, data, _Place(where))
 
 
+@functools.cache
+def _find_hints(kind: type) -> dict[str, Any]:
+    """The types of a class's fields; they are text, and evaluating it takes half of the time."""
+    return get_type_hints(kind)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """Where a value stands: the start of messages, and its path of keys."""
@@ -58,7 +65,7 @@ class _Place:
 def _load(kind: type[Record], data: Any, place: _Place) -> Record:
     if not isinstance(data, Mapping):
         raise RecordError(f"{place}: found {_name(data)}, expected a table")
-    hints = get_type_hints(kind)
+    hints = _find_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
@@ -100,7 +107,7 @@ def _convert(hint: Any, value: Any, place: _Place) -> Any:
     if dataclasses.is_dataclass(hint):
         return _load(hint, value, place)  # type: ignore[arg-type]
     if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
-        return hint(*_convert_tuple(tuple(get_type_hints(hint).values()), value, place))
+        return hint(*_convert_tuple(tuple(_find_hints(hint).values()), value, place))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < _BEYOND else math.inf
     if hint is float and isinstance(value, float) and not math.isfinite(value):

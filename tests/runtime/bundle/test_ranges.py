@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import NoneType
 
 import pytest
 
@@ -39,6 +40,10 @@ SAMPLE = ("reference", "samples", 0)
         (("target", "workspace_mib"), 0, "target.workspace_mib is 0"),
         (("target", "memory_mib"), -5, "target.memory_mib is -5"),
         (("target", "compute_capabilities"), ["x"], "target.compute_capabilities is 'x'"),
+        (("target", "block"), 0, "target.block is 0"),
+        (("buckets", 0, "strip"), 0, "buckets[0].strip is 0"),
+        (("family",), "../x", "family is '../x'"),
+        (("pruning", "seed"), -1, "pruning.seed is -1"),
         (("source", "index_sha256"), "", "source.index_sha256"),
         (("layout", "prefix"), -1, "layout.prefix is -1"),
         (("layout", "answer"), 0, "layout.answer is 0"),
@@ -77,6 +82,95 @@ def test_an_absurd_value_is_named(folder, place, value, said):
         Bundle.open(folder)
     assert said in str(caught.value)
     assert str(caught.value).endswith("; export again")
+
+
+ABSURD = {
+    int: (-1, 2**62),
+    float: (-1e300, 1e300),
+    str: ("", "\x1b[31m\n", "y" * 20_000),
+    list: ({}, "x"),
+    dict: ("x", []),
+    bool: (2, "x"),
+    NoneType: ("\x1b[31m\n", -1),
+}
+"""By type, what no value of a manifest can be."""
+PHRASE = ("reference", "samples", "*", "phrase")
+"""Any text that is not too long; the check compares its tokens."""
+
+
+def list_values(value, here=()):
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, each in inner:
+        yield (*here, key), each
+        if isinstance(each, dict | list):
+            yield from list_values(each, (*here, key))
+
+
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.matrix)])
+def test_no_value_may_be_absurd(folder, *, first):
+    """Of every field of a manifest: one that is added without a check is found here.
+
+    The default run has one place for each field, and one value for it.
+    """
+    path = folder / "manifest.json"
+    whole = path.read_text(encoding="utf-8")
+    accepted, seen = [], set()
+    for number, (place, value) in enumerate(list_values(json.loads(whole))):
+        field = tuple("*" if isinstance(key, int) else key for key in place)
+        if first and field in seen:
+            continue
+        seen.add(field)
+        values = ABSURD[type(value)]
+        for absurd in [values[number % len(values)]] if first else values:
+            # The only bucket has no name.
+            if absurd == value or (field, absurd) == (PHRASE, "\x1b[31m\n"):
+                continue
+            data = json.loads(whole)
+            put(data, place, absurd)
+            path.write_text(json.dumps(data), encoding="utf-8")
+            if is_read(folder):
+                accepted.append((place, absurd))
+    assert accepted == []
+
+
+def is_read(folder):
+    try:
+        Bundle.open(folder)
+    except BundleError as error:
+        return not str(error).isprintable()
+    return True
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("stages", 0, "ratio"), 0.25, "stages does not fit"),
+        (("stages", 0, "kept"), 4, "no vision stage for 8 kept"),
+        (("stages", 1, "bucket"), "wide", "no vision stage for 4 kept"),
+        (("embedding", "shape", 0), 3, "embedding.shape does not fit"),
+        (("target", "dtypes"), ["bfloat16"], "target.dtypes does not fit"),
+    ],
+)
+def test_values_that_do_not_fit_each_other(make_bundle, place, value, said):
+    folder = make_bundle()
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    put(data, place, value)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(SchemaError) as caught:
+        Bundle.open(folder)
+    assert said in str(caught.value)
+
+
+def test_a_count_is_that_of_its_ratio(make_bundle):
+    """A reader of `info` would believe that a quarter had been removed."""
+    folder = make_bundle()
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["ratios"][0]["ratio"] = data["stages"][0]["ratio"] = 0.25
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(SchemaError, match="ratios does not fit"):
+        Bundle.open(folder)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, 2**63])
