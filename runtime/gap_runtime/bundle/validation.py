@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -52,6 +53,12 @@ def read_manifest(folder: Path) -> Manifest:
             "upgrade gap-runtime" if isinstance(found, int) and found > SCHEMA else "export again"
         )
         raise SchemaError(f"{path}: schema {found!r}, this version reads {SCHEMA}; {advice}")
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise SchemaError(
+            f"{path}: holds halves of characters, which are no text; export again"
+        ) from error
     try:
         manifest = load_record(Manifest, data, str(path))
     except RecordError as error:

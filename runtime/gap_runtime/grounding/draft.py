@@ -18,6 +18,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from gap_runtime.bundle.tensors import MOST_LOGITS
+from gap_runtime.grounding.tokens import decode_tokens, encode_text
 
 DIGIT: Final = "#"
 """A digit that is not known, in the form of an answer: `[0.##, 0.##, 0.##, 0.##]`."""
@@ -47,7 +48,7 @@ class Drafter:
         self._tokenizer = tokenizer
         self._form, self._filled, self._phrase = form, form, ""
         self._before = before
-        self._before_ids: list[int] = tokenizer.encode(before, add_special_tokens=False).ids
+        self._before_ids = encode_text(tokenizer, before)
         self._before_text: str = self._decode(self._before_ids)
         self._digits = {tokenizer.token_to_id(digit) for digit in _DIGITS} - {None}
         self._gap = " "
@@ -112,7 +113,7 @@ class Drafter:
         shared: list[int] | None = None
         for digit in _DIGITS:
             whole = self._before + said + rest.replace(DIGIT, digit)
-            ids: list[int] = self._tokenizer.encode(whole, add_special_tokens=False).ids
+            ids = encode_text(self._tokenizer, whole)
             if ids[: len(start)] != start:
                 # The model wrote other tokens than its tokenizer does for the same text.
                 return ()
@@ -133,8 +134,7 @@ class Drafter:
         return (said[: len(said) - len(answer)], answer) if token_ids else (self._gap, "")
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return text
+        return decode_tokens(self._tokenizer, token_ids, skip_special=False)
 
 
 def _find_rest(form: str, text: str) -> str:

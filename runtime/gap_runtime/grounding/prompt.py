@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.grounding.draft import Drafter
+from gap_runtime.grounding.tokens import decode_tokens, encode_text
 from gap_runtime.records.files import read_text
 
 PHRASE_FIELD: Final = "{phrase}"
@@ -94,7 +95,7 @@ class PromptEncoder:
             self._require_rows(encoded.prefix + encoded.suffix)
             return encoded
         text = self._prompt.template.replace(PHRASE_FIELD, phrase)
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids = encode_text(self._tokenizer, text, special=True)
         if ids.count(self._image_id) != 1:
             raise InputError(
                 f"the phrase {phrase!r:.60} holds the image token '{self._prompt.image_token}'; "
@@ -107,15 +108,15 @@ class PromptEncoder:
     def _encode_apart(self, phrase: str) -> EncodedPrompt:
         """Both sides of the picture one by one, as models without an image token were trained."""
         before, _, after = self._prompt.template.partition(IMAGE_FIELD)
-        prefix = self._tokenizer.encode(before.replace(PHRASE_FIELD, phrase))
-        suffix = self._tokenizer.encode(
-            after.replace(PHRASE_FIELD, phrase), add_special_tokens=False
+        before, after = (side.replace(PHRASE_FIELD, phrase) for side in (before, after))
+        return EncodedPrompt(
+            prefix=encode_text(self._tokenizer, before, special=True),
+            suffix=encode_text(self._tokenizer, after),
         )
-        return EncodedPrompt(prefix=list(prefix.ids), suffix=list(suffix.ids))
 
     def encode_phrase(self, phrase: str) -> list[int]:
         """Token IDs of the phrase alone."""
-        ids: list[int] = self._tokenizer.encode(collapse(phrase), add_special_tokens=False).ids
+        ids = encode_text(self._tokenizer, collapse(phrase))
         self._require_rows(ids)
         return ids
 
@@ -161,8 +162,7 @@ class PromptEncoder:
         """Text of an answer, without special tokens."""
         # By number: the tokenizer itself misses special tokens that its normalizer changes.
         plain = [token_id for token_id in token_ids if token_id not in self._special_ids]
-        text: str = self._tokenizer.decode(plain, skip_special_tokens=True)
-        return text.strip()
+        return decode_tokens(self._tokenizer, plain, skip_special=True).strip()
 
 
 class PhraseEncoder:
@@ -184,7 +184,7 @@ class PhraseEncoder:
         """
         phrase = collapse(phrase)
         _require_plain(phrase, self._special)
-        ids = self._tokenizer.encode(phrase).ids
+        ids = encode_text(self._tokenizer, phrase, special=True)
         padded = np.full((1, self._spec.length), self._spec.end_id, np.int64)
         padded[0, : len(ids)] = ids
         return padded

@@ -162,6 +162,18 @@ def test_values_that_do_not_fit_each_other(make_bundle, place, value, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("place", [("box", "form"), ("prompt", "template"), ("family",)])
+def test_halves_of_characters_are_no_text(make_bundle, place):
+    """JSON can name them, but no tokenizer and no terminal takes them."""
+    folder = make_bundle()
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    put(data, place, "[# \ud83d {phrase} <image>")
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(SchemaError, match="halves of characters"):
+        Bundle.open(folder)
+
+
 def test_a_count_is_that_of_its_ratio(make_bundle):
     """A reader of `info` would believe that a quarter had been removed."""
     folder = make_bundle()

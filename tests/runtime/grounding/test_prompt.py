@@ -18,6 +18,7 @@ from tokenizers import (
 from gap_runtime.bundle.manifest import PhraseInput
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.grounding.prompt import PhraseEncoder, PromptEncoder, load_tokenizer
+from gap_runtime.grounding.tokens import encode_text
 
 ROWS = 10**6
 
@@ -319,3 +320,30 @@ def test_padding_and_truncation_of_the_clip_tokenizer_file_are_replaced(clip_tok
 def test_clip_phrase_with_a_special_token_is_refused(clip_tokenizer, phrase):
     with pytest.raises(InputError, match=r"holds the special token '<\|(start|end)oftext\|>'"):
         make_phrases(clip_tokenizer).encode(phrase)
+
+
+@pytest.mark.parametrize("image_token", ["<image>", None])
+def test_a_tokenizer_that_fails_over_a_text_is_one_line(tokenizer_file, prompt, image_token):
+    """As a stranger may have written it: the library raises a bare Exception, or panics."""
+    spec = dataclasses.replace(prompt, image_token=image_token)
+    data = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    begin = [
+        {"SpecialToken": {"id": "lost", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    template = {"type": "TemplateProcessing", "single": begin, "pair": [], "special_tokens": {}}
+    panics = {**data, "post_processor": template}
+    unknown = {**data, "model": {**data["model"], "unk_token": "lost"}}
+    for broken in (panics, unknown):
+        encoder = PromptEncoder(Tokenizer.from_str(json.dumps(broken)), spec, rows=ROWS)
+        with pytest.raises(BundleError, match=r"tokenizer cannot read '.*; export again"):
+            encoder.encode("a blue cup")
+
+
+def test_ctrl_c_is_no_fault_of_the_tokenizer():
+    class Stopped:
+        def encode(self, *_, **__):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_text(Stopped(), "a")

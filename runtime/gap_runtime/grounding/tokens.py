@@ -1,0 +1,50 @@
+"""Text to token IDs and back: the one place where a bundle's tokenizer is asked.
+
+A `tokenizer.json` that is read may still fail over a text: a word without a token for unknown
+ones, a template with a token that it lacks. The library then raises a bare Exception, or panics
+with what is no Exception at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from gap_runtime.errors import BundleError
+
+_PANIC: Final = "PanicException"
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """Token IDs of a text; `special` with what the tokenizer puts before and behind it.
+
+    Raises:
+        BundleError: The tokenizer fails over it.
+    """
+    with _asked(f"cannot read {text!r:.60}"):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+    return ids
+
+
+def decode_tokens(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special: bool) -> str:
+    """Text of tokens.
+
+    Raises:
+        BundleError: The tokenizer fails over them.
+    """
+    with _asked(f"cannot write {len(token_ids)} tokens"):
+        text: str = tokenizer.decode(list(token_ids), skip_special_tokens=skip_special)
+    return text
+
+
+@contextlib.contextmanager
+def _asked(what: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        raise BundleError(f"the bundle's tokenizer {what} ({error}); export again") from error
