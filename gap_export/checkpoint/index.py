@@ -15,7 +15,7 @@ from gap_export.checkpoint.tensor import FileIndex, TensorLocation
 from gap_export.config.folders import describe_folder
 from gap_export.errors import CheckpointError
 from gap_runtime.bundle.tensors import ITEM_BYTES
-from gap_runtime.records.files import exists, expand, is_file, is_folder, read_bytes
+from gap_runtime.records.files import exists, expand, is_file, is_folder, read_bytes, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +202,7 @@ def _index_files(
     for name, wanted in files.items():
         # A hub cache holds links into a blob store; graphs need the real file.
         try:
-            found = _index_file((folder / name).resolve(), folder / name)
+            found = _index_file(resolve(folder / name), folder / name)
         except (OSError, RuntimeError) as error:
             # A circle of links is a RuntimeError to pathlib.
             reason = getattr(error, "strerror", None) or error

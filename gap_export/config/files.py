@@ -12,7 +12,7 @@ from gap_export.config.records import ExportConfig
 from gap_export.config.shipped import list_configs, package_data
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError, describe_unknown
 from gap_runtime.records import load_record
-from gap_runtime.records.files import exists, expand, is_folder
+from gap_runtime.records.files import exists, expand, is_folder, resolve
 from gap_runtime.records.plain import read_toml
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,7 +49,7 @@ def find_model(model: str) -> tuple[str, dict[str, Any], str]:
     folder = expand(model)
     if is_folder(folder):
         data = {"family": resolve_family(folder), "checkpoint": str(folder)}
-        return folder.resolve().name, data, str(folder)
+        return resolve(folder).name, data, str(folder)
     if model.startswith((".", "/", "~")):
         raise ConfigError(f"{model}: no such folder")
     if _HUB_ID.fullmatch(model):
@@ -64,12 +64,12 @@ def _read_model_file(path: Path) -> dict[str, Any]:
     checkpoint = data.get("checkpoint")
     check = data.get("check")
     if isinstance(check, dict) and isinstance(check.get("samples"), str):
-        check["samples"] = str(path.resolve().parent / expand(check["samples"]))
+        check["samples"] = str(resolve(path).parent / expand(check["samples"]))
     prune = data.get("prune")
     if isinstance(prune, dict) and is_pruner_file(str(prune.get("strategy"))):
-        prune["strategy"] = str(path.resolve().parent / expand(prune["strategy"]))
+        prune["strategy"] = str(resolve(path).parent / expand(prune["strategy"]))
     if isinstance(checkpoint, str):
-        beside = path.resolve().parent / checkpoint
+        beside = resolve(path).parent / checkpoint
         if checkpoint.startswith(".") or is_folder(beside):
-            data["checkpoint"] = str(beside.resolve())
+            data["checkpoint"] = str(resolve(beside))
     return data

@@ -27,6 +27,9 @@ _DTYPE_NAMES: Final = {
     "bf16": "bfloat16",
 }
 """Names under which dtypes are known elsewhere."""
+_LONGEST: Final = 100_000
+"""Tokens, tiles or pixels: more than any model takes."""
+_LARGEST: Final = 2**31 - 1
 OPTIONS: Final = {
     "ratios": "prune.ratios",
     "keep": "prune.keep",
@@ -168,18 +171,18 @@ def _require_usable(config: ExportConfig, where: str) -> None:
     if config.family and config.family not in families:
         raise UnknownNameError(f"{where}: {describe_unknown('family', config.family, families)}")
     _require_counted(config.prune, where)
-    for key, count, least in (
-        ("prune.seed", config.prune.seed, 0),
-        ("prompt.prefix", config.prompt.prefix, 0),
-        ("prompt.suffix", config.prompt.suffix, 1),
-        ("prompt.answer", config.prompt.answer, 1),
-        ("check.memory_mib", config.check.memory_mib, 0),
-        ("image.tiles", config.image.tiles, 1),
-        ("vision.heads", config.vision.heads, 1),
-        ("vision.side", config.vision.side, 1),
+    for key, count, least, most in (
+        ("prune.seed", config.prune.seed, 0, _LARGEST),
+        ("prompt.prefix", config.prompt.prefix, 0, _LONGEST),
+        ("prompt.suffix", config.prompt.suffix, 1, _LONGEST),
+        ("prompt.answer", config.prompt.answer, 1, _LONGEST),
+        ("check.memory_mib", config.check.memory_mib, 0, _LARGEST),
+        ("image.tiles", config.image.tiles, 1, _LONGEST),
+        ("vision.heads", config.vision.heads, 1, _LONGEST),
+        ("vision.side", config.vision.side, 1, _LONGEST),
     ):
-        if count is not None and count < least:
-            raise ConfigError(f"{where}: {key} is {count}, expected at least {least}")
+        if count is not None and not least <= count <= most:
+            raise ConfigError(f"{where}: {key} is {count}, expected {least} to {most}")
     if not 0 < config.prune.ivc < 0.5:  # NaN is neither
         raise ConfigError(
             f"{where}: prune.ivc is {config.prune.ivc:g}, expected a share of the visual tokens "
@@ -207,6 +210,10 @@ def _require_template(template: str, where: str) -> None:
         PHRASE_FIELD,
     )
 
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: prompt.template is not valid UTF-8 text") from error
     for part in (IMAGE_FIELD, PHRASE_FIELD):
         if template.count(part) != 1:
             raise ConfigError(f"{where}: prompt.template must hold {part} once")

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Final
 
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
-from gap_runtime.records.files import expand, is_file
+from gap_runtime.records.files import expand, is_file, resolve
 from gap_runtime.registry import list_plugins, read_constant
 
 PRUNERS: Final = "gap_export.pruners"
@@ -27,7 +27,7 @@ def resolve_pruner(name: str) -> str:
     if name.endswith(IVC):
         return resolve_pruner(name.removesuffix(IVC)) + IVC
     if is_pruner_file(name):
-        return str(expand(name).resolve())
+        return str(resolve(expand(name)))
     names = list_plugins(PRUNERS)
     if name in names:
         return name

@@ -53,7 +53,7 @@ from gap_runtime.errors import ConfigError
 from gap_runtime.grounding.prompt import PromptEncoder
 from gap_runtime.machines.target import ModelDtype, Target, load_target
 from gap_runtime.pictures.preprocess import Bucket
-from gap_runtime.records.files import expand
+from gap_runtime.records.files import expand, resolve
 from gap_runtime.registry import load_plugin
 
 
@@ -293,7 +293,7 @@ def _settle_out(request: ExportRequest, spec: ModelSpec, entries: tuple[RatioEnt
     )
     out = expand(request.out or Path(f"{request.named.name}-{counts}"))
     if out.is_symlink() or out.name in {"", ".."}:
-        out = out.resolve()
+        out = resolve(out)
     if str(out).startswith("~") or not is_plain_name(out.name):
         raise ConfigError(
             f"{out!s:.200}: no place for a bundle; give --out a folder whose name is printable, "

@@ -15,6 +15,7 @@ from gap_export.pipeline.remains import clear, find_remains, find_writer, lock
 from gap_runtime.bundle.files import name_aside, store
 from gap_runtime.bundle.manifest import MANIFEST_FILE
 from gap_runtime.errors import ConfigError
+from gap_runtime.records.files import exists, resolve
 from gap_runtime.records.plain import read_json
 
 _HERE: Final = -100
@@ -31,8 +32,10 @@ def require_replaceable(out: Path) -> str | None:
     Raises:
         ConfigError: There is something else.
     """
-    if out.resolve() == Path.cwd():
+    if resolve(out) == Path.cwd():
         raise ConfigError(f"{out}: is the folder that you are in; give --out a folder in it")
+    if out.is_symlink() and not exists(out):
+        raise ConfigError(f"{out}: is a link that leads nowhere; remove it or give another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file():

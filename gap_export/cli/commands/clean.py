@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from gap_runtime.cli.options import print_json, print_line
 from gap_runtime.errors import InputError
+from gap_runtime.records.files import resolve
 
 if TYPE_CHECKING:
     from gap_export.pipeline.remains import Remains
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"{folder}: no such folder")
     found: list[Remains] = []
     with ExitStack() as doors:
-        for folder in dict.fromkeys(folder.resolve() for folder in options.folders):
+        for folder in dict.fromkeys(resolve(folder) for folder in options.folders):
             try:
                 # As an export does, so that none begins while what it leaves is judged.
                 lock(folder, doors, wait=True)

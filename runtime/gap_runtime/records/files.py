@@ -101,6 +101,14 @@ def exists(path: str | Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - Path's raises for names that are too long
 
 
+def resolve(path: str | Path) -> Path:
+    """Where a path leads; one that leads in a circle as far as it goes."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:
+        return Path(path)
+
+
 def expand(path: str | Path) -> Path:
     """A path with `~` as somebody's home; that of nobody stays as it is written."""
     try:

@@ -15,6 +15,7 @@ from typing import Final
 
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.errors import ConfigError
+from gap_runtime.records.files import resolve
 
 _CONFIG: Final = """\
 # Written by `gap-runtime triton` for the bundle {name}.
@@ -110,10 +111,7 @@ def write_repository(bundle: Bundle, out: Path, backend: str) -> Path:
     folder = out / name
     if folder.exists():
         raise ConfigError(f"{folder}: exists; remove it, or give another --out")
-    if (
-        bundle.folder.resolve() in out.resolve().parents
-        or out.resolve() == bundle.folder.resolve()
-    ):
+    if bundle.folder.resolve() in resolve(out).parents or resolve(out) == bundle.folder.resolve():
         raise ConfigError(f"{out}: lies inside the bundle; give another --out")
     try:
         version = folder / "1"

@@ -53,6 +53,14 @@ ERRORS = [
     (["refshapes", "--set", "prompt.anser=3"], 2, "record", "unknown key 'prompt.anser'"),
     (["refshapes", "--set", "prompt.answer=long"], 2, "record", "expected int"),
     (["refshapes", "--set", "prune.seed=-1", "--pruner", "random"], 2, "config", "seed"),
+    (["refshapes", "--set", f"prune.seed={2**40}", "--pruner", "random"], 2, "config", "seed"),
+    (["refshapes", "--set", f"prompt.answer={2**40}"], 2, "config", "expected 1 to 100000"),
+    (
+        ["refshapes", "--set", "prompt.template=<image>\udcff{phrase}"],
+        2,
+        "config",
+        "UTF-8 text",
+    ),
     (["refshapes", "--checkpoint", "nowhere"], 3, "checkpoint", "no such checkpoint folder"),
     (["refshapes", "--out", "file"], 2, "config", "exists and is no bundle"),
     (["refshapes", "--speed", "9"], 2, "config", "--speed"),
@@ -114,6 +122,13 @@ def test_errors(run, tmp_path, arguments, code, kind, part):
     assert error_lines(err) == [f"error: {error['error']['message']}"]
     assert "\n" not in error["error"]["message"]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_bundle_goes_to_no_circle_of_links(run, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    code, _, err = run("refshapes", "--out", "circle")
+    assert code == 2
+    assert "circle: is a link that leads nowhere; remove it" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments", [["refshaps"], ["refshapes", "--ratio", "2"]])

@@ -77,7 +77,7 @@ def look(dtype, shape, address):
 def bundle(make_bundle, make_stages, manifest):
     folder = make_bundle(
         stages=make_stages("float16"),
-        target=load_target("cuda"),
+        target=dataclasses.replace(load_target("cuda"), dtypes=()),
         cache=dataclasses.replace(manifest.cache, dtype="float16"),
     )
     return Bundle.open(folder)

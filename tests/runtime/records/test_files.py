@@ -5,7 +5,15 @@ import os
 import pytest
 
 from gap_runtime.errors import BundleError, InputError
-from gap_runtime.records.files import exists, is_file, is_folder, open_file, read_bytes, read_text
+from gap_runtime.records.files import (
+    exists,
+    is_file,
+    is_folder,
+    open_file,
+    read_bytes,
+    read_text,
+    resolve,
+)
 
 
 def make_pipe(path):
@@ -91,3 +99,15 @@ def test_a_file_without_permission(tmp_path):
             read_bytes(path, InputError)
     finally:
         os.seteuid(0)
+
+
+def test_a_circle_of_links_leads_nowhere(tmp_path):
+    """Python's own `resolve` raises what is no OSError."""
+    circle = tmp_path / "circle"
+    make_loop(circle)
+    (tmp_path / "way").symlink_to("circle")
+    assert resolve(tmp_path / "way" / "on").parent in {circle, tmp_path / "way"}
+    assert resolve("a\0b").name == "a\0b"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    assert resolve(tmp_path / "link" / ".." / "link") == (tmp_path / "folder").resolve()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gap_runtime.display import Display
 
 SUMMARY: Final = "time every stage at every ratio"
+_MOST_RUNS: Final = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +55,11 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.grounding.bench import bench_bundle  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
 
-    if options.runs < 1:
-        raise ConfigError(f"--runs {options.runs}: at least 1 is needed")
-    if options.warmup < 0:
-        raise ConfigError(f"--warmup {options.warmup}: at least 0 is needed")
+    for name, count, least in (("runs", options.runs, 1), ("warmup", options.warmup, 0)):
+        if count < least:
+            raise ConfigError(f"--{name} {count}: at least {least} is needed")
+        if count > _MOST_RUNS:
+            raise ConfigError(f"--{name} {count}: at most {_MOST_RUNS:,} are made")
     display = Display()
     if options.all:
         return _time_all(options, display)

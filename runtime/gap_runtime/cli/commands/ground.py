@@ -23,6 +23,7 @@ from gap_runtime.cli.options import (
 )
 from gap_runtime.cli.requests import STDIN, PictureRequest, find_pictures, read_requests
 from gap_runtime.errors import ConfigError, InputError, NoBoxError, show_line
+from gap_runtime.records.files import resolve
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -284,7 +285,7 @@ def _require_folder(folder: Path, pictures: Sequence[str]) -> None:
                 f"{folder}: {stems[stem]} and {picture} would both be drawn to {stem}.png"
             )
         stems[stem] = picture
-        if folder.resolve() == Path(picture).resolve().parent:
+        if resolve(folder) == resolve(picture).parent:
             raise InputError(f"{folder}: the pictures lie there; give --draw another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
