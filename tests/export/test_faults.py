@@ -12,6 +12,7 @@ import sys
 import pytest
 from tools.places import ROOT
 
+from gap_export.cli.main import main
 from gap_runtime.errors import NoBoxError
 
 ERRORS = {"ENOSPC": 28, "EIO": 5, "EACCES": 13, "EINTR": 4}
@@ -38,6 +39,13 @@ def home(tmp_path_factory, tiny_llava, exported):
     shutil.copytree(tiny_llava, folder / "checkpoint")
     shutil.copytree(exported.folder, folder / "first")
     return folder
+
+
+@pytest.fixture(scope="module")
+def engines(home):
+    """A bundle that TensorRT has kernels for, where `build` looks for it."""
+    arguments = ("refshapes", "--ratio", "0.5", "--target", "rtx", "--no-reference")
+    assert main([*arguments, "--out", str(home / "engines")]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,7 @@ CALLS = {
     "replace": EXPORT | {"unlink"},
     "evaluate": {"open", "read", "write", "flock"},
     "ground": {"open"},
+    "build": {"open", "rename", "fsync", "mkdir"},
 }
 """What each job does at least, and so has to fail once."""
 
@@ -82,7 +91,8 @@ def judge(job, case):
     extra = sorted(set(case["names"]) - {"bundle", "answers.jsonl"})
     rules = {
         f"exit code {code}: {case['said'][-1500:]}": said_well and code in {0, 2, 3, 4, 5, 6, 7},
-        f"left behind: {extra}": not extra,
+        f"left behind: {extra or case['left']}": not extra and not case["left"],
+        f"done, but engines are not: {case['engines']}": code != 0 or not case["engines"],
         f"the bundle is {state}": not state.startswith("broken"),
         f"exit code {code}, but the bundle is {state}": job != "export"
         or (code == 0) == (state != "none"),
@@ -113,8 +123,10 @@ def test_some_calls_fail(run_job):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("job", ["export", "replace", "evaluate", "ground"])
-def test_every_call_fails_once(run_job, job, error):
+@pytest.mark.parametrize("job", ["export", "replace", "evaluate", "ground", "build"])
+def test_every_call_fails_once(run_job, request, job, error):
+    if job == "build":
+        request.getfixturevalue("engines")
     cases = run_job(job, error, 0, 1)
     failed = check(job, cases)
     assert len(cases) > 20

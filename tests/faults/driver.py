@@ -122,11 +122,27 @@ def ground_job(home):
     return ["ground", str(home / "place" / "bundle"), str(home / "picture.png"), "a square"], run
 
 
+def build_job(home):
+    """With a made-up TensorRT, as none of its own calls is ours."""
+    from tools.places import load_runtime_helper
+
+    from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.cli.main import main as run
+
+    fakes = load_runtime_helper("fake_tensorrt")
+    gpu = fakes.FakeCuda()
+    trt = fakes.FakeTensorrt("tensorrt", "10.16.1", gpu)
+    trt.add_bundle(Bundle.open(home / "engines"))
+    sys.modules |= {"tensorrt": trt, "tensorrt_rtx": None, "cuda.bindings.runtime": gpu}
+    return ["build", str(home / "place" / "bundle"), "--force"], run
+
+
 JOBS = {
     "export": export_job,
     "replace": export_job,
     "evaluate": evaluate_job,
     "ground": ground_job,
+    "build": build_job,
 }
 
 
@@ -136,21 +152,27 @@ def prepare(home, job):
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     if job != "export":
-        shutil.copytree(home / "first", place / "bundle")
+        first = home / ("engines" if job == "build" else "first")
+        shutil.copytree(first, place / "bundle")
 
 
 def look(home):
     """What lies in the place afterwards."""
     from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.bundle.engines import find_fault
     from gap_runtime.errors import GapError
 
     place = home / "place"
     names = sorted(path.name for path in place.iterdir())
-    state = {"names": names, "bundle": "none", "answers": "none"}
+    left = [path.name for path in place.rglob(".*") if ".partial-" in path.name]
+    state = {"names": names, "bundle": "none", "answers": "none", "engines": [], "left": left}
     if "bundle" in names:
         try:
             bundle = Bundle.open(place / "bundle", verify_all=True)
             state["bundle"] = bundle.manifest.name
+            for folder in (place / "bundle").glob("engines/*"):
+                faults = (find_fault(bundle, stage, folder) for stage in bundle.manifest.stages)
+                state["engines"] += [fault for fault in faults if fault]
         except GapError as error:
             state["bundle"] = f"broken: {error}"
     if "answers.jsonl" in names and not (place / "answers.jsonl").stat().st_size:

@@ -20,8 +20,8 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from faults.driver import evaluate_job, export_job, import_all
-from tools.places import ROOT, load_runtime_helper
+from faults.driver import build_job, evaluate_job, export_job, import_all
+from tools.places import ROOT
 
 from gap_export.cli.main import main as export_main
 from gap_runtime.bundle.bundle import Bundle
@@ -38,18 +38,6 @@ def prepare_evaluation(home):
     return [*arguments, "--limit", "8", "--resume"], run
 
 
-def prepare_build(home):
-    """With a made-up TensorRT, as nothing of what is killed is the library's."""
-    from gap_runtime.cli.main import main as run
-
-    fakes = load_runtime_helper("fake_tensorrt")
-    gpu = fakes.FakeCuda()
-    trt = fakes.FakeTensorrt("tensorrt", "10.16.1", gpu)
-    trt.add_bundle(Bundle.open(home / "engines"))
-    sys.modules |= {"tensorrt": trt, "tensorrt_rtx": None, "cuda.bindings.runtime": gpu}
-    return ["build", str(home / "place" / "bundle"), "--force"], run
-
-
 def prepare_sweep(home):
     arguments = [
         *("sweep", str(home / "checkpoint"), "--data", "refshapes:test", "--limit", "4"),
@@ -63,7 +51,7 @@ PREPARE = {
     "export": export_job,
     "replace": export_job,
     "evaluate": prepare_evaluation,
-    "build": prepare_build,
+    "build": build_job,
     "sweep": prepare_sweep,
 }
 BEFORE = {"replace": "first", "evaluate": "first", "build": "engines"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gap_runtime.cli.options import add_counts, print_json
 from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation import describe_formats, describe_protocols
+from gap_runtime.records.files import exists
 
 if TYPE_CHECKING:
     from gap_runtime.display import Display
@@ -163,7 +164,7 @@ def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
 
     if options.resume and options.out is None:
         raise ConfigError("--resume: which file? name it with --out")
-    if options.out is not None and options.out.exists() and not options.resume:
+    if options.out is not None and exists(options.out) and not options.resume:
         raise ConfigError(
             f"{options.out}: exists; go on with it by --resume, or give another --out"
         )

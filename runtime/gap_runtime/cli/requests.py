@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_runtime.errors import InputError, suggest
+from gap_runtime.records.files import is_folder
 from gap_runtime.records.plain import parse_json
 
 STDIN: Final = "-"
@@ -39,7 +40,7 @@ def find_pictures(names: Sequence[str]) -> list[str]:
 
     found: list[str] = []
     for name in names:
-        found += map(str, list_pictures(Path(name))) if Path(name).is_dir() else [name]
+        found += map(str, list_pictures(Path(name))) if is_folder(name) else [name]
     return found
 
 

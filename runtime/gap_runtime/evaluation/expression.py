@@ -12,6 +12,7 @@ from PIL import Image
 from gap_runtime.errors import InputError
 from gap_runtime.pictures.boxes import Box
 from gap_runtime.pictures.load import load_picture
+from gap_runtime.records.files import is_file
 
 
 class Picture(Protocol):
@@ -84,7 +85,7 @@ def find_picture(name: str, folder: Path, where: str, *, turned: bool, flat: boo
             "give the folder that holds it with --images"
         )
     found, key = Path(path), os.path.relpath(path, home)
-    if flat and not found.is_file():
+    if flat and not is_file(found):
         beside = Path(home) / found.name
-        found = beside if beside.is_file() else found
+        found = beside if is_file(beside) else found
     return FilePicture(key=key, path=found, turned=turned)

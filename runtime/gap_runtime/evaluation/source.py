@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from gap_runtime.errors import InputError
 from gap_runtime.evaluation.expression import Expression, FilePicture
+from gap_runtime.records.files import is_file, is_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class Source:
         home = self.paths[0].parent
         if self.images is not None:
             return self.images
-        return next((home / place for place in places if (home / place).is_dir()), home)
+        return next((home / place for place in places if is_folder(home / place)), home)
 
     def require_unpacked(self, picture: FilePicture, archive: str) -> None:
         """Refuse data whose pictures nobody has unpacked, before all of them are missed.
@@ -67,7 +68,7 @@ class Source:
         """
         home = self.paths[0].parent
         packed = existing(home / archive, home.parent / archive)
-        if packed and not picture.path.is_file():
+        if packed and not is_file(picture.path):
             raise InputError(
                 f"{packed[0]}: the pictures are still packed ({picture.path.name} is not in "
                 f"{picture.path.parent}); unpack it and give their folder with --images"
@@ -103,4 +104,4 @@ class Reader(Protocol):
 
 def existing(*paths: Path) -> tuple[Path, ...]:
     """The first of these files that is there."""
-    return next(((path,) for path in paths if path.is_file()), ())
+    return next(((path,) for path in paths if is_file(path)), ())

@@ -29,6 +29,7 @@ from gap_runtime.evaluation.fields import (
 from gap_runtime.evaluation.parquet import read_rows
 from gap_runtime.evaluation.source import Source
 from gap_runtime.pictures.boxes import Box
+from gap_runtime.records.files import is_file
 
 SUFFIXES: Final = (".parquet",)
 USUAL: Final = None
@@ -50,7 +51,7 @@ def locate(folder: Path, source: Source) -> tuple[Path, ...]:
     """`ref-l4-SPLIT.parquet`; both for the split `all`."""
     splits = _SPLITS if source.split == _ALL else (source.split,)
     paths = tuple(folder / f"{_SET}-{split}.parquet" for split in splits)
-    return paths if source.name == _SET and all(path.is_file() for path in paths) else ()
+    return paths if source.name == _SET and all(is_file(path) for path in paths) else ()
 
 
 def read(source: Source) -> Iterator[Expression]:

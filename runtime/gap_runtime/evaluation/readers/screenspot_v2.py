@@ -21,6 +21,7 @@ from gap_runtime.evaluation.expression import Expression, find_picture
 from gap_runtime.evaluation.fields import read_extent, read_name, read_path, read_text
 from gap_runtime.evaluation.files import read_records
 from gap_runtime.evaluation.source import Source
+from gap_runtime.records.files import is_file
 
 SUFFIXES: Final = (".json",)
 USUAL: Final = None
@@ -45,7 +46,7 @@ def locate(folder: Path, source: Source) -> tuple[Path, ...]:
     """`screenspot_SPLIT_v2.json`; all three for the split `all`."""
     splits = _SPLITS if source.split == _ALL else (source.split,)
     paths = tuple(folder / f"screenspot_{split}_v2.json" for split in splits)
-    return paths if source.name == _SET and all(path.is_file() for path in paths) else ()
+    return paths if source.name == _SET and all(is_file(path) for path in paths) else ()
 
 
 def read(source: Source) -> Iterator[Expression]:
