@@ -1,6 +1,7 @@
 """onnxruntime without graphs: sessions that run nothing and write down what they are asked for."""
 
 import functools
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 

@@ -258,8 +258,9 @@ TABLE = [[1.0, -2.0], [0.5, 3.140625], [65280.0, 0.0]]
     ],
 )
 def test_embedding_rows_are_float32_of_any_dtype(make_bundle, dtype, weights):
-    stored = StoredTensor(file="weights.bin", offset=8, dtype=dtype, shape=(3, 2))
-    table = Bundle.open(make_bundle(weights=weights, embedding=stored)).map_embedding()
+    # A row for each of the decoder's tokens: the last ones are the first again.
+    stored = StoredTensor(file="weights.bin", offset=8, dtype=dtype, shape=(12, 2))
+    table = Bundle.open(make_bundle(weights=4 * weights, embedding=stored)).map_embedding()
     rows = embedding_rows(table, [2, 0, 1, 0])
     assert rows.dtype == np.float32
     assert rows.tolist() == [TABLE[2], TABLE[0], TABLE[1], TABLE[0]]
