@@ -168,13 +168,12 @@ def provider_cache(bundle: Bundle, runtime: str) -> Path | None:
         runtime: Of the backend and its device, for example `onnxruntime-tensorrt`.
     """
     leaf = f"{runtime}-{identify_files(bundle)}"
-    homes = (
-        lambda: bundle.folder.resolve() / ENGINES,
-        lambda: user_cache() / bundle.manifest.name,
-    )
+    homes = [bundle.folder.resolve() / ENGINES]
+    with contextlib.suppress(OSError):
+        homes.append(user_cache() / bundle.manifest.name)
     for home in homes:
+        folder = home / leaf
         try:
-            folder = home() / leaf
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.rglob("*"):
                 if not path.is_file() and not path.is_dir():

@@ -184,9 +184,11 @@ def _are_counts_of_ratios(manifest: Manifest) -> bool:
 
 def _are_stages_of_ratios(manifest: Manifest) -> bool:
     """Whether every graph is one of the ratios', or one for all of them."""
-    entries = {(each.ratio, each.bucket, each.kept) for each in manifest.ratios}
-    entries |= {(None, None, None)}
-    return all((each.ratio, each.bucket, each.kept) in entries for each in manifest.stages)
+    served = [(each.ratio, each.bucket, each.kept) for each in manifest.ratios]
+    return all(
+        serves in served or serves == (None, None, None)
+        for serves in ((each.ratio, each.bucket, each.kept) for each in manifest.stages)
+    )
 
 
 def _is_phrase_told(manifest: Manifest) -> bool:

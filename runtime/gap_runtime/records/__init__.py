@@ -8,7 +8,6 @@ words; an error carries the dotted path.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -37,10 +36,14 @@ def load_record(kind: type[Record], data: Any, where: str) -> Record:
     return _load(kind, data, _Place(where))
 
 
-@functools.cache
-def _find_hints(kind: type) -> dict[str, Any]:
+_hints: dict[Any, dict[str, Any]] = {}
+
+
+def _find_hints(kind: Any) -> dict[str, Any]:
     """The types of a class's fields; they are text, and evaluating it takes half of the time."""
-    return get_type_hints(kind)
+    if kind not in _hints:
+        _hints[kind] = get_type_hints(kind)
+    return _hints[kind]
 
 
 @dataclasses.dataclass(frozen=True)
