@@ -35,6 +35,7 @@ from gap_export.checkpoint.tokenizer_files import (
     TokenizerFiles,
 )
 from gap_export.errors import CheckpointError
+from gap_runtime.grounding.tokens import asked_of_tokenizer
 from gap_runtime.records.plain import read_table
 
 _SPACES: Final = {
@@ -59,19 +60,18 @@ def read_tokenizer(files: TokenizerFiles | Path) -> Tokenizer | None:
         files = TokenizerFiles(folder=files)
     folder = files.folder
     path = folder / TOKENIZER_FILE
-    try:
+
+    def refuse(error: BaseException) -> CheckpointError:
+        reason, where = " ".join(str(error).split()), path if path.is_file() else folder
+        return CheckpointError(f"{where}: its tokenizer cannot be read ({reason:.200})")
+
+    with asked_of_tokenizer(refuse):
         if files.reads_sentencepiece:
             return _build(files, read_sentencepiece(folder / SENTENCEPIECE_FILE))
         if path.is_file():
             data = read_table(path, CheckpointError)
             return (_load if files.takes_file else _build)(files, data)
         return _convert_clip(folder) if files.exists else None
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = " ".join(str(error).split())
-        where = path if path.is_file() else folder
-        raise CheckpointError(f"{where}: its tokenizer cannot be read ({reason:.200})") from error
 
 
 def write_tokenizer(files: TokenizerFiles, tokenizer: Tokenizer, path: Path) -> None:

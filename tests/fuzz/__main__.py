@@ -21,6 +21,7 @@ KINDS = {
     "manifest": bundles.manifests,
     "files": bundles.files,
     "arrays": bundles.arrays,
+    "tokenizers": bundles.tokenizers,
     "pictures": inputs.pictures,
     "phrases": inputs.phrases,
     "boxes": inputs.boxes,

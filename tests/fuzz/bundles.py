@@ -116,6 +116,51 @@ def files(case):
     return make
 
 
+def tokenizers(case):
+    """One place of the tokenizer changed, or parts of the library's other kinds put in."""
+    name = case.data["prompt"]["tokenizer"]
+    whole = json.loads((case.source / name).read_text("utf-8"))
+    # Of the vocabulary there is much, and all of it alike.
+    rare = [place for place in mutations.paths(whole) if place and place[:2] != ("model", "vocab")]
+    lost = {"SpecialToken": {"id": "lost", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [lost], "pair": [], "special_tokens": {}}
+    parts = (
+        ("post_processor", template),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a|a)*$"}, "content": "x"}),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        ("decoder", {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True}),
+        ("decoder", {"type": "Strip", "content": "0", "start": 10**9, "stop": 10**9}),
+        ("model", {"type": "WordPiece", "unk_token": "lost", "vocab": {}}),
+        (
+            "truncation",
+            {"direction": "Left", "max_length": 1, "strategy": "OnlySecond", "stride": 9},
+        ),
+    )
+
+    def make(rng):
+        if rng.random() < 0.15:
+            key, part = rng.choice(parts)
+            data, place = (
+                {**whole, key: part},
+                f"{key}: {part['type' if 'type' in part else 'stride']}",
+            )
+        else:
+            data, place = mutations.change_plain(whole, rng, rare)
+        text = mutations.write_plain(data, rng)
+
+        def run():
+            case.put(name, text, rehashed=True)
+            try:
+                return case.run(rng, (0, 0, 6, 2, 1, 0, 0.2))
+            finally:
+                case.restore(name, MANIFEST)
+
+        return place, run
+
+    return make
+
+
 def damage_file(case, name, way, rng, *, rehashed):
     path = case.folder / name
     if way == "bytes":

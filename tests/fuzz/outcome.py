@@ -53,7 +53,9 @@ def judge(case, seconds=SECONDS):
         return "waits", f"no end in {seconds} s of the processor, or {seconds * PATIENCE} s"
     except WrongResultError as error:
         return "wrong", str(error)
-    except Exception:  # whatever comes is what is looked for
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # whatever comes is what is looked for; panics of Rust are no Exception
         return "traceback", traceback.format_exc()
     return "done", ""
 

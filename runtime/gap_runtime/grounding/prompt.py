@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.grounding.draft import Drafter
-from gap_runtime.grounding.tokens import decode_tokens, encode_text
+from gap_runtime.grounding.tokens import asked_of_tokenizer, decode_tokens, encode_text
 from gap_runtime.records.files import read_text
 
 PHRASE_FIELD: Final = "{phrase}"
@@ -35,10 +35,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         BundleError: The file is no tokenizer.
     """
     text = read_text(path, BundleError, advice="copy the bundle again or export again")
-    try:
+    with asked_of_tokenizer(lambda error: BundleError(f"{path}: not a tokenizer ({error})")):
         return Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise BundleError(f"{path}: not a tokenizer ({error})") from error
 
 
 class PromptEncoder:

@@ -1,19 +1,19 @@
 """Text to token IDs and back: the one place where a bundle's tokenizer is asked.
 
-A `tokenizer.json` that is read may still fail over a text: a word without a token for unknown
-ones, a template with a token that it lacks. The library then raises a bare Exception, or panics
-with what is no Exception at all.
+A `tokenizer.json` may fail when it is read, and one that was read over a text: a word without a
+token for unknown ones, a template with a token that it lacks. The library then raises a bare
+Exception, or panics with what is no Exception at all.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from tokenizers import Tokenizer
 
-from gap_runtime.errors import BundleError
+from gap_runtime.errors import BundleError, GapError
 
 _PANIC: Final = "PanicException"
 
@@ -40,11 +40,20 @@ def decode_tokens(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_specia
     return text
 
 
+def _asked(what: str) -> contextlib.AbstractContextManager[None]:
+    return asked_of_tokenizer(
+        lambda error: BundleError(f"the bundle's tokenizer {what} ({error}); export again")
+    )
+
+
 @contextlib.contextmanager
-def _asked(what: str) -> Iterator[None]:
+def asked_of_tokenizer(refuse: Callable[[BaseException], GapError]) -> Iterator[None]:
+    """Whatever the library raises in the block, as the error that `refuse` makes of it."""
     try:
         yield
+    except GapError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        raise BundleError(f"the bundle's tokenizer {what} ({error}); export again") from error
+        raise refuse(error) from error

@@ -340,6 +340,14 @@ def test_a_tokenizer_that_fails_over_a_text_is_one_line(tokenizer_file, prompt, 
             encoder.encode("a blue cup")
 
 
+def test_a_tokenizer_that_panics_as_it_is_read_is_one_line(tokenizer_file):
+    data = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    tokenizer_file.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"words\.json: not a tokenizer"):
+        load_tokenizer(tokenizer_file)
+
+
 def test_ctrl_c_is_no_fault_of_the_tokenizer():
     class Stopped:
         def encode(self, *_, **__):
