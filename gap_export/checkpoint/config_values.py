@@ -30,6 +30,9 @@ _COUNTS: Final = frozenset(
     )
 )
 """Whole numbers above 0."""
+_SIDES: Final = frozenset(("patch_size", "image_size"))
+"""Pixels across, or a list of them; InternVL has both."""
+_WIDEST: Final = 100_000
 _SCALES: Final = frozenset(
     ("rope_theta", "rms_norm_eps", "layer_norm_eps", "rescale_factor", "layer_norm_epsilon")
 )
@@ -88,6 +91,12 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < _MOST
 
 
+def _is_side(value: Any) -> bool:
+    if isinstance(value, list):
+        return 0 < len(value) <= 2 and all(map(_is_side, value))
+    return isinstance(value, dict) or (_is_count(value) and value <= _WIDEST)
+
+
 def _is_scale(value: Any) -> bool:
     return type(value) in {int, float} and 0 < value < math.inf
 
@@ -113,6 +122,7 @@ _Rule = tuple[Callable[[Any], bool], str]
 _RULES: Final[tuple[tuple[frozenset[str], _Rule], ...]] = (
     (_COUNTS, (_is_count, "a whole number above 0")),
     (_DEPTHS, (lambda value: _is_count(value) and value <= _DEEPEST, "1 to 1000 layers")),
+    (_SIDES, (_is_side, f"1 to {_WIDEST} pixels")),
     (_SCALES, (_is_scale, "a number above 0")),
     (_WORDS, (_is_word, "a word")),
     (_TABLES, (lambda value: isinstance(value, dict), "a table")),

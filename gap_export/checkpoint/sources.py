@@ -125,8 +125,20 @@ def linear_weights(module: nn.Module) -> list[str]:
 
 
 def expected_shapes(build: Callable[[], nn.Module]) -> Shapes:
-    """Names and shapes of a module's parameters, without any memory for them."""
-    return shapes_of(build_without_memory(build))
+    """Names and shapes of a module's parameters, without any memory for them.
+
+    Raises:
+        CheckpointError: There is no such module; numbers of the configuration are beyond sizes
+            that a tensor can have, for example.
+    """
+    try:
+        return shapes_of(build_without_memory(build))
+    except (RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"no module can be built by the checkpoint's configuration ({reason:.200}); "
+            "download it again"
+        ) from error
 
 
 def match_tensors(

@@ -176,3 +176,10 @@ def test_expected_shapes_take_no_memory():
         "b.weight": (3,),
         "b.bias": (3,),
     }
+
+
+@pytest.mark.parametrize("sizes", [(2**31, 2**31), (-1, 3)])
+def test_sizes_beyond_any_tensor_are_one_line(sizes):
+    with pytest.raises(CheckpointError, match="no module can be built") as caught:
+        expected_shapes(lambda: torch.nn.Linear(*sizes))
+    assert str(caught.value).isprintable()
