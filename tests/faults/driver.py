@@ -32,7 +32,8 @@ def main():
     import_all(run, arguments)
     for number in range(first, MOST, step):
         prepare(home, job)
-        found = fork(shim, run, arguments, home / "place", number, error)
+        watched = home / WATCHED.get(job, "place")
+        found = fork(shim, run, arguments, watched, number, error)
         print(json.dumps({"number": number, **found, **look(home)}), flush=True)
         if not found["failed"]:
             # The command makes no more calls than that.
@@ -139,11 +140,15 @@ def build_job(home):
 
 JOBS = {
     "export": export_job,
+    "source": export_job,
     "replace": export_job,
     "evaluate": evaluate_job,
     "ground": ground_job,
     "build": build_job,
 }
+
+WATCHED = {"source": "checkpoint"}
+"""Where calls fail that are not those in the place that is written to."""
 
 
 def prepare(home, job):
@@ -151,7 +156,7 @@ def prepare(home, job):
     place = home / "place"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    if job != "export":
+    if job not in {"export", "source"}:
         first = home / ("engines" if job == "build" else "first")
         shutil.copytree(first, place / "bundle")
 
