@@ -31,7 +31,7 @@ _COUNTS: Final = frozenset(
 )
 """Whole numbers above 0."""
 _SIDES: Final = frozenset(("patch_size", "image_size"))
-"""Pixels across, or a list of them; InternVL has both."""
+"""Pixels across, or a list of them."""
 _WIDEST: Final = 100_000
 _SCALES: Final = frozenset(
     ("rope_theta", "rms_norm_eps", "layer_norm_eps", "rescale_factor", "layer_norm_epsilon")
