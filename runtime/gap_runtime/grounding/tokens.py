@@ -53,7 +53,7 @@ def asked_of_tokenizer(refuse: Callable[[BaseException], GapError]) -> Iterator[
         yield
     except GapError:
         raise
-    except BaseException as error:
+    except BaseException as error:  # a bare Exception, or a panic, which is none
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
         raise refuse(error) from error

@@ -16,7 +16,6 @@ from gap_runtime.errors import ConfigError, GapError, InputError, UnknownNameErr
 from gap_runtime.evaluation import data as data_module
 from gap_runtime.evaluation import refshapes256
 from gap_runtime.evaluation.data import open_data
-from gap_runtime.evaluation.expression import find_picture
 from gap_runtime.evaluation.refshapes import draw_scene
 from gap_runtime.evaluation.splits import compare_counts
 
@@ -597,11 +596,3 @@ def test_boxes_that_are_fractions_of_the_picture_are_asked_about(tmp_path):
         open_data(str(tmp_path / "mine.jsonl"))
     write_lines(tmp_path / "mine.jsonl", *lines, {**lines[0], "phrase": "c", "box": [0, 0, 9, 9]})
     assert len(open_data(str(tmp_path / "mine.jsonl")).expressions) == 3
-
-
-def test_a_picture_whose_name_no_system_takes_is_found_nowhere(tmp_path):
-    """Where names are looked for, too: by their end alone, in a folder."""
-    for name in ("x" * 5000, "a/" + "y" * 5000, "\ud800.png"):
-        found = find_picture(name, tmp_path, "line 1", turned=False, flat=True)
-        with pytest.raises(InputError):
-            found.load()

@@ -282,7 +282,7 @@ def preload(ort: ModuleType, device: str) -> None:
             vars(ort).pop("print", None)
 
 
-def _print_nothing(*_: Any, **__: Any) -> None:
+def _print_nothing(*_: object) -> None:
     """Stands where a library would print."""
 
 
