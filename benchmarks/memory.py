@@ -24,6 +24,7 @@ from benchmarks.checkpoints import (
 )
 from benchmarks.qwen import QWEN, write_qwen
 from benchmarks.tiled import INTERNVL, ONEVISION
+from gap_export.pipeline.estimate import is_tight
 
 MODELS: Final = (
     {
@@ -75,9 +76,11 @@ def estimate(name: str, folder: Path, options: list[str]) -> dict[str, Any]:
 
 def make_row(model: str, precision: str, memory: dict[str, Any]) -> str:
     """A row of the table; GiB."""
-    sizes = [f"{memory[key] / _GIB:.1f}" for key in ("bundle_bytes", "total_bytes")]
+    total = memory["total_bytes"]
+    sizes = [f"{size / _GIB:.1f}" for size in (memory["bundle_bytes"], total)]
     verdicts = [
-        "fits" if memory["total_bytes"] <= gib * _GIB else "no" for gib in MACHINES.values()
+        "tight" if is_tight(total, gib * _GIB) else "fits" if total <= gib * _GIB else "no"
+        for gib in MACHINES.values()
     ]
     return f"| {' | '.join([model, precision, *sizes, *verdicts])} |"
 
@@ -85,8 +88,9 @@ def make_row(model: str, precision: str, memory: dict[str, Any]) -> str:
 def main() -> None:
     """Print the table, or the rows of some models."""
     names = sys.argv[1:] or list(MODELS)
-    print(f"| {' | '.join(['model', 'weights', 'bundle', 'to run', *MACHINES])} |")
-    print("|" + "---|" * (4 + len(MACHINES)))
+    sizes = ("bundle", "to run")
+    print(f"| {' | '.join(['model', 'weights', *sizes, *MACHINES])} |")
+    print("|" + "---|" * (2 + len(sizes) + len(MACHINES)))
     with tempfile.TemporaryDirectory() as home:
         for name in names:
             model, write = MODELS[name]

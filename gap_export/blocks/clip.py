@@ -207,7 +207,8 @@ def read_text_spec(part: Checkpoint, vision_width: int) -> TextSpec | None:
         raise CheckpointError(
             f"{part.folder / 'config.json'}: a vision tower {vision.hidden_size} wide, expected "
             f"{vision_width}; give the CLIP checkpoint that the model was trained with: "
-            "--set parts.clip=DIR"
+            "--set parts.clip=DIR, or compare with the language model's own embeddings: "
+            "--set prune.phrase=embeddings"
         )
     if text is None:
         return None

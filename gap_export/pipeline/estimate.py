@@ -43,6 +43,7 @@ from gap_runtime.pictures.preprocess import Bucket
 
 RESERVE_MIB: Final = 2048
 _MIB: Final = 2**20
+_TIGHT_SHARE: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +51,9 @@ class Estimate:
     """Bytes that a bundle takes, on disk and where it runs.
 
     `memory_bytes` is that of the target's smallest machine and `fits` whether `total_bytes` are
-    within it; null where the target has no limit. `cache_saved_bytes` is what the KV cache would
-    take more in the model's dtype.
+    within it, `is_tight` whether they are within it and more than nine tenths of it; null where
+    the target has no limit. `cache_saved_bytes` is what the KV cache would take more in the
+    model's dtype.
     """
 
     bundle_bytes: int
@@ -67,6 +69,7 @@ class Estimate:
     total_bytes: int
     memory_bytes: int | None
     fits: bool | None
+    is_tight: bool | None
 
 
 class DryRun(TypedDict):
@@ -146,7 +149,16 @@ def estimate(plan: ExportPlan) -> Estimate:
         total_bytes=total,
         memory_bytes=memory,
         fits=None if memory is None else total <= memory,
+        is_tight=None if memory is None else is_tight(total, memory),
     )
+
+
+def is_tight(total: int, memory: int) -> bool:
+    """Whether bytes fit in a memory that is sold as so large, but leave little of it.
+
+    A machine keeps some of it for itself: of 8 GiB a Jetson shows about 7.4.
+    """
+    return _TIGHT_SHARE * memory < total <= memory
 
 
 def stored_bytes(shape: tuple[int, ...], dtype: str, scheme: Scheme | None) -> int:

@@ -206,7 +206,7 @@ def _show_estimate(display: Display, plan: ExportPlan, found: Estimate) -> None:
         )
     if found.memory_bytes is None:
         return
-    verdict = "fits" if found.fits else "does not fit"
+    verdict = "tight" if found.is_tight else "fits" if found.fits else "does not fit"
     display.say(
         f"{verdict}: needs {found.total_bytes / gib:.1f} GiB to run, the smallest machine of "
         f"target {plan.target.name} has {found.memory_bytes / gib:.1f} GiB; building takes more"

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import checkpoints, memory
 from gap_export.cli import main as cli
-from gap_export.pipeline.estimate import _LiveBytes, estimate, stored_bytes
+from gap_export.pipeline.estimate import _LiveBytes, estimate, is_tight, stored_bytes
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_export.pipeline.run import export
@@ -219,6 +219,13 @@ def test_the_peak_is_of_what_is_alive_at_once():
     assert live.now == 60 * 4
 
 
+@pytest.mark.parametrize(
+    ("total", "found"), [(89, False), (90, False), (91, True), (100, True), (101, False)]
+)
+def test_what_leaves_little_is_tight(total, found):
+    assert is_tight(total, 100) is found
+
+
 def test_the_command_shows_it(tiny_llava, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [str(tiny_llava), "--dry-run", "--set", f"prompt.template={TEMPLATE}"]
@@ -226,7 +233,7 @@ def test_the_command_shows_it(tiny_llava, capsys, tmp_path, monkeypatch):
     assert cli.main([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
     memory = json.loads(captured.out)["memory"]
-    assert memory["fits"] is True
+    assert (memory["fits"], memory["is_tight"]) == (True, False)
     assert memory["total_bytes"] > memory["reserve_bytes"] > 0
     assert "fits: needs 2.0 GiB to run" in captured.err
     assert "KV cache" in captured.err
