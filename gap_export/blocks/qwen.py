@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gap_export.blocks import llama
 from gap_export.blocks.hf_config import (
     find_image_token,
     find_stop_ids,
     processor_config,
     read_normalization,
 )
+from gap_export.blocks.hf_weights import match_merged
 from gap_export.blocks.qwen_vision import MERGE, STRIP
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource
@@ -38,8 +38,8 @@ QUESTION: Final = (
     "<|im_start|>user\n<|vision_start|><image><|vision_end|>Locate {phrase} in the image and "
     "output its bounding box in JSON format.<|im_end|>\n<|im_start|>assistant\n"
 )
-_IGNORED: Final = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")
-"""Patterns of keys of buffers that every module makes itself."""
+_IGNORED: Final = (r"rotary_pos_emb\.inv_freq$",)
+"""Patterns of keys of buffers that the tower makes itself."""
 _CANVAS: Final = re.compile(r"(\d+)x(\d+)")
 _NUMBER: Final = r"\s*(\d+(?:\.\d+)?)\s*"
 _FORM: Final = '```json\n[\n\t{"bbox_2d": [###, ###, ###, ###], "label": "{phrase}"}\n]\n```'
@@ -122,27 +122,21 @@ def make_spec(
 def match_weights(
     checkpoint: Checkpoint, decoder: DecoderSpec, expected: dict[str, tuple[int, ...]]
 ) -> dict[str, TensorSource]:
-    """Where the tensors of a model lie, in the key names of any version of the library.
+    """Where the tensors of a model lie; see match_merged.
 
     Args:
-        checkpoint: The files.
+        checkpoint: The files, and an adapter among the parts or none.
         decoder: What the language model is made of.
         expected: Shapes by name, without the decoder's.
 
     Raises:
-        CheckpointError: One is missing, has another shape or is not known.
+        CheckpointError: As match_merged does.
     """
-    return llama.match_weights(
-        checkpoint,
-        decoder,
-        expected | llama.tensor_shapes(decoder),
-        rename=_canonical_name,
-        ignored=_IGNORED,
-    )
+    return match_merged(checkpoint, decoder, expected, _IGNORED, rename=canonical_name)
 
 
-def _canonical_name(key: str) -> str:
-    """Name of a tensor in the modules here."""
+def canonical_name(key: str) -> str:
+    """Name of a tensor in the modules here, from its key by any version of the library."""
     for pattern, replacement in _NAMES:
         key = pattern.sub(replacement, key)
     return key

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gap_export.checkpoint.folder import ADAPTER_CONFIG
 from gap_export.checkpoint.index import Checkpoint
-from gap_export.checkpoint.sources import TensorSource, require_shape
+from gap_export.checkpoint.sources import TensorSource, require_shape, stored
 from gap_export.checkpoint.tensor import TensorLocation
 from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
@@ -146,18 +146,21 @@ def read_adapters(checkpoint: Checkpoint, rename: Callable[[str], str]) -> list[
     Raises:
         CheckpointError: One cannot be read, or is of a kind that cannot be merged here.
     """
-    adapters = []
-    if is_partial(checkpoint):
-        adapters.append(_read_adapter(checkpoint, None, rename))
-    if ADAPTER in checkpoint.parts:
-        part = checkpoint.parts[ADAPTER]
-        if not is_partial(part):
-            raise CheckpointError(
-                f"{part.folder}: holds a whole model, expected an adapter; give it as the model: "
-                "--checkpoint DIR"
-            )
-        adapters.append(_read_adapter(part, ADAPTER, rename))
-    return adapters
+    own = [_read_adapter(checkpoint, None, rename)] if is_partial(checkpoint) else []
+    return own + read_part(checkpoint, rename)
+
+
+def read_part(checkpoint: Checkpoint, rename: Callable[[str], str]) -> list[Adapter]:
+    """The adapter among a checkpoint's parts, if there is one; see read_adapters."""
+    if ADAPTER not in checkpoint.parts:
+        return []
+    part = checkpoint.parts[ADAPTER]
+    if not is_partial(part):
+        raise CheckpointError(
+            f"{part.folder}: holds a whole model, expected an adapter; give it as the model: "
+            "--checkpoint DIR"
+        )
+    return [_read_adapter(part, ADAPTER, rename)]
 
 
 def replace_values(
@@ -168,6 +171,24 @@ def replace_values(
         kept = {k: each for k, each in base.tensors.items() if rename(k) not in adapter.values}
         base = dataclasses.replace(base, tensors=kept | adapter.values)
     return base
+
+
+def merge_into(sources: dict[str, TensorSource], adapters: Iterable[Adapter]) -> None:
+    """Merge adapters into the weights of a model whose files are more than one, in place.
+
+    Raises:
+        CheckpointError: As add_adapters does, or a tensor that stands in has no place.
+    """
+    for adapter in adapters:
+        for name, value in adapter.values.items():
+            if name not in sources:
+                raise CheckpointError(
+                    f"{value.shown}: tensor '{value.key}' is none that this model has; give an "
+                    "adapter that was trained on it"
+                )
+            require_shape(value, sources[name].shape)
+            sources[name] = stored(value)
+        add_adapters(sources, [adapter])
 
 
 def add_adapters(sources: dict[str, TensorSource], adapters: Iterable[Adapter]) -> None:

@@ -32,7 +32,7 @@ from gap_export.blocks.eva import EvaShape, EvaTower
 from gap_export.blocks.hf_config import CLIP_MEAN, CLIP_STD, IGNORED, find_stop_ids, parse_config
 from gap_export.blocks.projector import Projector
 from gap_export.blocks.scores import cls_features
-from gap_export.checkpoint.adapter import add_pair, require_whole
+from gap_export.checkpoint.adapter import add_pair, merge_into, read_part, require_whole
 from gap_export.checkpoint.differences import refuse_differences
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import (
@@ -52,7 +52,7 @@ from gap_export.interfaces.features import Feature
 from gap_export.reference.eva import EagerEva
 from gap_export.reference.lazy import LazyTensor, add_product
 from gap_export.reference.llama import EagerLlama
-from gap_export.reference.loader import open_loader
+from gap_export.reference.loader import language_key, merge_adapters, open_loader
 from gap_export.reference.model import EagerGrounder, linear_layer
 from gap_runtime.errors import ConfigError
 from gap_runtime.pictures.boxes import BoxFormat
@@ -62,7 +62,11 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 DECODER: Final = llama
 TOWER_LAYERS: Final = "visual_encoder.blocks"
-PARTS: Final = {"vision": "eva_vit_g.pth", "language": "meta-llama/Llama-2-7b-chat-hf"}
+PARTS: Final = {
+    "vision": "eva_vit_g.pth",
+    "language": "meta-llama/Llama-2-7b-chat-hf",
+    "adapter": "adapter",
+}
 _STRIP: Final = 4
 _SIDE: Final = 448
 _HEAD_WIDTH: Final = 88
@@ -91,10 +95,14 @@ _UNUSED_VISION: Final = (r"^(norm|fc_norm|head)\.", r"^mask_token$", r"relative_
 
 
 def find_parts(checkpoint: Checkpoint, *, text: bool) -> dict[str, str]:
-    """EVA, where it was not trained with the rest, and the language model."""
+    """EVA, where it was not trained with the rest, and the language model.
+
+    An adapter of the language model is no part that a checkpoint needs.
+    """
     del text
     is_inside = any(key.startswith(_TOWER) for key in checkpoint.tensors)
-    return {role: place for role, place in PARTS.items() if role != "vision" or not is_inside}
+    roles = ("language",) if is_inside else ("vision", "language")
+    return {role: PARTS[role] for role in roles}
 
 
 def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
@@ -158,6 +166,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
     )
     sources = {name: stored(tensor) for name, tensor in language.items()}
     sources |= _merge_lora(language, own, spec.library_config.lora)
+    merge_into(sources, read_part(checkpoint, llama.llama_name))
     sources |= _find_tower(_find_eva(checkpoint), tower)
     for name in ("llama_proj.weight", "llama_proj.bias"):
         sources[name] = stored(own[name])
@@ -184,6 +193,8 @@ def load_eager(
     with open_loader(checkpoint, dtype, memory) as loader:
         own = loader.open()
         tensors = _merged_tensors(loader.open("language"), own, spec.library_config.lora.alpha)
+        adapters = read_part(checkpoint, llama.llama_name)
+        tensors = merge_adapters(loader, tensors, adapters, key_of=language_key)
         model = loader.build(LlamaForCausalLM, spec.library_config.text, tensors)
         inside = {key.removeprefix(_TOWER): v for key, v in own.items() if key.startswith(_TOWER)}
         projector = {key: each for key, each in own.items() if key.startswith("llama_proj.")}

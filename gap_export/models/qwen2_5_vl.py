@@ -21,6 +21,7 @@ from gap_export.blocks.qwen import (
     AXES,
     QUESTION,
     Published,
+    canonical_name,
     find_processor,
     json_boxes,
     make_spec,
@@ -33,6 +34,7 @@ from gap_export.blocks.qwen_vision import (
     QwenTower,
     find_scored_block,
 )
+from gap_export.checkpoint.adapter import read_adapters
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.config.records import ExportConfig
@@ -49,7 +51,7 @@ from gap_runtime.pictures.preprocess import Bucket
 
 DECODER: Final = llama
 TOWER_LAYERS: Final = "visual.blocks"
-PARTS: Final[dict[str, str]] = {}
+PARTS: Final = {"adapter": "adapter"}
 PRUNER: Final = "divprune"
 _PUBLISHED: Final = Published(
     canvases="1008x1008,1120x896,896x1120",
@@ -94,7 +96,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
-    """Every tensor, all in the checkpoint, in the key names of any version of the library."""
+    """Every tensor, in the key names of any version of the library, an adapter merged."""
     tower = expected_shapes(lambda: build_tower(spec, spec.buckets[0], frozenset()))
     expected = tower | expected_shapes(lambda: build_projector(spec))
     return match_weights(checkpoint, spec.decoder, expected)
@@ -117,7 +119,10 @@ def load_eager(
     """Hugging Face's Qwen2_5_VLForConditionalGeneration with the checkpoint's weights."""
     config = spec.library_config
     with open_loader(checkpoint, dtype, memory) as loader:
-        model: Any = loader.load(Qwen2_5_VLForConditionalGeneration, config, names=OLDER_NAMES)
+        adapters = read_adapters(checkpoint, canonical_name)
+        model: Any = loader.load(
+            Qwen2_5_VLForConditionalGeneration, config, names=OLDER_NAMES, adapters=adapters
+        )
         visual, width = model.model.visual, config.vision_config.hidden_size
         return EagerGrounder(
             tower=EagerQwenVision(visual, config.vision_config),

@@ -23,6 +23,7 @@ from gap_export.blocks.qwen import (
     AXES,
     QUESTION,
     Published,
+    canonical_name,
     find_processor,
     json_boxes,
     make_spec,
@@ -31,6 +32,7 @@ from gap_export.blocks.qwen import (
 )
 from gap_export.blocks.qwen3_vision import Qwen3Mergers, Qwen3Tower
 from gap_export.blocks.qwen_vision import MERGE
+from gap_export.checkpoint.adapter import read_adapters
 from gap_export.checkpoint.index import Checkpoint
 from gap_export.checkpoint.sources import TensorSource, expected_shapes
 from gap_export.config.records import ExportConfig
@@ -45,7 +47,7 @@ from gap_runtime.pictures.preprocess import Bucket
 
 DECODER: Final = llama
 TOWER_LAYERS: Final = "visual.blocks"
-PARTS: Final[dict[str, str]] = {}
+PARTS: Final = {"adapter": "adapter"}
 PRUNER: Final = "divprune"
 _PUBLISHED: Final = Published(
     canvases="1024x1024,1184x896,896x1184",
@@ -92,7 +94,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
-    """Every tensor, all in the checkpoint, in the key names of any version of the library."""
+    """Every tensor, in the key names of any version of the library, an adapter merged."""
     tower = expected_shapes(lambda: build_tower(spec, spec.buckets[0], frozenset()))
     expected = tower | expected_shapes(lambda: build_projector(spec))
     return match_weights(checkpoint, spec.decoder, expected)
@@ -115,7 +117,10 @@ def load_eager(
     """Hugging Face's Qwen3VLForConditionalGeneration with the checkpoint's weights."""
     config = spec.library_config
     with open_loader(checkpoint, dtype, memory) as loader:
-        model: Any = loader.load(Qwen3VLForConditionalGeneration, config, names=OLDER_NAMES)
+        adapters = read_adapters(checkpoint, canonical_name)
+        model: Any = loader.load(
+            Qwen3VLForConditionalGeneration, config, names=OLDER_NAMES, adapters=adapters
+        )
         tower = EagerQwen3Vision(model.model.visual, config.vision_config)
         return EagerGrounder(
             tower=tower,

@@ -39,7 +39,7 @@ from gap_export.blocks.hf_config import (
     require_model_type,
 )
 from gap_export.blocks.projector import Projector
-from gap_export.checkpoint.adapter import BASE, require_whole
+from gap_export.checkpoint.adapter import BASE, merge_into, read_part, require_whole
 from gap_export.checkpoint.added_tokens import read_added_tokens
 from gap_export.checkpoint.differences import holds_differences
 from gap_export.checkpoint.index import Checkpoint
@@ -58,7 +58,7 @@ from gap_export.interfaces.features import Feature
 from gap_export.reference.clip import EagerClip
 from gap_export.reference.lazy import LazyTensor, sum_tensors
 from gap_export.reference.llama import EagerLlama
-from gap_export.reference.loader import open_loader
+from gap_export.reference.loader import language_key, merge_adapters, open_loader
 from gap_export.reference.model import EagerGrounder, linear_layer, load_processor
 from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
@@ -66,7 +66,11 @@ from gap_runtime.pictures.preprocess import Bucket, Preprocess
 
 DECODER: Final = llama
 TOWER_LAYERS: Final = "vision_tower.encoder.layers"
-PARTS: Final = {"clip": "openai/clip-vit-large-patch14", "base": "huggyllama/llama-7b"}
+PARTS: Final = {
+    "clip": "openai/clip-vit-large-patch14",
+    "base": "huggyllama/llama-7b",
+    "adapter": "adapter",
+}
 build_text_tower = build_clip_text
 NEIGHBOURS: Final = {
     r"^llama$": "it is a part of a model alone: name the model and give the part, for example "
@@ -150,7 +154,7 @@ def read_spec(checkpoint: Checkpoint, config: ExportConfig) -> ModelSpec:
 
 
 def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSource]:
-    """CLIP's tensors and the language model's, its differences added to the base."""
+    """CLIP's tensors and the language model's: the base, differences, an adapter added."""
     expected = llama.tensor_shapes(spec.decoder) | expected_shapes(lambda: build_projector(spec))
     own = match_tensors(
         checkpoint,
@@ -178,6 +182,7 @@ def find_weights(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorSou
                 make=_add_delta,
                 cut=(True, True),
             )
+    merge_into(sources, read_part(checkpoint, _own_name))
     clip = checkpoint.parts["clip"]
     return sources | find_clip_weights(clip, vision=True, text=spec.text is not None)
 
@@ -204,7 +209,9 @@ def load_eager(
         names = {"vision_model.": ""}
         tower = loader.load(CLIPVisionModel, config.vision, part="clip", names=names)
         base = loader.open("base") if "base" in checkpoint.parts else {}
+        adapters = read_part(checkpoint, _own_name)
         tensors = _add_base(loader.open(), base)
+        tensors = merge_adapters(loader, tensors, adapters, key_of=language_key)
         model = loader.build(LlamaForCausalLM, config.text, tensors)
         projector = {key: each for key, each in tensors.items() if key.startswith(_PROJECTOR)}
         folder = clip.folder if processor_config(clip) else None

@@ -7,7 +7,7 @@ is, and memory has room, the library reads its own files: the independent reader
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -165,30 +165,41 @@ def open_loader(checkpoint: Checkpoint, dtype: str, memory: int | None) -> Itera
 
 
 def merge_adapters(
-    loader: Loader, tensors: Mapping[str, LazyTensor], adapters: Sequence[Adapter]
+    loader: Loader,
+    tensors: Mapping[str, LazyTensor],
+    adapters: Sequence[Adapter],
+    *,
+    key_of: Callable[[str], str] | None = None,
 ) -> dict[str, LazyTensor]:
-    """Tensors by the library's names, with adapters' values and products, one after the other.
+    """A model's tensors with adapters' values and products, one after the other.
 
     Args:
         loader: Opens the adapters' files.
         tensors: Of the model.
-        adapters: By the names of the modules here, which are the library's without a first word.
+        adapters: By the names of the modules here.
+        key_of: The tensor's key, by such a name; in the library's names where None.
 
     Raises:
         ValueError: An adapter changes a tensor that there is not.
     """
-    merged = dict(tensors)
+    merged, key_of = dict(tensors), key_of or _library_key
     for adapter in adapters:
         files = loader.open(adapter.part)
         for name, value in adapter.values.items():
-            merged[_library_key(name)] = files[value.key]
+            merged[key_of(name)] = files[value.key]
         for name, pair in adapter.pairs.items():
-            key = _library_key(name)
+            key = key_of(name)
             if key not in merged:
                 raise ValueError(f"tensor '{key}' is missing")
             up, down = files[pair.up.key], files[pair.down.key]
             merged[key] = add_product(merged[key], up, down, pair.scale)
     return merged
+
+
+def language_key(name: str) -> str:
+    """A language model's own key of a tensor, from its name in the modules here."""
+    name = name.removeprefix("language_model.")
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def _library_key(name: str) -> str:

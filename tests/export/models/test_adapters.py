@@ -15,7 +15,7 @@ from gap_export.checkpoint.index import open_checkpoint
 from gap_export.checkpoint.sources import cut_pieces, make_tensor
 from gap_export.config.load import load_config
 from gap_export.errors import CheckpointError
-from gap_export.models import llava
+from gap_export.models import llava, shikra
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
 from gap_runtime import Bundle
@@ -394,7 +394,8 @@ def test_an_adapter_given_as_the_model(find, tmp_path):
     assert str(caught.value) == said
 
 
-def test_other_families_have_no_adapter(find, tmp_path):
+def test_a_family_that_merges_none(find, tmp_path, monkeypatch):
+    monkeypatch.delitem(shikra.PARTS, "adapter")
     message = refuse(find("shikra"), tmp_path / "b", ConfigError, parts__adapter="x")
     assert "none is merged into a model of family 'shikra'" in message
     assert "merge_and_unload()" in message

@@ -202,15 +202,6 @@ def test_a_model_of_another_family(tmp_path, model_type):
     assert re.search(r"; .*(`gap-export list`|gap-export \w|llava-hf/|--set|llava-next)", message)
 
 
-@pytest.mark.parametrize("name", ["shikra-7b", "minigpt-v2", "qwen2.5-vl-3b", "qwen3-vl-2b"])
-def test_an_adapter_where_none_is_merged(tmp_path, name):
-    config_alone(tmp_path)
-    write_tensors(tmp_path / "model.safetensors", "a.weight")
-    message = refuse(name, checkpoint=tmp_path, settings={"parts.adapter": "DIR"})
-    assert message.startswith("parts.adapter: none is merged into a model of family '")
-    assert "merge_and_unload()" in message
-
-
 def test_a_tensor_is_named_with_its_folder(tmp_path):
     """Base and delta may have files of one name."""
     config = {"model_type": "llava", "vision_config": {}, "text_config": {}}
