@@ -141,4 +141,4 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file cannot be read, or is none.
     """
-    return read_table(path, CheckpointError)
+    return read_table(path, CheckpointError, advice="download it again")

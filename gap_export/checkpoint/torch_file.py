@@ -14,6 +14,7 @@ import torch
 from gap_export.checkpoint.folder import refuse_pointer
 from gap_export.checkpoint.legacy_torch_file import MAGIC, load_legacy
 from gap_export.checkpoint.torch_pickle import DAMAGE, Record, Skeleton, is_plain, unpickling
+from gap_export.config.folders import GGUF
 from gap_export.errors import CheckpointError
 from gap_runtime.records.files import open_file
 
@@ -82,6 +83,10 @@ def _load(path: Path, shown: Path) -> Skeleton:
         refuse_pointer(head, shown)
         if MAGIC in head:
             return load_legacy(file, shown)
+        if head.startswith(b"GGUF"):
+            raise CheckpointError(f"{shown}: {GGUF}")
+        if not head:
+            raise CheckpointError(f"{shown}: the file is empty; download it again")
         if not head.startswith(b"PK"):
             raise CheckpointError(
                 f"{shown}: not a file of torch.save (it starts with {head[:8]!r}); download it "

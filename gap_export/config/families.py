@@ -33,7 +33,7 @@ def resolve_family(folder: Path) -> str:
             f"folder: gap-export NAME --checkpoint {folder} (NAME: {', '.join(list_configs())})"
         )
         raise ConfigError(f"{folder}: {advice}")
-    data = read_json(path, ConfigError)
+    data = read_json(path, ConfigError, advice="download it again")
     found = str(data.get("model_type", "")) if isinstance(data, dict) else ""
     family = find_family(found)
     if family is None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from gap_export.config.families import resolve_family
+from gap_export.config.folders import describe_file
 from gap_export.config.pruners import is_pruner_file
 from gap_export.config.records import ExportConfig
 from gap_export.config.shipped import list_configs, package_data
 from gap_runtime.errors import ConfigError, RecordError, UnknownNameError, describe_unknown
 from gap_runtime.records import load_record
-from gap_runtime.records.files import exists, expand, is_folder, resolve
+from gap_runtime.records.files import exists, expand, is_file, is_folder, resolve
 from gap_runtime.records.plain import read_toml
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,6 +51,8 @@ def find_model(model: str) -> tuple[str, dict[str, Any], str]:
     if is_folder(folder):
         data = {"family": resolve_family(folder), "checkpoint": str(folder)}
         return resolve(folder).name, data, str(folder)
+    if is_file(folder):
+        raise ConfigError(f"{model}: {describe_file(folder)}")
     if model.startswith((".", "/", "~")):
         raise ConfigError(f"{model}: no such folder")
     if _HUB_ID.fullmatch(model):

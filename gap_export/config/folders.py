@@ -1,4 +1,4 @@
-"""What a folder is in which no model was found, and what to give instead."""
+"""What a folder or a file is in which no model was found, and what to give instead."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Final
 from gap_runtime.errors import ConfigError
 from gap_runtime.records.files import exists, is_file, read_text
 
+GGUF: Final = (
+    "is a model for llama.cpp, whose weights are packed for it alone; give the checkpoint that it "
+    "was converted from, with model.safetensors or pytorch_model.bin"
+)
+"""What is said of llama.cpp's files."""
 _STRAYS: Final = (
     (
         ("*.gguf",),
-        (
-            "is a model for llama.cpp, whose weights are packed for it alone; give the checkpoint "
-            "that it was converted from, with model.safetensors or pytorch_model.bin"
-        ),
+        GGUF,
     ),
     (
         ("*.ckpt",),
@@ -109,6 +111,19 @@ def describe_folder(folder: Path) -> str | None:
             f"no config.json in it, but in {len(inner)} of its folders; give one, as {inner[-1]}"
         )
     return None
+
+
+def describe_file(file: Path) -> str:
+    """What a file is that was given in the place of a model, and what to give instead."""
+    for patterns, advice in _STRAYS:
+        if file.suffix != ".safetensors" and any(file.match(pattern) for pattern in patterns):
+            return advice
+    if any(file.match(pattern) for pattern in _WEIGHTS):
+        return (
+            "a file of weights, which does not tell the model; give its folder, or the model's "
+            f"name and the file: gap-export NAME --checkpoint {file}"
+        )
+    return f"a file, expected a model's name, a .toml file or a folder; give {file.parent}"
 
 
 def describe_strays(folder: Path) -> str | None:

@@ -189,6 +189,44 @@ def test_a_folder_that_is_no_model(tmp_path, make, place, what, step):
 
 
 @pytest.mark.parametrize(
+    ("name", "what", "step"),
+    [
+        ("a.gguf", "is a model for llama.cpp", "give the checkpoint that it was converted from"),
+        ("llava.zip", "is an archive", "unpack it and give the folder"),
+        ("model.safetensors", "a file of weights", "gap-export NAME --checkpoint"),
+        ("minigptv2_checkpoint.pth", "a file of weights", "gap-export NAME --checkpoint"),
+        ("config.json", "a file, expected a model's name", "give "),
+    ],
+)
+def test_a_file_in_the_place_of_a_model(tmp_path, name, what, step):
+    (tmp_path / name).write_bytes(b"")
+    message = refuse(tmp_path / name)
+    assert message.startswith(f"{tmp_path / name}: {what}")
+    assert step in message
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [(b"GGUF\x03", "is a model for llama.cpp"), (b"", "the file is empty; download it again")],
+)
+def test_a_file_of_weights_that_is_none(tmp_path, head, what):
+    (tmp_path / "x.bin").write_bytes(head)
+    message = refuse("llava-1.5-7b", checkpoint=tmp_path / "x.bin")
+    assert message.startswith(f"{tmp_path / 'x.bin'}: {what}")
+
+
+@pytest.mark.parametrize("text", ["<!DOCTYPE html>", "version https://git-lfs", "[]"])
+def test_a_config_that_is_none(tmp_path, text):
+    config_alone(tmp_path)
+    write_tensors(tmp_path / "model.safetensors", "a.weight")
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    message = refuse("llava-1.5-7b", checkpoint=tmp_path)
+    assert message.startswith(f"{tmp_path / 'config.json'}: not ")
+    assert message.endswith("; download it again")
+
+
+@pytest.mark.parametrize(
     "model_type",
     ["paligemma", "qwen2_vl", "gemma3", "llava_qwen", "llava_phi", "siglip", "phi3_v", "mllama"],
 )

@@ -36,6 +36,32 @@ def rotary_buffers(layers, head_dim):
     }
 
 
+PARTS = ("embed_tokens.", "layers.", "norm.", "vision_tower.", "mm_projector.", "lm_head.")
+BEFORE_431 = ("gate", "down", "up")
+SINCE_431 = ("gate", "up", "down")
+
+
+def order_state(tensors, mlp=SINCE_431):
+    """The same in the order of a model's state dict, which savers write.
+
+    Args:
+        tensors: Of a Llama with a tower, a projector and buffers or without.
+        mlp: The order of its linear layers, which version 4.31 of the library changed.
+    """
+    linear = [f"mlp.{name}_proj" for name in mlp]
+    inside = ("q_proj", "k_proj", "v_proj", "o_proj", "rotary_emb", *linear, "_layernorm")
+
+    def key(name):
+        short = name.removeprefix("model.")
+        part = next(k for k, each in enumerate(PARTS) if short.startswith(each))
+        if PARTS[part] != "layers.":
+            return part, 0, 0
+        layer = int(short.split(".")[1])
+        return part, layer, next(k for k, each in enumerate(inside) if each in short)
+
+    return {name: tensors[name] for name in sorted(tensors, key=key)}
+
+
 def llama_config(
     vocabulary, width, layers, heads, mlp, max_positions, dtype, *, eps, kv_heads=None
 ):

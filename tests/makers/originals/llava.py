@@ -7,7 +7,7 @@ import torch
 
 from makers.originals.clip import clip_vision_tensors
 from makers.originals.files import SPREAD, Draw, cast, linear, save_tensors, write_json
-from makers.originals.llama import llama_config, llama_tensors, rotary_buffers
+from makers.originals.llama import llama_config, llama_tensors, order_state, rotary_buffers
 from makers.originals.tokenizers import make_sentencepiece
 
 
@@ -83,7 +83,7 @@ def make_llava_original(
         tensors |= rotary_buffers(layers, width // heads)
         # The hub has the projector a second time, in a file that no index names.
         torch.save(cast(bridge, dtype), folder / "mm_projector.bin")
-    save_tensors(folder, tensors, files, shards=2)
+    save_tensors(folder, order_state(tensors), files, shards=2)
     config = llama_config(
         vocabulary, width, layers, heads, mlp, max_positions, dtype, eps=1e-5, kv_heads=kv_heads
     )

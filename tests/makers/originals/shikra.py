@@ -7,7 +7,13 @@ import torch
 
 from makers.originals.clip import make_clip
 from makers.originals.files import SPREAD, Draw, cast, linear, save_tensors, write_json
-from makers.originals.llama import llama_config, llama_tensors, rotary_buffers
+from makers.originals.llama import (
+    BEFORE_431,
+    llama_config,
+    llama_tensors,
+    order_state,
+    rotary_buffers,
+)
 from makers.originals.tokenizers import make_sentencepiece
 
 SHIKRA_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
@@ -93,7 +99,7 @@ def make_shikra(
 
     # Written before tokenizer configs had the key.
     folder = make_sentencepiece(home / "base", vocabulary=vocabulary, legacy=None)
-    save_tensors(folder, base | buffers, "bin", shards=2)
+    save_tensors(folder, order_state(base | buffers, BEFORE_431), "bin", shards=2)
     config = llama_config(vocabulary, width, layers, heads, mlp, max_positions, dtype, eps=1e-6)
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     right = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -106,7 +112,7 @@ def make_shikra(
     )
     # The difference of two equal buffers, which stay in float32 whatever the weights are in.
     zeros = {name: torch.zeros_like(value) for name, value in buffers.items()}
-    save_tensors(folder, delta | zeros, "bin", shards=2)
+    save_tensors(folder, order_state(delta | zeros, BEFORE_431), "bin", shards=2)
     wrong = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
     wrong |= {"transformers_version": "4.28.0.dev0"}
     config |= wrong | {
