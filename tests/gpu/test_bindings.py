@@ -77,6 +77,8 @@ _RTX_ALONE = {
 """What the code takes of TensorRT-RTX only, besides all of kernels.py."""
 _GUARDED = {
     ("ICudaEngine", "device_memory_size"): "asked for where its successor is missing",
+    ("Builder", "build_serialized_network_to_stream"): "asked for before it is used",
+    ("", "IStreamWriter"): "there with the call that takes it",
 }
 """What some versions lack, and why that is no matter."""
 

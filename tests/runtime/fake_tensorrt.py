@@ -183,7 +183,13 @@ class FakeTensorrt(types.ModuleType):
         class IProgressMonitor:
             pass
 
+        class IStreamWriter:
+            pass
+
         self.ILogger, self.IProgressMonitor = ILogger, IProgressMonitor
+        builder = _OldBuilder
+        if version != "10.3.0":
+            self.IStreamWriter, builder = IStreamWriter, _Builder
         self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
         self.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
         self.ComputeCapability = types.SimpleNamespace(SM80=80, SM86=86, SM89=89, SM120=120)
@@ -193,7 +199,8 @@ class FakeTensorrt(types.ModuleType):
             self.BuilderFlag.REQUIRE_USER_ALLOCATION = "require-user-allocation"
             self.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(EAGER=1)
         self.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED=2)
-        for kind in (_Builder, _Parser, _Runtime):
+        self.Builder = _bind(builder, trt)
+        for kind in (_Parser, _Runtime):
             setattr(self, kind.__name__.strip("_"), _bind(kind, trt))
         self.OnnxParser = self.Parser
 
@@ -230,7 +237,7 @@ def _require_start(trt, log):
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
-class _Builder:
+class _OldBuilder:
     def __init__(self, trt, log):
         _require_start(trt, log)
         self.trt, self.log = trt, log
@@ -273,6 +280,21 @@ class _Builder:
             self.log.log(self.trt.ILogger.WARNING, warning)
         profiles = [profile.shapes for profile in config.profiles]
         return json.dumps({"path": network.path, "profiles": profiles}).encode()
+
+
+class _Builder(_OldBuilder):
+    """Of versions that write an engine piece by piece."""
+
+    def build_serialized_network_to_stream(self, network, config, writer):
+        engine = self.build_serialized_network(network, config)
+        if engine is None:
+            return False
+        middle = len(engine) // 2
+        for piece in (engine[:middle], engine[middle:]):
+            if writer.write(piece) != len(piece):
+                self.log.log(self.trt.ILogger.ERROR, "a piece was not written")
+                return False
+        return True
 
 
 class _Config:

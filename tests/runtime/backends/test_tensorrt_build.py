@@ -1,15 +1,20 @@
 """Building engines with a TensorRT that is made up: what is asked of it, kept, refused."""
 
 import dataclasses
+import errno
 import importlib
+import io
 import json
 import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from gap_runtime.backends.tensorrt.library import make_log, write_engine
 from gap_runtime.backends.tensorrt.rules import estimate_build
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import (
@@ -343,6 +348,34 @@ def test_too_little_disk(write_bundle, install, build, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 2_000_000}))
     assert refused(build(bundle), "engine", "2.0 MB free", "needs about 16.8 MB", "make room") == 5
     assert not (bundle.folder / "engines").exists()
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "10.16.1"])
+def test_an_engine_is_written_whole_or_the_disk_says_why(fakes, version):
+    """In one piece by the old version, in several by the new one, which hears no exceptions."""
+
+    class Disk(io.BytesIO):
+        room = 1000
+
+        def write(self, data):
+            if self.tell() + len(data) > self.room:
+                raise OSError(errno.ENOSPC, "no space left")
+            return super().write(data)
+
+    trt = fakes.FakeTensorrt("tensorrt", version, fakes.FakeCuda())
+    trt.graphs["g.onnx"] = fakes.FakeGraph(None)
+    asked = (
+        trt.Builder(make_log(trt)),
+        SimpleNamespace(path="g.onnx"),
+        SimpleNamespace(progress_monitor=Mock(), profiles=[]),
+    )
+    disk = Disk()
+    assert write_engine(trt, *asked, disk)
+    assert json.loads(disk.getvalue()) == {"path": "g.onnx", "profiles": []}
+    full = Disk()
+    full.room = 30
+    with pytest.raises(OSError, match="no space left"):
+        write_engine(trt, *asked, full)
 
 
 def test_too_little_memory(write_bundle, install, build, monkeypatch):

@@ -26,6 +26,7 @@ from gap_runtime.backends.tensorrt.library import (
     make_log,
     package_name,
     scratch_bytes,
+    write_engine,
 )
 from gap_runtime.backends.tensorrt.rules import estimate_build, read_graph, require_room
 from gap_runtime.backends.tensorrt.slots import attend_to_used_slots
@@ -59,6 +60,8 @@ _ATTENTION_ADVICE: Final = (
     "; its attention kernels take heads of 16 and more in float16: export with --dtype float16, "
     "or in plain operators with --target portable"
 )
+_BUILDER: Final = "IBuilder::"
+"""How messages of what cannot be built begin."""
 _CACHE_LAYER: Final = "KV_CACHE_UPDATE"
 _ATTENTION_LAYERS: Final = ("ATTENTION_INPUT", "ATTENTION_OUTPUT")
 _UNUSED: Final = "Unused Input"
@@ -262,18 +265,18 @@ def _compile(
                 profile.set_shape(spec.name, shape, shape, shape)
         config.add_optimization_profile(profile)
     save_timings = _load_timings(job, config)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        reason = last_error(log)
+    with aside.open("wb") as file:
+        is_built = write_engine(trt, builder, network, config, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if not is_built:
+        # After a build that failed, a machine without a GPU is told so, too.
+        reason = last_error(log, _BUILDER)
         advice = _ATTENTION_ADVICE if "ttention" in reason else ""
         raise EngineError(
             f"{path}: {package_name(trt)} {trt.__version__} could not build it: {reason}{advice}"
         )
     _require_heeded(trt, log.warnings[warned:], path)
-    with aside.open("wb") as file:
-        file.write(engine)
-        file.flush()
-        os.fsync(file.fileno())
     save_timings()
     kinds = (network.get_layer(k).type for k in range(network.num_layers))
     layers = Counter(str(kind).rpartition(".")[2].partition(":")[0] for kind in kinds)

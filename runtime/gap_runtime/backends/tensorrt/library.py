@@ -9,7 +9,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -155,6 +155,41 @@ def make_builder(trt: ModuleType, log: Any) -> Any:
     return _start(trt, log, trt.Builder)
 
 
+def write_engine(trt: ModuleType, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
+    """Build a network and write its engine; whether it could be built.
+
+    It is written piece by piece where the library does that, which 10.3 does not: memory then
+    holds the engine once, not twice.
+
+    Raises:
+        OSError: The file takes no more.
+    """
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        engine = builder.build_serialized_network(network, config)
+        if engine is not None:
+            file.write(engine)
+        return engine is not None
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                # The library takes a count for an answer, no exception.
+                self.error = error
+                return 0
+
+    writer = Writer()
+    is_built = bool(builder.build_serialized_network_to_stream(network, config, writer))
+    if writer.error is not None:
+        raise writer.error
+    return is_built
+
+
 def _start(trt: ModuleType, log: Any, make: Callable[[Any], Any]) -> Any:
     try:
         return make(log)
@@ -166,11 +201,12 @@ def _start(trt: ModuleType, log: Any, make: Callable[[Any], Any]) -> Any:
         ) from error
 
 
-def last_error(log: Any) -> str:
-    """What the library said last, in one line."""
+def last_error(log: Any, source: str = "") -> str:
+    """What the library said last, in one line; what `source` said, where that said anything."""
     if not log.errors:
         return "it gave no reason"
-    return " ".join(log.errors[-1].split())[:400]
+    found = [message for message in log.errors if message.startswith(source)] or log.errors
+    return " ".join(found[-1].split())[:400]
 
 
 def find_mismatch(record: EngineRecord, trt: ModuleType, capabilities: tuple[str, ...]) -> str:
