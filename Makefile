@@ -3,6 +3,7 @@
 # make test    lint, types, layers, tests, and the runtime alone in clean environments
 # make docs     all pages as a site, in build/site; a broken link is an error
 # make dist     wheels and sdists of both distributions in build/dist, tried in empty environments
+# make extras  every extra resolved by pip for x86-64 and aarch64, Python 3.10 and 3.12 (asks the package registry)
 # make matrix  parity of every family, pruner and position mode (about half an hour)
 # make gpu-contract  what onnxruntime-gpu's real CUDA provider does with every form of graph, without a GPU
 # make gpu-day  what a GPU machine without a network needs, in build/gpu-day; run at once where a GPU is here
@@ -29,7 +30,7 @@ SEED := 0
 KILLS := 200
 FUZZED := build/fuzz/bundle
 
-.PHONY: setup demo test lint unit device docs dist matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
+.PHONY: setup demo test lint unit device docs dist extras matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
 # Tests start many programs; each would compile the package again.
@@ -76,6 +77,9 @@ docs: $(STAMP)
 dist: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable ".[dist]"
 	bash tests/dist.sh
+
+extras: $(STAMP)
+	$(BIN)/python -m pytest -m "matrix or not matrix" tests/gpu/test_extras.py
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from packaging.requirements import Requirement
@@ -82,7 +83,7 @@ def _is_verdict(text):
 
 
 def list_cases():
-    """Every case; pip takes seconds for each, so that a default run has one."""
+    """Every case; pip takes seconds for each, so a default run has one, `make extras` all."""
     for case in CASES:
         machine, python, asked = case
         is_usual = case == ("aarch64", "3.12", CUDA_13)
@@ -91,9 +92,18 @@ def list_cases():
         yield pytest.param(case, id=f"{machine}-{python}-{name}", marks=marks)
 
 
+@pytest.fixture(scope="module")
+def resolved(request):
+    """What pip makes of the cases of this run, asked side by side: it mostly waits."""
+    items = [item for item in request.session.items if item.path == request.path]
+    cases = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return dict(zip(cases, pool.map(resolve, cases), strict=True))
+
+
 @pytest.mark.parametrize("case", list_cases())
-def test_they_resolve(case):
-    found = resolve(case)
+def test_they_resolve(case, resolved):
+    found = resolved[case]
     if isinstance(found, str) and not _is_verdict(found):
         pytest.skip(f"pip does not get an answer from the registry: {found[-300:]}")
     assert isinstance(found, dict), found
