@@ -175,7 +175,7 @@ def test_a_head_that_is_the_embedding_table(case, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda data: data["vision_config"].update(num_channels=1), "num_channels is not 3"),
+        (lambda data: data["vision_config"].update(num_channels=1), "num_channels 1, expected 3"),
         (lambda data: data["vision_config"].update(model_type="clip_vision_model"), "expected si"),
         (lambda data: data.update(vision_feature_select_strategy="default"), "the first patch"),
         (lambda data: data.update(vision_feature_layer=[-1, -2]), "expected one layer"),

@@ -7,8 +7,17 @@ import pytest
 from gap_export.pipeline.garbage import rare_collections
 
 
-def test_thresholds_come_back_whatever_happens():
+@pytest.fixture
+def usual():
+    """Python's own thresholds, in place of those of the test run."""
     before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield gc.get_threshold()
+    gc.set_threshold(*before)
+
+
+def test_thresholds_come_back_whatever_happens(usual):
+    before = usual
     seen = []
 
     @rare_collections()

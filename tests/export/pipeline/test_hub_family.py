@@ -81,4 +81,4 @@ def test_an_adapter_beside_qwens_weights_is_told(hub, tmp_path):
     plan = plan_export(make_request(tmp_path, settings=SETTINGS, reference=False))
     (note,) = plan.spec.notes
     assert note.startswith(f"{tmp_path / 'adapter_model.safetensors'}: an adapter beside")
-    assert note.endswith("merge it with PEFT's merge_and_unload() and give the merged model")
+    assert note.endswith(f"--set parts.adapter={tmp_path / 'adapter_model.safetensors'}")

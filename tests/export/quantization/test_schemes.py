@@ -109,7 +109,7 @@ def test_what_graphs_use_is_known_before_they_are_traced(
 
     def make(**overrides):
         plan = case.plan(tmp_path / "b", pruner=pruner, prune__ratios=[0.0, 0.5], **overrides)
-        return plan, pipeline._trace(plan, Display(quiet=True), pipeline.GraphCache())
+        return plan, pipeline._trace(plan, Display(quiet=True), pipeline.GraphCache(), None)
 
     plan, graphs = make()
     text = [graphs.text] if graphs.text else []

@@ -41,7 +41,13 @@ def repository(make_bundle, manifest, answer_with, monkeypatch, tmp_path, capsys
     utils.get_input_tensor_by_name = lambda request, name: request.get(name)
     monkeypatch.setitem(sys.modules, utils.__name__, utils)
     first, second = manifest.ratios
-    bundle = make_bundle(ratios=(dataclasses.replace(first, ratio=RATIO), second))
+    bundle = make_bundle(
+        ratios=(dataclasses.replace(first, ratio=RATIO), second),
+        stages=[
+            dataclasses.replace(stage, ratio=RATIO) if stage.ratio == first.ratio else stage
+            for stage in manifest.stages
+        ],
+    )
     assert main(["triton", str(bundle), "--out", str(tmp_path / "models")]) == 0
     folder = tmp_path / "models" / "bundle"
     assert capsys.readouterr().out == f"{folder}\n"
