@@ -60,6 +60,12 @@ def find_usual_pruner(family: str) -> str:
 def describe_model_type(found: str) -> str:
     """One line about a `model_type` that no family reads: which there are, the nearest way."""
     names = list_plugins(FAMILIES)
+    if found in {"", "None"}:
+        # Missing, or null.
+        return (
+            f"no model_type in it that tells which of the families it is ({', '.join(names)}); "
+            "name the model: gap-export NAME --checkpoint FOLDER, `gap-export list` has them"
+        )
     ways = (read_constant(FAMILIES, name, "NEIGHBOURS") or {} for name in names)
     advice = next(
         (text for way in ways for pattern, text in way.items() if re.search(pattern, found)),

@@ -68,7 +68,7 @@ build_text_tower = build_clip_text
 NEIGHBOURS: Final = {
     r"^llava_mistral$": "it is LLaVA-NeXT in its authors' layout; give Hugging Face's: "
     "llava-hf/llava-v1.6-mistral-7b-hf",
-    r"onevision|qwen|gemma|idefics|mllama|phi|pixtral|vipllava|minicpm|deepseek": (
+    r"onevision|qwen|gemma|idefics|mllama|phi|pixtral|vipllava|minicpm|deepseek|mpt": (
         "its towers are of another kind; of the models that are here llava-next-vicuna-7b and "
         "llava-next-mistral-7b are the nearest, and CONTRIBUTING.md says how a family is added"
     ),

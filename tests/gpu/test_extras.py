@@ -101,7 +101,7 @@ def resolved(request):
         return dict(zip(cases, pool.map(resolve, cases), strict=True))
 
 
-@pytest.mark.parametrize("case", list_cases())
+@pytest.mark.parametrize("case", list(list_cases()))
 def test_they_resolve(case, resolved):
     found = resolved[case]
     if isinstance(found, str) and not _is_verdict(found):

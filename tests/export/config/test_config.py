@@ -393,13 +393,26 @@ def test_a_checkpoint_folder_names_its_own_family(tmp_path):
     assert named.config.checkpoint == str(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llava_next_video", "", "../llava"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llava_next_video", "../llava"])
 def test_a_folder_of_another_model_type(tmp_path, model_type):
     folder = model_folder(tmp_path / "mine", model_type)
     message = refusal(folder)
     assert str(folder / "config.json") in message
     assert f"model_type '{model_type}' is none of the families that there are (" in message
     assert "llava, llava_next" in message
+
+
+@pytest.mark.parametrize("model_type", ["", None])
+def test_a_folder_whose_config_names_no_model_type(tmp_path, model_type):
+    folder = model_folder(tmp_path / "mine", model_type)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'config.json'}: no model_type in it")
+    assert "llava, llava_next" in message
+    assert "gap-export NAME --checkpoint FOLDER" in message
+
+
+def test_the_nearest_model_is_named(tmp_path):
+    assert "llava-next-vicuna-7b" in refusal(model_folder(tmp_path / "mine", "llava_mpt"))
 
 
 def test_a_folder_without_a_config(tmp_path):
