@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gap_runtime.errors import GapError
+from gap_runtime.errors import GapError as GapError  # noqa: PLC0414 - public here too
 
 
 class ExportError(GapError):
