@@ -1,12 +1,19 @@
 """One request as a user makes it, a picture and a phrase in and a box out, split by stage.
 
-    python -m benchmarks.request [--precisions fp32 int4] [--ratios 0 0.5 0.75] [--bundle FOLDER]
+    python -m benchmarks.request [--precisions fp32 int4] [--ratios 0 0.5 0.75]
+        [--backends onnxruntime openvino] [--peers NAME ...] [--picture FILE.svg]
 
 The checkpoint is random (benchmarks.checkpoints) and answers no boxes. So the tokens of an answer
 are forced: every call of the decoder is made in full, then the token that is wanted is made the
 most likely one. A draft is thereby accepted where it is right, as with a model that answers in its
 form, and refused elsewhere. First and further phrases, ratios, and answers with and without drafts
 take turns in one process; figures are medians.
+
+Peers are timed by their scripts (benchmarks.runtime): on the same weights, a prompt of as many
+tokens as our unpruned one, and as many tokens decoded as the answer has. They read no picture
+file, so their requests are without `preprocess`, and a peer without a vision tower is compared
+with our decoder alone. What they measured is kept in a file: `--resume` goes on where a run
+stopped.
 """
 
 from __future__ import annotations
@@ -16,16 +23,16 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.runtime import HOME, make_checkpoint
-from benchmarks.suite import format_table
+from benchmarks.runtime import HOME, Comparison, make_checkpoint
+from benchmarks.suite import OURS, PEERS, Results, format_table, list_peers, median, read_peer
 from gap_runtime.backends import DecoderSession
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.grounding.grounder import Grounder
@@ -34,7 +41,10 @@ from gap_runtime.grounding.prompt import PHRASE_FIELD, load_tokenizer
 ANSWER: Final = " [0.12, 0.34, 0.56, 0.78]"
 _FIRST: Final = "the red mug on the left of the table"
 _FURTHER: Final = "the blue plate in front of the window"
-_STAGES: Final = ("preprocess", "vision", "prefill", "decode", "total")
+_STAGES: Final = ("preprocess", "vision", "prefill", "decode")
+_TARGETS: Final = {"onnxruntime": "cpu", "openvino": "openvino"}
+"""What a bundle of each backend is exported for."""
+_COLORS: Final = ("#8c8c8c", "#4c78a8", "#f58518", "#54a24b")
 
 
 class ForcedAnswer:
@@ -73,33 +83,50 @@ class Case:
     further: list[dict[str, float]] = field(default_factory=list)
     calls: int = 0
 
-    def median(self, times: list[dict[str, float]], stage: str) -> float:
-        """Of a stage."""
-        return statistics.median(each[stage] for each in times)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A line of the table and a bar of the picture: medians in milliseconds by stage.
+
+    A stage that a subject has not is left out. `whole` is false for a peer without vision.
+    """
+
+    name: str
+    removed: str
+    calls: int
+    milliseconds: Mapping[str, float]
+    whole: bool = True
+
+    @property
+    def total(self) -> float:
+        """Of all stages that were measured."""
+        return sum(self.milliseconds.values())
 
 
-def prepare(name: str, precision: str, ratios: Sequence[float], home: Path) -> Path:
-    """A bundle of a random checkpoint, exported if it is not there."""
+def prepare(
+    name: str, precision: str, ratios: Sequence[float], home: Path, backend: str = "onnxruntime"
+) -> Path:
+    """A bundle of a random checkpoint for a backend, exported if it is not there."""
     wanted = "-".join(f"{ratio:g}" for ratio in ratios)
-    out = home / "request" / f"{name}-{precision}-{wanted}"
+    out = home / "request" / f"{name}-{precision}-{backend}-{wanted}"
     if not out.exists():
         program = Path(sys.executable).parent / "gap-export"
         command = [str(program), str(make_checkpoint(name, home)), "--no-reference"]
         for ratio in ratios:
             command += ["--ratio", str(ratio)]
-        command += ["--bring", "link", "--out", str(out)]
+        command += ["--target", _TARGETS[backend], "--bring", "link", "--out", str(out)]
         command += ["--quantize", "int4"] if precision == "int4" else []
         subprocess.run(command, check=True)
     return out
 
 
-def measure(bundle: Bundle, runs: int) -> list[Case]:
+def measure(grounder: Grounder, runs: int) -> list[Case]:
     """Time all kinds of requests on a bundle by turns, after one run that is not counted."""
-    grounder = Grounder(bundle, keep_pictures=0)
+    bundle = grounder.bundle
     values = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     picture = Image.fromarray(values)
     cache = grounder._open_cache()  # noqa: SLF001 - the answer is forced behind its back
-    cache.session = ForcedAnswer(cache.session, _read_answer(bundle))
+    cache.session = ForcedAnswer(cache.session, read_answer(bundle))
     entries = bundle.manifest.ratios
     cases = [Case(ratio=entry.ratio, draft=draft) for entry in entries for draft in (False, True)]
     for run in range(runs + 1):
@@ -115,7 +142,7 @@ def measure(bundle: Bundle, runs: int) -> list[Case]:
     return cases
 
 
-def _read_answer(bundle: Bundle) -> list[int]:
+def read_answer(bundle: Bundle) -> list[int]:
     """The tokens of the answer behind the prompt, as the model's tokenizer writes them."""
     prompt = bundle.manifest.prompt
     assert prompt.tokenizer is not None
@@ -127,32 +154,132 @@ def _read_answer(bundle: Bundle) -> list[int]:
     return [*whole[len(start) :], prompt.stop_ids[0]]
 
 
-def tabulate(cases: list[Case]) -> list[list[str]]:
-    """Rows of the table, the first one with titles."""
-    titles = ["removed", "drafts", "calls", *(f"{stage}, ms" for stage in _STAGES)]
-    rows = [[*titles, "further prefill, ms", "further total, ms"]]
+def count_prompt(grounder: Grounder) -> int:
+    """Tokens of the first phrase's prompt with all of the picture's."""
+    bundle = grounder.bundle
+    prompt = grounder.encoder.encode_within(_FIRST, bundle.manifest.layout)
+    return len(prompt.prefix) + bundle.choose_ratio(0.0).kept + len(prompt.suffix)
+
+
+def list_requests(name: str, cases: Sequence[Case]) -> Iterator[Request]:
+    """Ours: the first phrase on a picture, and a further one where drafts are sent."""
     for case in cases:
-        times = [f"{case.median(case.first, stage):.0f}" for stage in _STAGES]
-        later = [f"{case.median(case.further, stage):.0f}" for stage in ("prefill", "total")]
-        rows.append(
-            [f"{case.ratio:g}", "yes" if case.draft else "no", str(case.calls), *times, *later]
+        drafts = "drafts" if case.draft else "no drafts"
+        kinds = [("", case.first), (", further phrase", case.further)][: 1 + case.draft]
+        for kind, times in kinds:
+            yield Request(
+                name=f"{name}, {drafts}{kind}",
+                removed=f"{case.ratio:g}",
+                calls=case.calls,
+                milliseconds={
+                    stage: statistics.median(each.get(stage, 0.0) for each in times)
+                    for stage in _STAGES
+                },
+            )
+
+
+def list_peer_requests(rows: Sequence[Mapping[str, Any]], calls: int) -> Iterator[Request]:
+    """Peers': they see all tokens of the picture, and each token of the answer is a call."""
+    for row in rows:
+        if row["failed"] or not row["rounds"]:
+            continue
+        count = str(row["settings"]["prompts"][0])
+        stages = {
+            "vision": median(ms for each in row["rounds"] for ms in each["vision_ms"] or []),
+            "prefill": median(ms for each in row["rounds"] for ms in each["prefill_ms"][count]),
+            "decode": median(ms for each in row["rounds"] for ms in each["token_ms"][count]),
+        }
+        known = {stage: ms for stage, ms in stages.items() if ms is not None}
+        known["decode"] *= calls
+        yield Request(
+            name=row["name"],
+            removed="0",
+            calls=calls + 1,
+            milliseconds=known,
+            whole=row["scope"] == "whole",
         )
+
+
+def measure_peers(
+    options: argparse.Namespace, precision: str, *, prompt: int, calls: int
+) -> list[Mapping[str, Any]]:
+    """Rows of the peers' rounds, which take turns; those that cannot be had say why."""
+    peers = [read_peer(PEERS / f"{name}.py") for name in options.peers]
+    settings = argparse.Namespace(**vars(options), prompts=[prompt], tokens=calls, keep=True)
+    comparison = Comparison(
+        name=options.checkpoint,
+        precision=precision,
+        peers={peer.key: peer for peer in peers if precision in peer.precisions},
+        options=settings,
+        results=Results(options.home / "request.json"),
+    )
+    comparison.run()
+    return [
+        row
+        for row in comparison.results.rows.values()
+        if (row["checkpoint"], row["precision"]) == (options.checkpoint, precision)
+    ]
+
+
+def tabulate(requests: Sequence[Request]) -> list[list[str]]:
+    """Rows of the table, the first one with titles, the slowest whole request on top."""
+    rows = [["request", "removed", "calls", *(f"{stage}, ms" for stage in _STAGES), "total, ms"]]
+    for each in requests:
+        times = [
+            f"{each.milliseconds[stage]:,.0f}" if stage in each.milliseconds else "-"
+            for stage in _STAGES
+        ]
+        name = each.name if each.whole else f"{each.name} (decoder)"
+        rows.append([name, each.removed, str(each.calls), *times, f"{each.total:,.0f}"])
     return rows
 
 
-def compare(cases: list[Case]) -> Iterator[str]:
+def compare(cases: Sequence[Case]) -> Iterator[str]:
     """Ratios that say what drafts and a known picture save."""
+
+    def mid(times: list[dict[str, float]], stage: str) -> float:
+        return statistics.median(each[stage] for each in times)
+
     for plain, drafted in zip(cases[::2], cases[1::2], strict=True):
-        decode = drafted.median(drafted.first + drafted.further, "decode")
-        decode /= plain.median(plain.first + plain.further, "decode")
-        prefill = drafted.median(drafted.further, "prefill")
-        prefill /= drafted.median(drafted.first, "prefill")
-        whole = drafted.median(drafted.further, "total") / plain.median(plain.first, "total")
+        decode = mid(drafted.first + drafted.further, "decode")
+        decode /= mid(plain.first + plain.further, "decode")
+        prefill = mid(drafted.further, "prefill") / mid(drafted.first, "prefill")
+        whole = mid(drafted.further, "total") / mid(plain.first, "total")
         yield (
             f"removed {plain.ratio:g}: decoding with drafts {decode:.2f} of that without, prefill "
             f"of a further phrase {prefill:.2f} of the first one's, all of it {whole:.2f} of a "
             "first one without drafts"
         )
+
+
+def draw(requests: Sequence[Request], title: str, path: Path) -> None:
+    """A stacked bar for each request, the stages from left to right, as SVG."""
+    # A picture is drawn on demand.
+    from matplotlib import rc_context  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(9, 0.8 + 0.34 * len(requests)), layout="constrained")
+    axes = figure.subplots()
+    labels = [
+        f"{each.name}, {float(each.removed):.0%} removed"
+        if each.removed != "0"
+        else each.name + ("" if each.whole else " (decoder)")
+        for each in requests
+    ]
+    left = np.zeros(len(requests))
+    for stage, color in zip(_STAGES, _COLORS, strict=True):
+        seconds = np.array([each.milliseconds.get(stage, 0.0) for each in requests]) / 1e3
+        axes.barh(labels, seconds, left=left, color=color, label=stage)
+        left += seconds
+    axes.bar_label(axes.containers[-1], [f"{total:.1f} s" for total in left], padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(0, left.max() * 1.1)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("seconds from picture and phrase to box")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=len(_STAGES), frameon=False, loc="lower right")
+    with rc_context({"svg.hashsalt": "request"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -161,21 +288,44 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="llava-185m")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int4"])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.75])
+    parser.add_argument("--backends", nargs="+", default=["onnxruntime"], choices=[*_TARGETS])
     parser.add_argument("--bundle", type=Path, help="measure this one instead")
-    parser.add_argument("--runs", type=int, default=5)
+    peers = [name for name in list_peers() if name != OURS]
+    parser.add_argument("--peers", nargs="*", default=[], choices=peers)
+    parser.add_argument("--picture", type=Path, help="an SVG of stacked bars, of one precision")
+    parser.add_argument("--runs", type=int, default=5, help="in one process")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each peer")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds for a process")
+    parser.add_argument("--resume", action="store_true", help="keep what peers measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--home", type=Path, default=HOME)
     options = parser.parse_args()
     os.environ["GAP_RUNTIME_THREADS"] = str(options.threads)
     for precision in options.precisions if options.bundle is None else ["as it is"]:
-        folder = options.bundle or prepare(
-            options.checkpoint, precision, options.ratios, options.home
-        )
-        cases = measure(Bundle.open(folder), options.runs)
-        print(f"\n### {folder.name}, {precision}, threads: {options.threads}\n")
-        print(format_table(tabulate(cases), markdown=True))
-        print("\n" + "\n".join(f"- {line}" for line in compare(cases)))
+        requests: list[Request] = []
+        notes: list[str] = []
+        for backend in options.backends:
+            folder = options.bundle or prepare(
+                options.checkpoint, precision, options.ratios, options.home, backend
+            )
+            grounder = Grounder(Bundle.open(folder), backend, keep_pictures=0)
+            cases = measure(grounder, options.runs)
+            grounder.close()
+            requests += list_requests(f"gap-export ({backend})", cases)
+            notes += [f"{backend}, {line}" for line in compare(cases)]
+        if options.peers:
+            # The prefill gives the answer's first token.
+            calls = len(read_answer(grounder.bundle)) - 1
+            prompt = count_prompt(grounder)
+            rows = measure_peers(options, precision, prompt=prompt, calls=calls)
+            requests = [*list_peer_requests(rows, calls), *requests]
+            notes += [f"{row['name']}: {row['failed']}" for row in rows if row["failed"]]
+        title = f"{folder.name}, {precision}, threads: {options.threads}"
+        print(f"\n### {title}\n\n{format_table(tabulate(requests), markdown=True)}\n")
+        print("\n".join(f"- {line}" for line in notes))
         print(f"- load average at the end: {os.getloadavg()[0]:.1f}", flush=True)
+        if options.picture is not None:
+            draw(requests, title, options.picture)
 
 
 if __name__ == "__main__":
