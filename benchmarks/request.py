@@ -114,7 +114,8 @@ def prepare(
         command = [str(program), str(make_checkpoint(name, home)), "--no-reference"]
         for ratio in ratios:
             command += ["--ratio", str(ratio)]
-        command += ["--target", _TARGETS[backend], "--bring", "link", "--out", str(out)]
+        command += ["--dtype", "float32", "--target", _TARGETS[backend]]
+        command += ["--bring", "link", "--out", str(out)]
         command += ["--quantize", "int4"] if precision == "int4" else []
         subprocess.run(command, check=True)
     return out

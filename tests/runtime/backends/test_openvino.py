@@ -164,6 +164,21 @@ def test_threads_are_those_of_the_environment(library, bundle, monkeypatch):
     assert library.compiled[0][2]["INFERENCE_NUM_THREADS"] == 3
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "hint"), [(("FP32", "BF16"), "bf16"), (("FP32",), "f32")]
+)
+def test_fast_products_where_the_processor_has_them(
+    library, bundle, monkeypatch, make_stages, capabilities, hint
+):
+    monkeypatch.setenv("GAP_RUNTIME_FASTMATH", "1")
+    library.core.capabilities = capabilities
+    stages = make_stages("float32")
+    manifest = dataclasses.replace(bundle.manifest, dtype="float32", stages=stages)
+    bundle = dataclasses.replace(bundle, manifest=manifest)
+    openvino.open_decoder(bundle, manifest.stage(DECODER), "")
+    assert library.compiled[0][2]["INFERENCE_PRECISION_HINT"] == hint
+
+
 def test_other_devices_keep_what_they_compile(library, bundle):
     openvino.open_decoder(bundle, bundle.manifest.stage(DECODER), "gpu.0")
     ((_, device, settings),) = library.compiled

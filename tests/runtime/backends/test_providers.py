@@ -465,6 +465,23 @@ def test_no_number_of_threads(ort, decoder_bundle, monkeypatch, text):
         open_decoder(decoder_bundle, "cpu")
 
 
+_FASTMATH = "mlas.enable_gemm_fastmath_arm64_bfloat16"
+
+
+@pytest.mark.parametrize(("text", "entry"), [("1", "1"), ("0", None), ("", None)])
+def test_products_in_bfloat16_are_asked_for(ort, decoder_bundle, monkeypatch, text, entry):
+    monkeypatch.setenv("GAP_RUNTIME_FASTMATH", text)
+    open_decoder(decoder_bundle, "cpu")
+    assert ort.sessions[0].options.entries.get(_FASTMATH) == entry
+
+
+def test_a_wish_for_fast_products_is_0_or_1(ort, decoder_bundle, monkeypatch):
+    del ort
+    monkeypatch.setenv("GAP_RUNTIME_FASTMATH", "yes")
+    with pytest.raises(ConfigError, match="GAP_RUNTIME_FASTMATH=yes: expected 1, or 0"):
+        open_decoder(decoder_bundle, "cpu")
+
+
 def test_a_cache_of_int8_needs_an_onnxruntime_that_can_run_it(ort, decoder_bundle):
     """1.26 loads such a graph and fails at the first prompt; a line before that says so."""
     manifest = decoder_bundle.manifest

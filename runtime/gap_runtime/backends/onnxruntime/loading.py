@@ -29,7 +29,7 @@ from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.fat_binary import list_kernels
 from gap_runtime.machines.survey import ONNXRUNTIME_CUDA
 from gap_runtime.machines.telemetry import silence_telemetry
-from gap_runtime.machines.threads import read_threads
+from gap_runtime.machines.wishes import read_threads, wants_fastmath
 
 _ERRORS: Final = (
     "EPFail",
@@ -213,6 +213,8 @@ def _make_options(ort: ModuleType, bundle: Bundle, wanted: str) -> Any:
         # A residual that is added to a product would keep it from its quantized weight's kernel.
         "optimization.disable_specified_optimizers": "MatMulAddFusion",
     }
+    if wanted == "cpu" and wants_fastmath():
+        entries["mlas.enable_gemm_fastmath_arm64_bfloat16"] = "1"
     if wanted != "cpu" and _version(ort) >= _OPSET_24:
         entries["session.record_ep_graph_assignment_info"] = "1"
     quantized = bundle.manifest.quantization

@@ -23,7 +23,7 @@ from gap_runtime.bundle.engines import prove_cache, provider_cache, seal_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, EngineError
-from gap_runtime.machines.threads import read_threads
+from gap_runtime.machines.wishes import read_threads, wants_fastmath
 
 _CPU: Final = "CPU"
 _CACHE: Final = "CACHE_DIR"
@@ -207,6 +207,8 @@ def _read_tensor(found: Any) -> GraphTensor:
 def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
     """How a graph is compiled: for one caller at a time, in the bundle's own precision."""
     precision = _PRECISIONS[bundle.manifest.dtype]
+    if precision == "f32" and device == _CPU and wants_fastmath():
+        precision = "bf16"
     capability = _CAPABILITIES.get(precision)
     if capability and capability not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
         precision = "f32"

@@ -1,4 +1,4 @@
-"""How many threads a session may take."""
+"""What the environment asks of sessions on a CPU: how many threads, how exact products."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from gap_runtime.errors import ConfigError
 
 THREADS: Final = "GAP_RUNTIME_THREADS"
 """Environment variable: threads of each session on the CPU; all cores where it is not set."""
+FASTMATH: Final = "GAP_RUNTIME_FASTMATH"
+"""Environment variable: 1 lets a CPU that has bfloat16 multiply float32 in it."""
 
 
 def read_threads() -> int | None:
@@ -23,3 +25,15 @@ def read_threads() -> int | None:
     if not (text.isdecimal() and int(text)):
         raise ConfigError(f"{THREADS}={text}: expected a number of threads, 1 or more")
     return int(text)
+
+
+def wants_fastmath() -> bool:
+    """Whether products of float32 may be made in bfloat16, where the processor has it.
+
+    Raises:
+        ConfigError: It is neither 0 nor 1.
+    """
+    text = os.environ.get(FASTMATH, "0")
+    if text not in {"", "0", "1"}:
+        raise ConfigError(f"{FASTMATH}={text}: expected 1, or 0 for exact products")
+    return text == "1"
