@@ -1,11 +1,18 @@
-"""A service under load: latencies, memory before and after, and what HTTP costs beside the model.
+"""A service under load: latencies, memory before and after, and what HTTP costs beside the library.
 
-    python -m benchmarks.service BUNDLE [--requests 1000] [--clients 16]
+    python -m benchmarks.service BUNDLE [--requests 1000] [--clients 16] [--out FILE]
 
-The service runs in a process of its own on this machine, so clients take some of its cores. The
-overhead of a request is what its client waits for the answer, from the first byte sent to the last
-one received, without what the same call of the library takes (reading the picture, and the stages
-of its phrases) and without the wait for the requests before it.
+The service runs in a process of its own on this machine, so clients take some of its cores.
+
+The overhead of a request is what it takes more than the same question, the same bytes of a picture
+and the same phrase, asked of `Grounder` directly. With one client it is timed where the client is,
+from the first byte sent to the last one received, and request and direct call go by turns. With
+many, clients wait for each other and for a core, so it is what the service says of itself: from
+the head of a request to its answer (the header `Server-Timing`), without the wait for its turn and
+without what the library takes: its stages, and around them as much as in the direct calls.
+
+What the library does around the stages of the model (the phrase's tokens, boxes, the score) is
+given by itself, so that all beyond the stages is the sum of both.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import psutil
@@ -45,14 +53,25 @@ class Answered:
 
     status: int
     whole: float
+    service: float
     model: float
     picture: float
     queue: float
 
     @property
-    def overhead(self) -> float:
-        """What the service adds to a call of the library."""
-        return self.whole - self.model - self.picture - self.queue
+    def beyond_stages(self) -> float:
+        """What the service took, but for its queue, the picture and the stages of the model."""
+        return self.service - self.queue - self.picture - self.model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One question, asked over HTTP and of the library, in milliseconds."""
+
+    request: float
+    direct: float
+    model: float
+    """Of the direct call: the stages of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +88,8 @@ class Figures:
     """What was measured. Times are in milliseconds; memory is the resident set in MiB.
 
     Pictures are kept until their memory is used up, so memory grows with new pictures: the same
-    ones are asked about twice. `many` is of all clients at once, `alone` of one. The two `cpu_`
-    are of the processor, of a request in the service and of the same call of the library, on one
-    thread: other work on the machine does not change them.
+    ones are asked about twice. `many` is of all clients at once, `alone` of one. `library` is what
+    a direct call takes beyond the stages of the model.
     """
 
     requests: int
@@ -85,11 +103,9 @@ class Figures:
     memory_after_all: float
     memory_after_all_again: float
     alone: Times
-    alone_model: Times
-    alone_picture: Times
+    alone_direct: Times
     alone_overhead: Times
-    cpu_of_a_request: float
-    cpu_of_the_library: float
+    library: Times
 
 
 def make_bodies() -> Iterator[bytes]:
@@ -122,28 +138,31 @@ class Client:
         ).encode()
         began = time.perf_counter()
         self._socket.sendall(head + body)
-        status, answer = self._receive()
+        status, service, answer = self._receive()
         whole = (time.perf_counter() - began) * 1e3
         data = json.loads(answer)
         waited = data.get("milliseconds", {})
         return Answered(
             status=status,
             whole=whole,
+            service=service,
             model=sum(each["milliseconds"]["total"] for each in data.get("results", [])),
             picture=waited.get("picture", 0.0),
             queue=waited.get("queue", 0.0),
         )
 
-    def _receive(self) -> tuple[int, bytes]:
+    def _receive(self) -> tuple[int, float, bytes]:
+        """Status, milliseconds that the service took, body."""
         data = bytearray()
         while (end := data.find(b"\r\n\r\n")) < 0:
             data += self._receive_some()
         found = re.search(rb"\r\ncontent-length: *(\d+)", data[:end], re.IGNORECASE)
-        assert found is not None
+        took = re.search(rb"\r\nserver-timing: *service;dur=([\d.]+)", data[:end], re.IGNORECASE)
+        assert found is not None and took is not None
         size = end + 4 + int(found[1])
         while len(data) < size:
             data += self._receive_some()
-        return int(data[9:12]), bytes(data[end + 4 :])
+        return int(data[9:12]), float(took[1]), bytes(data[end + 4 :])
 
     def _receive_some(self) -> bytes:
         piece = self._socket.recv(2**16)
@@ -180,23 +199,23 @@ def read_memory(process: subprocess.Popen[str]) -> float:
     return float(psutil.Process(process.pid).memory_info().rss) / 2**20
 
 
-def read_cpu(process: subprocess.Popen[str]) -> float:
-    """Milliseconds of the processor that a process took so far."""
-    times = psutil.Process(process.pid).cpu_times()
-    return float(times.user + times.system) * 1e3
-
-
-def time_library(bundle: str, bodies: list[bytes]) -> float:
-    """Milliseconds of the processor of a call about the bytes of a picture that is known."""
+def take_turns(client: Client, grounder: Grounder, bodies: list[bytes]) -> list[Turn]:
+    """Ask each question over HTTP and of the library, about pictures that both know."""
     asked = [json.loads(body) for body in bodies]
     pairs = [(base64.b64decode(each["image"]), each["phrase"]) for each in asked]
-    with Grounder(Bundle.open(bundle)) as grounder:
-        for image, phrase in pairs:
-            grounder.ground(image, phrase)
-        began = time.process_time()
-        for image, phrase in pairs:
-            grounder.ground(image, phrase)
-        return (time.process_time() - began) * 1e3 / len(pairs)
+    for body, pair in zip(bodies, pairs, strict=True):
+        client.ask(body)
+        grounder.ground(*pair)
+    turns = []
+    for body, pair in zip(bodies, pairs, strict=True):
+        answered = client.ask(body)
+        began = time.perf_counter()
+        found = grounder.ground(*pair)
+        direct = (time.perf_counter() - began) * 1e3
+        turns.append(
+            Turn(request=answered.whole, direct=direct, model=found.milliseconds["total"])
+        )
+    return turns
 
 
 def press(
@@ -247,44 +266,44 @@ def measure(bundle: str, requests: int, clients: int) -> Figures:
         press(address, bodies, clients)
         again = read_memory(process)
         # A new one: a connection that nothing comes over for long is closed.
-        client = Client(address)
-        before = read_cpu(process)
-        alone = [client.ask(body) for body in bodies[:_ALONE]]
-        cpu = (read_cpu(process) - before) / len(alone)
+        with Grounder(Bundle.open(bundle)) as grounder:
+            turns = take_turns(Client(address), grounder, bodies[:_ALONE])
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+    library = sum_up(each.direct - each.model for each in turns)
     return Figures(
         requests=requests,
         clients=clients,
         statuses=dict(statuses),
         seconds=seconds,
         many=sum_up(each.whole for each in many),
-        many_overhead=sum_up(each.overhead for each in many),
+        many_overhead=sum_up(each.beyond_stages - library.p50 for each in many),
         memory_ready=ready,
         memory_after_first=first,
         memory_after_all=end,
         memory_after_all_again=again,
-        alone=sum_up(each.whole for each in alone),
-        alone_model=sum_up(each.model for each in alone),
-        alone_picture=sum_up(each.picture for each in alone),
-        alone_overhead=sum_up(each.overhead for each in alone),
-        cpu_of_a_request=cpu,
-        cpu_of_the_library=time_library(bundle, bodies[:_ALONE]),
+        alone=sum_up(each.request for each in turns),
+        alone_direct=sum_up(each.direct for each in turns),
+        alone_overhead=sum_up(each.request - each.direct for each in turns),
+        library=library,
     )
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, and write where that is wanted."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--out", type=Path, help="a file for the figures")
     options = parser.parse_args()
+    load = os.getloadavg()
     figures = measure(options.bundle, options.requests, options.clients)
-    print(
-        json.dumps({**asdict(figures), "cores": os.cpu_count(), "load": os.getloadavg()}, indent=2)
-    )
+    said = json.dumps({**asdict(figures), "cores": os.cpu_count(), "load_before": load}, indent=2)
+    print(said)
+    if options.out is not None:
+        options.out.write_text(said + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

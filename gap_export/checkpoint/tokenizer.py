@@ -35,7 +35,7 @@ from gap_export.checkpoint.tokenizer_files import (
     TokenizerFiles,
 )
 from gap_export.errors import CheckpointError
-from gap_runtime.grounding.tokens import asked_of_tokenizer
+from gap_runtime.grounding.tokens import AskedOfTokenizer
 from gap_runtime.records.plain import read_table
 
 _SPACES: Final = {
@@ -65,7 +65,7 @@ def read_tokenizer(files: TokenizerFiles | Path) -> Tokenizer | None:
         reason, where = " ".join(str(error).split()), path if path.is_file() else folder
         return CheckpointError(f"{where}: its tokenizer cannot be read ({reason:.200})")
 
-    with asked_of_tokenizer(refuse):
+    with AskedOfTokenizer(refuse):
         if files.reads_sentencepiece:
             return _build(files, read_sentencepiece(folder / SENTENCEPIECE_FILE))
         if path.is_file():

@@ -61,8 +61,10 @@ def find_digits(
     }
     if not inside:
         return []
-    places, begin = [], 0
+    places, begin, last = [], 0, max(inside)
     for k in range(len(token_ids)):
+        if begin > last:
+            break
         end = len(decode(list(token_ids[: k + 1])))
         if any(place in inside for place in range(begin, end)):
             places.append(k)

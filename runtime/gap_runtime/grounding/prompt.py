@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt
 from gap_runtime.errors import BundleError, InputError
 from gap_runtime.grounding.draft import Drafter
-from gap_runtime.grounding.tokens import asked_of_tokenizer, decode_tokens, encode_text
+from gap_runtime.grounding.tokens import AskedOfTokenizer, decode_tokens, encode_text
 from gap_runtime.records.files import read_text
 
 PHRASE_FIELD: Final = "{phrase}"
@@ -35,7 +35,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         BundleError: The file is no tokenizer.
     """
     text = read_text(path, BundleError, advice="copy the bundle again or export again")
-    with asked_of_tokenizer(lambda error: BundleError(f"{path}: not a tokenizer ({error})")):
+    with AskedOfTokenizer(lambda error: BundleError(f"{path}: not a tokenizer ({error})")):
         return Tokenizer.from_str(text)
 
 

@@ -7,8 +7,8 @@ Exception, or panics with what is no Exception at all.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Final
 
 from tokenizers import Tokenizer
@@ -40,20 +40,35 @@ def decode_tokens(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_specia
     return text
 
 
-def _asked(what: str) -> contextlib.AbstractContextManager[None]:
-    return asked_of_tokenizer(
+def _asked(what: str) -> AskedOfTokenizer:
+    return AskedOfTokenizer(
         lambda error: BundleError(f"the bundle's tokenizer {what} ({error}); export again")
     )
 
 
-@contextlib.contextmanager
-def asked_of_tokenizer(refuse: Callable[[BaseException], GapError]) -> Iterator[None]:
-    """Whatever the library raises in the block, as the error that `refuse` makes of it."""
-    try:
-        yield
-    except GapError:
-        raise
-    except BaseException as error:  # a bare Exception, or a panic, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
-            raise
-        raise refuse(error) from error
+class AskedOfTokenizer:
+    """Whatever the library raises in the block, as the error that `refuse` makes of it.
+
+    An answer is decoded once for each of its tokens, so this is no generator, which takes as long
+    as the tokenizer.
+    """
+
+    __slots__ = ("_refuse",)
+
+    def __init__(self, refuse: Callable[[BaseException], GapError]) -> None:
+        self._refuse = refuse
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, GapError):
+            return
+        # A bare Exception, or a panic, which is none.
+        if isinstance(error, Exception) or type(error).__name__ == _PANIC:
+            raise self._refuse(error) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import http.client
 import io
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
 
+import pybase64
 from PIL import Image
 
 from gap_runtime.errors import InputError
@@ -42,7 +42,7 @@ def decode_picture(text: str) -> bytes:
             raise InputError("the image's data URL is not in base64")
         text = text[head.end() :]
     try:
-        data = base64.b64decode(text, validate=True)
+        data = pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"the image is no base64 ({error})") from error
     if not data:
