@@ -51,6 +51,8 @@ def serve(models: Models, settings: ServiceSettings, announce: Callable[[str], N
     config = uvicorn.Config(
         service.app,
         http=make_protocol(),
+        # uvloop closes a connection later, so that the next one would find no room.
+        loop="asyncio",
         ws="none",
         log_config=None,
         access_log=False,

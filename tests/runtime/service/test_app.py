@@ -84,6 +84,10 @@ def test_json_and_forms_give_what_the_grounder_gives(serve, grounder):
         data = answer.json()
         assert (data["model"], data["width"], data["height"]) == ("bundle", 40, 20)
         assert set(data["milliseconds"]) == {"queue", "picture"}
+        name, _, took = answer.headers["server-timing"].partition(";dur=")
+        inside = sum(each["milliseconds"]["total"] for each in data["results"])
+        assert name == "service"
+        assert float(took) > inside + data["milliseconds"]["queue"]
         for each, wanted in zip(data["results"], found, strict=True):
             assert set(each.pop("milliseconds")) == set(wanted["milliseconds"])
             assert each == {k: v for k, v in wanted.items() if k != "milliseconds"}
