@@ -70,6 +70,8 @@ def quick_conversion() -> Iterator[None]:
         _replaced(ONNXRegistry, "from_torchlib", staticmethod(find_known)),
         _replaced(OpSignature, "from_op_schema", staticmethod(read_once)),
         _replaced(_fx_passes, "decompose_with_registry", rewrite_or_decompose),
+        # Lines of Python that led to a node, which no graph keeps.
+        _replaced(fx.config, "do_not_emit_stack_traces", value=True),
     ):
         yield
 
