@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -25,7 +26,6 @@ from gap_runtime.registry import list_plugins
 
 PACKAGES = (ROOT / "gap_export", ROOT / "runtime" / "gap_runtime")
 FILES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
-NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 PROTOCOLS = {
     "gap_export.models": Family,
     "gap_export.pruners": Pruner,
@@ -40,11 +40,22 @@ PROTOCOLS = {
 MODULES = [f"{package}.{name}" for package in PROTOCOLS for name in list_plugins(package)]
 FAMILIES = sorted(path.stem for path in (ROOT / "gap_export" / "models").glob("[!_]*.py"))
 FAMILY_NAMES = sorted({name for stem in FAMILIES for name in (stem, stem.replace("_", "-"))})
-every_file = pytest.mark.parametrize("path", FILES, ids=NAMES)
 
 
+@functools.cache
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
 def parse(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(read(path))
+
+
+def in_every_file(find):
+    """What a rule finds against a file, by file; empty where all keep it."""
+    found = {str(path.relative_to(ROOT)): find(path) for path in FILES}
+    return {name: what for name, what in found.items() if what}
 
 
 def test_there_is_something_to_read():
@@ -60,20 +71,21 @@ def test_families_are_told_from_other_words():
     assert set(FAMILIES) <= set(FAMILY_NAMES)
 
 
-@every_file
-def test_no_family_is_named_outside_its_own_file(path):
+def find_family_names(path):
     # A published format or script has the name of the model that it came with.
     if path.parent.name in {"models", "readers", "protocols"}:
-        return
+        return []
     # The library calls the type of a decoder after a model: `NAME_text`.
-    text = re.sub(r"\w+_text\b", "", path.read_text(encoding="utf-8").lower())
-    lines = [line for line in text.splitlines() if any(name in line for name in FAMILY_NAMES)]
-    assert lines == []
+    text = re.sub(r"\w+_text\b", "", read(path).lower())
+    return [line for line in text.splitlines() if any(name in line for name in FAMILY_NAMES)]
 
 
-@every_file
-def test_no_function_takes_keyword_arguments_of_any_name(path):
-    found = [
+def test_no_family_is_named_outside_its_own_file():
+    assert in_every_file(find_family_names) == {}
+
+
+def find_open_keywords(path):
+    return [
         node.name
         for node in ast.walk(parse(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -81,24 +93,31 @@ def test_no_function_takes_keyword_arguments_of_any_name(path):
         # A TypedDict says which names there are.
         and not ast.unparse(node.args.kwarg.annotation or node).startswith("Unpack[")
     ]
-    assert found == []
 
 
-@every_file
-def test_what_windows_lacks_is_imported_where_it_can_be_missing(path):
-    """A target is for Windows, and an import at the top would end every command there."""
+def test_no_function_takes_keyword_arguments_of_any_name():
+    assert in_every_file(find_open_keywords) == {}
+
+
+def find_unix_imports(path):
     names = set()
     for node in parse(path).body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-    assert not names & {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
+    return names & {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
 
 
-@every_file
-def test_only_the_command_lines_print(path):
-    calls = [
+def test_what_windows_lacks_is_imported_where_it_can_be_missing():
+    """A target is for Windows, and an import at the top would end every command there."""
+    assert in_every_file(find_unix_imports) == {}
+
+
+def find_prints(path):
+    if "cli" in path.relative_to(ROOT).parts:
+        return []
+    return [
         node.lineno
         for node in ast.walk(parse(path))
         if isinstance(node, ast.Call)
@@ -107,13 +126,16 @@ def test_only_the_command_lines_print(path):
             or ast.unparse(node.func) in {"sys.stdout.write", "sys.stderr.write"}
         )
     ]
-    assert calls == [] or "cli" in path.relative_to(ROOT).parts
+
+
+def test_only_the_command_lines_print():
+    assert in_every_file(find_prints) == {}
 
 
 def test_everything_is_caught_only_where_a_library_leaves_no_choice():
     broad = []
     for path in FILES:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read(path).splitlines()
         for node in ast.walk(parse(path)):
             if not isinstance(node, ast.ExceptHandler):
                 continue
@@ -129,11 +151,12 @@ def test_everything_is_caught_only_where_a_library_leaves_no_choice():
     ]
 
 
-@every_file
-def test_every_module_opens_with_a_docstring(path):
-    docstring = ast.get_docstring(parse(path))
-    assert docstring
-    assert docstring.splitlines()[0].endswith(".")
+def lacks_docstring(path):
+    return not (ast.get_docstring(parse(path)) or "").partition("\n")[0].endswith(".")
+
+
+def test_every_module_opens_with_a_docstring():
+    assert in_every_file(lacks_docstring) == {}
 
 
 # A header, then a row for each tensor or rule.
@@ -171,10 +194,9 @@ def test_the_pipeline_says_what_is_decided_where():
     assert {name for name, length in lengths.items() if length > 400} == set()
 
 
-@every_file
-def test_a_file_can_be_read_through(path):
+def test_a_file_can_be_read_through():
     """What is longer holds several things, each of which somebody will look for by itself."""
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+    assert in_every_file(lambda path: len(read(path).splitlines()) > 500) == {}
 
 
 def test_tests_lie_where_a_reader_looks_for_them():
