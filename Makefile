@@ -4,7 +4,7 @@
 # make docs     all pages as a site, in build/site; a broken link is an error
 # make dist     wheels and sdists of both distributions in build/dist, tried in empty environments
 # make extras  every extra resolved by pip for x86-64 and aarch64, Python 3.10 and 3.12 (asks the package registry)
-# make matrix  parity of every family, pruner and position mode (about half an hour)
+# make matrix every grid of tests whole: families, pruners, modes, formats, engines (more than half an hour)
 # make gpu-contract  what onnxruntime-gpu's real CUDA provider does with every form of graph, without a GPU
 # make gpu-day  what a GPU machine without a network needs, in build/gpu-day; run at once where a GPU is here
 # make fuzz    change input at every border for MINUTES, and count what comes of it
@@ -53,7 +53,10 @@ demo: $(STAMP)
 	$(BIN)/gap-runtime ground $(DEMO)/gap $(SAMPLES)/$(SAMPLE) "$(PHRASE)" --ratio 0.75 --draw $(DEMO)/ground.png
 	$(BIN)/python refshapes/demo.py $(DEMO)/gap $(DEMO)/compact --samples $(SAMPLES) --out $(DEMO)/demo.png
 
-test: lint unit device
+# Types are looked at by one core while the other tries the runtime alone; unit has both.
+test: $(STAMP)
+	$(MAKE) --jobs=2 --output-sync=target lint device
+	$(MAKE) unit
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check --quiet .
