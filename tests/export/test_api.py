@@ -1,8 +1,10 @@
 """`import gap_export`: one call from a model to a bundle, what it gives, and what it refuses."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +24,10 @@ def example(tmp_path_factory):
     """What the example of the package's docstring leaves behind: its names, its folder, stdout."""
     home = tmp_path_factory.mktemp("example")
     code = gap_export.__doc__.partition("\n\n")[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=home,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return home, done.stdout
+    said = io.StringIO()
+    with contextlib.chdir(home), contextlib.redirect_stdout(said):
+        exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+    return home, said.getvalue()
 
 
 def test_the_example_of_the_docstring_runs(example):

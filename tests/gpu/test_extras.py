@@ -83,13 +83,11 @@ def _is_verdict(text):
 
 
 def list_cases():
-    """Every case; pip takes seconds for each, so a default run has one, `make extras` all."""
+    """Every case; pip asks the registry for seconds, so that all are for `make extras`."""
     for case in CASES:
         machine, python, asked = case
-        is_usual = case == ("aarch64", "3.12", CUDA_13)
-        marks = () if is_usual else pytest.mark.matrix
         name = asked if isinstance(asked, str) else "+".join(asked)
-        yield pytest.param(case, id=f"{machine}-{python}-{name}", marks=marks)
+        yield pytest.param(case, id=f"{machine}-{python}-{name}", marks=pytest.mark.matrix)
 
 
 @pytest.fixture(scope="module")

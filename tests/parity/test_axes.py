@@ -85,7 +85,12 @@ def relative(found, expected):
 
 @pytest.mark.parametrize(
     ("text", "target"),
-    [("qwen2_5_vl_text", "cpu"), ("qwen2_5_vl_text", "portable"), ("qwen3_vl_text", "standard")],
+    [
+        # The graphs of the whole model are run for the CPU by test_qwen2_5_vl.py.
+        pytest.param("qwen2_5_vl_text", "cpu", marks=pytest.mark.matrix),
+        ("qwen2_5_vl_text", "portable"),
+        ("qwen3_vl_text", "standard"),
+    ],
 )
 def test_gap_is_masking(make, export, tmp_path, text, target):
     folder, settings = make(text)
@@ -116,7 +121,7 @@ def test_other_modes_are_not_masking(make, export, tmp_path, mode):
     assert relative(found[0], expected[0].numpy()) > 1e-2
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [pytest.param(TEXTS[0], marks=pytest.mark.matrix), TEXTS[1]])
 def test_the_check_compares_all_axes(make, export, tmp_path, text):
     folder, settings = make(text)
     bundle = export(folder, tmp_path / "b", reference=True, prune__ratios=[0.0, 0.8], **settings)

@@ -53,7 +53,8 @@ def parameters(bundle, part):
 
 
 @pytest.mark.parametrize(
-    "target", ["cpu", pytest.param("standard", marks=pytest.mark.matrix), "portable"]
+    "target",
+    ["cpu", *(pytest.param(t, marks=pytest.mark.matrix) for t in ("standard", "portable"))],
 )
 def test_biases_of_queries_keys_and_values_alone(make, export, tmp_path, target):
     folder, settings = make("qwen2")

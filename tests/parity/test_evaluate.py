@@ -64,7 +64,11 @@ def test_no_answer_differs(run, refshapes_bundle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pruner", "positions"), [("text_similarity", "gap"), ("visionzip", "permuted")]
+    ("pruner", "positions"),
+    [
+        pytest.param("text_similarity", "gap", marks=pytest.mark.matrix),
+        ("visionzip", "permuted"),
+    ],
 )
 def test_no_answer_differs_in_other_modes(run, export, tmp_path, pruner, positions):
     bundle = export(
@@ -128,6 +132,7 @@ def test_another_bundle_does_not_go_on(run, refshapes_bundle, export, tmp_path, 
     assert "holds answers of another data: its phrases is '2'" in capsys.readouterr().err
 
 
+@pytest.mark.matrix
 def test_two_workers_answer_as_one_process(run, refshapes_bundle, tmp_path):
     ray = pytest.importorskip("ray")
     command = ["evaluate", refshapes_bundle, *DATA, "--limit", 9, "--ratio", 0, 0.5]

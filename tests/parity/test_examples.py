@@ -40,6 +40,7 @@ def test_export_and_ground(tmp_path, monkeypatch):
     assert (tmp_path / "bundle.png").is_file()
 
 
+@pytest.mark.matrix
 def test_the_notebook_runs(monkeypatch):
     """Every cell, in a kernel of its own: the pruned model's box is the whole one's."""
     notebook = nbformat.read(ROOT / "examples" / "export_and_ground.ipynb", as_version=4)

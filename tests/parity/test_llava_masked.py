@@ -41,6 +41,19 @@ def checkpoint(request, tmp_path_factory):
     return make_llava_checkpoint(folder, seed=3, **SHAPES[request.param])
 
 
+def by_turns(name, values):
+    """Every shape with every value; one of both for each value by default."""
+    return pytest.mark.parametrize(
+        ("checkpoint", name),
+        [
+            pytest.param(shape, value, marks=() if (i + j) % 2 == 0 else pytest.mark.matrix)
+            for i, shape in enumerate(SHAPES)
+            for j, value in enumerate(values)
+        ],
+        indirect=["checkpoint"],
+    )
+
+
 @pytest.fixture(scope="module")
 def oracle(checkpoint):
     return MaskedLlava(checkpoint)
@@ -94,7 +107,7 @@ def relative(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("pruner", ["cls_attention", "spatial", "random", "divprune"])
+@by_turns("pruner", ["cls_attention", "spatial", "random", "divprune"])
 def test_gap_equals_the_full_sequence_with_pruned_keys_masked(
     checkpoint, oracle, export, tmp_path, pruner
 ):
@@ -117,7 +130,7 @@ def test_gap_equals_the_full_sequence_with_pruned_keys_masked(
     assert drafted.decoded.calls < values.decoded.calls
 
 
-@pytest.mark.parametrize("mode", ["compact", "permuted", "permuted-compact"])
+@by_turns("mode", ["compact", "permuted", "permuted-compact"])
 def test_other_position_ids_do_not(checkpoint, oracle, export, tmp_path, mode):
     bundle = export(
         checkpoint, tmp_path / "b", reference=False, prune__positions=mode, prune__ratios=[0.47]

@@ -65,7 +65,13 @@ def traced():
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("leak", [False, True], ids=["as it is", "with a leak"])
+@pytest.mark.parametrize(
+    "leak",
+    [
+        pytest.param(False, id="as it is"),
+        pytest.param(True, id="with a leak", marks=pytest.mark.matrix),
+    ],
+)
 def test_100_groundings_keep_memory_and_files_level(refshapes_bundle, leak):
     """A mebibyte of pictures is full by the half, so that nothing grows from there on."""
     kept, opened = [], []

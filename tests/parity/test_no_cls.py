@@ -113,7 +113,10 @@ def checkpoint(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("pruner", ["column_attention", "divprune", "text_similarity"])
+@pytest.mark.parametrize(
+    "pruner",
+    ["column_attention", pytest.param("divprune", marks=pytest.mark.matrix), "text_similarity"],
+)
 def test_what_needs_no_cls_is_exported(checkpoint, export, tmp_path, pruner):
     """The export compares its graphs with PyTorch; GAP is held against the masked oracle."""
     folder = export(

@@ -9,7 +9,10 @@ from gap_runtime.grounding.check import check_bundle
 pytest.importorskip("openvino")
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "quantize",
+    [None, *(pytest.param(each, marks=pytest.mark.matrix) for each in ("int8", "int4"))],
+)
 def test_its_answers_are_pytorchs(tmp_path, quantize):
     """Float32 to the check's own tolerance; quantized weights keep the boxes."""
     result = export(

@@ -77,7 +77,15 @@ def test_gap_is_masking(checkpoint, export, tmp_path, target):
 @pytest.mark.parametrize(
     "more",
     [
-        {"prune__ratios": [0.0, 0.9], "prune__strategy": "column_attention"},
+        {
+            "prune__ratios": [0.0, 0.9],
+            "prune__strategy": "column_attention",
+            "image__canvas": "112x168",
+        },
+        pytest.param(
+            {"prune__ratios": [0.0, 0.9], "prune__strategy": "column_attention"},
+            marks=pytest.mark.matrix,
+        ),
         pytest.param({"quantize__weights": "int8"}, marks=pytest.mark.matrix),
     ],
 )
@@ -89,7 +97,7 @@ def test_the_bundle_is_checked(checkpoint, export, tmp_path, more):
 def test_a_head_that_is_the_embedding_table(export, tmp_path):
     make_samples(tmp_path / "samples", make_picture(90, 61))
     folder = make_qwen_checkpoint(tmp_path / "model", tied=True, full=(0,), seed=3)
-    export(folder, tmp_path / "b", **settings(folder))
+    export(folder, tmp_path / "b", **settings(folder, image__canvas="168x112"))
 
 
 def test_windows_and_full_attention_are_kinds_of_blocks(checkpoint, export, tmp_path, monkeypatch):

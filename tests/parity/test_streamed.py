@@ -21,7 +21,16 @@ from gap_runtime.display import Display
 ALL = 2**40
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(
+    params=[
+        # Both are of parts that others have too.
+        pytest.param(
+            name,
+            marks=pytest.mark.matrix if name in {"llava-next-vicuna", "internvl3.5"} else (),
+        )
+        for name in FAMILIES
+    ]
+)
 def case(request, tmp_path_factory):
     return find_family(request.param, tmp_path_factory)
 

@@ -115,6 +115,35 @@ def kill_when(command, is_time):
         os.kill(process.pid, signal.SIGKILL)
 
 
+def test_answers_that_break_off_are_gone_on_with(swept, sweep_arguments, tmp_path):
+    """As a kill leaves them: a line cut short, the variants behind it without any."""
+    out = tmp_path / "cut"
+    shutil.copytree(swept, out)
+    answers = out / "answers"
+    torn = answers / "cls_attention-gap.pytorch.jsonl"
+    lines = torn.read_bytes().splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:5]) + b'{"key": "te')
+    later = [path for path in answers.iterdir() if path.name.startswith("cls_attention-compact")]
+    assert later
+    for path in (*later, *out.glob("*.csv"), out / "report.json"):
+        path.unlink()
+    made = (out / "bundles" / "cls_attention-gap" / "manifest.json").stat().st_mtime_ns
+
+    assert cli.main([*sweep_arguments, "--out", str(out), "--resume"]) == 0
+    assert torn.read_bytes().splitlines(keepends=True)[:5] == lines[:5]
+    assert (out / "bundles" / "cls_attention-gap" / "manifest.json").stat().st_mtime_ns == made
+    require_same_sweep(out, swept)
+
+
+def require_same_sweep(out, swept):
+    """The same tables and answers but for the times."""
+    for name in ("cells.csv", "comparisons.csv", "sizes.csv"):
+        assert read_rows(out / name) == read_rows(swept / name)
+    for path in sorted((swept / "answers").iterdir()):
+        assert read_answers(out / "answers" / path.name) == read_answers(path)
+
+
+@pytest.mark.matrix
 def test_killed_in_an_export_and_in_an_answer_and_gone_on_with(swept, sweep_arguments, tmp_path):
     out = tmp_path / "cut"
     command = [*sweep_arguments, "--out", str(out), "--resume"]
@@ -140,10 +169,7 @@ def test_killed_in_an_export_and_in_an_answer_and_gone_on_with(swept, sweep_argu
     assert (answers / "unpruned.pytorch.jsonl").read_bytes() == first
     assert (bundles / "cls_attention-gap" / "manifest.json").stat().st_mtime_ns == made
     assert sorted(path.name for path in bundles.iterdir()) == VARIANTS
-    for name in ("cells.csv", "comparisons.csv", "sizes.csv"):
-        assert read_rows(out / name) == read_rows(swept / name)
-    for path in sorted((swept / "answers").iterdir()):
-        assert read_answers(answers / path.name) == read_answers(path)
+    require_same_sweep(out, swept)
 
 
 def test_a_folder_of_another_sweep_is_refused(swept, sweep_arguments, capsys):

@@ -8,7 +8,7 @@ from gap_runtime.errors import EngineError
 from gap_runtime.pictures.load import load_picture
 
 CASES = [
-    ("internvl3", "standard", {}),
+    pytest.param("internvl3", "standard", {}, marks=pytest.mark.matrix),
     pytest.param("internvl3", "portable", {"dtype": "float16"}, marks=pytest.mark.matrix),
     ("internvl3", "cpu", {"quantize__weights": "int8", "quantize__vision": True}),
     pytest.param("internvl3.5", "standard", {"dtype": "float16"}, marks=pytest.mark.matrix),
@@ -41,13 +41,10 @@ def test_the_check_passes(tmp_path_factory, tmp_path, family, target, overrides)
         assert all(row.kept_equal and row.positions_equal for row in report.rows)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "family",
-    [
-        "internvl3",
-        pytest.param("internvl3.5", marks=pytest.mark.matrix),
-        pytest.param("llava-onevision", marks=pytest.mark.matrix),
-    ],
+    ["internvl3", "internvl3.5", "llava-onevision"],
 )
 def test_bfloat16_is_exported(tmp_path_factory, tmp_path, family):
     case = find_family(family, tmp_path_factory)

@@ -42,11 +42,15 @@ def require_same(bundle, backend):
     ("target", "settings"),
     [
         ("cpu", {}),
-        ("standard", {}),
+        pytest.param("standard", {}, marks=pytest.mark.matrix),
         ("portable", {}),
-        ("cpu", {"dtype": "float16"}),
+        pytest.param("cpu", {"dtype": "float16"}, marks=pytest.mark.matrix),
         ("cpu", {"quantize__weights": "int4"}),
-        ("cpu", {"quantize__weights": "int8", "quantize__vision": True}),
+        pytest.param(
+            "cpu",
+            {"quantize__weights": "int8", "quantize__vision": True},
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_a_known_picture_changes_no_bit(export, tmp_path, target, settings):
@@ -61,7 +65,11 @@ def test_a_known_picture_changes_no_bit(export, tmp_path, target, settings):
     require_same(Bundle.open(out), "onnxruntime:cpu")
 
 
-@pytest.mark.parametrize(("target", "is_in_place"), [("standard", True), ("portable", False)])
+@pytest.mark.parametrize(
+    ("target", "is_in_place"),
+    # Engines with the cache in place answer in test_tensorrt_check.py.
+    [pytest.param("standard", True, marks=pytest.mark.matrix), ("portable", False)],
+)
 def test_engines_give_the_same_on_both_caches(
     export, build_computed, tmp_path, target, is_in_place
 ):

@@ -178,8 +178,14 @@ def pixels_of(case, path):
     return _models[case.home].make_pixels(picture), picture.size
 
 
-@pytest.mark.parametrize("rule", EXTRA_RULES)
-@pytest.mark.parametrize("pruner", ADAPTIVE)
+@pytest.mark.parametrize(
+    ("pruner", "rule"),
+    [
+        pytest.param(pruner, rule, marks=() if i % len(ADAPTIVE) == j else pytest.mark.matrix)
+        for i, rule in enumerate(EXTRA_RULES)
+        for j, pruner in enumerate(ADAPTIVE)
+    ],
+)
 def test_positions_of_a_picture_with_an_extra_token(get, find, pruner, rule):
     """In the first of two buckets; newlines are kept and no part of the extra token."""
     case = find("llava-next-vicuna")

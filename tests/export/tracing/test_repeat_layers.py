@@ -40,7 +40,7 @@ def trace_whole(monkeypatch, trace):
     [
         ("llava", "cpu"),
         pytest.param("llava", "portable", marks=pytest.mark.matrix),
-        ("llava-next-mistral", "cpu"),
+        pytest.param("llava-next-mistral", "cpu", marks=pytest.mark.matrix),
     ],
 )
 def test_copied_layers_are_what_tracing_gives(
@@ -62,10 +62,12 @@ def test_copied_layers_are_what_tracing_gives(
     [
         # The pruner looks into the last block, which is traced for itself then.
         ("llava", "cpu", "cls_attention", range(2, 5)),
-        ("llava", "cpu", "random", range(2, 6)),
+        pytest.param("llava", "cpu", "random", range(2, 6), marks=pytest.mark.matrix),
         # Its pruner looks into the block behind the last one.
-        ("llava-next-mistral", "cpu", "prumerge", range(2, 6)),
-        ("minigpt-v2", "portable", "vispruner", range(2, 5)),
+        pytest.param(
+            "llava-next-mistral", "cpu", "prumerge", range(2, 6), marks=pytest.mark.matrix
+        ),
+        pytest.param("minigpt-v2", "portable", "vispruner", range(2, 5), marks=pytest.mark.matrix),
     ],
 )
 def test_copied_blocks_of_a_tower(
@@ -94,11 +96,12 @@ def test_copied_blocks_of_a_tower(
             {"depth": 8, "full": (3, 7)},
             {2: 1, 4: 1, 5: 1, 6: 1, 7: 3},
         ),
-        (
+        pytest.param(
             make_qwen3_checkpoint,
             "96x64",
             {"depth": 6, "stacked": (0, 3)},
             {2: 1, 3: 1, 4: 1, 5: 1},
+            marks=pytest.mark.matrix,
         ),
     ],
 )
