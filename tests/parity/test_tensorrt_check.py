@@ -15,18 +15,21 @@ def test_float32_with_the_cache_in_place(build_computed, export, tmp_path):
         "refshapes",
         tmp_path / "exported",
         target="standard",
-        prune__ratios=[0.0, 0.25, 0.5, 0.75],
+        prune__ratios=[0.0, 0.5],
     )
     bundle, gpu = build_computed(out, is_in_place=True)
     report = check_bundle(bundle, "tensorrt")
     assert report.passed
-    assert {row.ratio for row in report.rows} == {0.0, 0.25, 0.5, 0.75}
+    assert {row.ratio for row in report.rows} == {0.0, 0.5}
     assert all(row.same_tokens for row in report.rows)
     assert gpu.counts["launch"] > 20
     assert main(["check", str(bundle.folder), "--backend", "tensorrt:rtx"]) == 0
 
 
-@pytest.mark.parametrize(("target", "is_in_place"), [("rtx", True), ("jetson-orin-jp6", False)])
+@pytest.mark.parametrize(
+    ("target", "is_in_place"),
+    [pytest.param("rtx", True, marks=pytest.mark.matrix), ("jetson-orin-jp6", False)],
+)
 def test_float16_in_both_dialects(build_computed, export, tmp_path, target, is_in_place):
     out = export(
         "refshapes", tmp_path / "exported", target=target, dtype="float16", prune__ratios=[0.5]
