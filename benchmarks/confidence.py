@@ -1,6 +1,7 @@
 """How well scores tell phrases that are in a picture from phrases that are not.
 
     python -m benchmarks.confidence BUNDLE [--scenes 300] [--ratio 0.5] [--precision 0.9]
+                                    [--out FILE]
 
 On refshapes' held-out pictures: every phrase of a picture, and as many of a colour that is not in
 it. Printed are the area under the ROC curve, and the least score that keeps a precision.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -96,12 +98,13 @@ def separate(grounder: Grounder, scenes: int, ratio: float, precision: float) ->
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, and write where that is wanted."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--ratio", type=float, action="append")
     parser.add_argument("--precision", type=float, default=0.9)
+    parser.add_argument("--out", type=Path, help="a file for the figures")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
     with Grounder(bundle) as grounder:
@@ -109,7 +112,10 @@ def main() -> None:
             asdict(separate(grounder, options.scenes, ratio, options.precision))
             for ratio in bundle.choose_ratios(options.ratio)
         ]
-    print(json.dumps(found, indent=2))
+    said = json.dumps(found, indent=2)
+    print(said)
+    if options.out is not None:
+        options.out.write_text(said + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

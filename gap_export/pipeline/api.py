@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -24,7 +27,7 @@ def export(
     Args:
         model: Name in export_configs/, `.toml` file, checkpoint folder or hub id.
         force: Export again what was exported before, unchanged.
-        quiet: Say nothing; otherwise steps are shown on stderr.
+        quiet: Say nothing, nor let the libraries; otherwise steps are shown on stderr.
         **options: Those that follow.
         ratios: Shares of visual tokens to REMOVE, in [0, 1); one or several. Each becomes a
             vision graph, all share one decoder and the weights.
@@ -54,7 +57,29 @@ def export(
             behind and nothing was overwritten.
     """
     request = make_request(model, **options)
-    return export_request(request, Display(quiet=quiet), force=force)
+    found = None if force else find_finished(request)
+    if found is not None:
+        return found
+    if not quiet:
+        return export_request(request, Display(), force=True)
+    with _quiet_libraries():
+        return export_request(request, Display(quiet=True), force=True)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bar of transformers, and no advice to who writes a model, meanwhile."""
+    from transformers.utils import logging  # noqa: PLC0415 - loads torch
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
 
 
 @rare_collections()

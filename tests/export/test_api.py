@@ -21,24 +21,30 @@ from gap_runtime.grounding.check import CheckReport
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """What the example of the package's docstring leaves behind: its names, its folder, stdout."""
+    """What the example of the package's docstring leaves behind: its folder, stdout, stderr."""
     home = tmp_path_factory.mktemp("example")
     code = gap_export.__doc__.partition("\n\n")[2]
-    said = io.StringIO()
-    with contextlib.chdir(home), contextlib.redirect_stdout(said):
+    said, warned = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(home),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(warned),
+    ):
         exec(compile(code, "example", "exec"), {"__name__": "__main__"})
-    return home, said.getvalue()
+    return home, said.getvalue(), warned.getvalue()
 
 
 def test_the_example_of_the_docstring_runs(example):
-    home, out = example
+    """And no library says a word of its own."""
+    home, out, said = example
     assert out == "bundle True\n"
+    assert said == ""
     manifest = Bundle.open(home / "bundle").manifest
     assert [(entry.ratio, entry.kept) for entry in manifest.ratios] == [(0.25, 48), (0.5, 32)]
 
 
 def test_the_same_export_again_is_found_with_its_report(example, monkeypatch, capsys):
-    home, _ = example
+    home = example[0]
     monkeypatch.chdir(home)
     monkeypatch.setitem(sys.modules, "gap_export.pipeline.run", None)
     result = gap_export.export("refshapes", ratios=[0.25, 0.5], out="bundle")
