@@ -6,7 +6,8 @@
 
 Every expression is put to the checkpoint in PyTorch and to exported graphs in onnxruntime:
 without pruning, and pruned with GAP, compact and permuted position IDs. Scored by the protocol
-`ours`. The figures of the pages are held to the file that this writes (`--out`), which is kept.
+`frame`. A run that was stopped goes on. The figures of the pages are held to the file that it
+writes (`--out`), which is kept.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ BACKEND: Final = "onnxruntime:cpu"
 
 
 def ask(name: str, data: Data, subject: Subject, request: ExportRequest, who: Open) -> Answers:
-    """All answers of one side in one mode."""
+    """All answers of one side in one mode; those that a stopped run left are there already."""
     assert request.out is not None
+    path = request.out.parent / "answers" / f"{name.replace(', ', '-')}.jsonl"
+    path.parent.mkdir(exist_ok=True)
     header = Header(
         subject=subject,
         data=describe_data(data),
@@ -49,6 +52,8 @@ def ask(name: str, data: Data, subject: Subject, request: ExportRequest, who: Op
             header,
             who,
             ratios=request.named.config.prune.ratios,
+            path=path,
+            resume=True,
             begin=lambda left: Pace(show, left, "expressions"),
         )
 

@@ -76,7 +76,7 @@ class StageValues:
 class Grounder:
     """A bundle loaded for use. Graphs are loaded at first need and kept until `close`.
 
-    It is a context manager too. Threads take turns with it: one call at a time.
+    It is a context manager too. Threads that share one have to take turns: one call at a time.
     """
 
     def __init__(

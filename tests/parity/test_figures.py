@@ -1,0 +1,88 @@
+"""Figures of the pages, held to the files in docs/figures that the commands wrote, and to tables.
+
+Each figure has one file or table, written by the command that the page names.
+"""
+
+import json
+import re
+
+from tools.places import ROOT
+
+FIGURES = ROOT / "docs" / "figures"
+MODES = ("unpruned", "gap", "compact", "permuted")
+
+
+def read_figures(name):
+    return json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read_rows(page, beginning):
+    """Cells of the rows of a page's tables whose first cell begins so."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    return [row for row in rows if row[0].startswith(beginning)]
+
+
+def read_text(page):
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_every_file_of_figures_is_named_on_a_page():
+    pages = [ROOT / "refshapes/README.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    said = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for file in FIGURES.iterdir():
+        assert f"docs/figures/{file.name}" in said
+
+
+def show_share(value):
+    return f"{value:.1%}".replace("%", " %")
+
+
+def read_counts():
+    """Of docs/results.md, which `make keeps` writes: unpruned, then GAP and compact by count."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = text.partition("<!-- counts:")[2].partition("<!-- end of counts -->")[0]
+    unpruned = float(re.search(r"unpruned ([\d.]+)", text)[1])
+    head = re.search(r"\| pruner \| (.*) \|", text)[1].split(" | ")
+    rows = {}
+    for name, cells in re.findall(r"^\| (`\w+`[^|]*) \| (.*) \|$", text, re.MULTILINE):
+        pairs = [
+            re.match(r"\*\*([\d.]+)\*\* \(.*\) / ([\d.]+)", cell) for cell in cells.split(" | ")
+        ]
+        rows[name] = {
+            int(k): tuple(map(float, p.groups())) for k, p in zip(head, pairs, strict=True)
+        }
+    return unpruned, rows
+
+
+def test_the_front_page_on_counts_of_tokens():
+    unpruned, rows = read_counts()
+    text = read_text("README.md")
+    assert len(rows) == 10
+    assert "Ten pruners on 200 new phrases, 40 to 192 of 256 tokens kept" in text
+    good = [
+        name for name, row in rows.items() if all(row[k][0] >= unpruned - 1 for k in (192, 128))
+    ]
+    assert len(good) == 5
+    assert "five of them lose at most one point at 192 and 128 tokens" in text
+    best = max(row[64][0] for row in rows.values())
+    assert (
+        f"the best is right on {best:g} % at 64, where the whole model is on {unpruned:g} %"
+        in text
+    )
+    worst = max(row[k][1] for row in rows.values() for k in row)
+    assert f"none is right on more than {worst:g} %" in text
+
+
+def test_how_well_scores_tell_what_is_there():
+    """`python -m benchmarks.confidence`: the table of docs/serve.md."""
+    found = read_figures("confidence")
+    wanted = [
+        [f"{each['ratio']:g}"]
+        + [f"{each[key]:.2f}" for key in ("auc", "auc_right", "threshold", "recall")]
+        for each in found
+    ]
+    text = read_text("docs/serve.md")
+    assert all(f"| {' | '.join(row)} |" in text for row in wanted)
+    assert f"refshapes with {found[0]['present']} phrases of each kind" in text
+    assert all(each["present"] == each["absent"] for each in found)
