@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -62,24 +59,10 @@ def export(
         return found
     if not quiet:
         return export_request(request, Display(), force=True)
-    with _quiet_libraries():
+    from gap_export.reference.quiet import quiet_libraries  # noqa: PLC0415 - loads torch
+
+    with quiet_libraries():
         return export_request(request, Display(quiet=True), force=True)
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No progress bar of transformers, and no advice to who writes a model, meanwhile."""
-    from transformers.utils import logging  # noqa: PLC0415 - loads torch
-
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if was_shown:
-            logging.enable_progress_bar()
 
 
 @rare_collections()
