@@ -107,7 +107,13 @@ def test_gap_is_masking(make, export, tmp_path, text, target):
     assert found.argmax(axis=1).tolist() == expected.argmax(axis=1).tolist()
 
 
-@pytest.mark.parametrize("mode", ["compact", "permuted", "permuted-compact"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "compact",
+        *(pytest.param(m, marks=pytest.mark.matrix) for m in ("permuted", "permuted-compact")),
+    ],
+)
 def test_other_modes_are_not_masking(make, export, tmp_path, mode):
     folder, settings = make(TEXTS[0])
     bundle = export(

@@ -69,7 +69,8 @@ def test_biases_of_queries_keys_and_values_alone(make, export, tmp_path, target)
     ("target", "head_dim"),
     [
         ("cpu", 14),
-        ("standard", 16),
+        # Such norms are exported in the standard dialect by test_axes.py.
+        pytest.param("standard", 16, marks=pytest.mark.matrix),
         pytest.param("portable", 14, marks=pytest.mark.matrix),
         pytest.param("cpu", 16, marks=pytest.mark.matrix),
         pytest.param("standard", 14, marks=pytest.mark.matrix),
@@ -83,7 +84,10 @@ def test_norms_of_queries_and_keys(make, export, tmp_path, target, head_dim):
     assert norms <= parameters(bundle, "self_attn.")
 
 
-@pytest.mark.parametrize(("text", "weights"), [("qwen2", "int4"), ("qwen3", "int8")])
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [("qwen2", "int4"), pytest.param("qwen3", "int8", marks=pytest.mark.matrix)],
+)
 def test_quantized_layers(make, export, tmp_path, text, weights):
     # Smaller weights, whose errors do not grow from layer to layer.
     folder, settings = make(text, spread=0.08)

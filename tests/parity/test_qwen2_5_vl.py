@@ -94,12 +94,16 @@ def test_the_bundle_is_checked(checkpoint, export, tmp_path, more):
     assert check_bundle(Bundle.open(folder), "onnxruntime:cpu").passed
 
 
+# Such a head is exported by test_decoders.py and test_qwen3_vl.py too.
+@pytest.mark.matrix
 def test_a_head_that_is_the_embedding_table(export, tmp_path):
     make_samples(tmp_path / "samples", make_picture(90, 61))
     folder = make_qwen_checkpoint(tmp_path / "model", tied=True, full=(0,), seed=3)
     export(folder, tmp_path / "b", **settings(folder, image__canvas="168x112"))
 
 
+# Copies of such blocks are held to a whole trace by test_repeat_layers.py.
+@pytest.mark.matrix
 def test_windows_and_full_attention_are_kinds_of_blocks(checkpoint, export, tmp_path, monkeypatch):
     copied, find = [], repeat_layers.find_copies
     monkeypatch.setattr(

@@ -14,7 +14,11 @@ from gap_runtime.bundle.manifest import DECODER
 HEAD_DIM = 16
 
 
-@pytest.fixture(scope="module", params=["llava", "llava-next-mistral"])
+@pytest.fixture(
+    scope="module",
+    # Both are grouped, in other numbers.
+    params=[pytest.param("llava", marks=pytest.mark.matrix), "llava-next-mistral"],
+)
 def bundle(request, tmp_path_factory):
     """float16, native; the second has fewer heads in its cache than queries."""
     out = tmp_path_factory.mktemp("slots") / "b"
@@ -76,12 +80,6 @@ def test_heads_of_the_cache_are_not_multiplied_out(bundle):
         assert tuple(each.get_input(2).shape) == cache
 
 
-@pytest.mark.parametrize(
-    "bundle",
-    # Engines of the first are built by test_tensorrt_build.py, in the same way.
-    [pytest.param("llava", marks=pytest.mark.matrix), "llava-next-mistral"],
-    indirect=True,
-)
 def test_such_an_engine_is_built(bundle):
     record = build_bundle(bundle)["decoder"]
     assert record.layers["ATTENTION_OUTPUT"] == bundle.manifest.cache.layers

@@ -63,7 +63,9 @@ def test_answers_are_those_of_a_model_in_memory(case, tmp_path):
         require_same(ask_pytorch(plan, tmp_path / str(kept), kept), truth)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava-next-vicuna"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("llava", marks=pytest.mark.matrix), "llava-next-vicuna"]
+)
 def test_phrases_are_read_the_same(name, tmp_path, tmp_path_factory):
     plan = find_family(name, tmp_path_factory).plan(
         tmp_path / "out", reference=True, pruner="trim"

@@ -10,7 +10,13 @@ from gap_runtime.pictures.load import load_picture
 CASES = [
     pytest.param("internvl3", "standard", {}, marks=pytest.mark.matrix),
     pytest.param("internvl3", "portable", {"dtype": "float16"}, marks=pytest.mark.matrix),
-    ("internvl3", "cpu", {"quantize__weights": "int8", "quantize__vision": True}),
+    # For the CPU it is exported by test_matrix.py.
+    pytest.param(
+        "internvl3",
+        "cpu",
+        {"quantize__weights": "int8", "quantize__vision": True},
+        marks=pytest.mark.matrix,
+    ),
     pytest.param("internvl3.5", "standard", {"dtype": "float16"}, marks=pytest.mark.matrix),
     ("internvl3.5", "portable", {}),
     pytest.param("internvl3.5", "cpu", {"quantize__weights": "int4"}, marks=pytest.mark.matrix),
