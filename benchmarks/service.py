@@ -5,14 +5,13 @@
 The service runs in a process of its own on this machine, so clients take some of its cores.
 
 The overhead of a request is what it takes more than the same question, the same bytes of a picture
-and the same phrase, asked of `Grounder` directly. With one client it is timed where the client is,
-from the first byte sent to the last one received, and request and direct call go by turns. With
-many, clients wait for each other and for a core, so it is what the service says of itself: from
-the head of a request to its answer (the header `Server-Timing`), without the wait for its turn and
-without what the library takes: its stages, and around them as much as in the direct calls.
+and the same phrase, asked of `Grounder` directly. It is what the service says of itself: from the
+head of a request to its answer (the header `Server-Timing`), without the wait for its turn and
+without what the library takes: its stages, and around them (the phrase's tokens, boxes, the score)
+as much as in direct calls, which go by turns with requests of one client.
 
-What the library does around the stages of the model (the phrase's tokens, boxes, the score) is
-given by itself, so that all beyond the stages is the sum of both.
+With one client it is timed where the client is, too: what a request takes from the first byte sent
+to the last one received, without the direct call.
 """
 
 from __future__ import annotations
@@ -69,6 +68,7 @@ class Turn:
     """One question, asked over HTTP and of the library, in milliseconds."""
 
     request: float
+    beyond_stages: float
     direct: float
     model: float
     """Of the direct call: the stages of the model."""
@@ -88,8 +88,9 @@ class Figures:
     """What was measured. Times are in milliseconds; memory is the resident set in MiB.
 
     Pictures are kept until their memory is used up, so memory grows with new pictures: the same
-    ones are asked about twice. `many` is of all clients at once, `alone` of one. `library` is what
-    a direct call takes beyond the stages of the model.
+    ones are asked about twice. `many` is of all clients at once, `alone` of one. The overheads are
+    `many_overhead` and `alone_inside`; `alone_overhead` is by the client's clock. `library` is
+    what a direct call takes beyond the stages of the model.
     """
 
     requests: int
@@ -105,6 +106,7 @@ class Figures:
     alone: Times
     alone_direct: Times
     alone_overhead: Times
+    alone_inside: Times
     library: Times
 
 
@@ -214,7 +216,12 @@ def take_turns(client: Client, grounder: Grounder, bodies: list[bytes]) -> list[
         found = grounder.ground(*pair)
         direct = (time.perf_counter() - began) * 1e3
         turns.append(
-            Turn(request=answered.whole, direct=direct, model=found.milliseconds["total"])
+            Turn(
+                request=answered.whole,
+                beyond_stages=answered.beyond_stages,
+                direct=direct,
+                model=found.milliseconds["total"],
+            )
         )
     return turns
 
@@ -287,6 +294,7 @@ def measure(bundle: str, requests: int, clients: int) -> Figures:
         alone=sum_up(each.request for each in turns),
         alone_direct=sum_up(each.direct for each in turns),
         alone_overhead=sum_up(each.request - each.direct for each in turns),
+        alone_inside=sum_up(each.beyond_stages - library.p50 for each in turns),
         library=library,
     )
 

@@ -86,3 +86,31 @@ def test_how_well_scores_tell_what_is_there():
     assert all(f"| {' | '.join(row)} |" in text for row in wanted)
     assert f"refshapes with {found[0]['present']} phrases of each kind" in text
     assert all(each["present"] == each["absent"] for each in found)
+
+
+def show_times(times):
+    return f"p50 {times['p50']:.1f} ms, p95 {times['p95']:.1f} ms, p99 {times['p99']:.1f} ms"
+
+
+def test_what_the_service_takes():
+    """`python -m benchmarks.service`: the table of docs/serve.md, and what was asked of it."""
+    found = read_figures("service")
+    assert found["statuses"] == {"200": found["requests"]}
+    many = ", ".join(f"{name} {value:.0f} ms" for name, value in found["many"].items())
+    memory = ", ".join(
+        f"{found[f'memory_{when}']:.1f}"
+        for when in ("ready", "after_first", "after_all", "after_all_again")
+    )
+    alone, direct = (found[name]["p50"] for name in ("alone", "alone_direct"))
+    wanted = [
+        f"| 1,000 requests of {found['clients']} clients | 1,000 answers, no error; {many} |",
+        f"| {memory} MiB: ",
+        f"| one client: overhead | {show_times(found['alone_inside'])} |",
+        f"| 16 clients: overhead | {show_times(found['many_overhead'])} |",
+        f"| the library beside its stages | {show_times(found['library'])} |",
+        f"| p50 {alone:.1f} ms, {direct:.1f} ms |",
+        f"a request takes {found['alone_overhead']['p50']:.1f} ms (p50,",
+    ]
+    text = read_text("docs/serve.md")
+    assert [line for line in wanted if line not in text] == []
+    assert max(found[name]["p50"] for name in ("alone_inside", "many_overhead")) <= 2
