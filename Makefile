@@ -3,6 +3,7 @@
 # make test    lint, types, layers, tests, and the runtime alone in clean environments
 # make docs     all pages as a site, in build/site; a broken link is an error
 # make dist     wheels and sdists of both distributions in build/dist, tried in empty environments
+# make notebook  every cell of the notebook in examples/
 # make extras  every extra resolved by pip for x86-64 and aarch64, Python 3.10 and 3.12 (asks the package registry)
 # make matrix every grid of tests whole: families, pruners, modes, formats, engines (more than half an hour)
 # make gpu-contract  what onnxruntime-gpu's real CUDA provider does with every form of graph, without a GPU
@@ -30,7 +31,7 @@ SEED := 0
 KILLS := 200
 FUZZED := build/fuzz/bundle
 
-.PHONY: setup demo test lint unit device docs dist extras matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
+.PHONY: setup demo test lint unit device docs notebook dist extras matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
 # Tests start many programs; each would compile the package again.
@@ -86,6 +87,9 @@ extras: $(STAMP)
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix
+
+notebook: $(STAMP)
+	$(BIN)/python -m pytest -m matrix tests/parity/test_examples.py
 
 # Fetches 255 MB once, into build/wheels.
 gpu-contract: $(STAMP)

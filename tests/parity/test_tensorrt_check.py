@@ -10,17 +10,22 @@ from gap_runtime.cli.main import main
 from gap_runtime.grounding.check import check_bundle
 
 
-def test_float32_with_the_cache_in_place(build_computed, export, tmp_path):
+@pytest.mark.parametrize(
+    "ratios",
+    [[0.0, 0.5], pytest.param([0.0, 0.25, 0.5, 0.75], marks=pytest.mark.matrix)],
+    ids=["two", "all"],
+)
+def test_float32_with_the_cache_in_place(build_computed, export, tmp_path, ratios):
     out = export(
         "refshapes",
         tmp_path / "exported",
         target="standard",
-        prune__ratios=[0.0, 0.5],
+        prune__ratios=ratios,
     )
     bundle, gpu = build_computed(out, is_in_place=True)
     report = check_bundle(bundle, "tensorrt")
     assert report.passed
-    assert {row.ratio for row in report.rows} == {0.0, 0.5}
+    assert {row.ratio for row in report.rows} == {*ratios}
     assert all(row.same_tokens for row in report.rows)
     assert gpu.counts["launch"] > 20
     assert main(["check", str(bundle.folder), "--backend", "tensorrt:rtx"]) == 0
