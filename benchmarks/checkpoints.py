@@ -407,8 +407,19 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
 
 
-def write_checkpoint(name: str, folder: Path, *, decoder: bool = False) -> list[str]:
-    """A checkpoint by its configuration's name; the options that gap-export needs to find it."""
+def write_checkpoint(
+    name: str, folder: Path, *, decoder: bool = False, sparse: bool = False
+) -> list[str]:
+    """A checkpoint by its configuration's name; the options that gap-export needs to find it.
+
+    Args:
+        name: The configuration's, or one of RUN.
+        folder: Is created.
+        decoder: Also the language model alone (RUN).
+        sparse: Files without values, which take no space (safetensors alone).
+    """
+    if sparse and (name in RUN or name in {"shikra-7b", "minigpt-v2"}):
+        raise SystemExit(f"{name}: has files that cannot be without values")
     if name in RUN:
         write_run_checkpoint(folder, RUN[name], decoder=decoder)
         return ["--checkpoint", str(folder)]
@@ -421,12 +432,12 @@ def write_checkpoint(name: str, folder: Path, *, decoder: bool = False) -> list[
         return ["--checkpoint", str(folder)]
     if name in INTERNVL | ONEVISION:
         if name in INTERNVL:
-            write_internvl(folder, INTERNVL[name])
+            write_internvl(folder, INTERNVL[name], sparse=sparse)
         else:
-            write_onevision(folder, ONEVISION[name])
+            write_onevision(folder, ONEVISION[name], sparse=sparse)
         return ["--checkpoint", str(folder)]
     if name in QWEN:
-        write_qwen(folder, name)
+        write_qwen(folder, name, sparse=sparse)
         return ["--checkpoint", str(folder)]
     texts: Iterable[tuple[str, str, dict[str, Any]]] = (
         ("llava-1.5-7b", "llava", LLAMA_7B),
@@ -436,7 +447,7 @@ def write_checkpoint(name: str, folder: Path, *, decoder: bool = False) -> list[
     )
     for known, kind, text in texts:
         if known == name:
-            write_library(folder, kind, text)
+            write_library(folder, kind, text, sparse=sparse)
             return ["--checkpoint", str(folder)]
     raise SystemExit(f"unknown checkpoint '{name}'")
 
@@ -451,8 +462,12 @@ def main() -> None:
         action="store_true",
         help=f"also the language model alone, and a tokenizer ({', '.join(RUN)})",
     )
+    parser.add_argument("--sparse", action="store_true", help="files without values")
     options = parser.parse_args()
-    print(" ".join(write_checkpoint(options.name, options.folder, decoder=options.decoder)))
+    given = write_checkpoint(
+        options.name, options.folder, decoder=options.decoder, sparse=options.sparse
+    )
+    print(" ".join(given))
 
 
 if __name__ == "__main__":

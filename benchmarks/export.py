@@ -1,10 +1,12 @@
 """Time, memory and bytes written of exports, with random weights.
 
-    python -m benchmarks.export [NAME ...] [--home DIR] [--out build/benchmarks/export.json]
+    python -m benchmarks.export [NAME ...] [--sparse] [--home DIR] [--out FILE]
     python -m benchmarks.export --peers [PEER ...] [--precision fp16] [--markdown]
 
 The first form is about the true sizes: each checkpoint is written (benchmarks.checkpoints),
-exported with `--no-reference` and removed again; up to 45 GB of disk are needed at a time.
+exported with `--no-reference` and removed again; up to 45 GB of disk are needed at a time, none
+for `--sparse`, whose files have the true sizes and no values: they are read, hashed and looked
+through like others, and neither written nor waited for.
 
 The second form exports one checkpoint of 1.41 billion parameters (`llava-1.1b`) with every peer
 that can, each in an environment of its own. They take turns, round by round, each time in a fresh
@@ -98,9 +100,9 @@ class _Peak:
                 self._most = max(self._most, sum(each.memory_full_info().pss for each in tree))
 
 
-def measure(name: str, home: Path, options: list[str]) -> dict[str, Any]:
-    """One export in a process of its own."""
-    found = write_checkpoint(name, home / name)
+def measure(name: str, home: Path, options: list[str], *, sparse: bool) -> dict[str, Any]:
+    """One export in a process of its own; `sparse`: of files without values."""
+    found = write_checkpoint(name, home / name, sparse=sparse)
     out = home / f"{name}-bundle"
     program = Path(sys.executable).parent / "gap-export"
     command = [str(program), name, *found, "--no-reference", "--bring", "link", *options]
@@ -213,6 +215,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(NAMES), metavar="NAME")
     parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--sparse", action="store_true", help="checkpoints without values")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     peers = parser.add_argument_group("beside peers")
     peers.add_argument("--peers", nargs="*", metavar="PEER", help="all where none is named")
@@ -229,13 +232,14 @@ def main() -> None:
         return
     options.out = options.out or HOME / "export.json"
     if options.one:
-        row = measure(options.names[0], options.home, passed)
+        row = measure(options.names[0], options.home, passed, sparse=options.sparse)
         print(json.dumps(row))
         return
     rows = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.names:
         command = [sys.executable, "-m", "benchmarks.export", name, "--one"]
+        command += ["--sparse"] if options.sparse else []
         done = subprocess.run(
             [*command, "--home", str(options.home), *(passed or ["--ratio", "0.5"])],
             stdout=subprocess.PIPE,
@@ -246,7 +250,8 @@ def main() -> None:
         options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         row = rows[-1]
         print(
-            f"{name}: {row['seconds']} s, peak {row['peak_gb']} GB, "
+            f"{name}: {row['seconds']} s ({row['cpu_seconds']} s of CPU), "
+            f"peak {row['peak_gb']} GB, "
             f"{row.get('written_mb')} MB written of {row.get('bundle_gb')} GB"
             + (f"; {row['failed']}" if row["failed"] else "")
         )

@@ -45,8 +45,13 @@ class GraphCache:
     change it, and weights are bound to it.
     """
 
-    def __init__(self) -> None:
-        """Nothing is known yet."""
+    def __init__(self, *, keeps: bool = True) -> None:
+        """Nothing is known yet.
+
+        Args:
+            keeps: Whether graphs will be asked for again; else each is given away, not copied.
+        """
+        self._keeps = keeps
         self._known: dict[tuple[object, ...], Traced] = {}
 
     def tower(self, plan: ExportPlan, bucket: Bucket) -> Traced:
@@ -94,4 +99,4 @@ class GraphCache:
     def _find(self, key: tuple[object, ...], trace: Callable[[], Traced]) -> Traced:
         if key not in self._known:
             self._known[key] = trace()
-        return self._known[key].copy()
+        return self._known[key].copy() if self._keeps else self._known.pop(key)

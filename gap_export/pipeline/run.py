@@ -92,7 +92,7 @@ def export(
     # Before anything is read, so that what changes meanwhile is noticed next time.
     record = _start_record(plan)
     ready = {name: plan.sources[name] for name in sorted(plan.weights.ready)}
-    known = known or GraphCache()
+    known = known or GraphCache(keeps=False)
     with ExitStack() as stack:
         # Before the folder's lock and the readers' threads, which a copy must not have.
         two = may_fork and has_room_for_two(plan)
@@ -205,8 +205,16 @@ def _trace(
     with display.step("tracing the decoder"):
         decoder = known.decoder(plan)
     with display.step(f"joining {len(plan.entries)} pruning stage(s)"):
+        # The last of a bucket takes the tower itself.
+        last = {entry.bucket: entry for entry in plan.entries}
         visions = [
-            join(towers[entry.bucket].copy(), known.pruning(plan, entry)) for entry in plan.entries
+            join(
+                towers[entry.bucket]
+                if entry is last[entry.bucket]
+                else towers[entry.bucket].copy(),
+                known.pruning(plan, entry),
+            )
+            for entry in plan.entries
         ]
     return Graphs(visions=tuple(visions), decoder=decoder, text=text)
 

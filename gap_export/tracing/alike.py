@@ -179,6 +179,9 @@ class _Record(TorchDispatchMode):
         for scope, operator in zip(scopes, self.operators, strict=True):
             for reference in operator.reads:
                 self._readers.setdefault(reference, set()).add(scope)
+        self._held: dict[int | None, list[Reference]] = {}
+        for reference in dict.fromkeys([*self._readers, *self._given]):
+            self._held.setdefault(self._find_layer(reference), []).append(reference)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and write it down."""
@@ -287,17 +290,19 @@ class _Record(TorchDispatchMode):
 
     def _is_looked_into(self, number: int) -> bool:
         """Whether others read a layer's parameters, or a value inside that it does not give."""
-        call, own = self.calls[number], f"{self.stack}.{number}."
-        results = {self._refer(each) for each in call.results if _is_tensor(each)}
-        from_outside = {
-            reference for reference, readers in self._readers.items() if readers - {number}
-        }
+        results = {self._refer(each) for each in self.calls[number].results if _is_tensor(each)}
         return any(
-            each not in results
-            if call.holds(each)
-            else each[0] in {_PARAMETER, _BUFFER} and each[1].startswith(own)
-            for each in from_outside | set(self._given)
+            each not in results and (each in self._given or self._readers[each] != {number})
+            for each in self._held.get(number, ())
         )
+
+    def _find_layer(self, reference: Reference) -> int | None:
+        """The layer that a value was made in, or that a parameter or buffer is of."""
+        if reference[0] == _VALUE:
+            return self._scopes[reference[1]]
+        if reference[0] in {_PARAMETER, _BUFFER} and reference[1].startswith(f"{self.stack}."):
+            return int(reference[1].removeprefix(f"{self.stack}.").partition(".")[0])
+        return None
 
     def _enter(self, number: int) -> Any:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:

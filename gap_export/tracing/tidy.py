@@ -18,8 +18,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+import onnx_ir as ir
 from onnx_ir.passes import PassManager, common
-from onnxscript import optimizer
+from onnxscript.optimizer import _constant_folding
 
 from gap_export.tracing.graph import Traced
 
@@ -32,12 +33,12 @@ def tidy(traced: Traced, *, is_shaped: bool = False) -> Traced:
         is_shaped: Whether shapes of all values are known, so that nothing has to infer them.
     """
     with quiet():
-        optimizer.fold_constants(
-            traced.model,
-            onnx_shape_inference=not is_shaped,
+        _Folding(
+            shape_inference=not is_shaped,
             input_size_limit=1024,
             output_size_limit=65536,
-        )
+            should_fold=_decide_nothing,
+        )(traced.model)
     passes = PassManager(
         [
             common.InlinePass(),
@@ -53,6 +54,23 @@ def tidy(traced: Traced, *, is_shaped: bool = False) -> Traced:
     )
     passes(traced.model)
     return traced
+
+
+class _Folding(_constant_folding.FoldConstantsPass):
+    """The library's pass, which would infer what the converter has said already."""
+
+    def _do_inference(self, node: ir.Node) -> None:
+        if not all(_is_known(value) for value in node.outputs):
+            super()._do_inference(node)
+
+
+def _is_known(value: ir.Value) -> bool:
+    return value.type is not None and value.shape is not None and value.shape.is_static()
+
+
+def _decide_nothing(node: ir.Node) -> None:
+    """Leave what is folded to the library."""
+    del node
 
 
 @contextlib.contextmanager

@@ -21,9 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gap_export.errors import ExportError
 from gap_export.interfaces.dialect import Dialect, multiply_patches
+from gap_export.tracing.choices import (
+    choose_determinantal_whole,
+    choose_farthest_whole,
+    write_out,
+)
 from gap_export.tracing.converter import quick_conversion
-from gap_export.tracing.determinantal import translate_determinantal
-from gap_export.tracing.farthest import translate_farthest
 from gap_export.tracing.graph import Traced, named_values
 from gap_export.tracing.tidy import quiet, tidy
 from gap_runtime.bundle.tensors import TensorSpec
@@ -103,6 +106,7 @@ def trace(
     traced = tidy(
         Traced(model=model, inputs=tuple(inputs), outputs=tuple(outputs), parameters=parameters)
     )
+    write_out(model)
     _name_nodes(model.graph)
     common.ClearMetadataAndDocStringPass()(model)
     _set_interface(model.graph, inputs, outputs)
@@ -139,12 +143,6 @@ def _translations(dialect: Dialect, opset: int, dtype: str) -> dict[Any, Any]:
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return linear_as_gemm(op, x, weight, bias)
 
-    def farthest(distance: Any, first: Any, count: int) -> Any:
-        return translate_farthest(op, distance, first, count)
-
-    def determinantal(cosine: Any, left: Any, weight: Any, count: int, least: float) -> Any:
-        return translate_determinantal(op, cosine, left, weight, count, least)
-
     def subtract_from(x: Any, scalar: float, alpha: float = 1) -> Any:
         assert alpha == 1, alpha
         return op.Sub(op.Constant(value=ir.tensor(scalar, dtype=x.dtype)), x)
@@ -152,8 +150,8 @@ def _translations(dialect: Dialect, opset: int, dtype: str) -> dict[Any, Any]:
     table: dict[Any, Any] = {
         torch.ops.aten.linear.default: linear,
         torch.ops.aten.rsub.Scalar: subtract_from,
-        torch.ops.gap.choose_determinantal.default: determinantal,
-        torch.ops.gap.choose_farthest.default: farthest,
+        torch.ops.gap.choose_determinantal.default: choose_determinantal_whole,
+        torch.ops.gap.choose_farthest.default: choose_farthest_whole,
     }
     embed = dialect.translate_convolution
     if embed is None and dtype == "bfloat16" and opset < _BFLOAT16_CONV:

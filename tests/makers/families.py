@@ -170,7 +170,7 @@ def shared_graphs():
     All is still joined, written, proved and run anew.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "GraphCache", lambda: GRAPHS)
+        patch.setattr(pipeline, "GraphCache", lambda **_: GRAPHS)
         yield
 
 
