@@ -153,6 +153,21 @@ def shift_all(by: int) -> Lay:
     return lay
 
 
+def near_text(by: int) -> Lay:
+    """GAP, but the text behind the picture begins so many IDs earlier."""
+
+    def lay(order: list[int], _: np.random.Generator) -> Laid:
+        return Laid(slots=sorted(order), ids=sorted(order), text=TOKENS - by)
+
+    return lay
+
+
+def follow_last(order: list[int], _: np.random.Generator) -> Laid:
+    """GAP, but the text begins behind the last token that is kept: compact-grid of one axis."""
+    kept = sorted(order)
+    return Laid(slots=kept, ids=kept, text=kept[-1] + 1)
+
+
 KEPT, EXACT, APART, WHOLE = "what is kept", "how exact", "order and value", "nothing removed"
 _VARIANTS: Final = (
     Variant(group=WHOLE, label="IDs as they are", pruner=None, lay=keep_both),
@@ -207,6 +222,10 @@ _VARIANTS: Final = (
         Variant(group=EXACT, label=f"all and the text off by {by}", pruner=MAIN, lay=shift_all(by))
         for by in (4, 16)
     ),
+    *(
+        Variant(group=EXACT, label=f"only the text nearer by {by}", pruner=MAIN, lay=near_text(by))
+        for by in (1, 2, 4, 8, 16, 32, 64)
+    ),
     Variant(group=APART, label="right IDs, right order (GAP)", pruner=MAIN, lay=keep_both),
     Variant(group=APART, label="right IDs, in the pruner's order", pruner=MAIN, lay=own_order),
     Variant(
@@ -236,6 +255,12 @@ _VARIANTS: Final = (
         label="only the text counted anew",
         pruner=MAIN,
         lay=renumber(picture=False, text=True),
+    ),
+    Variant(
+        group=APART,
+        label="text behind the last token kept (compact-grid)",
+        pruner=MAIN,
+        lay=follow_last,
     ),
     Variant(
         group=APART, label="counted anew in even steps, right order", pruner=MAIN, lay=stretch
