@@ -4,6 +4,9 @@ Pictures are resized to the sizes that are settled when the bundle is exported (
 Both sides are multiples of a window's, so that all windows are equal. The library's own rule
 rounds a picture's sides to whole tokens instead; the model was trained on pictures of any size.
 
+The tower has no CLS token, and its attention is by windows in most blocks; `divprune`, which asks
+for neither, is the pruner by default.
+
 References:
     Qwen2.5-VL Technical Report, arXiv:2502.13923; Qwen's own checkpoints.
 """

@@ -4,6 +4,8 @@ Pictures are resized to the sizes that are settled when the bundle is exported (
 of whole visual tokens each, as the library's own rule has them. What DeepStack adds behind the
 decoder's first layers lies behind each visual token in its row, so that pruning takes both.
 
+The tower has no CLS token; `divprune`, which needs none, is the pruner by default.
+
 References:
     Qwen3-VL Technical Report, arXiv:2511.21631; DeepStack, arXiv:2406.04334; Qwen's own
     checkpoints.
