@@ -180,3 +180,14 @@ def test_what_is_given_is_the_askers_own(tmp_path, tmp_path_factory):
     again = known.pruning(plan, plan.entries[0])
     assert len(second.model.graph) == len(again.model.graph) == nodes
     assert len(again.model.graph.outputs) == len(again.outputs) > 0
+
+
+def test_what_nobody_asks_for_again_is_given_away(tmp_path, tmp_path_factory):
+    plan = find_family("llava", tmp_path_factory).plan(tmp_path / "out")
+    known = GraphCache(keeps=False)
+    first, second = (known.pruning(plan, plan.entries[0]) for _ in range(2))
+    assert first.model is not second.model
+    assert [node.op_type for node in first.model.graph] == [
+        node.op_type for node in second.model.graph
+    ]
+    assert not known._known

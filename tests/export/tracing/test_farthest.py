@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from gap_export.tracing import trace as tracing
 from gap_export.tracing.farthest import choose_farthest
+from gap_export.tracing.tidy import tidy
 from gap_export.tracing.trace import trace
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.registry import load_plugin
@@ -68,3 +70,19 @@ def test_nodes_and_answers_are_those_of_the_loop(count, tmp_path):
     assert order.tolist() == [expected]
     eager = Chooser(count)(torch.from_numpy(distance), torch.tensor([[4]]))
     assert eager.tolist() == [expected]
+
+
+def test_no_pass_sees_a_choice_written_out(monkeypatch):
+    seen = []
+
+    def look(traced):
+        seen.extend(node.op_type for node in traced.model.graph)
+        return tidy(traced)
+
+    monkeypatch.setattr(tracing, "tidy", look)
+    made = trace_it(Chooser, 7)
+    assert seen.count("ChooseFarthest") == 1
+    assert "ArgMax" not in seen
+    assert [node.op_type for node in made.model.graph].count("ArgMax") == 6
+    # Its own domain is gone with it, and nodes are called after their module.
+    assert set(made.model.opset_imports) == {""}
