@@ -43,6 +43,17 @@ def test_a_position_mode_is_the_references(script, label, mode):
     assert [*laid.ids, laid.text] == ids
 
 
+@pytest.mark.parametrize("order", [ORDER, [200, 3, 77, 16, 0, 41]])
+def test_text_behind_the_last_kept_token_is_the_references(script, order):
+    laid = lay(script, "text behind the last token kept (compact-grid)", order)
+    # A picture of one row: its columns are the cells of one axis.
+    slots, axes = place_tokens(0, 256, 1, list(order), "compact-grid", grid=(1, 256))
+    assert laid.slots == slots
+    assert [*laid.ids, laid.text] == axes[2]
+    nearer = lay(script, "only the text nearer by 8", order)
+    assert (nearer.slots, nearer.ids, nearer.text) == (laid.slots, laid.ids, 248)
+
+
 def test_order_and_value_are_parted(script):
     for label in (
         "right IDs, reversed",
