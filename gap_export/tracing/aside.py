@@ -133,7 +133,9 @@ def _unpack(data: bytes) -> Traced:
     graph = model.graph
     known = {value.name: value for value in graph.initializers.values()}
     known |= {value.name: value for value in graph.inputs[len(graph.inputs) - count :]}
-    del graph.inputs[len(graph.inputs) - count :]
+    # One by one: what is taken out as a slice would still be called an input.
+    for _ in range(count):
+        graph.inputs.pop()
     graph.initializers.clear()
     graph.initializers.update({name: known[name] for name in order})
     traced: Traced = replace(about, model=model)
