@@ -8,8 +8,8 @@ has anything to do for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypedDict, Unpack
 
 import onnx_ir as ir
 from onnx_ir import tape
@@ -26,6 +26,17 @@ _TRANSLATIONS: Final[dict[str, Callable[..., Any]]] = {
 }
 
 
+class _Attributes(TypedDict, total=False):
+    """Those that choices are written with."""
+
+    axis: int
+    keepdims: int
+    alpha: float
+    transA: int
+    value_float: float
+    value_ints: list[int]
+
+
 class _Operators:
     """The standard operators by their names; nodes come one behind the other."""
 
@@ -36,22 +47,24 @@ class _Operators:
     def __getattr__(self, operator: str) -> Callable[..., ir.Value]:
         """What makes a node of an operator."""
 
-        def make(*inputs: ir.Value, **attributes: Any) -> ir.Value:
-            return self.tape.op(operator, inputs, attributes=attributes)
+        def make(*inputs: ir.Value, **attributes: Unpack[_Attributes]) -> ir.Value:
+            given = dict[str, Any](attributes.items())
+            return self.tape.op(operator, inputs, attributes=given)
 
         return make
 
 
 def choose_farthest_whole(distance: Any, first: Any, count: int) -> ir.Value:
     """`gap_export.tracing.farthest.choose_farthest` as one node of the graph that is made."""
-    return _call("ChooseFarthest", [distance, first], count=count)
+    return _call("ChooseFarthest", [distance, first], {"count": count})
 
 
 def choose_determinantal_whole(
     cosine: Any, left: Any, weight: Any, count: int, least: float
 ) -> ir.Value:
     """`gap_export.tracing.determinantal.choose_determinantal` as one node, likewise."""
-    return _call("ChooseDeterminantal", [cosine, left, weight], count=count, least=least)
+    numbers = {"count": count, "least": least}
+    return _call("ChooseDeterminantal", [cosine, left, weight], numbers)
 
 
 def write_out(model: ir.Model) -> None:
@@ -75,7 +88,7 @@ def write_out(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass()(model)
 
 
-def _call(name: str, inputs: Sequence[Any], **attributes: float) -> ir.Value:
+def _call(name: str, inputs: Sequence[Any], attributes: Mapping[str, float]) -> ir.Value:
     tracer = _core.current_tracer
     assert tracer is not None
     made = ir.convenience.convert_attributes(attributes)
