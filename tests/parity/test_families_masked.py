@@ -18,19 +18,33 @@ from makers.families import (
     find_family,
     serves,
 )
+from makers.scenes import CONFIG, SCENES
 from PIL import Image
-from truths import pruners as truth
+from truths import placing
 from truths.families import find_truth
+from truths.formulas import FORMULAS
+from truths.pruners import Truth
 
 from gap_export.config.records import POSITION_MODES
 from gap_runtime import Bundle, Grounder
-from gap_runtime.registry import list_plugins, load_plugin
+from gap_runtime.registry import list_plugins
 
-MERGING = ("nuwa", "prumerge", "prumerge_plus", "trim", "visionzip")
-"""A pruner that merges and is not listed is taken for one that selects, and fails as such."""
-ALL_PRUNERS = sorted(list_plugins("gap_export.pruners"))
-# TRIM without its extra token selects too.
-SELECTING = sorted({*ALL_PRUNERS} - {*MERGING} | {"trim"})
+PRUNERS = sorted(list_plugins("gap_export.pruners"))
+
+
+def make_choice(pruner):
+    """What the formula of a pruner makes of a picture; nothing yet of one without a formula."""
+    if pruner in FORMULAS:
+        return FORMULAS[pruner](SCENES["odd"], 9, CONFIG)
+    return Truth(order=[])
+
+
+CHOICES = {pruner: make_choice(pruner) for pruner in PRUNERS}
+MAKING = {pruner for pruner, choice in CHOICES.items() if choice.extra is not None}
+"""Those that make an extra token."""
+MERGING = [p for p in PRUNERS if CHOICES[p].rows is not None or p in MAKING]
+SELECTING = [p for p in PRUNERS if CHOICES[p].rows is None]
+"""One that only makes an extra token selects too, without it."""
 RATIO = 0.5
 STEPS = 4
 
@@ -52,7 +66,7 @@ def _is_usual(family, pruner, k):
 
     But for the pruners that test_matrix.py exports by default.
     """
-    if pruner in ALL_PRUNERS and ALL_PRUNERS.index(pruner) % 3 == 0:
+    if pruner in PRUNERS and PRUNERS.index(pruner) % 3 == 0:
         return family in WITHOUT_CLS and pruner == "column_attention"
     if family in WITHOUT_CLS:
         return pruner == "column_attention"
@@ -129,17 +143,17 @@ def relative(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def test_the_list_of_selecting_pruners_is_whole():
-    assert {*SELECTING, *MERGING} == {*ALL_PRUNERS}
-    extra = [p for p in SELECTING if load_plugin("gap_export.pruners", p, "pruner").EXTRA]
-    assert extra == ["trim"]
+def test_there_are_pruners_that_select_and_that_merge():
+    assert {"cls_attention", "spatial", "trim"} <= set(SELECTING)
+    assert {"nuwa", "prumerge", "trim", "visionzip"} <= set(MERGING)
+    assert {"prumerge", "trim"} <= MAKING
 
 
 @pytest.mark.parametrize(("case", "pruner"), pairs(SELECTING), indirect=["case"])
 def test_gap_equals_the_full_sequence_with_pruned_keys_masked(
     case, oracle, seen, tmp_path, pruner
 ):
-    drop = {"prune__extra_token": "drop"} if pruner == "trim" else {}
+    drop = {"prune__extra_token": "drop"} if pruner in MAKING else {}
     for manifest, entry, size, found, values in ask_all(case, tmp_path / "b", pruner, **drop):
         bucket = manifest.bucket(entry.bucket)
         look = seen(entry.bucket, values.pixels, size)
@@ -172,13 +186,13 @@ def test_merged_tokens_and_their_answers_are_those_of_the_formulas(
             merged = oracle.project(rows)
             tokens |= {look.removable[k]: row for k, row in zip(made.order, merged, strict=True)}
             if entry.extra:
-                tokens[truth.EXTRA] = oracle.project(torch.tensor(made.extra)[None])[0]
-        assert entry.extra == int(pruner not in {"nuwa", "visionzip"})
-        order = [index for index in tokens if index != truth.EXTRA]
+                tokens[placing.EXTRA] = oracle.project(torch.tensor(made.extra)[None])[0]
+        assert entry.extra == int(pruner in MAKING)
+        order = [index for index in tokens if index != placing.EXTRA]
         prefix, rule = manifest.layout.prefix, "last-visual" if entry.extra else None
         before, after = values.prompt_ids[:prefix], values.prompt_ids[prefix:]
-        slots, ids, first = truth.place(prefix, entry.patches, len(after), order, "gap", rule)
-        assert values.kept_index[0].tolist() == [k for k in slots if k != truth.EXTRA]
+        slots, ids, first = placing.place(prefix, entry.patches, len(after), order, "gap", rule)
+        assert values.kept_index[0].tolist() == [k for k in slots if k != placing.EXTRA]
         assert values.position_ids[0, : len(ids)].tolist() == ids
         visual = torch.stack([tokens[slot] for slot in slots])
         assert relative(values.visual_tokens[0], visual.numpy()) < 1e-4

@@ -29,6 +29,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from truths import pruners as truth
 from truths import published
+from truths.formulas import find_count, find_formula
 
 NEWLINE = -1
 # N visual tokens, R of them removable, P patches of a view, V views, T = P + 1 with the CLS
@@ -40,20 +41,19 @@ class Seen:
     """A picture and a phrase as the towers see them, float64.
 
     `tokens` [N, D] are all visual tokens, `removable` the indices of those that show something.
-    All others are by removable token: `attention` and `similarity` [R] of CLS, `column` [R] the
-    attention received from all tokens, `keys` [R, d] as means over heads, `merge_attention` [R]
-    and `merge_keys` [R, C] of the block after, `patches` [R, C] before the projector, and
-    `text_patches` [R, W], which the phrase `text` [W] is
-    compared with.
+    All others are by removable token and named as in formulas.py: `attention` and `similarity`
+    [R] of CLS, `column_attention` [R] received from all tokens, `mean_keys` [R, d] over heads,
+    `one_head_attention` [R] and `merge_keys` [R, C] of the block after, `patches` [R, C] before
+    the projector, and `text_patches` [R, W], which the phrase `text` [W] is compared with.
     """
 
     tokens: torch.Tensor
     removable: list[int]
     attention: np.ndarray
-    column: np.ndarray
+    column_attention: np.ndarray
     similarity: np.ndarray
-    keys: np.ndarray
-    merge_attention: np.ndarray
+    mean_keys: np.ndarray
+    one_head_attention: np.ndarray
     merge_keys: np.ndarray
     patches: torch.Tensor
     text: torch.Tensor
@@ -65,54 +65,18 @@ class Seen:
 
         `grids` are the (rows, columns) that they lie in; the seed is 0.
         """
-        tokens = self.tokens[self.removable].numpy()
-        text = (self.text.numpy(), self.text_patches.numpy())
-        patches, a, total = self.patches.numpy(), self.merge_attention, len(self.removable)
-        rules = {
-            "cls_attention": lambda: truth.Truth(order=truth.top(self.attention, kept)),
-            "column_attention": lambda: truth.Truth(order=truth.top(self.column, kept)),
-            "cls_similarity": lambda: truth.Truth(order=truth.top(self.similarity, kept)),
-            "text_similarity": lambda: truth.text_similarity(*text, kept, self.text_sign),
-            "trim": lambda: truth.trim(*text, patches, kept, self.text_sign),
-            "vispruner": lambda: truth.vispruner(self.attention, patches, kept),
-            "visionzip": lambda: truth.visionzip(self.attention, self.keys, patches, kept),
-            "dart": lambda: truth.dart(tokens, kept),
-            "divprune": lambda: truth.divprune(tokens, kept),
-            "cdpruner": lambda: truth.cdpruner(*text, tokens, kept, self.text_sign),
-            "nuwa": lambda: truth.nuwa(self.attention, patches, kept, grids),
-            "random": lambda: truth.random(total, kept, 0),
-            "spatial": lambda: truth.spatial(grids, kept),
-            "prumerge": lambda: self._merge(a, kept),
-            "prumerge_plus": lambda: self._merge(
-                a + 2 * np.isin(range(total), truth.prumerge_plus_grid(total, kept)), kept
-            ),
+        own = {
+            "tokens": self.tokens[self.removable],
+            "geometry": SimpleNamespace(tokens=len(self.removable), grids=grids, missing=()),
+            # With a row for CLS, which the formulas drop.
+            "merge_keys": np.concatenate([self.merge_keys[:1], self.merge_keys]),
         }
-        if pruner not in rules:
-            pytest.fail(f"no truth for pruner '{pruner}': add it to tests/truths/families.py")
-        return rules[pruner]()
-
-    def _merge(self, scores, kept):
-        """PruMerge's merging, of attention that comes from one view or from several."""
-        keys = np.concatenate([self.merge_keys[:1], self.merge_keys])
-        patches = self.patches.numpy()
-        return truth._merge(truth.top(scores, kept), self.merge_attention, scores, keys, patches)
+        picture = SimpleNamespace(**vars(self) | own)
+        return find_formula(pruner)(picture, kept, SimpleNamespace(seed=0))
 
     def count_adaptively(self, pruner):
         """How many tokens the published rule keeps of this picture."""
-        if pruner == "trim":
-            scores = truth.trim(
-                self.text.numpy(),
-                self.text_patches.numpy(),
-                self.patches.numpy(),
-                1,
-                self.text_sign,
-            ).scores
-            return truth.adaptive_count_iqr(truth.softmax(scores))
-        rules = {
-            "prumerge": truth.adaptive_count_iqr,
-            "prumerge_plus": truth.prumerge_plus_adaptive_count,
-        }
-        return rules[pruner](self.merge_attention)
+        return find_count(pruner)(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +130,12 @@ class FamilyTruth:
 
 
 def find_truth(case):
-    """The truth about a family of tests/makers/families.py."""
+    """The truth about a family of tests/makers/families.py; a new one needs one."""
+    if case.name not in _MAKERS:
+        pytest.fail(
+            f"no truth about '{case.name}': add what its towers and its decoder see and answer, "
+            "of the library's own classes, to _MAKERS of tests/truths/families.py"
+        )
     return _MAKERS[case.name](case)
 
 
@@ -327,10 +296,10 @@ def _minigpt(case):
             tokens=tokens,
             removable=list(range(len(tokens))),
             attention=truth.pool(attention, 4),
-            column=truth.pool(output.attentions[-1][0].mean((0, 1))[1:].numpy(), 4),
+            column_attention=truth.pool(output.attentions[-1][0].mean((0, 1))[1:].numpy(), 4),
             similarity=truth.pool(similarity, 4),
-            keys=truth.pool(by_head.numpy(), 4),
-            merge_attention=truth.pool(a, 4),
+            mean_keys=truth.pool(by_head.numpy(), 4),
+            one_head_attention=truth.pool(a, 4),
             merge_keys=truth.pool(keys[1:].numpy(), 4),
             patches=states[1:].reshape(len(tokens), -1),
             text=torch.tensor(np.mean(truth.unit_rows(rows), axis=0)),
@@ -402,11 +371,11 @@ def _internvl(heads):
                 removable=list(range(len(tokens))),
                 attention=truth.pool(np.concatenate(attention)[order], cell**2),
                 similarity=truth.pool(np.concatenate(similarity)[order], cell**2),
-                column=truth.pool(
+                column_attention=truth.pool(
                     output.attentions[-1].mean((1, 2))[:, 1:].flatten()[order].numpy(), cell**2
                 ),
-                keys=truth.pool(by_head[order].numpy(), cell**2),
-                merge_attention=truth.pool(np.concatenate(a)[order], cell**2),
+                mean_keys=truth.pool(by_head[order].numpy(), cell**2),
+                one_head_attention=truth.pool(np.concatenate(a)[order], cell**2),
                 merge_keys=truth.pool(keys[:, 1:].flatten(0, 1)[order].numpy(), cell**2),
                 patches=patches.reshape(len(tokens), -1),
                 text=torch.tensor(np.mean(truth.unit_rows(rows.numpy()), axis=0)),
@@ -459,9 +428,9 @@ def _onevision(case):
             # What serves in the place of CLS's.
             attention=marked[0][shown, 0].numpy(),
             similarity=none,
-            column=marked[0][shown, 0].numpy(),
-            keys=none,
-            merge_attention=none,
+            column_attention=marked[0][shown, 0].numpy(),
+            mean_keys=none,
+            one_head_attention=none,
             merge_keys=none,
             patches=patches,
             text=torch.tensor(np.mean(truth.unit_rows(rows), axis=0)),
@@ -523,10 +492,10 @@ def _see_clip(tower, views, origin, tokens, clip_folder, phrase):
         tokens=tokens,
         removable=removable,
         attention=np.concatenate(attention)[shown],
-        column=maps.mean((1, 2))[:, 1:].flatten()[shown].numpy(),
+        column_attention=maps.mean((1, 2))[:, 1:].flatten()[shown].numpy(),
         similarity=np.concatenate(similarity)[shown],
-        keys=keys.unflatten(-1, (heads, -1)).mean(2).flatten(0, 1)[shown].numpy(),
-        merge_attention=np.concatenate(a)[shown],
+        mean_keys=keys.unflatten(-1, (heads, -1)).mean(2).flatten(0, 1)[shown].numpy(),
+        one_head_attention=np.concatenate(a)[shown],
         merge_keys=merge_keys[:, 1:].flatten(0, 1)[shown].numpy(),
         patches=patches,
         text=clip.text_projection(clip.text_model(ids).pooler_output)[0],

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truths import pruners as truth
+from truths import placing
 
 MODES = ("gap", "compact", "permuted", "permuted-compact")
 RULES = (None, "last-visual", "append", "centroid")
@@ -30,11 +30,11 @@ def close(one, other):
 def test_gap_in_worked_examples(s, total, t, kept, visual, first_new):
     text = list(range(first_new - t, first_new))
     expected = (kept, [*range(s), *visual, *text], first_new)
-    assert truth.place(s, total, t, kept, "gap") == expected
-    assert truth.place(s, total, t, kept[::-1], "gap") == expected
+    assert placing.place(s, total, t, kept, "gap") == expected
+    assert placing.place(s, total, t, kept[::-1], "gap") == expected
 
 
-X = truth.EXTRA
+X = placing.EXTRA
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ X = truth.EXTRA
 )
 def test_every_mode_in_the_worked_example(mode, rule, slots, ids):
     # Weights 0.2 and 0.8 on tokens 0 and 2: the centroid is 1.6, rounded 2.
-    made = truth.place(2, 4, 3, [3, 1], mode, rule, [0.2, 0, 0.8, 0])
+    made = placing.place(2, 4, 3, [3, 1], mode, rule, [0.2, 0, 0.8, 0])
     assert made == (slots, ids, ids[-1] + 1)
 
 
@@ -75,7 +75,7 @@ def test_every_mode_in_the_worked_example(mode, rule, slots, ids):
     ],
 )
 def test_extra_tokens_at_their_centroid(weights, slots, ids):
-    assert truth.place(0, 5, 0, [3, 1], "gap", "centroid", weights) == (slots, ids, 5)
+    assert placing.place(0, 5, 0, [3, 1], "gap", "centroid", weights) == (slots, ids, 5)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_extra_tokens_at_their_centroid(weights, slots, ids):
     ],
 )
 def test_centroids_round_halves_up(weights, index):
-    assert truth.centroid(weights) == index
+    assert placing.centroid(weights) == index
 
 
 def test_an_extra_token_of_nothing_has_no_centroid():
     with pytest.raises(ValueError, match="nothing"):
-        truth.place(0, 2, 0, [0, 1], "gap", "centroid", [0, 0])
+        placing.place(0, 2, 0, [0, 1], "gap", "centroid", [0, 0])
 
 
 @st.composite
@@ -132,7 +132,7 @@ def test_placing_agrees_with_sorted_pairs(case, mode, rule):
         "append": total,
         "centroid": int(np.floor(mean + 0.5)),
     }[rule]
-    made = truth.place(s, total, t, order, mode, rule, weights)
+    made = placing.place(s, total, t, order, mode, rule, weights)
     assert made == lay_out(s, total, t, order, mode, at)
 
 
@@ -140,7 +140,7 @@ def test_placing_agrees_with_sorted_pairs(case, mode, rule):
 @given(cases(), st.sampled_from(MODES), st.sampled_from(RULES))
 def test_properties_of_placing(case, mode, rule):
     s, total, t, order, weights = case
-    slots, ids, first_new = truth.place(s, total, t, order, mode, rule, weights)
+    slots, ids, first_new = placing.place(s, total, t, order, mode, rule, weights)
     extra = int(rule is not None)
     assert len(slots) == len(order) + extra
     assert [slot for slot in slots if slot != X] == (

@@ -11,6 +11,7 @@ import torch
 from makers.families import PHRASE, READ_PHRASE, find_family, make_picture
 from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from truths import placing
 from truths import pruners as truth
 from truths.families import find_truth
 
@@ -95,10 +96,10 @@ def require_modes(mapping, order, weights=None, rule=None):
     assert [mode["mode"] for mode in mapping["modes"]] == MODES
     for mode in mapping["modes"]:
         prefix, suffix = len(mode["prefix_ids"]), len(mode["suffix_ids"])
-        slots, ids, first = truth.place(
+        slots, ids, first = placing.place(
             prefix, mapping["patches"], suffix, order, mode["mode"], rule, weights
         )
-        assert mode["visual_slots"] == [-1 if slot == truth.EXTRA else slot for slot in slots]
+        assert mode["visual_slots"] == [-1 if slot == placing.EXTRA else slot for slot in slots]
         assert [*mode["prefix_ids"], *mode["visual_ids"][0], *mode["suffix_ids"]] == ids
         assert mode["first_answer_id"] == first
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from truths import pruners as pruner_formulas
+from truths import placing
 
 from gap_export.config.records import GRID_MODE, POSITION_MODES
 from gap_export.config.shipped import package_data
@@ -117,10 +117,10 @@ def test_positions_are_the_oracles(run, tiny_llava, pruner, rule):
         order = [token for token in modes["permuted"]["visual_slots"] if token != -1]
         for name, mode in modes.items():
             before, after = len(mode["prefix_ids"]), len(mode["suffix_ids"])
-            slots, ids, first = pruner_formulas.place(
+            slots, ids, first = placing.place(
                 before, 25, after, order, name, rule if made else None, weights
             )
-            shown = [pruner_formulas.EXTRA if s == -1 else s for s in mode["visual_slots"]]
+            shown = [placing.EXTRA if s == -1 else s for s in mode["visual_slots"]]
             assert shown == slots
             assert mode["prefix_ids"] + mode["visual_ids"][0] + mode["suffix_ids"] == ids
             assert mode["first_answer_id"] == first

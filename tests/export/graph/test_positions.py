@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from truths import pruners as pruner_formulas
+from truths import placing
 
 from gap_export.config.records import EXTRA_RULES, GRID_MODE, POSITION_MODES, PruneConfig
 from gap_export.graph.positions import keeps_raster_order, place_tokens
@@ -24,7 +24,7 @@ GAP_TABLE = {
     "permuted": ([3, 1], [0, 1, 3, 5, 6, 7, 8]),
     "permuted-compact": ([3, 1], [0, 1, 2, 3, 4, 5, 6]),
 }
-E = pruner_formulas.EXTRA
+E = placing.EXTRA
 EXTRA_TABLE = {
     # The same, and an extra token of the patches 0 and 2 in parts of 1 to 3: its centroid is
     # 1.5, rounded to 2.
@@ -80,7 +80,7 @@ def worked(order=(3, 1), rule=None):
 
 def by_loops(case, mode):
     """The oracle's slots and position IDs."""
-    slots, ids, first_new = pruner_formulas.place(
+    slots, ids, first_new = placing.place(
         case.before, case.patches, case.after, case.order, mode, case.rule, case.weights
     )
     assert not ids or first_new == ids[-1] + 1
@@ -122,7 +122,7 @@ def by_mapping(case, mode, *, constant):
     """Slots and IDs of the graph's mapping alone, which is told the centroid."""
     centroid = None
     if case.rule == "centroid":
-        centroid = torch.tensor([pruner_formulas.centroid(case.weights)])
+        centroid = torch.tensor([placing.centroid(case.weights)])
     places = place_tokens(
         case.layout,
         case.order if constant else torch.tensor([case.order]),
@@ -342,7 +342,7 @@ def test_an_extra_token_moves_no_other(case, rule, mode):
         own = {
             "last-visual": case.patches - 1,
             "append": case.patches,
-            "centroid": pruner_formulas.centroid(weights),
+            "centroid": placing.centroid(weights),
         }[rule]
         visual.remove(case.before + own)
         assert visual == ids[case.before : start]

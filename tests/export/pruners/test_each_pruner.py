@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers.scenes import CONFIG, make_scene
 from truths import pruners as truth
-from truths.choices import PRUNERS, TRUTHS, close, compare, expect, grid_scores, load, realize
+from truths.choices import PRUNERS, close, compare, expect, load, realize
+from truths.formulas import find_count, grid_scores
 
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerVision, Feature, Geometry, VisionFeatures
 from gap_runtime.grounding.compare import is_near_tie
+
+ADAPTIVE = [name for name in PRUNERS if hasattr(load(name), "count_adaptively")]
 
 
 def test_cdpruner_stays_finite_far_beyond_the_rank():
@@ -95,17 +98,11 @@ def test_adaptive_counts_are_the_formulas(kind, spread):
         "strips": make_scene((8, 8), strip=4, spread=spread),
         "views": make_scene((8, 8), (6, 8), views=2, spread=spread),
     }[kind]
-    a, vision = scene.one_head_attention, scene.vision()
-    assert load("prumerge").count_adaptively(vision) == truth.adaptive_count_iqr(a)
-    assert load("prumerge_plus").count_adaptively(vision) == (
-        truth.prumerge_plus_adaptive_count(a)
-    )
     sharp = replace(scene, text=spread * scene.text)
-    dots = truth.text_similarity(sharp.text, sharp.text_patches, 1).scores
-    count = load("trim").count_adaptively(sharp.vision())
-    assert count == truth.adaptive_count_iqr(truth.softmax(dots))
-    assert count > 0
-    assert spread == 1.0 or load("prumerge").count_adaptively(vision) > 0
+    counts = {name: load(name).count_adaptively(sharp.vision()) for name in ADAPTIVE}
+    assert counts == {name: find_count(name)(sharp) for name in ADAPTIVE}
+    assert counts["trim"] > 0
+    assert spread == 1.0 or counts["prumerge"] > 0
 
 
 def test_adaptive_counts_of_even_attention_are_zero():
@@ -113,12 +110,6 @@ def test_adaptive_counts_of_even_attention_are_zero():
     even = replace(scene, queries=tuple(torch.zeros_like(q) for q in scene.queries))
     assert load("prumerge").count_adaptively(even.vision()) == 0
     assert load("prumerge_plus").count_adaptively(even.vision()) == 0
-
-
-def test_only_the_published_adaptive_methods_count_adaptively():
-    published = {name for name in PRUNERS if hasattr(load(name), "count_adaptively")} & set(TRUTHS)
-    assert published == {"prumerge", "prumerge_plus", "trim"}
-    assert {name for name in TRUTHS if load(name).EXTRA} == published
 
 
 def features(grid, attention=None):
