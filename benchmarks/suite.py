@@ -1,7 +1,7 @@
 """What the comparisons share: finding subjects, running them in processes, results and tables.
 
 A subject is a script in benchmarks/peers, run by the python of its own environment; ours is one of
-them. How it is spoken to is written in benchmarks/peers/common.py.
+them. How it is spoken to is written in benchmarks/peers/measure.py.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read_peer(script: Path) -> Peer:
 
 def list_peers(folder: Path = PEERS) -> list[str]:
     """Names of all subjects, ours first."""
-    names = [path.stem for path in folder.glob("*.py") if path.stem not in {"common", "__init__"}]
+    names = [path.stem for path in folder.glob("*.py") if path.stem not in {"measure", "__init__"}]
     return sorted(names, key=lambda name: (name != OURS, name))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import find_versions, make_pixels, measure_session, run
+from measure import find_versions, make_pixels, measure_session, run
 
 NAME: Final = "gap-export"
 SCOPE: Final = "whole"
@@ -65,7 +65,7 @@ class Bundled:
         self._vision = self._backend.open_stage(self._bundle, stage, self._device)
 
     def prefill(self, token_ids: np.ndarray) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         from gap_runtime.bundle.bundle import embedding_rows
 
         rows = embedding_rows(self._table, token_ids.tolist())[None]
@@ -73,7 +73,7 @@ class Bundled:
         return choose(self._decoder.run(rows, positions, 0, np.array([len(token_ids) - 1]))[0])
 
     def step(self, token: int, position: int) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         from gap_runtime.bundle.bundle import embedding_rows
 
         row = embedding_rows(self._table, [token])[None]

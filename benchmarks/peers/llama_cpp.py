@@ -17,7 +17,7 @@ from typing import Any, Final
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import run
+from measure import run
 
 NAME: Final = "llama.cpp"
 SCOPE: Final = "decoder"

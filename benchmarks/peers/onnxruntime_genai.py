@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import CAPACITY, find_versions, measure_session, run
+from measure import CAPACITY, find_versions, measure_session, run
 
 NAME: Final = "onnxruntime-genai"
 SCOPE: Final = "decoder"
@@ -61,13 +61,13 @@ class Generating:
         self._generator = onnxruntime_genai.Generator(self._model, params)
 
     def prefill(self, token_ids: np.ndarray) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         self._generator.rewind_to(0)
         self._generator.append_tokens(token_ids.astype(np.int32))
         return self._choose()
 
     def step(self, token: int, position: int) -> int:
-        """See common.Session; reads the token that was chosen last."""
+        """See measure.Session; reads the token that was chosen last."""
         del token, position
         return self._choose()
 

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import find_versions, make_pixels, measure_session, run
+from measure import find_versions, make_pixels, measure_session, run
 
 NAME: Final = "OpenVINO GenAI"
 SCOPE: Final = "whole"
@@ -89,12 +89,12 @@ class Compiled:
         self._vision = self._open("vision_embeddings")
 
     def prefill(self, token_ids: np.ndarray) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         self._language.reset_state()
         return self._run(token_ids[None], 0)
 
     def step(self, token: int, position: int) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         return self._run(np.array([[token]]), position)
 
     def see(self) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import OnnxDecoder, find_versions, measure_session, run
+from measure import OnnxDecoder, find_versions, measure_session, run
 
 NAME: Final = "optimum-onnx"
 SCOPE: Final = "decoder"

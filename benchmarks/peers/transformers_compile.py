@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import CAPACITY, find_versions, make_pixels, make_tokens, measure_session, run
+from measure import CAPACITY, find_versions, make_pixels, make_tokens, measure_session, run
 
 NAME: Final = "transformers compile"
 SCOPE: Final = "whole"
@@ -44,12 +44,12 @@ class Compiled:
         self.see()
 
     def prefill(self, token_ids: np.ndarray) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         self._cache.reset()
         return self._run(self._torch.from_numpy(token_ids)[None], 0)
 
     def step(self, token: int, position: int) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         return self._run(self._torch.tensor([[token]]), position)
 
     def see(self) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import find_versions, make_pixels, measure_session, run
+from measure import find_versions, make_pixels, measure_session, run
 
 NAME: Final = "transformers eager"
 SCOPE: Final = "whole"
@@ -37,12 +37,12 @@ class Eager:
         self._pixels = torch.from_numpy(make_pixels())
 
     def prefill(self, token_ids: np.ndarray) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         self._cache = self._make_cache()
         return self._run(self._torch.from_numpy(token_ids)[None], 0)
 
     def step(self, token: int, position: int) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         return self._run(self._torch.tensor([[token]]), position)
 
     def see(self) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from common import (
+from measure import (
     OnnxDecoder,
     find_versions,
     make_pixels,
@@ -102,11 +102,11 @@ class Exported:
         self._pixels = make_pixels()
 
     def prefill(self, token_ids: np.ndarray) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         return self._decoder.prefill(token_ids)
 
     def step(self, token: int, position: int) -> int:
-        """See common.Session."""
+        """See measure.Session."""
         return self._decoder.step(token, position)
 
     def see(self) -> Any:

@@ -7,18 +7,16 @@ import importlib
 import inspect
 import re
 import tomllib
-from typing import Protocol
 
 import pytest
 from tools.places import ROOT
+from tools.protocols import OPTIONS, PROTOCOLS, members
 
 from gap_export.interfaces.decoder import Decoder
-from gap_export.interfaces.dialect import Dialect
 from gap_export.interfaces.family import Family, FamilyOptions
 from gap_export.interfaces.features import AdaptivePruner, Feature, Pruner
 from gap_runtime.backends import Backend
 from gap_runtime.bundle import manifest
-from gap_runtime.cli.options import Command
 from gap_runtime.evaluation.protocol import ScoringProtocol
 from gap_runtime.evaluation.source import Reader
 from gap_runtime.pictures.preprocess import PictureMode
@@ -26,17 +24,6 @@ from gap_runtime.registry import list_plugins
 
 PACKAGES = (ROOT / "gap_export", ROOT / "runtime" / "gap_runtime")
 FILES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
-PROTOCOLS = {
-    "gap_export.models": Family,
-    "gap_export.pruners": Pruner,
-    "gap_export.dialects": Dialect,
-    "gap_export.cli.commands": Command,
-    "gap_runtime.cli.commands": Command,
-    "gap_runtime.backends": Backend,
-    "gap_runtime.pictures.modes": PictureMode,
-    "gap_runtime.evaluation.readers": Reader,
-    "gap_runtime.evaluation.protocols": ScoringProtocol,
-}
 MODULES = [f"{package}.{name}" for package in PROTOCOLS for name in list_plugins(package)]
 FAMILIES = sorted(path.stem for path in (ROOT / "gap_export" / "models").glob("[!_]*.py"))
 FAMILY_NAMES = sorted({name for stem in FAMILIES for name in (stem, stem.replace("_", "-"))})
@@ -236,14 +223,6 @@ def test_all_versions_agree():
     assert f"gap-runtime=={versions.pop()}" in exporter["dependencies"]
 
 
-def members(protocol):
-    """Names that a protocol asks for."""
-    kinds = [kind for kind in protocol.__mro__ if getattr(kind, "_is_protocol", False)]
-    kinds = [kind for kind in kinds if kind is not Protocol]
-    names = {name for kind in kinds for name in vars(kind) if not name.startswith("_")}
-    return names.union(*(inspect.get_annotations(kind) for kind in kinds))
-
-
 def test_protocols_ask_for_something():
     assert members(Pruner) == {"NEEDS", "EXTRA", "prune", "prune_eagerly"}
     assert members(AdaptivePruner) == members(Pruner) | {"count_adaptively"}
@@ -289,9 +268,6 @@ def require_fit(module, protocol, wanted=None):
 @pytest.mark.parametrize("name", [name for name in MODULES if ".models." in name])
 def test_the_decoder_of_a_family_fits_its_protocol(name):
     require_fit(importlib.import_module(name).DECODER, Decoder)
-
-
-OPTIONS = {"gap_export.pruners": AdaptivePruner, "gap_export.models": FamilyOptions}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.rpartition(".")[0] in OPTIONS])

@@ -24,7 +24,16 @@ _SOURCES = {
 _NEWEST_GLIBC = 39
 CUDA_13 = ("gpu", "tensorrt", "rtx")
 CUDA_12 = ("gpu-cu12", "tensorrt-cu12", "rtx-cu12")
+PROJECT = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+OTHERS = tuple(extra for extra in EXTRAS if extra not in {*CUDA_13, *CUDA_12})
+"""Those that have nothing to do with CUDA, of which a machine may have all."""
 CASES = {
+    **{
+        (machine, python, OTHERS): {}
+        for machine in ("x86_64", "aarch64")
+        for python in ("3.12", "3.10")
+    },
     ("x86_64", "3.12", CUDA_13): {"onnxruntime-gpu": ">=1.30", "cuda-python": "==13.*"},
     ("x86_64", "3.10", ("tensorrt", "rtx")): {"cuda-python": "==13.*"},
     ("x86_64", "3.12", CUDA_12): {"onnxruntime-gpu": "==1.26.*", "cuda-python": "==12.*"},
@@ -41,10 +50,9 @@ def list_requirements(asked, python):
     """What extras ask for with a Python, as wheels; a requirement is itself."""
     if isinstance(asked, str):
         return [asked]
-    project = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text(encoding="utf-8"))
     found = []
     for extra in asked:
-        for each in map(Requirement, project["project"]["optional-dependencies"][extra]):
+        for each in map(Requirement, EXTRAS[extra]):
             if each.marker is None or each.marker.evaluate({"python_version": python}):
                 names = _SOURCES.get(each.name, (each.name,))
                 found += [f"{name}{each.specifier}" for name in names]

@@ -6,6 +6,7 @@ that a test can ask for a family by name. Checkpoints are made once for all test
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,28 +26,6 @@ from makers import originals
 from makers.checkpoints import make_llava_checkpoint
 from makers.originals.files import SPREAD
 
-FAMILIES = (
-    "llava",
-    "llava-original",
-    "llava-next-vicuna",
-    "llava-next-mistral",
-    "shikra",
-    "minigpt-v2",
-    "internvl3",
-    "internvl3.5",
-)
-ARCHITECTURES = tuple(
-    family
-    for family in FAMILIES
-    if family not in {"llava-original", "llava-next-vicuna", "internvl3.5"}
-)
-"""Those whose graphs differ in more than sizes; the others are further files of the same."""
-CLIP_FAMILIES = tuple(
-    family for family in FAMILIES if family not in {"minigpt-v2", "internvl3", "internvl3.5"}
-)
-"""Those whose tower is CLIP's."""
-WITHOUT_CLS = ("llava-onevision",)
-"""Families whose tower has no CLS token, which pruners that need one do not serve."""
 _WITHOUT_CLS_GIVEN = frozenset(
     {
         Feature.COLUMN_ATTENTION,
@@ -56,7 +35,6 @@ _WITHOUT_CLS_GIVEN = frozenset(
         Feature.TEXT_PATCHES,
     }
 )
-EVERY_FAMILY = (*FAMILIES, *WITHOUT_CLS)
 PHRASE = "the red ring left of the blue box"
 _NEEDS = {
     name: load_plugin("gap_export.pruners", name, "pruner").NEEDS
@@ -206,7 +184,7 @@ def find_family(name, tmp_path_factory, *, head_dim=None):
     if key not in _made:
         home = tmp_path_factory.mktemp("families") / name
         home.mkdir()
-        _made[key] = _MAKERS[name](home, head_dim)
+        _made[key] = _ENTRIES[name].make(home, head_dim)
     return _made[key]
 
 
@@ -482,14 +460,42 @@ def _make_onevision(home, head_dim):
     )
 
 
-_MAKERS = {
-    "llava": _make_llava,
-    "llava-original": _make_llava_original,
-    "llava-next-vicuna": _make_next_vicuna,
-    "llava-next-mistral": _make_next_mistral,
-    "shikra": _make_shikra,
-    "minigpt-v2": _make_minigpt,
-    "internvl3": _make_internvl3,
-    "internvl3.5": _make_internvl3_5,
-    "llava-onevision": _make_onevision,
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A family in the tests. `make` makes its files in a folder: (home, head_dim) -> FamilyCase.
+
+    `clip` says that its tower is CLIP's, `cls` that there is a CLS token, without which some
+    pruners are not served. `further` are files of an entry above once more, whose graphs differ
+    in sizes alone.
+    """
+
+    make: Callable[[Path, int | None], FamilyCase]
+    clip: bool = False
+    cls: bool = True
+    further: bool = False
+
+
+_ENTRIES = {
+    "llava": Entry(make=_make_llava, clip=True),
+    "llava-original": Entry(make=_make_llava_original, clip=True, further=True),
+    "llava-next-vicuna": Entry(make=_make_next_vicuna, clip=True, further=True),
+    "llava-next-mistral": Entry(make=_make_next_mistral, clip=True),
+    "shikra": Entry(make=_make_shikra, clip=True),
+    "minigpt-v2": Entry(make=_make_minigpt),
+    "internvl3": Entry(make=_make_internvl3),
+    "internvl3.5": Entry(make=_make_internvl3_5, further=True),
+    "llava-onevision": Entry(make=_make_onevision, cls=False),
 }
+"""A new family is one more; the tests of all families take it from here."""
+FAMILIES = tuple(name for name, entry in _ENTRIES.items() if entry.cls)
+ARCHITECTURES = tuple(name for name in FAMILIES if not _ENTRIES[name].further)
+"""Those whose graphs differ in more than sizes."""
+CLIP_FAMILIES = tuple(name for name in FAMILIES if _ENTRIES[name].clip)
+WITHOUT_CLS = tuple(name for name, entry in _ENTRIES.items() if not entry.cls)
+EVERY_FAMILY = (*FAMILIES, *WITHOUT_CLS)
+DIAGONAL = tuple(
+    (family, sorted(_NEEDS)[k * len(_NEEDS) // len(ARCHITECTURES)])
+    for k, family in enumerate(ARCHITECTURES)
+)
+"""Every architecture with another pruner: what test_matrix.py exports by default, and
+test_families_masked.py leaves to it."""

@@ -10,18 +10,42 @@ from gap_export.dialects import native, portable
 from gap_export.interfaces.dialect import Rows
 from gap_runtime import Bundle, Grounder
 from gap_runtime.grounding.check import check_bundle
+from gap_runtime.machines.target import list_targets, load_target
 from gap_runtime.pictures.load import load_picture
+from gap_runtime.registry import list_plugins
+
+FOUND = [load_target(name) for name in list_targets()]
+TARGETS = {
+    each.dialect: each.name
+    for each in FOUND
+    if each.backend == "onnxruntime" and each.provider is None
+}
+"""A target of each dialect. The others run on other backends or devices, and are tested there."""
+
+
+def test_a_target_names_every_dialect():
+    named = {each.dialect for each in FOUND}
+    for dialect in list_plugins("gap_export.dialects"):
+        assert dialect in named, (
+            f"no target in runtime/gap_runtime/machines/targets/ has dialect = '{dialect}': "
+            "nobody can export in it"
+        )
+    assert {"native", "onnxruntime", "portable"} <= set(TARGETS)
 
 
 @pytest.fixture(scope="module")
 def bundles(export, refshapes_bundle, tmp_path_factory):
-    """One model in all dialects, with its reference; one ratio of them is looked at."""
+    """One model in all dialects that onnxruntime runs anywhere, with its reference.
+
+    One ratio of them is looked at.
+    """
     home = tmp_path_factory.mktemp("dialects")
-    return {"cpu": Bundle.open(refshapes_bundle)} | {
-        target: Bundle.open(
-            export("refshapes", home / target, target=target, prune__ratios=[0.75])
+    return {"onnxruntime": Bundle.open(refshapes_bundle)} | {
+        dialect: Bundle.open(
+            export("refshapes", home / dialect, target=target, prune__ratios=[0.75])
         )
-        for target in ("standard", "portable")
+        for dialect, target in TARGETS.items()
+        if dialect != "onnxruntime"
     }
 
 
@@ -38,14 +62,14 @@ def test_a_portable_graph_has_plain_operators_alone(bundles):
 
 def test_all_dialects_pass_the_check_with_the_same_numbers(bundles):
     values = {}
-    for target, bundle in bundles.items():
+    for dialect, bundle in bundles.items():
         assert check_bundle(bundle, "onnxruntime:cpu").passed
         sample = bundle.manifest.reference.samples[0]
         grounder = Grounder(bundle, "onnxruntime:cpu")
         picture = load_picture(bundle.folder / sample.image)
         entry = next(each for each in bundle.manifest.ratios if each.ratio == 0.75)
-        values[target] = grounder.run_stages(picture, sample.phrase, entry)
-    one = values.pop("standard")
+        values[dialect] = grounder.run_stages(picture, sample.phrase, entry)
+    one = values.pop("native")
     scale = np.abs(one.decoded.prefill_logits).max()
     for other in values.values():
         assert np.array_equal(one.kept_index, other.kept_index)
@@ -57,13 +81,14 @@ def test_all_dialects_pass_the_check_with_the_same_numbers(bundles):
 def test_onnxruntimes_own_attention_is_there_for_the_cpu(bundles):
     """And not in standard graphs."""
     counts = {}
-    for target, bundle in bundles.items():
+    for dialect, bundle in bundles.items():
         stage = bundle.manifest.stage("decoder")
         graph = onnx.load(bundle.folder / stage.file, load_external_data=False).graph
         kinds = [node.op_type for node in graph.node]
-        counts[target] = kinds.count("GroupQueryAttention"), kinds.count("Attention")
-    layers = bundles["cpu"].manifest.cache.layers
-    assert counts == {"cpu": (layers, 0), "standard": (0, layers), "portable": (0, 0)}
+        counts[dialect] = kinds.count("GroupQueryAttention"), kinds.count("Attention")
+    layers = bundles["native"].manifest.cache.layers
+    known = {"onnxruntime": (layers, 0), "native": (0, layers), "portable": (0, 0)}
+    assert counts | known == counts
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

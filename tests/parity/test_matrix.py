@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from makers.families import (
     ARCHITECTURES,
+    DIAGONAL,
     EVERY_FAMILY,
     export,
     find_family,
@@ -35,15 +36,7 @@ ALL = tuple(
     for family, pruner, mode in itertools.product(EVERY_FAMILY, PRUNERS, MODES)
     if serves(family, pruner)
 )
-TURNS = max(len(ARCHITECTURES), len(MODES))
-ROTATED = tuple(
-    (
-        ARCHITECTURES[k % len(ARCHITECTURES)],
-        PRUNERS[k * len(PRUNERS) // TURNS],
-        MODES[k % len(MODES)],
-    )
-    for k in range(TURNS)
-)
+ROTATED = tuple((family, p, MODES[k % len(MODES)]) for k, (family, p) in enumerate(DIAGONAL))
 """Every family and every mode; `make matrix` has all combinations.
 
 Every pruner is exported in test_families_masked.py, models of tiles in test_tiled_targets.py.

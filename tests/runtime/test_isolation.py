@@ -8,17 +8,13 @@ from pathlib import Path
 import pytest
 
 import gap_runtime
+from gap_runtime.machines.target import list_targets, load_target
 
-MASKED = (
-    "torch",
-    "transformers",
-    "onnx",
-    "gap_export",
-    "tensorrt",
-    "tensorrt_rtx",
-    "onnxruntime",
-    "openvino",
-)
+MASKED = {
+    *("torch", "transformers", "onnx", "gap_export", "onnxruntime"),
+    *(package for name in list_targets() for package in load_target(name).packages),
+}
+"""The exporter's libraries, and those of all backends, as their targets name them."""
 # Python's modules that Windows does not have: targets/rtx.toml is for Windows too.
 UNIX_ALONE = ("fcntl", "grp", "pwd", "resource", "termios")
 IMPORT_ALL = """

@@ -107,7 +107,7 @@ def _list_models() -> list[ModelLine]:
     return [
         {
             "name": name,
-            "description": config.description,
+            "description": config.description or config.checkpoint,
             "family": config.family,
             "checkpoint": config.checkpoint,
         }

@@ -122,6 +122,15 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("protocol", list_protocols())
+def test_every_protocol_has_cases(protocol):
+    """A box that is right, and an answer without one."""
+    found = {(iou > 0, status) for name, _, iou, status in CASES if name == protocol}
+    assert {(True, "box"), (False, "unparsable")} <= found, (
+        f"work out by hand what '{protocol}' says of a right box and of no box: add them to CASES"
+    )
+
+
 @pytest.mark.parametrize(("name", "answer", "iou", "status"), CASES)
 def test_cases_by_hand(llava_box, name, answer, iou, status):
     found = load_protocol(name).judge(answer, whole(SIZE), TRUE, llava_box)

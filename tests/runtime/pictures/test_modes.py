@@ -89,6 +89,13 @@ FRAMES = [
 ]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_has_a_case_by_hand(mode):
+    assert mode in {case[1] for case in FRAMES}, (
+        f"work out by hand what of a picture mode '{mode}' shows, and add it to FRAMES"
+    )
+
+
 @pytest.mark.parametrize(("size", "mode", "shown", "resized"), FRAMES)
 def test_what_of_a_picture_is_shown(size, mode, shown, resized):
     spec, bucket = example(mode)
