@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, Final
 
 import torch
@@ -213,7 +214,8 @@ def _match(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> dict[str, Laz
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = first.get(id(parameter)) or tensors.get(name)
         if tensor is None:
-            raise ValueError(f"tensor '{name}' is missing")
+            near = "".join(get_close_matches(name, tensors, n=1, cutoff=0.0))
+            raise ValueError(f"tensor '{name}' is missing; the nearest that is there is '{near}'")
         found[name] = first.setdefault(id(parameter), tensor)
     return found
 
