@@ -44,7 +44,7 @@ WIDE: Final[dict[str, dict[str, Any]]] = {
     "standard-float16": {"target": "standard", "dtype": "float16"},
 }
 """Bundles of LLaVA-1.5-7B's widths, which are timed."""
-WHEELS: Final = ("onnxruntime-gpu>=1.31", "blake3", "flatbuffers", "rich", "tokenizers")
+WHEELS: Final = ("onnxruntime-gpu>=1.31", "blake3", "flatbuffers", "regex", "rich", "tokenizers")
 _TOWER_LAYERS: Final = 4
 _PIECE_BYTES: Final = 52 * 2**20
 

@@ -26,6 +26,8 @@ from gap_export.checkpoint.sources import TensorSource, require_shape, stored
 from gap_export.checkpoint.tensor import TensorLocation
 from gap_export.config.records import DTYPES
 from gap_export.errors import CheckpointError
+from gap_runtime.errors import PatternError
+from gap_runtime.records.patterns import Matcher
 
 BASE: Final = "base"
 ADAPTER: Final = "adapter"
@@ -265,6 +267,7 @@ def _read_adapter(
     for key, dtype in checkpoint.unreadable.items():
         raise _unusable(checkpoint, key, dtype)
     pairs = {}
+    matcher = Matcher()
     for layer, half in halves.items():
         if len(half) == 1:
             (alone,) = half.values()
@@ -272,7 +275,7 @@ def _read_adapter(
                 f"{alone.shown}: tensor '{alone.key}' has no counterpart (lora_A, lora_B); "
                 "download the adapter again"
             )
-        scale = _find_scale(settings, layer, half["A"], str(where))
+        scale = _find_scale(settings, layer, half["A"], str(where), matcher)
         name = rename(f"{layer}.weight")
         pairs[name] = LoraPair(down=half["A"], up=half["B"], scale=scale)
     return Adapter(part=part, pairs=pairs, values=values)
@@ -303,14 +306,21 @@ def _model_key(key: str) -> str:
 
 
 def _find_scale(
-    settings: Mapping[str, Any], layer: str, down: TensorLocation, where: str
+    settings: Mapping[str, Any], layer: str, down: TensorLocation, where: str, matcher: Matcher
 ) -> float:
     """What a pair of a layer is scaled by, as PEFT finds it."""
 
-    def find(pattern: str, usual: str) -> Any:
-        table = settings.get(pattern) or {}
-        own = (each for key, each in table.items() if re.match(rf"(.*\.)?({key})$", layer))
-        return next(own, settings.get(usual))
+    def find(patterns: str, usual: str) -> Any:
+        table = settings.get(patterns) or {}
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{where}: {patterns} is no object; download the adapter again")
+        for key, own in table.items():
+            try:
+                if matcher.match_whole(rf"(?:.*\.)?(?:{key})", layer) is not None:
+                    return own
+            except PatternError as error:
+                raise CheckpointError(f"{where}: {patterns}: {error}") from error
+        return settings.get(usual)
 
     rank, alpha = find("rank_pattern", "r"), find("alpha_pattern", "lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:

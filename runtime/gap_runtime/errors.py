@@ -88,6 +88,10 @@ class HashError(BundleError):
     """A file of a bundle that has changed since it was exported."""
 
 
+class PatternError(BundleError):
+    """A regular expression in a file that cannot be run, or not in the time that there is."""
+
+
 class HubError(BundleError):
     """A bundle that cannot be brought from the hub, or to it."""
 

@@ -138,6 +138,49 @@ def test_everything_is_caught_only_where_a_library_leaves_no_choice():
     ]
 
 
+OWN_PATTERNS = {
+    # Not written where they are run, and yet ours.
+    ("families.py", "pattern"),
+    ("memory.py", r"f'^{name}\\s+(\\d+)\\s'"),
+    ("packed.py", "'|'.join(ignored) or '(?!)'"),
+    ("patterns.py", "text"),
+    ("sources.py", "'|'.join(ignored) or '(?!)'"),
+    ("tokenizer.py", "f'({pattern})'"),
+}
+"""Of `patterns`: `re` compiles what `regex` will run, and runs it never."""
+
+
+def is_own_pattern(node):
+    """Whether a pattern is written by us: constants, names of them, and escaped text."""
+    if isinstance(node, ast.JoinedStr):
+        return all(map(is_own_pattern, node.values))
+    if isinstance(node, ast.FormattedValue):
+        return is_own_pattern(node.value)
+    return (
+        isinstance(node, ast.Constant)
+        or (isinstance(node, ast.Name) and node.id.isupper())
+        or ast.unparse(node).startswith("re.escape(")
+    )
+
+
+def test_a_strangers_regular_expression_is_run_by_its_gate_alone():
+    found, readers, importers = set(), set(), set()
+    for path in FILES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Attribute) and node.attr in {"attempt", "pattern"}:
+                readers.add(path.name)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                of = node.func.value
+                is_re = isinstance(of, ast.Name) and of.id == "re" and node.func.attr != "escape"
+                if is_re and not is_own_pattern(node.args[0]):
+                    found.add((path.name, ast.unparse(node.args[0])))
+            elif isinstance(node, ast.Import) and node.names[0].name == "regex":
+                importers.add(path.name)
+    assert found == OWN_PATTERNS
+    assert readers == {"boxes.py", "validation.py"}
+    assert importers == {"patterns.py"}
+
+
 def lacks_docstring(path):
     return not (ast.get_docstring(parse(path)) or "").partition("\n")[0].endswith(".")
 

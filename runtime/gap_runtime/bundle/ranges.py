@@ -15,7 +15,8 @@ from typing import Any, Final, NamedTuple
 from gap_runtime.bundle.layout import is_ratio
 from gap_runtime.bundle.manifest import DECODER, Manifest, ReferenceSample, Stage
 from gap_runtime.bundle.tensors import FREE_LOGITS, FREE_ROWS
-from gap_runtime.pictures.boxes import BoxFormat, parse_corners
+from gap_runtime.pictures.boxes import BoxFormat, find_attempts
+from gap_runtime.records.patterns import LONGEST_PATTERN, count_groups
 
 _FREE: Final = (FREE_ROWS, FREE_LOGITS)
 """What a size of a shape may be called that no export fixes."""
@@ -23,7 +24,6 @@ _LONGEST_STRIP: Final = 1024
 _MOST: Final = 2**31
 """Above any count of tokens, rows or pixels."""
 _LONGEST_NAME: Final = 200
-_LONGEST_PATTERN: Final = 500
 _LONGEST_ANSWER: Final = 10_000
 _LONGEST_LINE: Final = 1000
 """Characters of an answer, of a template or a phrase too, and of what is said to people."""
@@ -188,11 +188,11 @@ def _list_claims_of_box(box: BoxFormat) -> Iterator[_Claim]:
     yield _Claim("box.scale", box.scale, 0 < box.scale < _MOST, "a scale above 0")
     for field in ("attempt", "pattern"):
         value = getattr(box, field)
-        usable = 0 < len(value) <= _LONGEST_PATTERN and _is_pattern(value)
+        usable = count_groups(value) is not None
         yield _Claim(f"box.{field}", value, usable, "a regular expression")
     # Drafts of any form are verified, so that one of no box costs time alone.
     form = box.form
-    usable = form is None or (len(form) <= _LONGEST_PATTERN and "#" in form)
+    usable = form is None or (len(form) <= LONGEST_PATTERN and "#" in form)
     yield _Claim("box.form", form, usable, "text with # for digits, or null")
 
 
@@ -230,11 +230,7 @@ def _list_claims_of_sample(
     answer = sample.answer
     usable = len(answer) <= _LONGEST_ANSWER
     yield _Claim(f"{place}.answer", answer, usable, f"at most {_LONGEST_ANSWER:,} characters")
-    # Only a text of that length, as the pattern may be a slow one.
-    attempts = re.findall(manifest.box.attempt, sample.answer)
-    found = sum(
-        parse_corners(each, manifest.box) is not None for each in attempts if isinstance(each, str)
-    )
+    found = sum(each.values is not None for each in find_attempts(answer, manifest.box))
     yield _Claim(
         f"{place}.boxes", len(sample.boxes), len(sample.boxes) <= found, "those of its answer"
     )
@@ -269,11 +265,3 @@ def _is_inside(file: str) -> bool:
     """Whether a path has no way out of the folder that it is joined to."""
     parts = PurePosixPath(file).parts
     return bool(parts) and not file.startswith("/") and all(map(is_plain_name, parts))
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True

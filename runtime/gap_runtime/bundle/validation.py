@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import get_args
 
@@ -24,11 +23,12 @@ from gap_runtime.bundle.manifest import (
     Stage,
 )
 from gap_runtime.bundle.ranges import count_logits, find_absurd_value
-from gap_runtime.errors import BundleError, RecordError, SchemaError, suggest
+from gap_runtime.errors import BundleError, PatternError, RecordError, SchemaError, suggest
 from gap_runtime.machines.target import ModelDtype
 from gap_runtime.pictures.preprocess import Bucket, Preprocess, find_mode
 from gap_runtime.records import load_record
 from gap_runtime.records.files import is_folder
+from gap_runtime.records.patterns import count_groups
 from gap_runtime.records.plain import read_json
 
 
@@ -79,7 +79,10 @@ def _require_whole(manifest: Manifest, path: Path) -> None:
     lost = sorted(set(named) - set(manifest.files))
     if lost:
         raise SchemaError(f"{path}: '{lost[0]}' is not among its files; export again")
-    absurd = find_absurd_value(manifest)
+    try:
+        absurd = find_absurd_value(manifest)
+    except PatternError as error:
+        raise PatternError(f"{path}: {error}") from error
     if absurd is not None:
         raise SchemaError(f"{path}: {absurd}; export again")
     embedding, dtypes = manifest.embedding, get_args(ModelDtype)
@@ -116,7 +119,8 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
         "buckets": _are_buckets_usable(manifest.buckets, manifest.preprocess),
         "ratios": _are_ratios_usable(manifest),
         "phrase": _is_phrase_told(manifest),
-        "box.pattern": _groups(manifest.box.pattern) == 4 and _groups(manifest.box.attempt) == 0,
+        "box.pattern": count_groups(manifest.box.pattern) == 4
+        and count_groups(manifest.box.attempt) == 0,
     }
     wrong = [name for name, holds in claims.items() if not holds]
     if not wrong and not all(_fits_its_graph(entry, manifest) for entry in manifest.ratios):
@@ -224,11 +228,3 @@ def _fits_its_graph(entry: RatioEntry, manifest: Manifest) -> bool:
 def _shapes(stage: Stage) -> dict[str, tuple[int | str, ...]]:
     """Shapes of a graph's inputs and outputs by name."""
     return {spec.name: spec.shape for spec in (*stage.inputs, *stage.outputs)}
-
-
-def _groups(pattern: str) -> int | None:
-    """Groups of a regular expression, or None where it is none."""
-    try:
-        return re.compile(pattern).groups
-    except re.error:
-        return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from struct import Struct
 from typing import Final, Literal, NamedTuple, Protocol
 
 from gap_runtime.errors import UnknownNameError, describe_unknown
 from gap_runtime.evaluation import PROTOCOLS
-from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, parse_corners
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, find_attempts
 from gap_runtime.registry import list_plugins, load_plugin
 
 BOX: Final = "box"
@@ -90,8 +89,7 @@ def find_first(answer: str, spec: BoxFormat) -> Corners | None:
 
     None where there is none, or a number in it is too large for a coordinate.
     """
-    for attempt in re.findall(spec.attempt, answer):
-        values = parse_corners(attempt, spec)
+    for _, _, _, values in find_attempts(answer, spec):
         if values is not None:
             x0, y0, x1, y1 = values
             return (x0, y0, x1, y1) if are_coordinates(x0, y0, x1, y1) else None

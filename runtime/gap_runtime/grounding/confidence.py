@@ -10,13 +10,12 @@ probability that a box is right.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
-from gap_runtime.pictures.boxes import BoxFormat
+from gap_runtime.pictures.boxes import BoxFormat, find_attempts
 
 _LEAST: Final = 1e-30
 
@@ -55,8 +54,8 @@ def find_digits(
     text = decode(list(token_ids))
     inside = {
         place
-        for found in re.finditer(box.attempt, text)
-        for place in range(*found.span())
+        for found in find_attempts(text, box)
+        for place in range(found.begin, found.end)
         if text[place].isdigit()
     }
     if not inside:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from gap_runtime.errors import BundleError
+from gap_runtime.records.patterns import Matcher
 
 Frame = Literal["padded-square", "original", "resized"]
 """What the values of a box are fractions of, or pixels of."""
@@ -78,6 +78,18 @@ class Box(NamedTuple):
         return (self.x1 - self.x0) * (self.y1 - self.y0)
 
 
+class Attempt(NamedTuple):
+    """What is meant as a box in an answer, from `begin` to `end`.
+
+    `values` are x0, y0, x1, y1 in the box's frame; None where it is no proper one.
+    """
+
+    text: str
+    begin: int
+    end: int
+    values: list[float] | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedBoxes:
     """The boxes of an answer, and a line for everything in it that is no usable box."""
@@ -91,11 +103,13 @@ def parse_boxes(answer: str, spec: BoxFormat, picture: PictureFrame) -> ParsedBo
 
     A box may reach over the edge, where it is cut. One whose corners are reversed, that has no
     area, or that lies outside the picture is reported as a problem and left out.
+
+    Raises:
+        PatternError: The expressions of the format take too long.
     """
     boxes: list[Box] = []
     problems: list[str] = []
-    for attempt in re.findall(spec.attempt, answer):
-        values = parse_corners(attempt, spec)
+    for attempt, _, _, values in find_attempts(answer, spec):
         if values is None:
             problems.append(f"malformed box {attempt}")
             continue
@@ -112,16 +126,30 @@ def parse_boxes(answer: str, spec: BoxFormat, picture: PictureFrame) -> ParsedBo
     return ParsedBoxes(boxes=tuple(boxes), problems=tuple(problems))
 
 
-def parse_corners(attempt: str, spec: BoxFormat) -> list[float] | None:
-    """x0, y0, x1, y1 of what is meant as a box, in its frame; None where it is no proper one.
+def find_attempts(answer: str, spec: BoxFormat) -> list[Attempt]:
+    """Whatever is meant as a box in an answer, in its order.
 
-    A pattern may be anybody's: groups of it that are no number, or none, make no box.
+    The one place where the expressions of a format are run. They may be anybody's: they share a
+    time limit.
+
+    Raises:
+        PatternError: They take too long, or are no expressions.
     """
-    match = re.fullmatch(spec.pattern, attempt)
-    if match is None:
+    matcher = Matcher()
+    attempts: list[Attempt] = []
+    for begin, end in matcher.find_all(spec.attempt, answer):
+        text = answer[begin:end]
+        values = _read_corners(matcher.match_whole(spec.pattern, text), spec)
+        attempts.append(Attempt(text, begin, end, values))
+    return attempts
+
+
+def _read_corners(groups: tuple[str | None, ...] | None, spec: BoxFormat) -> list[float] | None:
+    """Groups as numbers of the frame; groups that are no number, or none, make no box."""
+    if groups is None:
         return None
     try:
-        values = [float(group or "") / spec.scale for group in match.groups()]
+        values = [float(group or "") / spec.scale for group in groups]
     except ValueError:
         return None
     return None if any(map(math.isnan, values)) else values

@@ -61,6 +61,8 @@ SAMPLE = ("reference", "samples", 0)
         (("box", "attempt"), "nothing", "reference.samples[0].boxes"),
         (("box", "form"), "no digits", "box.form"),
         (("box", "pattern"), "(" * 600, "box.pattern"),
+        (("box", "pattern"), "(a{1000}){1000}", "box.pattern"),
+        (("box", "attempt"), "(?x) a", "box.attempt"),
         ((*SAMPLE, "token_ids"), [-1], "reference.samples[0].token_ids"),
         ((*SAMPLE, "prompt_ids"), [10**6], "reference.samples[0].prompt_ids"),
         ((*SAMPLE, "token_margins"), [-0.5, 0.5], "reference.samples[0].token_margins"),

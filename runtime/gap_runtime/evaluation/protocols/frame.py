@@ -6,11 +6,10 @@ cut at its edges, reversed corners are not mended. IoU counts from the threshold
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from gap_runtime.evaluation.protocol import DEGENERATE, NO_BOX, Judgement, Measure, judge_corners
-from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, parse_boxes, parse_corners
+from gap_runtime.pictures.boxes import Box, BoxFormat, PictureFrame, find_attempts, parse_boxes
 
 SUMMARY: Final = "the model's own frame; exactly one usable box; IoU >= t"
 STRICT: Final = False
@@ -24,8 +23,6 @@ def judge(answer: str, picture: PictureFrame, box: Box, spec: BoxFormat) -> Judg
     if len(found) == 1:
         return judge_corners(found[0], box)
     # A box that is written properly and spans nothing is no box either, but another mistake.
-    if not found and any(
-        parse_corners(each, spec) is not None for each in re.findall(spec.attempt, answer)
-    ):
+    if not found and any(each.values is not None for each in find_attempts(answer, spec)):
         return Judgement(0.0, DEGENERATE)
     return NO_BOX
