@@ -49,13 +49,15 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such pruner file") from error
-    except Exception as error:  # a user's own file can fail in every way
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's own file can fail in every way
         del sys.modules[name]
         raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from error
     return module
 
 
-def _locate(error: Exception, path: Path) -> str:
+def _locate(error: BaseException, path: Path) -> str:
     """What went wrong while a file was loaded, and in which of its lines."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"

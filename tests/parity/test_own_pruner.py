@@ -78,6 +78,7 @@ def test_a_changed_file_is_another_export(write):
         ),
         ("import torch", "import trch", "line 5: ModuleNotFoundError: No module named 'trch'"),
         ("import torch", "import torch\nraise SystemError('no')", "line 6: SystemError: no"),
+        ("import torch", "import torch\nraise SystemExit(3)", "line 6: SystemExit: 3"),
         ("EXTRA: Final = 0", "EXTRA: Final = ", "line 13: invalid syntax"),
         ("EXTRA: Final = 0", "EXTRA = torch.nothing", "line 13: AttributeError"),
     ],

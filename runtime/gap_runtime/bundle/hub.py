@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ PREFIX: Final = "hub:"
 CARD_FILE: Final = "README.md"
 _HALF: Final = ".cache/huggingface"
 """What the library keeps in a folder that it downloads to, so that it can go on."""
+_DISK: Final = frozenset(
+    getattr(errno, name, -1)
+    for name in (
+        *("EACCES", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ENODEV", "ENOENT", "ENOSPC"),
+        *("ENOTDIR", "ENXIO", "EPERM", "EROFS", "ESTALE"),
+    )
+)
+"""What a disk says, full, read-only or unplugged; the network has other words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +141,11 @@ def _download(
             )
         )
     except library_failures() as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise HubError(
+                f"{PREFIX}{name}: cannot be pulled: {error.strerror}; what has come lies in "
+                f"{folder or 'the cache of the hub'}: mend that place and pull again to go on"
+            ) from error
         raise explain_failure(name, "be pulled", error) from error
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gap_runtime.cli.entry import stop_tidily
 from gap_runtime.cli.options import ArgumentParser, Command
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
 from gap_runtime.registry import list_plugins, load_plugin
@@ -59,7 +60,16 @@ class Program:
         options = self.make_command_parser(name, command).parse_args(rest)
         if self.prepare is not None:
             self.prepare(options)
-        return command.run(options)
+        stop_tidily()
+        try:
+            return command.run(options)
+        except SystemExit as error:
+            # No command leaves this way: it was code that a user or a library brought.
+            code = error.code
+            raise ConfigError(
+                f"code that {self.name} ran wanted to end the program (SystemExit: {code}); "
+                "where it is yours, let it raise another exception"
+            ) from error
 
     def _choose(self, arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
         """The command that is meant and its arguments; no command for help on all of them."""

@@ -1,6 +1,7 @@
 """Push and pull with huggingface_hub's own client, against a stand-in of the hub."""
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -122,6 +123,44 @@ def test_a_pull_that_broke_off_goes_on(hub, bundle, tmp_path):
     hub.cut = None
     assert pull(parse_name(NAME), here) == here
     assert (here / "extra.bin").read_bytes() == LARGE
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_full_disk_is_told_and_the_next_pull_goes_on(bundle, tmp_path):
+    resource = pytest.importorskip("resource")
+    push(bundle, parse_name(NAME), FREE)
+    here, most = tmp_path / "here", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * hub_maker.SMALL, most[1]))
+    try:
+        with pytest.raises(HubError, match="cannot be pulled: File too large; what has come lies"):
+            pull(parse_name(NAME), here)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    with pytest.raises(BundleError):
+        Bundle.open(here).verify(limit=None)
+    assert pull(parse_name(NAME), here) == here
+    names = [*bundle.manifest.files, "manifest.json"]
+    assert contents(here, names) == contents(bundle.folder, names)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_place_that_cannot_be_written_is_told(bundle, tmp_path, monkeypatch):
+    push(bundle, parse_name(NAME), FREE)
+    pull(parse_name(NAME))
+    for number in (errno.EROFS, errno.EIO):
+        monkeypatch.setattr(os, "makedirs", fail_with(number))
+        monkeypatch.setattr("pathlib.Path.mkdir", fail_with(number))
+        with pytest.raises(HubError, match="cannot be pulled: ") as caught:
+            pull(parse_name(NAME), tmp_path / "there")
+        assert os.strerror(number) in str(caught.value)
+        assert not (tmp_path / "there").exists()
+
+
+def fail_with(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def test_what_came_wrong_is_removed_and_said(hub, bundle):

@@ -1,0 +1,13 @@
+"""Where `gap-export` begins: Ctrl-C is one line even while Python still loads the rest."""
+
+from __future__ import annotations
+
+from gap_runtime.cli.entry import stop_early
+
+
+def main() -> int:
+    """Entry point of `gap-export`."""
+    stop_early()
+    from gap_export.cli.main import main as run  # noqa: PLC0415 - after the signal
+
+    return run()

@@ -1,0 +1,41 @@
+"""Where `gap-runtime` begins: Ctrl-C is one line even while Python still loads the rest.
+
+This module and what it imports stay small: until it is loaded, Ctrl-C is Python's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import FrameType
+
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells count it."""
+
+
+def stop_at_once(_signal: int, _frame: FrameType | None) -> None:
+    """End the process in one line; nothing is there yet that has to be tidied up."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"stopped\n")
+    os._exit(STOPPED)
+
+
+def stop_early() -> None:
+    """From here on Ctrl-C ends the process at once, unless who started it has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop_at_once)
+
+
+def stop_tidily() -> None:
+    """From here on Ctrl-C is an exception again, so that work can be tidied up."""
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def main() -> int:
+    """Entry point of `gap-runtime`."""
+    stop_early()
+    from gap_runtime.cli.main import main as run  # noqa: PLC0415 - after the signal
+
+    return run()
