@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -84,7 +85,9 @@ def test_the_eager_choice_is_the_formulas(name, scene, kept):
     else:
         assert (choice.extra is not None) == bool(module.EXTRA)
     if choice.scores is not None and name != "prumerge_plus":
-        close(choice.scores, expected.scores)
+        # Scores of any size, in float32.
+        size = max(1.0, np.abs(expected.scores).max())
+        close(choice.scores, expected.scores, at_most=1e-5 * size)
 
 
 @every_pruner
