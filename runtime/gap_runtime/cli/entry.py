@@ -12,6 +12,8 @@ from types import FrameType
 
 STOPPED = 130
 """Exit code after Ctrl-C, as shells count it."""
+_interrupts: list[int] = []
+"""Signals that came since a command began: a library may take one for a failure of its own."""
 
 
 def stop_at_once(_signal: int, _frame: FrameType | None) -> None:
@@ -30,7 +32,17 @@ def stop_early() -> None:
 def stop_tidily() -> None:
     """From here on Ctrl-C is an exception again, so that work can be tidied up."""
     if signal.getsignal(signal.SIGINT) is stop_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def is_interrupted() -> bool:
+    """Whether Ctrl-C came, also where a library turned the exception into another one."""
+    return bool(_interrupts)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict
 
 from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
+from gap_runtime.cli.entry import STOPPED, is_interrupted
 from gap_runtime.errors import ConfigError, GapError, show_line
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
-            code = main(arguments)
+            code = _run(main, arguments)
         except GapError as error:
             code = _report(error, arguments)
         # Here, not at exit, where a reader that has gone could not be dealt with.
@@ -121,7 +122,7 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         return code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return STOPPED
     except BrokenPipeError:
         # The reader of the output has gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -130,6 +131,15 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         # What the system refuses where no border had a word for it, a full disk for example.
         where = "" if error.filename is None else f"{error.filename}: "
         return _report(ConfigError(f"{where}{error.strerror or error}"), arguments)
+
+
+def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    try:
+        return main(arguments)
+    except Exception as error:  # a library may take Ctrl-C for a failure of its own
+        if is_interrupted():
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _report(error: GapError, arguments: Sequence[str]) -> int:

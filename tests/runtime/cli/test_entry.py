@@ -49,6 +49,30 @@ def test_who_has_ctrl_c_ignored_is_not_stopped():
     assert done.stderr.startswith("error: nothing: ")
 
 
+SWALLOWED = """
+import os, signal, sys, time
+from gap_runtime.cli import entry
+from gap_runtime.cli.commands import info
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def run(_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise ImportError("numpy's C-extensions failed") from None
+info.run = run
+sys.argv = ["gap-runtime", "info", "nothing"]
+sys.exit(entry.main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_that_a_library_takes_for_its_own_failure_is_one_line():
+    command = [sys.executable, "-c", SWALLOWED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "gap_runtime.cli", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout
