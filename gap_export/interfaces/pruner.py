@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 from gap_export.config.pruners import IVC, PRUNERS, is_pruner_file
+from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import Feature, Pruner
-from gap_runtime.errors import ConfigError
+from gap_runtime.errors import ConfigError, GapError
 from gap_runtime.registry import load_plugin
 
+S = TypeVar("S")
+T = TypeVar("T")
 _FUNCTIONS: Final = ("prune", "prune_eagerly")
 _HELP: Final = "see 'Add a pruner' in CONTRIBUTING.md"
 
@@ -31,8 +36,11 @@ def load_pruner(strategy: str) -> Pruner:
     strategy = strategy.removesuffix(IVC)
     if not is_pruner_file(strategy):
         return cast("Pruner", load_plugin(PRUNERS, strategy, "pruner"))
-    module = _load_file(Path(strategy))
+    path = Path(strategy)
+    module = _load_file(path)
     _require_pruner(module, strategy)
+    for name in _FUNCTIONS:
+        setattr(module, name, _tell_failures(getattr(module, name), path))
     return cast("Pruner", module)
 
 
@@ -57,14 +65,31 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
+def _tell_failures(
+    function: Callable[[S, int, PruneConfig], T], path: Path
+) -> Callable[[S, int, PruneConfig], T]:
+    """A function of a user's file whose failures are one line with its place."""
+
+    @functools.wraps(function)
+    def call(seen: S, kept: int, config: PruneConfig) -> T:
+        try:
+            return function(seen, kept, config)
+        except (KeyboardInterrupt, GapError):
+            raise
+        except BaseException as error:  # as a user's own file can
+            raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from error
+
+    return call
+
+
 def _locate(error: BaseException, path: Path) -> str:
-    """What went wrong while a file was loaded, and in which of its lines."""
+    """What went wrong in a file's code, and in which of its lines."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     where = f"line {lines[-1]}: " if lines else ""
-    return f"{where}{type(error).__name__}: {error}"
+    return f"{where}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _require_pruner(module: ModuleType, where: str) -> None:

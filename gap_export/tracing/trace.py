@@ -30,6 +30,7 @@ from gap_export.tracing.converter import quick_conversion
 from gap_export.tracing.graph import Traced, named_values
 from gap_export.tracing.tidy import quiet, tidy
 from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.errors import GapError
 
 _BFLOAT16_CONV: Final = 22
 """The first opset whose `Conv` takes bfloat16."""
@@ -97,6 +98,12 @@ def trace(
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, GapError):
+                # Our own refusal within the module says more.
+                raise cause from error
+            cause = cause.__cause__
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ExportError(f"torch.onnx could not trace the graph: {reason}") from error
     assert program is not None

@@ -94,6 +94,21 @@ def test_a_file_that_is_no_pruner(write, capsys, before, after, message):
     assert json.loads(capsys.readouterr().out)["error"]["message"] == str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "before", ["    squares_BN = (", "    squares = vision"], ids=["graph", "reference"]
+)
+def test_a_pruner_that_fails_when_it_is_asked(write, capsys, before):
+    """Also one whose exception is no Exception; nothing is left of the export."""
+    end = "class End(BaseException): ..."
+    text = f"{TEMPLATE}\n\n{end}\n".replace(before, f"    raise End('two\\nlines')\n{before}", 1)
+    path = write(text)
+    line = 1 + text.partition("    raise End")[0].count("\n")
+    assert cli.main(["refshapes", "--pruner", "./mine.py", "--keep", "32", "--out", "b"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {path}: line {line}: End: two lines; see 'Add a pruner'")
+    assert [each.name for each in path.parent.iterdir()] == ["mine.py"]
+
+
 def test_a_file_that_is_not_there(write, capsys):
     path = write(TEMPLATE).with_name("other.py")
     assert cli.main(["refshapes", "--pruner", "other.py", "--dry-run"]) == 2
