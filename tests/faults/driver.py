@@ -138,6 +138,50 @@ def build_job(home):
     return ["build", str(home / "place" / "bundle"), "--force"], run
 
 
+def stand_in_for_the_hub(home):
+    """A hub that knows the first bundle; it answers from this process, the forks ask it."""
+    from huggingface_hub import constants
+    from makers.hub import TOKEN, Hub
+
+    from gap_runtime.bundle.bundle import Bundle
+    from gap_runtime.bundle.hub import parse_name
+    from gap_runtime.bundle.license import License
+    from gap_runtime.bundle.push import push
+
+    hub = Hub()
+    constants.ENDPOINT = hub.url
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_DISABLE_XET = True
+    # Beside what is pulled, so that calls on it fail, too.
+    constants.HF_HUB_CACHE = str(home / "place" / "cache")
+    constants.HF_TOKEN_PATH = str(home / "token")
+    os.environ["HF_TOKEN"] = TOKEN
+    found = License(name="apache-2.0", said_by="a test")
+    push(Bundle.open(home / "first"), parse_name(HUB_NAME), found, "---\nlicense: mit\n---\n")
+    return hub
+
+
+def pull_job(home):
+    from gap_runtime.cli.main import main as run
+
+    stand_in_for_the_hub(home)
+    return ["pull", HUB_NAME, "--out", str(home / "place" / "bundle")], run
+
+
+def push_job(home):
+    from gap_runtime.cli.main import main as run
+
+    stand_in_for_the_hub(home)
+    return [
+        "push",
+        str(home / "place" / "bundle"),
+        HUB_NAME,
+        "--license",
+        "apache-2.0",
+        "--no-check",
+    ], run
+
+
 JOBS = {
     "export": export_job,
     "source": export_job,
@@ -145,7 +189,12 @@ JOBS = {
     "evaluate": evaluate_job,
     "ground": ground_job,
     "build": build_job,
+    "pull": pull_job,
+    "push": push_job,
 }
+HUB_NAME = "org/tiny"
+EMPTY = {"export", "source", "pull"}
+"""Jobs that begin without a bundle."""
 
 WATCHED = {"source": "checkpoint"}
 """Where calls fail that are not those in the place that is written to."""
@@ -156,7 +205,7 @@ def prepare(home, job):
     place = home / "place"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    if job not in {"export", "source"}:
+    if job not in EMPTY:
         first = home / ("engines" if job == "build" else "first")
         shutil.copytree(first, place / "bundle")
 
