@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,7 +116,7 @@ def kill_when(command, is_time):
         os.kill(process.pid, signal.SIGKILL)
 
 
-def test_answers_that_break_off_are_gone_on_with(swept, sweep_arguments, tmp_path):
+def test_answers_that_break_off_are_gone_on_with(swept, sweep_arguments, tmp_path, capsys):
     """As a kill leaves them: a line cut short, the variants behind it without any."""
     out = tmp_path / "cut"
     shutil.copytree(swept, out)
@@ -129,7 +130,19 @@ def test_answers_that_break_off_are_gone_on_with(swept, sweep_arguments, tmp_pat
         path.unlink()
     made = (out / "bundles" / "cls_attention-gap" / "manifest.json").stat().st_mtime_ns
 
-    assert cli.main([*sweep_arguments, "--out", str(out), "--resume"]) == 0
+    command = [*sweep_arguments, "--out", str(out), "--resume"]
+    # A disk that takes no byte more: a line that says where, and nothing that was there is lost.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(b"".join(lines[:5])) + 10, limits[1]))
+    try:
+        assert cli.main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {torn}: cannot be written (File too large); make room and go")
+    assert torn.read_bytes().splitlines(keepends=True)[:5] == lines[:5]
+
+    assert cli.main(command) == 0
     assert torn.read_bytes().splitlines(keepends=True)[:5] == lines[:5]
     assert (out / "bundles" / "cls_attention-gap" / "manifest.json").stat().st_mtime_ns == made
     require_same_sweep(out, swept)
