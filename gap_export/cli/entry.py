@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gap_runtime.cli.entry import stop_early
+from gap_runtime.cli.interrupts import stop_early
 
 
 def main() -> int:

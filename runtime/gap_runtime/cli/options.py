@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict
 
 from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
-from gap_runtime.cli.entry import STOPPED, is_interrupted
+from gap_runtime.cli.interrupts import STOPPED, is_interrupted
 from gap_runtime.errors import ConfigError, GapError, show_line
 
 if TYPE_CHECKING:

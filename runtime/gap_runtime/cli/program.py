@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gap_runtime.cli.entry import stop_tidily
+from gap_runtime.cli.interrupts import stop_tidily
 from gap_runtime.cli.options import ArgumentParser, Command
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
 from gap_runtime.registry import list_plugins, load_plugin
