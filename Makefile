@@ -113,7 +113,7 @@ kills: $(STAMP)
 		--home ../build/kills --kills $(KILLS) --seed $(SEED)
 
 effect: $(STAMP)
-	$(BIN)/python refshapes/effect.py --out docs/figures/effect.json
+	$(BIN)/python refshapes/effect.py --out build/effect.json
 
 # One thread: single phrases gain nothing from more. Run again after a stop, it goes on.
 results: $(STAMP)

@@ -223,7 +223,7 @@ def measure_peers(
 
 
 def tabulate(requests: Sequence[Request]) -> list[list[str]]:
-    """Rows of the table, the first one with titles, the slowest whole request on top."""
+    """Rows of the table, the first one with titles; peers stand above ours."""
     rows = [["request", "removed", "calls", *(f"{stage}, ms" for stage in _STAGES), "total, ms"]]
     for each in requests:
         times = [
@@ -271,9 +271,9 @@ def draw(requests: Sequence[Request], title: str, path: Path) -> None:
     left = np.zeros(len(requests))
     for stage, color in zip(_STAGES, _COLORS, strict=True):
         seconds = np.array([each.milliseconds.get(stage, 0.0) for each in requests]) / 1e3
-        axes.barh(labels, seconds, left=left, color=color, label=stage)
+        bars = axes.barh(labels, seconds, left=left, color=color, label=stage)
         left += seconds
-    axes.bar_label(axes.containers[-1], [f"{total:.1f} s" for total in left], padding=3)
+    axes.bar_label(bars, [f"{total:.1f} s" for total in left], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(0, left.max() * 1.1)
     axes.set_title(title, loc="left", fontsize=11)

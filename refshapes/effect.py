@@ -1,13 +1,12 @@
 """What position IDs do to a pruned model: accuracy on the held-out split, PyTorch and ONNX.
 
     python refshapes/effect.py [--model refshapes-256] [--expressions 1000] [--ratio 0.75]
-                               [--pruner NAME] [--out docs/figures/effect.json]
+                               [--pruner NAME] [--out build/effect.json]
                                [--bundles build/effect]
 
 Every expression is put to the checkpoint in PyTorch and to exported graphs in onnxruntime:
 without pruning, and pruned with GAP, compact and permuted position IDs. Scored by the protocol
-`frame`. A run that was stopped goes on. The figures of the pages are held to the file that it
-writes (`--out`), which is kept.
+`frame`. A run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--expressions", type=int, default=1000)
     parser.add_argument("--ratio", type=float, default=0.75)
     parser.add_argument("--pruner", help="by default the model's own")
-    parser.add_argument("--out", type=Path, default=Path("docs/figures/effect.json"))
+    parser.add_argument("--out", type=Path, default=Path("build/effect.json"))
     parser.add_argument("--bundles", type=Path, default=Path("build/effect"))
     options = parser.parse_args()
     folder = options.bundles / options.out.stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Unpack
 
@@ -54,15 +55,7 @@ def export(
             behind and nothing was overwritten.
     """
     request = make_request(model, **options)
-    found = None if force else find_finished(request)
-    if found is not None:
-        return found
-    if not quiet:
-        return export_request(request, Display(), force=True)
-    from gap_export.reference.quiet import quiet_libraries  # noqa: PLC0415 - loads torch
-
-    with quiet_libraries():
-        return export_request(request, Display(quiet=True), force=True)
+    return export_request(request, Display(quiet=quiet), force=force)
 
 
 @rare_collections()
@@ -86,4 +79,6 @@ def export_request(
     with display.step("loading libraries"):
         from gap_export.pipeline import run  # noqa: PLC0415 - loads torch
         from gap_export.pipeline.plan import plan_export  # noqa: PLC0415
-    return run.export(plan_export(request), display, may_fork=may_fork)
+        from gap_export.reference.quiet import quiet_libraries  # noqa: PLC0415
+    with quiet_libraries() if display.is_quiet else nullcontext():
+        return run.export(plan_export(request), display, may_fork=may_fork)

@@ -42,6 +42,11 @@ class Display:
             width=None if sys.stderr.isatty() else 120,
         )
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is shown, so that libraries should say nothing either."""
+        return self._console.quiet
+
     @contextmanager
     def step(self, name: str, *, live: bool = True) -> Iterator[None]:
         """Show that a step runs, and when it is done how long it took.

@@ -1,9 +1,13 @@
 """The benchmark of one request: the answer that it forces, what it counts and draws."""
 
+import argparse
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
+from benchmarks import request, suite
 from benchmarks.request import (
     ANSWER,
     Request,
@@ -71,6 +75,43 @@ def test_a_peer_decodes_as_many_tokens(measured):
     table = tabulate([peer])
     assert table[1] == ["peer (decoder)", "0", "25", "-", "-", "4", "48", "52"]
     assert count_prompt(measured[0]) > 64
+
+
+PROGRAM = """
+import json, os, sys
+NAME = "made up"
+SCOPE = "whole"
+PRECISIONS = ("fp32",)
+given = sys.argv[1:]
+if given[0] == "prepare":
+    os.makedirs(given[2])
+    print(json.dumps({"note": "made"}))
+else:
+    count = given[given.index("--prompts") + 1]
+    tokens = int(given[given.index("--tokens") + 1])
+    print(json.dumps({
+        "load_s": 1, "resident_mb": 1, "peak_mb": 1, "vision_ms": [7.0], "note": "",
+        "prefill_ms": {count: [float(count)]}, "token_ms": {count: [0.5]},
+        "token_ids": {count: [1] * tokens}, "versions": {},
+    }))
+"""
+
+
+def test_a_peer_is_asked_by_its_own_program(tmp_path, monkeypatch):
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "made_up.py").write_text(PROGRAM, encoding="utf-8")
+    (tmp_path / "checkpoints" / "x").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "x" / "processor_config.json").touch()
+    monkeypatch.setattr(request, "PEERS", tmp_path / "peers")
+    monkeypatch.setattr(suite, "find_python", lambda _: Path(sys.executable))
+    options = argparse.Namespace(
+        checkpoint="x", peers=["made_up"], home=tmp_path, runs=1, rounds=1, threads=1, limit=60.0
+    )
+    options.resume = False
+    rows = request.measure_peers(options, "fp32", prompt=11, calls=24)
+    (peer,) = list_peer_requests(rows, calls=24)
+    assert peer.milliseconds == {"vision": 7.0, "prefill": 11.0, "decode": 12.0}
+    assert (tmp_path / "request.json").is_file()
 
 
 def test_the_picture_has_a_bar_for_each_stage(tmp_path):

@@ -26,10 +26,10 @@ from gap_runtime.backends.onnxruntime.providers import (
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.errors import BackendMissingError, EngineError
+from gap_runtime.machines.environment import read_threads, wants_fastmath
 from gap_runtime.machines.fat_binary import list_kernels
 from gap_runtime.machines.survey import ONNXRUNTIME_CUDA
 from gap_runtime.machines.telemetry import silence_telemetry
-from gap_runtime.machines.wishes import read_threads, wants_fastmath
 
 _ERRORS: Final = (
     "EPFail",

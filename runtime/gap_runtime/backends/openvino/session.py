@@ -23,7 +23,7 @@ from gap_runtime.bundle.engines import prove_cache, provider_cache, seal_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, EngineError
-from gap_runtime.machines.wishes import read_threads, wants_fastmath
+from gap_runtime.machines.environment import read_threads, wants_fastmath
 
 _CPU: Final = "CPU"
 _CACHE: Final = "CACHE_DIR"

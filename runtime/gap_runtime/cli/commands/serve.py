@@ -18,9 +18,7 @@ from gap_runtime.service.settings import (
 )
 
 SUMMARY: Final = "answer over HTTP, in OpenAI's form too, with a page to try it"
-_LIBRARIES: Final = (
-    *("starlette", "uvicorn", "prometheus_client", "python_multipart", "pybase64"),
-)
+_LIBRARIES: Final = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "pybase64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
