@@ -80,6 +80,7 @@ CALLS = {
     "evaluate": {"open", "read", "write", "flock"},
     "ground": {"open"},
     "build": {"open", "rename", "fsync", "mkdir"},
+    "sweep": EXPORT | {"read", "link"},
     "pull": {"open", "write", "mkdir"},
     "push": {"open", "read"},
 }
@@ -93,7 +94,7 @@ def judge(job, case):
     code, state = case["code"], case["bundle"]
     errors = [line for line in case["said"].splitlines() if line.startswith("error: ")]
     said_well = len(errors) == (code != 0) and "Traceback" not in case["said"]
-    extra = sorted(set(case["names"]) - {"bundle", "answers.jsonl", "cache"})
+    extra = sorted(set(case["names"]) - {"bundle", "answers.jsonl", "all", "cache"})
     rules = {
         f"exit code {code}: {case['said'][-1500:]}": said_well and code in {0, 2, 3, 4, 5, 6, 7},
         f"left behind: {extra or case['left']}": not extra and not case["left"],
@@ -102,8 +103,9 @@ def judge(job, case):
         f"pulled, but the bundle is {state}": job != "pull" or code != 0 or state != "none",
         f"exit code {code}, but the bundle is {state}": job not in FIRST
         or (code == 0) == (state != "none"),
-        "the older bundle is away": job in {*FIRST, "pull"} or state != "none",
-        f"done, but the answers are {case['answers']}": job != "evaluate"
+        "swept, but there is no bundle": job != "sweep" or code != 0 or state != "none",
+        "the older bundle is away": job in {*FIRST, "sweep", "pull"} or state != "none",
+        f"done, but the answers are {case['answers']}": job not in {"evaluate", "sweep"}
         or code != 0
         or case["answers"] == "2",
         # A file of nothing is gone on with, too.

@@ -138,6 +138,27 @@ def build_job(home):
     return ["build", str(home / "place" / "bundle"), "--force"], run
 
 
+def sweep_job(home):
+    """Of one variant and its plain model; what begins again goes on, so the folder is new."""
+    from makers.families import GRAPHS
+
+    from gap_export.analysis import sweep
+    from gap_export.cli.main import main as run
+
+    sweep.GraphCache = lambda: GRAPHS
+    arguments = [
+        *("sweep", str(home / "checkpoint"), "--data", "refshapes:test", "--limit", "2"),
+        *("--set", "prompt.template=<image> {phrase}", "--set", "prompt.answer=8"),
+        *("--ratio", "0.5", "--pruners", "cls_attention", "--positions", "gap"),
+        *("--backend", "onnxruntime:cpu", "--gallery", "0", "--out"),
+    ]
+    # Traces the graphs for all the forks.
+    shutil.rmtree(home / "traced", ignore_errors=True)
+    with redirect_stdout(io.StringIO()):
+        assert run([*arguments, str(home / "traced")]) == 0
+    return [*arguments, str(home / "place" / "all")], run
+
+
 def stand_in_for_the_hub(home):
     """A hub that knows the first bundle; it answers from this process, the forks ask it."""
     from huggingface_hub import constants
@@ -189,12 +210,16 @@ JOBS = {
     "evaluate": evaluate_job,
     "ground": ground_job,
     "build": build_job,
+    "sweep": sweep_job,
     "pull": pull_job,
     "push": push_job,
 }
 HUB_NAME = "org/tiny"
-EMPTY = {"export", "source", "pull"}
+EMPTY = {"export", "source", "sweep", "pull"}
 """Jobs that begin without a bundle."""
+
+MARKS = (".partial-", ".link-")
+"""In names of what is written aside, which nothing leaves behind."""
 
 WATCHED = {"source": "checkpoint"}
 """Where calls fail that are not those in the place that is written to."""
@@ -218,27 +243,36 @@ def look(home):
 
     place = home / "place"
     names = sorted(path.name for path in place.iterdir())
-    left = [path.name for path in place.rglob(".*") if ".partial-" in path.name]
+    left = [each.name for each in place.rglob(".*") if any(mark in each.name for mark in MARKS)]
     state = {"names": names, "bundle": "none", "answers": "none", "engines": [], "left": left}
-    if "bundle" in names:
+    for folder in [*place.glob("bundle"), *place.glob("all/bundles/[!.]*")]:
         try:
-            bundle = Bundle.open(place / "bundle", verify_all=True)
+            bundle = Bundle.open(folder, verify_all=True)
             state["bundle"] = bundle.manifest.name
-            for folder in (place / "bundle").glob("engines/*"):
-                faults = (find_fault(bundle, stage, folder) for stage in bundle.manifest.stages)
+            for engines in folder.glob("engines/*"):
+                faults = (find_fault(bundle, stage, engines) for stage in bundle.manifest.stages)
                 state["engines"] += [fault for fault in faults if fault]
         except GapError as error:
             state["bundle"] = f"broken: {error}"
-    if "answers.jsonl" in names and not (place / "answers.jsonl").stat().st_size:
-        state["answers"] = "empty"
-    elif "answers.jsonl" in names:
-        from gap_runtime.evaluation.results import read_answers
-
-        try:
-            state["answers"] = str(len(read_answers(place / "answers.jsonl").rows))
-        except GapError as error:
-            state["answers"] = str(error)
+            break
+    for path in [*place.glob("answers.jsonl"), *place.glob("all/answers/*.jsonl")]:
+        state["answers"] = count_answers(path)
+        if state["answers"] not in {"empty", "0", "1", "2"}:
+            break
     return state
+
+
+def count_answers(path):
+    """Rows of a file of answers, or why it cannot be gone on with."""
+    from gap_runtime.errors import GapError
+    from gap_runtime.evaluation.results import read_answers
+
+    if not path.stat().st_size:
+        return "empty"
+    try:
+        return str(len(read_answers(path).rows))
+    except GapError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

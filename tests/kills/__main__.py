@@ -1,4 +1,4 @@
-"""Kill exports, builds, evaluations and sweeps at random moments, and count what is there after.
+"""Kill exports, builds, evaluations, sweeps and pulls at random moments, and count what is there after.
 
     python -m kills --home HOME --kills 200 [--seed 7] [--jobs export build]
 
@@ -20,7 +20,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from faults.driver import build_job, evaluate_job, export_job, import_all
+from faults.driver import build_job, evaluate_job, export_job, import_all, pull_job
 from tools.places import ROOT
 
 from gap_export.cli.main import main as export_main
@@ -53,6 +53,7 @@ PREPARE = {
     "evaluate": prepare_evaluation,
     "build": build_job,
     "sweep": prepare_sweep,
+    "pull": pull_job,
 }
 BEFORE = {"replace": "first", "evaluate": "first", "build": "engines"}
 
@@ -103,6 +104,9 @@ def look(home, job, *, is_done):
     names = {path.name for path in place.iterdir()}
     if job in BEFORE and "bundle" not in names:
         return "the bundle is away"
+    if job == "pull" and not is_done:
+        # A half stays, as it says, for the next pull to go on with.
+        return None
     try:
         for path in [*place.glob("bundle"), *place.glob("all/bundles/[!.]*")]:
             bundle = Bundle.open(path, verify_all=True)
