@@ -35,7 +35,8 @@ from gap_export.checkpoint.tokenizer_files import (
     TokenizerFiles,
 )
 from gap_export.errors import CheckpointError
-from gap_runtime.grounding.tokens import AskedOfTokenizer
+from gap_runtime.errors import PatternError
+from gap_runtime.grounding.tokens import AskedOfTokenizer, require_quick
 from gap_runtime.records.plain import read_table
 
 _SPACES: Final = {
@@ -66,12 +67,24 @@ def read_tokenizer(files: TokenizerFiles | Path) -> Tokenizer | None:
         return CheckpointError(f"{where}: its tokenizer cannot be read ({reason:.200})")
 
     with AskedOfTokenizer(refuse):
-        if files.reads_sentencepiece:
-            return _build(files, read_sentencepiece(folder / SENTENCEPIECE_FILE))
-        if path.is_file():
-            data = read_table(path, CheckpointError)
-            return (_load if files.takes_file else _build)(files, data)
-        return _convert_clip(folder) if files.exists else None
+        tokenizer = _read(files, path)
+    try:
+        if tokenizer is not None:
+            require_quick(tokenizer)
+    except PatternError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return tokenizer
+
+
+def _read(files: TokenizerFiles, path: Path) -> Tokenizer | None:
+    """The tokenizer of whatever there is."""
+    folder = files.folder
+    if files.reads_sentencepiece:
+        return _build(files, read_sentencepiece(folder / SENTENCEPIECE_FILE))
+    if path.is_file():
+        data = read_table(path, CheckpointError)
+        return (_load if files.takes_file else _build)(files, data)
+    return _convert_clip(folder) if files.exists else None
 
 
 def write_tokenizer(files: TokenizerFiles, tokenizer: Tokenizer, path: Path) -> None:

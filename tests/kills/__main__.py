@@ -1,4 +1,4 @@
-"""Kill exports, builds, evaluations, sweeps and pulls at random moments, and count what is there after.
+"""Kill exports, builds, evaluations, sweeps and pulls at random moments; see what is there after.
 
     python -m kills --home HOME --kills 200 [--seed 7] [--jobs export build]
 
@@ -104,9 +104,6 @@ def look(home, job, *, is_done):
     names = {path.name for path in place.iterdir()}
     if job in BEFORE and "bundle" not in names:
         return "the bundle is away"
-    if job == "pull" and not is_done:
-        # A half stays, as it says, for the next pull to go on with.
-        return None
     try:
         for path in [*place.glob("bundle"), *place.glob("all/bundles/[!.]*")]:
             bundle = Bundle.open(path, verify_all=True)
@@ -154,7 +151,10 @@ def kill_some(home, job, kills, rng, counts):
         for _ in range(ROUND):
             code = wait(start(home, command), rng.random() * length)
             outcome = "killed" if code is None else "done before"
-            why = f"exit code {code}" if code else look(home, job, is_done=False)
+            # Half a pull stays for the next one to go on with, as it says.
+            is_half = job == "pull" and code is None
+            found = None if is_half else look(home, job, is_done=False)
+            why = f"exit code {code}" if code else found
             counts.add(job, outcome, why)
         finish(home, job, command, counts)
 

@@ -10,9 +10,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gap_runtime.bundle.manifest import BundleLayout, PhraseInput, Prompt
-from gap_runtime.errors import BundleError, InputError
+from gap_runtime.errors import BundleError, InputError, PatternError
 from gap_runtime.grounding.draft import Drafter
-from gap_runtime.grounding.tokens import AskedOfTokenizer, decode_tokens, encode_text
+from gap_runtime.grounding.tokens import (
+    AskedOfTokenizer,
+    decode_tokens,
+    encode_text,
+    require_quick,
+)
 from gap_runtime.records.files import read_text
 
 PHRASE_FIELD: Final = "{phrase}"
@@ -32,11 +37,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`.
 
     Raises:
-        BundleError: The file is no tokenizer.
+        BundleError: The file is no tokenizer, or one that may take too long for a text.
     """
     text = read_text(path, BundleError, advice="copy the bundle again or export again")
     with AskedOfTokenizer(lambda error: BundleError(f"{path}: not a tokenizer ({error})")):
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
+    try:
+        require_quick(tokenizer)
+    except PatternError as error:
+        raise BundleError(f"{path}: {error}") from error
+    return tokenizer
 
 
 class PromptEncoder:

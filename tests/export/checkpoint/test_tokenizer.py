@@ -275,6 +275,18 @@ def test_a_model_that_is_no_bpe_is_refused(tmp_path):
         read_tokenizer(TokenizerFiles(folder=tmp_path))
 
 
+def test_an_expression_that_may_take_without_end_is_refused(make):
+    """A stranger's own, in a file that is taken as it is."""
+    folder = make("prepend")
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    slow = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated"}
+    data["pre_tokenizer"] = {**slow, "invert": False}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{path}: its regular expression .* too long"):
+        read_tokenizer(folder)
+
+
 FOREIGN = {
     "USER: In <im_start><im_patch><im_end> , where": [
         1,
