@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -303,6 +304,9 @@ def _bring_bundle(
 ) -> Bundle:
     """The variant's bundle; a finished one is used again."""
     out = variant.plan.out
+    with suppress(OSError):
+        # Of a sweep that was killed.
+        _name_aside(out).unlink(missing_ok=True)
     if not (out / MANIFEST_FILE).is_file():
         with display.step(f"{where}, exporting"):
             export(_choose_bring(variant.plan), known=known)
@@ -310,16 +314,24 @@ def _bring_bundle(
     return Bundle.open(out)
 
 
+def _name_aside(bundle: Path) -> Path:
+    """Where a link beside a bundle is made first: the next sweep clears what a kill left."""
+    return bundle.parent / f".{bundle.name}.link"
+
+
 def _choose_bring(plan: ExportPlan) -> ExportPlan:
     """Hard links to the checkpoint's files where the system makes them, else copies."""
     plan.out.parent.mkdir(parents=True, exist_ok=True)
-    trial = plan.out.parent / f".link-{os.getpid()}"
+    trial = _name_aside(plan.out)
     files = {tensor.file for source in plan.sources.values() for tensor in source.inputs}
     try:
         for file in sorted(files):
             os.link(file, trial)
             trial.unlink()
     except OSError:
+        # Where it was not made, or could not be removed a moment ago.
+        with suppress(OSError):
+            trial.unlink(missing_ok=True)
         return replace(plan, request=replace(plan.request, bring="copy"))
     return plan
 
@@ -340,7 +352,7 @@ def share_files(folder: Path, others: Sequence[Path]) -> None:
                 continue
             if (folder / name).samefile(other / name):
                 continue
-            aside = folder.parent / f".{folder.name}.link-{os.getpid()}"
+            aside = _name_aside(folder)
             try:
                 os.link(other / name, aside)
                 aside.replace(folder / name)

@@ -218,7 +218,7 @@ HUB_NAME = "org/tiny"
 EMPTY = {"export", "source", "sweep", "pull"}
 """Jobs that begin without a bundle."""
 
-MARKS = (".partial-", ".link-")
+MARKS = (".partial-", ".link")
 """In names of what is written aside, which nothing leaves behind."""
 
 WATCHED = {"source": "checkpoint"}

@@ -20,7 +20,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from faults.driver import build_job, evaluate_job, export_job, import_all, pull_job
+from faults.driver import MARKS, build_job, evaluate_job, export_job, import_all, pull_job
 from tools.places import ROOT
 
 from gap_export.cli.main import main as export_main
@@ -121,7 +121,7 @@ def look(home, job, *, is_done):
             # Of a file without a whole line nothing was answered: it is begun again.
             if b"\n" in path.read_bytes() or is_done:
                 return str(error)
-    left = [path for path in place.rglob(".*") if ".partial-" in path.name]
+    left = [path for path in place.rglob(".*") if any(mark in path.name for mark in MARKS)]
     return f"left behind: {left}" if is_done and left else None
 
 

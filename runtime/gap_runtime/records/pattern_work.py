@@ -95,18 +95,16 @@ class _Reader:
     """Reads an expression from left to right."""
 
     def __init__(self, pattern: str, length: int) -> None:
-        self.pattern, self.length, self.at = pattern, float(length), 0
+        self.text, self.length, self.at = pattern, float(length), 0
         self.repeats = 0
 
     def refuse(self, why: str) -> NoReturn:
         """Raise the error about what is read."""
-        raise PatternError(
-            f"the regular expression {self.pattern!r:.80} has {why}; write it without"
-        )
+        raise PatternError(f"the regular expression {self.text!r:.80} has {why}; write it without")
 
     def takes(self, text: str) -> bool:
         """Whether that comes next, which is passed over then."""
-        if not self.pattern.startswith(text, self.at):
+        if not self.text.startswith(text, self.at):
             return False
         self.at += len(text)
         return True
@@ -130,7 +128,7 @@ class _Reader:
 
     def _read_row(self, depth: int) -> _Work:
         parts: list[_Work] = []
-        while self.at < len(self.pattern) and self.pattern[self.at] not in "|)":
+        while self.at < len(self.text) and self.text[self.at] not in "|)":
             parts.append(self._read_repeats(self._read_part(depth)))
         row = _NOTHING
         for part in reversed(parts):
@@ -144,7 +142,7 @@ class _Reader:
             return _PLACE
         if self.takes("["):
             self._skip_class()
-        elif self.pattern[self.at] == "\\":
+        elif self.text[self.at] == "\\":
             return self._read_escape()
         else:
             self.at += 1
@@ -163,7 +161,7 @@ class _Reader:
 
     def _take_escape(self) -> str:
         """Pass over an escape; the character that says which."""
-        found = _ESCAPE.match(self.pattern, self.at)
+        found = _ESCAPE.match(self.text, self.at)
         if found is None:
             self.refuse("a backslash at its end")
         self.at = found.end()
@@ -174,11 +172,11 @@ class _Reader:
         depth = 1
         self._open_class()
         while depth:
-            if self.at >= len(self.pattern):
+            if self.at >= len(self.text):
                 self.refuse("a class without an end")
-            if self.pattern[self.at] == "\\":
+            if self.text[self.at] == "\\":
                 self._take_escape()
-            elif named := _NAMED_CLASS.match(self.pattern, self.at):
+            elif named := _NAMED_CLASS.match(self.text, self.at):
                 self.at = named.end()
             elif self.takes("["):
                 depth += 1
@@ -196,20 +194,20 @@ class _Reader:
     def _read_group(self, depth: int) -> _Work:
         """What stands between brackets, behind the first."""
         if self.takes("?#"):
-            end = self.pattern.find(")", self.at)
-            self.at = len(self.pattern) if end < 0 else end + 1
+            end = self.text.find(")", self.at)
+            self.at = len(self.text) if end < 0 else end + 1
             return _NOTHING
-        if flags := _FLAGS.match(self.pattern, self.at):
+        if flags := _FLAGS.match(self.text, self.at):
             if "x" in flags[1]:
                 self.refuse("a flag x")
             self.at = flags.end()
             # `(?i)` makes a group of all that follows, its ways too.
             return self._close(depth) if flags[2] == ":" else self.read_choice(depth + 1)
         looks = next((sign for sign in _LOOKS if self.takes(sign)), None)
-        named = None if looks else _NAME.match(self.pattern, self.at)
+        named = None if looks else _NAME.match(self.text, self.at)
         if named is not None:
             self.at = named.end()
-        elif looks is None and self.pattern.startswith(("?", "*"), self.at):
+        elif looks is None and self.text.startswith(("?", "*"), self.at):
             self.refuse("a bracket of a rare kind")
         repeats = self.repeats
         inner = self._close(depth)
@@ -231,8 +229,8 @@ class _Reader:
 
     def _read_repeats(self, part: _Work) -> _Work:
         """A part with all the signs behind it that repeat it."""
-        while self.at < len(self.pattern):
-            if times := _TIMES.match(self.pattern, self.at):
+        while self.at < len(self.text):
+            if times := _TIMES.match(self.text, self.at):
                 self.at = times.end()
                 least = int(times[1] or 0)
                 exact = times[4] is None and not times[2]
@@ -240,8 +238,8 @@ class _Reader:
                 # `{3}?` may be none at all.
                 least = 0 if self.takes("?") and exact else least
                 part = self._repeat(part, least, most)
-            elif self.pattern[self.at] in "*+?":
-                sign = self.pattern[self.at]
+            elif self.text[self.at] in "*+?":
+                sign = self.text[self.at]
                 self.at += 1
                 repeated = self._repeat(part, sign == "+", 1 if sign == "?" else math.inf)
                 part = _alone(repeated) if self.takes("+") else repeated
