@@ -2,7 +2,9 @@
 
 Ten of 64 tokens are of the second kind, and at least one of two or more. Every removed patch is
 given to the one of them whose key is most like its own, to which the mean of what it was given is
-added. Own order: the first kind in raster order, then the second.
+added. Of several with the same key the first takes in all (**ours**): the padding of a picture is
+alike everywhere, and which of its tokens a patch is nearest to would be a matter of the last bit.
+Own order: the first kind in raster order, then the second.
 
 References:
     VisionZip (arXiv:2412.04467). Its authors count the CLS token among the first kind. CLS has no
@@ -27,6 +29,8 @@ from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Ke
 PUBLISHED_AS: Final = "VisionZip"
 NEEDS: Final = frozenset({Feature.CLS_ATTENTION, Feature.KEYS})
 EXTRA: Final = 0
+_SAME: Final = 1e-6
+"""How far the cosine of keys that are the same may be below 1; float32 rounds to 1e-7."""
 
 
 def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
@@ -54,10 +58,13 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
 
 def _give(features: VisionFeatures, target_BX: Tensor) -> Tensor:
     """Which contextual token every token is most like, one-hot [B, X, N]."""
+    count = target_BX.shape[1]
     unit_BNd = functional.normalize(features.by_token(Feature.KEYS), dim=-1)
     targets_BXd = torch.index_select(unit_BNd, 1, target_BX[0])
     nearest_BN = (unit_BNd @ targets_BXd.mT).argmax(dim=-1)
-    return mark(nearest_BN, target_BX.shape[1]).mT
+    others_BXX = (targets_BXd @ targets_BXd.mT <= 1.0 - _SAME).float()
+    first_BX = (torch.arange(count, dtype=torch.float32) + count * others_BXX).amin(dim=-1)
+    return (mark(nearest_BN, count) @ mark(first_BX.to(torch.int64), count)).mT
 
 
 def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerChoice:
@@ -78,10 +85,11 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     by_head = keys.reshape(*keys.shape[:2], attention.shape[1], -1)
     directions = functional.normalize(vision.by_token(by_head.mean(dim=2)), dim=-1)
     given: dict[int, list[int]] = {target: [] for target in targets}
+    alike = (directions[targets] @ directions[targets].T > 1 - _SAME).tolist()
     for index in rest:
         if index not in given:
             nearest = (directions[targets] @ directions[index]).argmax()
-            given[targets[int(nearest)]].append(index)
+            given[targets[alike[int(nearest)].index(True)]].append(index)
     patches = vision.patches.double()
     rows = patches[list(order)]
     for place, target in enumerate(targets, start=len(dominant)):

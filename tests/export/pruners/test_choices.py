@@ -7,10 +7,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from makers.scenes import CONFIG, SCENES, make_scene
+from makers.scenes import CONFIG, HEADS, SCENES, WIDTH, make_scene
 from torch import nn
 from truths.choices import PRUNERS, close, compare, expect, load, realize
-from truths.formulas import FORMULAS, GREEDY
+from truths.formulas import FORMULAS, GREEDY, find_formula
 
 from gap_export.dialects import native
 from gap_export.interfaces.features import VisionFeatures
@@ -215,3 +215,32 @@ def test_greedy_choices_stay_distinct_where_nothing_differs_any_more(
         assert made == list(eager)
     _, made = export_stage(name, scene, 20, tmp_path)
     assert made["order"][0].tolist() == list(eager)
+
+
+def make_padded_scene(rounding):
+    """A third of the tokens has one key, which CLS does not look at; `rounding` is put to it."""
+    scene = make_scene((8, 8))
+    block = scene.layer - 1
+    queries, keys = scene.queries[block], scene.keys[block].clone()
+    noise = torch.Generator().manual_seed(5)
+    keys[:, 43:] = -2 * queries[:, :1] + rounding * torch.randn(1, 22, WIDTH, generator=noise)
+    query, key = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (queries, keys))
+    attention = torch.softmax(query @ key.mT / (WIDTH // HEADS) ** 0.5, dim=-1)
+    return replace(
+        scene,
+        keys=(*scene.keys[:block], keys, *scene.keys[block + 1 :]),
+        attentions=(*scene.attentions[:block], attention, *scene.attentions[block + 1 :]),
+    )
+
+
+def test_rounding_does_not_decide_which_of_the_same_tokens_takes_in(tmp_path):
+    """The padding of a picture is alike everywhere."""
+    kept, scene = 33, make_padded_scene(3e-6)
+    # The formula gives a tie to the first, and without rounding there are ties.
+    expected = find_formula("visionzip")(make_padded_scene(0.0), kept, CONFIG)
+    assert sum(index >= 42 for index in expected.order[-5:]) == 3
+    eager = load("visionzip").prune_eagerly(scene.vision(), kept, CONFIG)
+    compare((list(eager.order), eager.rows, None, None), expected, scene.patches)
+    _, made = export_stage("visionzip", scene, kept, tmp_path)
+    order = made["order"][0].tolist()
+    compare((order, made["mix"][0] @ scene.patches.numpy(), None, None), expected, scene.patches)
