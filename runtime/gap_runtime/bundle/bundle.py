@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,10 @@ from gap_runtime.bundle.hashes import (
 )
 from gap_runtime.bundle.hub import PREFIX, parse_name, pull
 from gap_runtime.bundle.layout import is_ratio, suggest_ratio
-from gap_runtime.bundle.manifest import Manifest, RatioEntry
+from gap_runtime.bundle.manifest import MANIFEST_FILE, Manifest, RatioEntry
 from gap_runtime.bundle.validation import read_manifest
 from gap_runtime.errors import BundleError, ConfigError, HashError
-from gap_runtime.records.files import is_file, open_file, refusal
+from gap_runtime.records.files import is_file, open_file, read_bytes, refusal
 
 _SMALL_BYTES: Final = 256 * 2**20
 """Files up to this size are hashed at every opening; larger ones when all are asked for."""
@@ -72,6 +73,14 @@ class Bundle:
             f"Bundle({str(self.folder)!r}, {manifest.family}, {manifest.described_precision}, "
             f"pruner {manifest.pruning.strategy}, ratios {ratios})"
         )
+
+    def hash_manifest(self) -> str:
+        """SHA-256 of the manifest, which has the hashes of all files: two of one are equal.
+
+        Raises:
+            BundleError: It is gone.
+        """
+        return hashlib.sha256(read_bytes(self.folder / MANIFEST_FILE, BundleError)).hexdigest()
 
     def verify(self, *, limit: int | None, begin: Begin = begin_silently) -> None:
         """Compare sizes of all files and hashes of those up to `limit` bytes (None: all).

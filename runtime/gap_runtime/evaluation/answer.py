@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,13 +9,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.manifest import MANIFEST_FILE
-from gap_runtime.errors import BundleError
 from gap_runtime.evaluation.results import Subject
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.view import View
 from gap_runtime.pictures.boxes import PictureFrame
-from gap_runtime.records.files import read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +89,7 @@ def describe_bundle(bundle: Bundle, backend: str) -> Subject:
     manifest = bundle.manifest
     return Subject(
         name=manifest.name,
-        sha256=hashlib.sha256(read_bytes(bundle.folder / MANIFEST_FILE, BundleError)).hexdigest(),
+        sha256=bundle.hash_manifest(),
         engine=backend,
         strategy=manifest.pruning.strategy,
         positions=manifest.pruning.positions,

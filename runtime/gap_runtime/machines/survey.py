@@ -92,6 +92,19 @@ class Machine:
     problems: tuple[str, ...]
 
 
+def describe_size(mib: int | None) -> str:
+    """Memory or disk, for people."""
+    return "unknown" if mib is None else f"{mib / 1024:.1f} GiB"
+
+
+def describe_gpu(gpu: Gpu) -> str:
+    """A GPU on one line."""
+    free = f" ({describe_size(gpu.free_mib)} free)" if gpu.free_mib is not None else ""
+    capability = gpu.compute_capability or "unknown"
+    size = describe_size(gpu.memory_mib)
+    return f"{gpu.name}, compute capability {capability}, {size}{free}"
+
+
 def read_gpus(text: str) -> tuple[tuple[Gpu, ...], str | None]:
     """GPUs and the driver's version, from `nvidia-smi --query-gpu=... --format=csv`."""
     gpus, driver = [], None

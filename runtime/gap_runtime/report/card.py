@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,9 +11,8 @@ from gap_runtime.bundle.hub_library import load_library
 from gap_runtime.bundle.license import UNKNOWN, License
 from gap_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 from gap_runtime.display import format_bytes
-from gap_runtime.errors import BundleError, ConfigError, show_line
+from gap_runtime.errors import ConfigError, show_line
 from gap_runtime.grounding.check import CheckReport
-from gap_runtime.records.files import read_bytes
 from gap_runtime.records.plain import read_json
 
 _POSITIONS: Final = {
@@ -170,7 +168,6 @@ def read_accuracy(path: Path, bundle: Bundle) -> dict[str, Any]:
         ConfigError: It is no such file, or of another bundle.
     """
     data = read_json(path, ConfigError, advice="give what gap-runtime evaluate --json printed")
-    own = hashlib.sha256(read_bytes(bundle.folder / MANIFEST_FILE, BundleError)).hexdigest()
     wanted: dict[str, tuple[type, ...]] = {"protocol": (str,), "phrases": (int,)}
     wanted |= dict.fromkeys(("ratio", "accuracy", "low", "high"), (int, float))
     try:
@@ -182,7 +179,7 @@ def read_accuracy(path: Path, bundle: Bundle) -> dict[str, Any]:
         fits = False
     if not fits:
         raise ConfigError(f"{path}: not what gap-runtime evaluate --json prints")
-    if of != own:
+    if of != bundle.hash_manifest():
         raise ConfigError(f"{path}: measured with another bundle than {bundle.folder}")
     found: dict[str, Any] = data
     return found

@@ -13,6 +13,7 @@ from gap_runtime.grounding.boxless import describe_boxless
 from gap_runtime.grounding.check import CheckReport, Compared
 from gap_runtime.grounding.compare import CheckRow, Tolerance, find_tolerance
 from gap_runtime.pictures.drawing import draw_heat, draw_pair, shade_patches
+from gap_runtime.report.occasion import Occasion
 from gap_runtime.report.page import encode_picture, make_page, make_table
 
 _LEGEND: Final = (
@@ -23,13 +24,16 @@ _LEGEND: Final = (
 )
 
 
-def make_check_page(bundle: Bundle, report: CheckReport, compared: Sequence[Compared]) -> str:
+def make_check_page(
+    bundle: Bundle, report: CheckReport, compared: Sequence[Compared], occasion: Occasion
+) -> str:
     """The page of a check.
 
     Args:
         bundle: What was checked.
         report: All rows.
         compared: What each of them was made of.
+        occasion: When, where and with what.
     """
     manifest = bundle.manifest
     tolerance = find_tolerance(manifest)
@@ -65,6 +69,7 @@ def make_check_page(bundle: Bundle, report: CheckReport, compared: Sequence[Comp
         *_make_section("pictures", "Kept patches and boxes", _LEGEND),
         f'<div class="gallery">{shown}</div>',
         *_show_heat(bundle, compared),
+        *_make_section("occasion", "When and where", _tell(occasion)),
         "</main>",
     ]
     return make_page(f"{manifest.name} against PyTorch", "\n".join(body))
@@ -123,6 +128,10 @@ def _make_answers(rows: Sequence[CheckRow]) -> str:
             for row in rows
         ],
     )
+
+
+def _tell(occasion: Occasion) -> str:
+    return make_table("This check", ["what", "which"], occasion, wrapped=1)
 
 
 def _explain(tolerance: Tolerance) -> str:

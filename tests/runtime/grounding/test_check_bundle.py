@@ -1,7 +1,9 @@
 """Whole bundles checked on a fake backend: every ratio and bucket, the page, drafts."""
 
 import dataclasses
+import hashlib
 import json
+import platform
 
 import pytest
 
@@ -168,13 +170,16 @@ def test_check_writes_its_page(
     answer_with(11)
     samples = make_samples(dataclasses.replace(manifest, **tiled), sizes=TILE_SIZES, wrong=wrong)
     out = tmp_path / "report.html"
-    code = main(["check", str(make_bundle(**tiled, **samples)), "--html", str(out)])
+    bundle = make_bundle(**tiled, **samples)
+    code = main(["check", str(bundle), "--html", str(out)])
     assert code == (6 if wrong else 0)
     page = pages.Page(out.read_text(encoding="utf-8"))
     pages.require_sound(page)
     # One for each row, and what the ratios of each sample keep.
     assert len(page.images) == 4 + 2
-    assert [table["rows"] for table in page.tables] == [1 + 4, 4]
+    assert [table["rows"] for table in page.tables] == [1 + 4, 4, 7]
+    manifest_hash = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    assert [part for part in (manifest_hash, platform.node()) if part not in page.words] == []
     assert ("answers part at token 0" in page.words) == bool(wrong)
     assert ("token 0" in page.words) == bool(wrong)
 

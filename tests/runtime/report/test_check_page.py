@@ -54,6 +54,7 @@ BAD = dataclasses.replace(
     passed=False,
     reasons=("kept patches differ (Jaccard 0.600, no near tie)",),
 )
+OCCASION = (("host", "<b>a</b>"), ("GPU", "none found"))
 BOX = Box(x0=1.0, y0=1.0, x1=9.0, y1=5.0)
 
 
@@ -86,7 +87,7 @@ def make_report(make_bundle, pages):
             pytorch_boxes=boxed,
             rows=rows,
         )
-        page = pages.Page(make_check_page(bundle, report, list(compared)))
+        page = pages.Page(make_check_page(bundle, report, list(compared), OCCASION))
         pages.require_sound(page)
         return page
 
@@ -124,6 +125,7 @@ def test_hostile_text_stays_text(make_report):
     page = make_report(make_compared(BAD, phrase=phrase))
     assert "<script>alert(1)</script>" in page.words
     assert phrase in page.words
+    assert "host <b>a</b> GPU none found" in " ".join(page.words.split())
     assert len(page.images) == 1
 
 

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from gap_runtime.grounding.check import Compared, check_bundle, count_rows  # noqa: PLC0415
     from gap_runtime.records import dump_record  # noqa: PLC0415
     from gap_runtime.report.check_page import make_check_page  # noqa: PLC0415
+    from gap_runtime.report.occasion import note_occasion  # noqa: PLC0415
     from gap_runtime.report.page import require_writable, write_page  # noqa: PLC0415
 
     if options.html is not None:
@@ -65,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
 
         report = check_bundle(bundle, options.backend, ratios=ratios, on_compared=note)
     if options.html is not None:
-        write_page(options.html, make_check_page(bundle, report, compared))
+        page = make_check_page(bundle, report, compared, note_occasion(bundle))
+        write_page(options.html, page)
         display.say(f"report: {options.html}")
     if options.json:
         print_json(dump_record(report))

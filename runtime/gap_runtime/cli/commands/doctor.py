@@ -12,7 +12,7 @@ from gap_runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from gap_runtime.machines.fit import Fit
-    from gap_runtime.machines.survey import Gpu, Machine
+    from gap_runtime.machines.survey import Machine
     from gap_runtime.machines.target import Target
 
 SUMMARY: Final = "say what this machine has and which targets fit it"
@@ -64,11 +64,13 @@ def _find_missing(machine: Machine, target: Target) -> list[str]:
 
 
 def _show_machine(machine: Machine) -> None:
+    from gap_runtime.machines.survey import describe_gpu, describe_size  # noqa: PLC0415
+
     rows = [
         ("machine", f"{machine.system}, Python {machine.python}"),
-        ("memory", f"{_size(machine.memory_mib)}, {_size(machine.free_mib)} free"),
-        ("disk", f"{_size(machine.disk_free_mib)} free here"),
-        *(("GPU", _describe_gpu(gpu)) for gpu in machine.gpus),
+        ("memory", f"{describe_size(machine.memory_mib)}, {describe_size(machine.free_mib)} free"),
+        ("disk", f"{describe_size(machine.disk_free_mib)} free here"),
+        *(("GPU", describe_gpu(gpu)) for gpu in machine.gpus),
     ]
     if not machine.gpus:
         rows.append(("GPU", "none found"))
@@ -105,13 +107,3 @@ def _show_targets(fits: tuple[Fit, ...], *, every: bool) -> None:
             print(f"{line}: {fit.missing[0].partition(';')[0]}{others}")
     if not every and not all(fit.fits for fit in fits):
         print("gap-runtime doctor --all says how to get what is missing")
-
-
-def _describe_gpu(gpu: Gpu) -> str:
-    free = f" ({_size(gpu.free_mib)} free)" if gpu.free_mib is not None else ""
-    capability = gpu.compute_capability or "unknown"
-    return f"{gpu.name}, compute capability {capability}, {_size(gpu.memory_mib)}{free}"
-
-
-def _size(mib: int | None) -> str:
-    return "unknown" if mib is None else f"{mib / 1024:.1f} GiB"
