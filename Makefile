@@ -11,7 +11,7 @@
 # make fuzz    change input at every border for MINUTES, and count what comes of it
 # make faults  every call to the system fails once in turn
 # make kills   exports, builds, evaluations and sweeps are killed at KILLS random moments
-# make effect  accuracy of unpruned, gap, compact and permuted on the held-out split
+# make effect  accuracy of unpruned, gap, compact and permuted on the held-out split, which pages are held to
 # make results the sweep of docs/results.md: every pruner, mode and ratio, PyTorch and ONNX (hours; goes on)
 # make keeps   the sweep over the counts that papers quote: GAP against compact (about an hour; goes on)
 # make why     the ablations of docs/why-positions.md, then all figures (about 40 minutes; goes on)
@@ -114,6 +114,7 @@ kills: $(STAMP)
 
 effect: $(STAMP)
 	$(BIN)/python refshapes/effect.py --out build/effect.json
+	cp build/effect.json docs/figures/effect.json
 
 # One thread: single phrases gain nothing from more. Run again after a stop, it goes on.
 results: $(STAMP)

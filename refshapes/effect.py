@@ -5,14 +5,16 @@
                                [--bundles build/effect]
 
 Every expression is put to the checkpoint in PyTorch and to exported graphs in onnxruntime:
-without pruning, and pruned with GAP, compact and permuted position IDs. Scored by the protocol
-`frame`. A run that was stopped goes on.
+without pruning, and pruned with GAP, compact and permuted position IDs, both in one thread: with
+more, products are summed in another order, and where two tokens tie another one may win. Scored by
+the protocol `frame`. A run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -30,6 +32,7 @@ from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL, load_protocol
 from gap_runtime.evaluation.results import Answers, Header, Subject
 from gap_runtime.evaluation.run import Open, describe_data, evaluate
 from gap_runtime.evaluation.score import score_rows
+from gap_runtime.machines.environment import THREADS
 
 MODES: Final = ("unpruned", "gap", "compact", "permuted")
 BACKEND: Final = "onnxruntime:cpu"
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/effect.json"))
     parser.add_argument("--bundles", type=Path, default=Path("build/effect"))
     options = parser.parse_args()
+    os.environ[THREADS] = "1"
     folder = options.bundles / options.out.stem
     data = open_data(f"{options.model}:test", limit=options.expressions)
     protocol = load_protocol(DEFAULT_PROTOCOL)
@@ -85,7 +89,6 @@ def main() -> None:
         )
         plan = plan_export(request)
         export(plan)
-        # One short sequence at a time gains nothing from more threads.
         eager = ask(
             f"PyTorch, {mode}",
             data,

@@ -38,6 +38,35 @@ def show_share(value):
     return f"{value:.1%}".replace("%", " %")
 
 
+def test_what_position_ids_do():
+    """`make effect`: the tables of README.md and of refshapes/README.md."""
+    found = read_figures("effect")
+    assert (found["n"], found["ratio"]) == (1000, 0.75)
+    shares = {
+        "PyTorch": [show_share(found["pytorch"][mode]) for mode in MODES],
+        "exported ONNX": [show_share(found["onnxruntime"][mode]) for mode in MODES],
+    }
+    for label, cells in shares.items():
+        assert [row[1:] for row in read_rows("README.md", label)] == [cells]
+        # The page of the models has the table of the small one before.
+        assert read_rows("refshapes/README.md", label)[1:] == [[label, *cells]]
+    head = f"1,000 expressions of `test`, ratio {found['ratio']}, {found['pruner']}"
+    assert len(read_rows("refshapes/README.md", head)) == 1
+    unpruned, gap, compact, permuted = shares["exported ONNX"]
+    (shipped,) = read_rows("refshapes/README.md", "shipped")
+    assert [*shipped[1:3], *shipped[4:]] == [unpruned, gap, compact, permuted]
+
+
+def test_how_many_answers_differ_from_pytorchs():
+    """`make effect`: what README.md and refshapes/README.md say beside the tables."""
+    found = read_figures("effect")
+    assert found["differing_answers"] == dict.fromkeys(MODES, 0)
+    text = read_text("refshapes/README.md")
+    assert "each in one thread, gave the same text to all 4,000." in text
+    kept = found["pytorch"]["gap"] / found["pytorch"]["unpruned"]
+    assert f"GAP keeps {kept:.0%}".replace("%", " %") + " of the unpruned accuracy." in text
+
+
 def read_counts():
     """Of docs/results.md, which `make keeps` writes: unpruned, then GAP and compact by count."""
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
