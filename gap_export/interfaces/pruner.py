@@ -1,26 +1,38 @@
-"""Pruners by name or by file: loaded, and held against what a pruner must be."""
+"""Pruners by name or by file: loaded, and held against what a pruner must be and give."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Final, TypeVar, cast
+from typing import Concatenate, Final, ParamSpec, TypeVar, cast
+
+import torch
 
 from gap_export.config.pruners import IVC, PRUNERS, is_pruner_file
 from gap_export.config.records import PruneConfig
-from gap_export.interfaces.features import Feature, Pruner
+from gap_export.interfaces.features import (
+    AdaptivePruner,
+    EagerChoice,
+    EagerVision,
+    Feature,
+    Kept,
+    Pruner,
+    VisionFeatures,
+)
 from gap_runtime.errors import ConfigError, GapError
 from gap_runtime.registry import load_plugin
 
-S = TypeVar("S")
+P = ParamSpec("P")
 T = TypeVar("T")
-_FUNCTIONS: Final = ("prune", "prune_eagerly")
 _HELP: Final = "see 'Add a pruner' in CONTRIBUTING.md"
 
 
@@ -38,10 +50,27 @@ def load_pruner(strategy: str) -> Pruner:
         return cast("Pruner", load_plugin(PRUNERS, strategy, "pruner"))
     path = Path(strategy)
     module = _load_file(path)
-    _require_pruner(module, strategy)
-    for name in _FUNCTIONS:
-        setattr(module, name, _tell_failures(getattr(module, name), path))
+    with _told(path):
+        _require_pruner(module, strategy)
+        extra = int(module.EXTRA)
+        for name, check in _CHECKS.items():
+            setattr(module, name, _watch(getattr(module, name), path, partial(check, extra)))
+        if hasattr(module, _COUNT):
+            setattr(module, _COUNT, _watch(getattr(module, _COUNT), path, _find_fault_of_count))
     return cast("Pruner", module)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever a user's file raises in the block is one line with its place."""
+    try:
+        yield
+    except (KeyboardInterrupt, GapError):
+        raise
+    except BaseException as error:  # noqa: BLE001 - as a user's own file can
+        # What cannot be shown is no cause: whoever shows causes would fail over it.
+        cause = None if _say(error) is None else error
+        raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from cause
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -65,19 +94,19 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _tell_failures(
-    function: Callable[[S, int, PruneConfig], T], path: Path
-) -> Callable[[S, int, PruneConfig], T]:
-    """A function of a user's file whose failures are one line with its place."""
+def _watch(
+    function: Callable[P, T], path: Path, check: Callable[Concatenate[object, P], str | None]
+) -> Callable[P, T]:
+    """A function of a user's file whose failures, and what it gives amiss, are one line."""
 
     @functools.wraps(function)
-    def call(seen: S, kept: int, config: PruneConfig) -> T:
-        try:
-            return function(seen, kept, config)
-        except (KeyboardInterrupt, GapError):
-            raise
-        except BaseException as error:  # as a user's own file can
-            raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from error
+    def call(*seen: P.args, **named: P.kwargs) -> T:
+        with _told(path):
+            found = function(*seen, **named)
+            wrong = check(found, *seen, **named)
+        if wrong is not None:
+            raise ConfigError(f"{path}: {function.__name__} gave {wrong}; {_HELP}")
+        return found
 
     return call
 
@@ -85,27 +114,137 @@ def _tell_failures(
 def _locate(error: BaseException, path: Path) -> str:
     """What went wrong in a file's code, and in which of its lines."""
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}"
+        return f"line {error.lineno}: {error.msg}" if error.lineno else error.msg
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     where = f"line {lines[-1]}: " if lines else ""
-    return f"{where}{type(error).__name__}: {' '.join(str(error).split())}"
+    said = _say(error)
+    return f"{where}{type(error).__name__}" + (f": {said}" if said else "")
+
+
+def _say(error: BaseException) -> str | None:
+    """An error's text in one line; None where its own class fails to give it."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - whatever the file's class raises
+        return None
 
 
 def _require_pruner(module: ModuleType, where: str) -> None:
     """Refuse a module that does not fit `Pruner`."""
-    for name in ("NEEDS", "EXTRA", *_FUNCTIONS):
+    for name in ("NEEDS", "EXTRA", *_CHECKS):
         if not hasattr(module, name):
             raise ConfigError(f"{where}: no {name} in it, which a pruner must define; {_HELP}")
     needs = module.NEEDS
     if not isinstance(needs, frozenset) or not all(isinstance(each, Feature) for each in needs):
         raise ConfigError(f"{where}: NEEDS is {needs!r:.60}, expected a frozenset of Feature")
-    if module.EXTRA not in {0, 1}:
+    if type(module.EXTRA) is not int or module.EXTRA not in {0, 1}:
         raise ConfigError(f"{where}: EXTRA is {module.EXTRA!r:.60}, expected 0 or 1")
-    for name in _FUNCTIONS:
-        wanted = list(inspect.signature(getattr(Pruner, name)).parameters)[1:]
+    draws = getattr(module, "DRAWS", False)
+    if not isinstance(draws, bool):
+        raise ConfigError(f"{where}: DRAWS is {draws!r:.60}, expected True or False")
+    for name in (*_CHECKS, *([_COUNT] if hasattr(module, _COUNT) else [])):
+        wanted = list(inspect.signature(getattr(AdaptivePruner, name)).parameters)[1:]
         function = getattr(module, name)
-        found = list(inspect.signature(function).parameters) if callable(function) else None
+        is_plain = inspect.isfunction(function) and not inspect.iscoroutinefunction(function)
+        found = list(inspect.signature(function).parameters) if is_plain else None
         if found != wanted:
             shown = "no function" if found is None else f"({', '.join(found)})"
             raise ConfigError(f"{where}: {name} is {shown}, expected ({', '.join(wanted)})")
+
+
+def _find_fault(
+    extra: int, choice: object, features: VisionFeatures, kept: int, config: PruneConfig
+) -> str | None:
+    """What is wrong with a choice in the graph; None where nothing is."""
+    del config
+    tokens = features.geometry.tokens
+    if not isinstance(choice, Kept):
+        return f"a {type(choice).__name__}, expected a Kept"
+    if isinstance(choice.order, tuple):
+        wrong = _find_fault_of_order(choice.order, kept, tokens)
+    else:
+        wrong = _find_fault_of_tensor("order", choice.order, (1, kept), torch.int64)
+    if kept == tokens or wrong is not None:
+        return wrong
+    if choice.mix_BKN is not None:
+        wrong = _find_fault_of_tensor("mix_BKN", choice.mix_BKN, (1, kept, tokens))
+    if (choice.extra_BN is None) == bool(extra):
+        return f"extra_BN {'without' if extra else 'with'} values, but EXTRA is {extra}"
+    if extra:
+        wrong = wrong or _find_fault_of_tensor("extra_BN", choice.extra_BN, (1, tokens))
+    divisor = choice.extra_divisor
+    if not isinstance(divisor, (int, float)) or not math.isfinite(divisor) or divisor == 0:
+        return f"extra_divisor {divisor!r:.40}, expected a number that is not 0"
+    return wrong
+
+
+def _find_fault_of_eager(
+    extra: int, choice: object, vision: EagerVision, kept: int, config: PruneConfig
+) -> str | None:
+    """What is wrong with a choice for the reference; None where nothing is."""
+    del config
+    tokens, width = vision.patches.shape
+    if not isinstance(choice, EagerChoice):
+        return f"a {type(choice).__name__}, expected an EagerChoice"
+    scores = choice.scores
+    if scores is not None and not (
+        isinstance(scores, tuple)
+        and len(scores) == tokens
+        and all(isinstance(score, (int, float)) and not math.isnan(score) for score in scores)
+    ):
+        return f"scores that are no tuple of {tokens} numbers"
+    wrong = _find_fault_of_order(choice.order, kept, tokens)
+    if kept == tokens or wrong is not None:
+        return wrong
+    if choice.rows is not None:
+        wrong = _find_fault_of_tensor("rows", choice.rows, (kept, width))
+    for name, shape in (("extra", (width,)), ("extra_weights", (tokens,))):
+        value = getattr(choice, name)
+        if (value is None) == bool(extra):
+            return f"{name} {'without' if extra else 'with'} values, but EXTRA is {extra}"
+        if extra:
+            wrong = wrong or _find_fault_of_tensor(name, value, shape)
+    return wrong
+
+
+def _find_fault_of_order(order: object, kept: int, tokens: int) -> str | None:
+    is_order = (
+        isinstance(order, tuple)
+        and all(type(index) is int and 0 <= index < tokens for index in order)
+        and len(order) == len(set(order)) == kept
+    )
+    if is_order:
+        return None
+    shown = f"a tuple of {len(order)}" if isinstance(order, tuple) else f"a {type(order).__name__}"
+    wanted = f"{kept} integers from 0 to {tokens - 1}"
+    return f"{shown} as order, expected a tuple of {wanted}, each once"
+
+
+def _find_fault_of_tensor(
+    name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> str | None:
+    """Without a dtype, any of numbers with a point."""
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__} as {name}, expected a tensor {list(shape)}"
+    is_right = value.is_floating_point() if dtype is None else value.dtype == dtype
+    if tuple(value.shape) == shape and is_right:
+        return None
+    kind, wanted = (str(each).removeprefix("torch.") for each in (value.dtype, dtype or "float32"))
+    return f"{kind} {list(value.shape)} as {name}, expected {wanted} {list(shape)}"
+
+
+def _find_fault_of_count(found: object, vision: EagerVision) -> str | None:
+    """What is wrong with a number of tokens that a rule keeps; None where nothing is."""
+    most = len(vision.patches)
+    if type(found) is int and 0 <= found <= most:
+        return None
+    return f"{found!r:.60}, expected an integer from 0 to {most}"
+
+
+_CHECKS: Final[dict[str, Callable[..., str | None]]] = {
+    "prune": _find_fault,
+    "prune_eagerly": _find_fault_of_eager,
+}
+_COUNT: Final = "count_adaptively"
+"""What only some pruners define."""

@@ -104,7 +104,8 @@ def trace(
                 # Our own refusal within the module says more.
                 raise cause from error
             cause = cause.__cause__
-        reason = str(error.__cause__ or error).splitlines()[0]
+        said = error.__cause__ or error
+        reason = (str(said).splitlines() or [type(said).__name__])[0]
         raise ExportError(f"torch.onnx could not trace the graph: {reason}") from error
     assert program is not None
     model = program.model
