@@ -13,7 +13,7 @@ from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 import torch
 
@@ -29,9 +29,9 @@ from gap_export.interfaces.features import (
     VisionFeatures,
 )
 from gap_runtime.errors import ConfigError, GapError
+from gap_runtime.records.files import is_file
 from gap_runtime.registry import load_plugin
 
-P = ParamSpec("P")
 T = TypeVar("T")
 _HELP: Final = "see 'Add a pruner' in CONTRIBUTING.md"
 
@@ -67,7 +67,7 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, GapError):
         raise
-    except BaseException as error:  # noqa: BLE001 - as a user's own file can
+    except BaseException as error:  # noqa: BLE001 - a user's own file can fail in every way
         # What cannot be shown is no cause: whoever shows causes would fail over it.
         cause = None if _say(error) is None else error
         raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from cause
@@ -76,6 +76,8 @@ def _told(path: Path) -> Iterator[None]:
 def _load_file(path: Path) -> ModuleType:
     """The module in a file, loaded anew each time."""
     name = f"gap_export_own_pruner_{path.stem}"
+    if not is_file(path):
+        raise ConfigError(f"{path}: no such pruner file")
     spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -83,27 +85,24 @@ def _load_file(path: Path) -> ModuleType:
     # Where classes that are pickled or printed look for their module.
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such pruner file") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a user's own file can fail in every way
+        with _told(path):
+            spec.loader.exec_module(module)
+    except ConfigError:
         del sys.modules[name]
-        raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from error
+        raise
     return module
 
 
 def _watch(
-    function: Callable[P, T], path: Path, check: Callable[Concatenate[object, P], str | None]
-) -> Callable[P, T]:
+    function: Callable[..., T], path: Path, check: Callable[..., str | None]
+) -> Callable[..., T]:
     """A function of a user's file whose failures, and what it gives amiss, are one line."""
 
     @functools.wraps(function)
-    def call(*seen: P.args, **named: P.kwargs) -> T:
+    def call(*seen: object) -> T:
         with _told(path):
-            found = function(*seen, **named)
-            wrong = check(found, *seen, **named)
+            found = function(*seen)
+            wrong = check(found, *seen)
         if wrong is not None:
             raise ConfigError(f"{path}: {function.__name__} gave {wrong}; {_HELP}")
         return found
