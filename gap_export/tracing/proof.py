@@ -44,18 +44,19 @@ def prove_graph(
         UnsupportedOpError: An operator is not on the list.
         GraphError: Anything else is not as promised.
     """
-    model = ir.load(path)
+    model = onnx.load(path, load_external_data=False)
     graph = model.graph
-    _require_interface(path, "input", graph.inputs, list(inputs))
-    _require_interface(path, "output", graph.outputs, list(outputs))
+    _require_interface(path, "input", graph.input, list(inputs))
+    _require_interface(path, "output", graph.output, list(outputs))
     _require_operators(path, graph, operators)
     promised = {"": opset} | {
         node.domain: _OWN_VERSION
-        for node in graph
+        for node in graph.node
         if _full_name(node) in operators and node.domain
     }
-    if dict(model.opset_imports) != promised:
-        raise GraphError(f"{path.name}: opsets {dict(model.opset_imports)}, expected {promised}")
+    found = {each.domain: each.version for each in model.opset_import}
+    if found != promised:
+        raise GraphError(f"{path.name}: opsets {found}, expected {promised}")
     _require_static(path, graph, free)
     _require_weights_inside(path, graph)
     try:
@@ -66,18 +67,9 @@ def prove_graph(
 
 
 def _require_interface(
-    path: Path, kind: str, values: Iterable[ir.Value], specs: list[TensorSpec]
+    path: Path, kind: str, values: Iterable[onnx.ValueInfoProto], specs: list[TensorSpec]
 ) -> None:
-    found = [
-        (
-            value.name,
-            value.dtype.name.lower().replace("float", "float32", 1)
-            if value.dtype == ir.DataType.FLOAT
-            else (value.dtype.name.lower() if value.dtype else None),
-            tuple(size if isinstance(size, int) else size.value for size in value.shape or ()),
-        )
-        for value in values
-    ]
+    found = [(value.name, _find_dtype(value), tuple(_list_sizes(value))) for value in values]
     promised = [(spec.name, spec.dtype, spec.shape) for spec in specs]
     for one, other in zip(found, promised, strict=False):
         if one != other:
@@ -86,43 +78,58 @@ def _require_interface(
         raise GraphError(f"{path.name}: {len(found)} {kind}s, promised {len(promised)}")
 
 
-def _require_operators(path: Path, graph: ir.Graph, operators: frozenset[str]) -> None:
-    for node in graph:
+def _find_dtype(value: onnx.ValueInfoProto) -> str:
+    name = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
+    return "float32" if name == "FLOAT" else name.lower()
+
+
+def _list_sizes(value: onnx.ValueInfoProto) -> list[int | str | None]:
+    """The dimensions of a value: numbers, names of free ones, None where there is neither."""
+    return [
+        size.dim_value if size.HasField("dim_value") else size.dim_param or None
+        for size in value.type.tensor_type.shape.dim
+    ]
+
+
+def _require_operators(path: Path, graph: onnx.GraphProto, operators: frozenset[str]) -> None:
+    constants = {each.name for each in graph.initializer}
+    for node in graph.node:
         if _full_name(node) not in operators:
             raise UnsupportedOpError(
                 f"{path.name}: node '{node.name}' is {_full_name(node)}, which the target's "
                 "dialect does not have"
             )
-        if node.op_type == "TopK" and (
-            node.inputs[1] is None or node.inputs[1].const_value is None
-        ):
+        if node.op_type == "TopK" and node.input[1] not in constants:
             raise StaticShapeError(f"{path.name}: node '{node.name}': TopK size is not a constant")
 
 
-def _full_name(node: ir.Node) -> str:
+def _full_name(node: onnx.NodeProto) -> str:
     """An operator's name, behind its domain where it is not a standard one."""
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
-def _require_static(path: Path, graph: ir.Graph, free: frozenset[str]) -> None:
-    for node in graph:
-        for value in node.outputs:
-            if value.shape is None:
-                raise StaticShapeError(f"{path.name}: tensor '{value.name}' has no known shape")
-            for axis, size in enumerate(value.shape):
-                if not isinstance(size, int) and size.value not in free:
-                    raise StaticShapeError(
-                        f"{path.name}: tensor '{value.name}': dimension {axis} is open ({size})"
-                    )
+def _require_static(path: Path, graph: onnx.GraphProto, free: frozenset[str]) -> None:
+    shaped = {
+        value.name: value
+        for value in (*graph.value_info, *graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+    for name in (name for node in graph.node for name in node.output):
+        if name not in shaped:
+            raise StaticShapeError(f"{path.name}: tensor '{name}' has no known shape")
+        for axis, size in enumerate(_list_sizes(shaped[name])):
+            if not isinstance(size, int) and size not in free:
+                raise StaticShapeError(
+                    f"{path.name}: tensor '{name}': dimension {axis} is open ({size})"
+                )
 
 
-def _require_weights_inside(path: Path, graph: ir.Graph) -> None:
-    for initializer in graph.initializers.values():
-        tensor = initializer.const_value
-        if tensor is None:
-            raise GraphError(f"{path.name}: initializer '{initializer.name}' has no value")
-        if not isinstance(tensor, ir.ExternalTensor):
+def _require_weights_inside(path: Path, graph: onnx.GraphProto) -> None:
+    for initializer in graph.initializer:
+        if initializer.data_location != onnx.TensorProto.EXTERNAL:
             continue
+        tensor = ir.serde.deserialize_tensor(initializer, path.parent)
+        assert isinstance(tensor, ir.ExternalTensor), initializer.name
         location = str(tensor.location)
         file = path.parent / location
         if Path(location).name != location or not file.is_file():

@@ -4,7 +4,8 @@
     python tests/tools/same_bytes.py compare BEFORE.json     # exit code 1 if a file differs
 
 Exports the small random checkpoint of every family and the embedded model for each target and
-precision with the command itself, and writes the BLAKE3 of each file of each bundle.
+precision with the command itself, Qwen-VL for a canvas upright and lying, and writes the BLAKE3 of
+each file of each bundle.
 `export.json` is left out: it holds a hash of the exporter's code. A change that is meant to
 change graphs is compared by answers instead (`gap-runtime check`).
 """
@@ -22,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from makers.families import FAMILIES, FamilyCase, find_family
+from makers.families import EVERY_FAMILY, FamilyCase, find_family, make_picture, make_samples
+from makers.qwen import TEMPLATE, make_qwen3_checkpoint, make_qwen_checkpoint
 
 TARGETS = ("cpu", "standard", "portable")
 PRECISIONS = {
@@ -35,6 +37,11 @@ PRECISIONS = {
     ),
 }
 LEFT_OUT = {"export.json"}
+QWENS = {
+    "qwen2.5-vl": (make_qwen_checkpoint, "168x112,112x168"),
+    "qwen3-vl": (make_qwen3_checkpoint, "96x64,64x96"),
+}
+"""How a checkpoint is made, and the canvases."""
 EMBEDDED = "refshapes"
 """Trained, so that its activation-aware int4 passes the check."""
 
@@ -50,12 +57,26 @@ class _Folders:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.home))
 
 
-def ask_for(case: FamilyCase) -> list[str]:
-    """The arguments that name a family's files."""
-    checkpoint = ("--checkpoint", str(case.checkpoint)) if case.checkpoint else ()
-    settings = case.overrides | {"check.samples": case.samples, "prompt.answer": 5}
+def ask_for(family: str, home: Path) -> list[str]:
+    """The arguments that name a family's files, which are made below a folder."""
+    if family == EMBEDDED:
+        return [EMBEDDED]
+    if family in QWENS:
+        make, canvases = QWENS[family]
+        checkpoint = make(home / family / "model", seed=11)
+        make_samples(home / family / "samples", make_picture(90, 61))
+        named = [str(checkpoint)]
+        settings = {"check.samples": home / family / "samples", "prompt.template": TEMPLATE}
+        settings["image.canvas"] = canvases
+    else:
+        # Heads of 16 make most weights a multiple of 16 wide, which is what is quantized.
+        case: FamilyCase = find_family(family, _Folders(home), head_dim=16)
+        named = [case.model]
+        named += ["--checkpoint", str(case.checkpoint)] if case.checkpoint else []
+        settings = case.overrides | {"check.samples": case.samples}
+    settings |= {"prompt.answer": 5}
     said = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return [case.model, *checkpoint, "--dtype", "float32", *said]
+    return [*named, "--dtype", "float32", *said]
 
 
 def export_hashes(asked: list[str], target: str, precision: str, out: Path) -> dict[str, str]:
@@ -89,12 +110,7 @@ def export_all(
     found = {}
     with tempfile.TemporaryDirectory() as home:
         for family in families:
-            # Heads of 16 make most weights a multiple of 16 wide, which is what is quantized.
-            asked = (
-                [EMBEDDED]
-                if family == EMBEDDED
-                else ask_for(find_family(family, _Folders(Path(home)), head_dim=16))
-            )
+            asked = ask_for(family, Path(home))
             for target in targets:
                 for precision in precisions:
                     name = f"{family} {target} {precision}"
@@ -108,7 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--families", nargs="+", default=[*FAMILIES, EMBEDDED])
+    parser.add_argument("--families", nargs="+", default=[*EVERY_FAMILY, *QWENS, EMBEDDED])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument(
         "--precisions", nargs="+", choices=tuple(PRECISIONS), default=list(PRECISIONS)
