@@ -100,7 +100,7 @@ def export(
         folder = stack.enter_context(folder_aside(plan.out))
         require_room(plan, folder)
         copies = _plan_copies(plan.weights, folder, plan.request.bring)
-        reader = stack.enter_context(SourceReader(ready, copies))
+        reader = stack.enter_context(SourceReader(ready, copies, may_fork=two))
         graphs = _trace(plan, display, known, finish)
         if plan.schemes:
             graphs = quantize_graphs(plan, graphs)

@@ -1,7 +1,7 @@
 """Graphs traced by two processes, one of which is a copy of the other made for it.
 
-Tracing is Python on one core. Where a command has a second core, a copy of its process (a fork: so
-that nothing is loaded twice) takes graphs from the same list, and sends them back as bytes:
+Tracing is Python on one core. Where a command has a second core, a copy of its process takes
+graphs from the same list, and sends them back as bytes:
 
     graphs 0 1 2 3 4   the process:  0  2  4
                        its copy:     1  3
@@ -15,19 +15,16 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import select
-import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import onnx
 import onnx_ir as ir
-import torch
 
 from gap_export.tracing.graph import Traced
+from gap_export.tracing.process_copy import ProcessCopy
 
 Job: TypeAlias = Callable[[], Traced]
 MOST_JOBS: Final = 255
@@ -56,53 +53,31 @@ def shared_work(jobs: Sequence[Job]) -> Iterator[Callable[[], list[Traced]]]:
         What takes part in the work, and gives all graphs in the order of the jobs.
     """
     assert len(jobs) <= MOST_JOBS, len(jobs)
-    turns, results, child = _start(jobs)
+    turns = _lay_out_turns(len(jobs))
 
-    def finish() -> list[Traced]:
-        done = _take_turns(turns, jobs)
-        with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
-            if select.select([results], [], [], PATIENCE_SECONDS)[0]:
-                sent = pickle.load(results)  # noqa: S301 - from a copy of this process
-                done |= {number: _unpack(each) for number, each in sent.items()}
-        return [done[k] if k in done else job() for k, job in enumerate(jobs)]
+    def pack_all() -> list[dict[int, bytes]]:
+        return [{number: _pack(each) for number, each in _take_turns(turns, jobs).items()}]
 
-    try:
-        yield finish
-    finally:
-        os.close(turns)
-        results.close()
-        # It may still be at work where this process failed.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    with ProcessCopy(pack_all, needs=[turns]) as copy:
+
+        def finish() -> list[Traced]:
+            done = _take_turns(turns, jobs)
+            sent: dict[int, bytes] = next(copy.receive(PATIENCE_SECONDS), {})
+            done |= {number: _unpack(each) for number, each in sent.items()}
+            return [done[k] if k in done else job() for k, job in enumerate(jobs)]
+
+        try:
+            yield finish
+        finally:
+            os.close(turns)
 
 
-def _start(jobs: Sequence[Job]) -> tuple[int, Any, int]:
-    """The pipe of turns, a file of the copy's results, and the copy's process."""
+def _lay_out_turns(count: int) -> int:
+    """What to read turns from, as bytes; without a writer it ends behind the last."""
     turns, begin = os.pipe()
-    os.write(begin, bytes(range(len(jobs))))
-    # Without a writer the pipe ends behind the last turn.
+    os.write(begin, bytes(range(count)))
     os.close(begin)
-    results, send = os.pipe()
-    with warnings.catch_warnings():
-        # Threads of libraries alone, which the copy does without.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child:
-        os.close(send)
-        return turns, os.fdopen(results, "rb"), child
-    # Nothing of the process's own ways out may run in its copy, whatever goes wrong there.
-    code = 1
-    try:
-        os.close(results)
-        # A pool of threads does not survive a fork.
-        torch.set_num_threads(1)
-        done = {number: _pack(each) for number, each in _take_turns(turns, jobs).items()}
-        with os.fdopen(send, "wb") as opened:
-            pickle.dump(done, opened)
-        code = 0
-    finally:
-        os._exit(code)
+    return turns
 
 
 def _take_turns(turns: int, jobs: Sequence[Job]) -> dict[int, Traced]:

@@ -1,7 +1,10 @@
 """Files that are read once: hash, broken values and copy all come from the same pass."""
 
 import math
+import os
+import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -43,9 +46,15 @@ def tensors(tmp_path):
     return write
 
 
+@pytest.fixture(params=["threads", "copy"])
+def read(request):
+    """A reader of each kind."""
+    return partial(SourceReader, may_fork=request.param == "copy")
+
+
 @pytest.mark.parametrize("block", [64, 4 * 2**20])
 @pytest.mark.parametrize("shares", [False, True])
-def test_one_pass_hashes_and_copies(tensors, tmp_path, monkeypatch, block, shares):
+def test_one_pass_hashes_and_copies(tensors, tmp_path, monkeypatch, read, block, shares):
     file, ready = tensors()
     copy = tmp_path / "copy"
     monkeypatch.setattr(source_reader, "_BLOCK_BYTES", block)
@@ -54,7 +63,7 @@ def test_one_pass_hashes_and_copies(tensors, tmp_path, monkeypatch, block, share
         monkeypatch.setattr(
             source_reader, "share_blocks", lambda a, b: bool(b.write_bytes(a.read_bytes()))
         )
-    with SourceReader(ready, {file: copy}) as reader:
+    with read(ready, {file: copy}) as reader:
         assert reader.hash(file) == hash_bytes(file.read_bytes())
         assert reader.copy_of(file) == copy
         reader.require_finite(Placed("a", "c"))
@@ -63,10 +72,10 @@ def test_one_pass_hashes_and_copies(tensors, tmp_path, monkeypatch, block, share
 
 @pytest.mark.parametrize(("name", "where"), [("a", "first"), ("c", "last")])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_broken_value_is_found_where_it_is_used(tensors, monkeypatch, name, where, value):
+def test_a_broken_value_is_found_where_it_is_used(tensors, monkeypatch, read, name, where, value):
     monkeypatch.setattr(source_reader, "_BLOCK_BYTES", 64)
     _, ready = tensors(**{where: value})
-    with SourceReader(ready, {}) as reader:
+    with read(ready, {}) as reader:
         with pytest.raises(ExportError, match=f"tensor '{name}'"):
             reader.require_finite(Placed("a", "c"))
         reader.require_finite(Placed(*({"a", "c"} - {name})))
@@ -97,21 +106,49 @@ def test_no_copy_is_made_unasked(tensors, tmp_path):
         assert reader.copy_of(tmp_path / "other") is None
 
 
-def test_a_file_that_changes_meanwhile(tensors):
+def test_a_file_that_changes_meanwhile(tensors, read):
     file, ready = tensors()
-    with SourceReader(ready, {}) as reader:
+    with read(ready, {}) as reader:
         reader.hash(file)
         file.write_bytes(file.read_bytes() + b"x")
         with pytest.raises(ExportError, match="changed during the export"):
             reader.hash(file)
 
 
-def test_a_file_that_ends_early(tensors):
+def test_a_file_that_ends_early(tensors, read):
     file, ready = tensors()
     last = ready["c"].inputs[0]
     ready["c"] = replace(ready["c"], inputs=(replace(last, offset=last.offset + 64),))
-    with SourceReader(ready, {}) as reader, pytest.raises(ExportError, match="cut short"):
+    with read(ready, {}) as reader, pytest.raises(ExportError, match="cut short"):
         reader.hash(file)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_copy_reads_or_the_process_does(tensors, tmp_path, monkeypatch, dies):
+    """Whoever reads leaves a file of its name; the hash is the file's either way."""
+    file, ready = tensors()
+    whole, me = source_reader._read, os.getpid()
+
+    def read(*args):
+        (tmp_path / str(os.getpid())).touch()
+        if dies and os.getpid() != me:
+            os._exit(9)
+        return whole(*args)
+
+    monkeypatch.setattr(source_reader, "_read", read)
+    with SourceReader(ready, {}, may_fork=True) as reader:
+        assert reader.hash(file) == hash_bytes(file.read_bytes())
+    assert (tmp_path / str(me)).exists() == dies
+    assert len([each for each in tmp_path.iterdir() if each.name.isdigit()]) == 1 + dies
+
+
+def test_no_copy_is_left_where_nobody_waits_for_it(tensors, monkeypatch):
+    _, ready = tensors()
+    monkeypatch.setattr(source_reader, "_read", lambda *_: threading.Event().wait())
+    with pytest.raises(KeyError), SourceReader(ready, {}, may_fork=True) as reader:
+        raise KeyError("room")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(reader._copy._process, os.WNOHANG)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
