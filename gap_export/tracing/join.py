@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from gap_export.tracing.graph import Traced, named_values
-from gap_export.tracing.tidy import clear_up
+from gap_export.tracing.tidy import tidy
 
 
 def join(first: Traced, second: Traced) -> Traced:
@@ -46,11 +46,12 @@ def join(first: Traced, second: Traced) -> Traced:
         graph.append(node)
     graph.outputs.clear()
     graph.outputs.extend(outputs)
-    return clear_up(
+    return tidy(
         Traced(
             model=first.model,
             inputs=tuple(inputs),
             outputs=second.outputs,
             parameters=first.parameters | second.parameters,
-        )
+        ),
+        is_folded=True,
     )

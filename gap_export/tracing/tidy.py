@@ -25,20 +25,21 @@ from onnxscript.optimizer import _constant_folding
 from gap_export.tracing.graph import Traced
 
 
-def tidy(traced: Traced) -> Traced:
-    """Leave only nodes that compute something which is used, and which is not known yet."""
-    with quiet():
-        _Folding(
-            shape_inference=True,
-            input_size_limit=1024,
-            output_size_limit=65536,
-            should_fold=_decide_nothing,
-        )(traced.model)
-    return clear_up(traced)
+def tidy(traced: Traced, *, is_folded: bool = False) -> Traced:
+    """Leave only nodes that compute something which is used.
 
-
-def clear_up(traced: Traced) -> Traced:
-    """The same of a graph in which nothing can be computed beforehand any more."""
+    Args:
+        traced: A graph, which is changed.
+        is_folded: Whether it is made of graphs that were tidied, with no constants between them.
+    """
+    if not is_folded:
+        with quiet():
+            _Folding(
+                shape_inference=True,
+                input_size_limit=1024,
+                output_size_limit=65536,
+                should_fold=_decide_nothing,
+            )(traced.model)
     passes = PassManager(
         [
             common.InlinePass(),
