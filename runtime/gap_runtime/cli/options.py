@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypedDict
 
 from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
 from gap_runtime.cli.interrupts import STOPPED, is_interrupted
@@ -18,6 +18,9 @@ from gap_runtime.errors import ConfigError, GapError, show_line
 if TYPE_CHECKING:
     from gap_runtime.bundle.bundle import Bundle
     from gap_runtime.bundle.hashes import Begin
+
+
+_NUMBER: Final = re.compile(r"[\d.]+%?")
 
 
 class Command(Protocol):
@@ -61,6 +64,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Turn a usage error into a ConfigError; `run_command` prints it."""
+        left = message.partition("unrecognized arguments: ")[2].split()
+        if left and all(_NUMBER.fullmatch(each) for each in left):
+            message += "; several values of an option are joined by commas, as --ratio 0.25,0.5"
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 

@@ -28,6 +28,7 @@ ERRORS = [
     (["refshapes", "--ratio", "half"], 2, "config", "'half' is no share of visual tokens"),
     (["refshapes", "--ratio", "50"], 2, "config", "did you mean 0.5 or --keep 50?"),
     (["refshapes", "--ratio", "50%"], 2, "config", "did you mean 0.5?"),
+    (["refshapes", "--ratio", "0.5", "0.75"], 2, "config", "as --ratio 0.25,0.5; see"),
     (["refshapes", "--ratio", "0,5"], 2, "config", "did you mean 0.5?"),
     (["refshapes", "--ratio", "0.5,"], 2, "config", "'' is no share of visual tokens"),
     (
