@@ -11,7 +11,8 @@ without what the library takes: its stages, and around them (the phrase's tokens
 as much as in direct calls, which go by turns with requests of one client.
 
 With one client it is timed where the client is, too: what a request takes from the first byte sent
-to the last one received, without the direct call.
+to the last one received, without the direct call. How much of that is HTTP alone says the same
+body without a phrase, which is refused when it was read.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Turn:
 
     request: float
     beyond_stages: float
+    refused: float
+    """The request without a phrase."""
     direct: float
     model: float
     """Of the direct call: the stages of the model."""
@@ -89,8 +92,9 @@ class Figures:
 
     Pictures are kept until their memory is used up, so memory grows with new pictures: the same
     ones are asked about twice. `many` is of all clients at once, `alone` of one. The overheads are
-    `many_overhead` and `alone_inside`; `alone_overhead` is by the client's clock. `library` is
-    what a direct call takes beyond the stages of the model.
+    `many_overhead` and `alone_inside`; `alone_overhead` is by the client's clock, and `alone_http`
+    what a refused request takes by it. `library` is what a direct call takes beyond the stages of
+    the model.
     """
 
     requests: int
@@ -107,6 +111,7 @@ class Figures:
     alone_direct: Times
     alone_overhead: Times
     alone_inside: Times
+    alone_http: Times
     library: Times
 
 
@@ -209,8 +214,12 @@ def take_turns(client: Client, grounder: Grounder, bodies: list[bytes]) -> list[
     for body, pair in zip(bodies, pairs, strict=True):
         client.ask(body)
         grounder.ground(*pair)
+    refusals = [json.dumps({**each, "phrase": ""}).encode() for each in asked]
     turns = []
-    for body, pair in zip(bodies, pairs, strict=True):
+    for body, refusal, pair in zip(bodies, refusals, pairs, strict=True):
+        refused = client.ask(refusal)
+        # As behind a direct call, for the request as for the one that is refused.
+        grounder.ground(*pair)
         answered = client.ask(body)
         began = time.perf_counter()
         found = grounder.ground(*pair)
@@ -219,6 +228,7 @@ def take_turns(client: Client, grounder: Grounder, bodies: list[bytes]) -> list[
             Turn(
                 request=answered.whole,
                 beyond_stages=answered.beyond_stages,
+                refused=refused.whole,
                 direct=direct,
                 model=found.milliseconds["total"],
             )
@@ -295,6 +305,7 @@ def measure(bundle: str, requests: int, clients: int) -> Figures:
         alone_direct=sum_up(each.direct for each in turns),
         alone_overhead=sum_up(each.request - each.direct for each in turns),
         alone_inside=sum_up(each.beyond_stages - library.p50 for each in turns),
+        alone_http=sum_up(each.refused for each in turns),
         library=library,
     )
 
