@@ -93,7 +93,7 @@ def export_job(home):
     from gap_export.cli.main import main as run
     from gap_export.pipeline import run as pipeline
 
-    pipeline.GraphCache = lambda: GRAPHS
+    pipeline.GraphCache = lambda **_: GRAPHS
     arguments = [
         *(str(home / "checkpoint"), "--ratio", "0.5", "--out", str(home / "place" / "bundle")),
         *("--set", "prompt.template=<image> {phrase}", "--set", "prompt.answer=8", "--force"),
@@ -145,7 +145,7 @@ def sweep_job(home):
     from gap_export.analysis import sweep
     from gap_export.cli.main import main as run
 
-    sweep.GraphCache = lambda: GRAPHS
+    sweep.GraphCache = lambda **_: GRAPHS
     arguments = [
         *("sweep", str(home / "checkpoint"), "--data", "refshapes:test", "--limit", "2"),
         *("--set", "prompt.template=<image> {phrase}", "--set", "prompt.answer=8"),

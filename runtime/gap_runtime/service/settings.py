@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
 from gap_runtime.errors import ConfigError, InputError
+from gap_runtime.records.files import read_text
 
 LOCALHOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8765
 _LEAST_TOKEN: Final = 16
+_MOST_TOKEN_BYTES: Final = 10_000
+_HOST_NAME: Final = re.compile(r"[\w.:%*-]+|\[[\w.:%]+\]", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,11 @@ class ServiceSettings:
                 )
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port {self.port}: ports lie in 0 to 65535")
+        for name in (self.host, *self.host_names):
+            if not _HOST_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"{name!r:.60}: no name of a host; expected one as camera.local or 127.0.0.1"
+                )
         for url in self.allowed_urls:
             if not url.startswith(("http://", "https://")) or len(url.split("/")) < 4:
                 raise ConfigError(
@@ -85,10 +94,7 @@ def read_token(path: Path) -> str:
     Raises:
         InputError: The file cannot be read, or what it holds is too short to be a secret.
     """
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the token cannot be read ({error})") from error
+    token = read_text(path, InputError, limit=_MOST_TOKEN_BYTES).strip()
     if len(token) < _LEAST_TOKEN or not token.isascii() or len(token.split()) != 1:
         raise InputError(
             f"{path}: expected one word of at least {_LEAST_TOKEN} ASCII characters; make one "

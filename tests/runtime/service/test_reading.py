@@ -2,8 +2,10 @@
 
 import contextlib
 import http.server
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -146,10 +148,38 @@ def test_a_token_is_one_long_word(tmp_path):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match="one word of at least 16"):
             read_token(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file"):
         read_token(tmp_path / "nowhere")
 
 
 def test_loopback_is_told_from_the_rest():
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
     assert [is_loopback(host) for host in ("0.0.0.0", "192.168.1.7", "box")] == [False] * 3
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "large", "no text"])
+def test_a_token_is_in_a_small_file(tmp_path, kind):
+    """Whatever else is there is refused at once, without being read to its end."""
+    path = tmp_path / "token"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "endless":
+        path = Path("/dev/zero")
+    else:
+        path.write_bytes(b"x" * 20_000 if kind == "large" else b"\xff" * 32)
+    with pytest.raises(InputError, match=str(path)):
+        read_token(path)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "a\n", "http://x", "\udce9", "a/b", "é"])
+def test_what_is_no_name_of_a_host_is_refused(name):
+    for changes in ({"host": name}, {"host_names": ("box.local", name)}):
+        with pytest.raises(ConfigError, match="no name of a host"):
+            ServiceSettings(**changes)
+
+
+@pytest.mark.parametrize("name", ["::1", "127.0.0.1", "box.local", "fe80::1%eth0", "my_box", "::"])
+def test_names_and_addresses_of_hosts_are_taken(name):
+    assert ServiceSettings(host=name, host_names=(name, "*.local")).host == name
