@@ -50,8 +50,9 @@ def write_whole(path: Path) -> Iterator[Path]:
     What a process that was killed has left there is removed.
 
     Raises:
-        OSError: It cannot be written there.
+        OSError: It cannot be written there, or what lies there is no file.
     """
+    require_replaceable(path)
     _clear_remains(path)
     aside = path.with_name(name_aside(path.name, "partial"))
     try:
@@ -65,6 +66,16 @@ def write_whole(path: Path) -> Iterator[Path]:
     # The file is there; whether its name is on the disk is no reason to call it failed.
     with contextlib.suppress(OSError):
         store(path.parent)
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket, as root could.
+
+    Raises:
+        OSError: There is one, also where a link leads.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH110, PTH112, PTH113
+        raise OSError(errno.EINVAL, "a pipe, socket or device, expected a file")
 
 
 def store(path: Path) -> None:

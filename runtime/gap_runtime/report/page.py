@@ -15,7 +15,7 @@ from typing import Final
 
 from PIL import Image
 
-from gap_runtime.bundle.files import write_whole
+from gap_runtime.bundle.files import require_replaceable, write_whole
 from gap_runtime.errors import InputError
 
 STYLE_FILE: Final = Path(__file__).with_name("report.css")
@@ -58,8 +58,12 @@ def require_writable(path: Path) -> None:
     """Refuse a place for a page before the work that fills it.
 
     Raises:
-        InputError: It is a folder, or lies in none.
+        InputError: It is a folder or a device, or lies in none.
     """
+    try:
+        require_replaceable(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"{path.parent} is no folder"
         raise InputError(

@@ -1,6 +1,7 @@
 """A file is there whole or not at all."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from gap_runtime.bundle import files
 from gap_runtime.bundle.engines import new_engine
 from gap_runtime.bundle.files import user_cache, write_whole
-from gap_runtime.errors import EngineError
+from gap_runtime.errors import EngineError, InputError
+from gap_runtime.report.page import require_writable
 
 
 def test_what_was_written_takes_the_place(tmp_path):
@@ -131,3 +133,31 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(OSError, match="no home folder; set XDG_CACHE_HOME"):
         user_cache()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "socket"])
+def test_no_device_pipe_or_socket_gives_way_to_a_file(tmp_path, kind):
+    """As root could make it: `--html /dev/full` once took the device's place."""
+    path = tmp_path / "out.html"
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+    else:
+        os.mkfifo(tmp_path / "pipe" if kind == "link to a pipe" else path)
+        if kind == "link to a pipe":
+            path.symlink_to("pipe")
+    before = os.lstat(path)
+    with pytest.raises(OSError, match="a pipe, socket or device"), write_whole(path) as aside:
+        aside.write_text("x", encoding="utf-8")
+    assert os.path.samestat(os.lstat(path), before)
+    with pytest.raises(InputError, match="cannot be written"):
+        require_writable(path)
+
+
+def test_a_link_to_nothing_gives_way(tmp_path):
+    path = tmp_path / "out.html"
+    path.symlink_to("nowhere")
+    with write_whole(path) as aside:
+        aside.write_text("x", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "x"
+    assert not path.is_symlink()

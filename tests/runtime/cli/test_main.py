@@ -325,6 +325,14 @@ def test_draw_writes_a_picture(make_bundle, picture, answer_with, tmp_path):
         assert painted.size == (480, 240)
 
 
+def test_a_drawing_waits_for_no_reader_of_a_pipe(make_bundle, picture, answer_with, tmp_path):
+    answer_with(11)
+    out = tmp_path / "out.png"
+    os.mkfifo(out)
+    assert main(["ground", str(make_bundle()), str(picture), "mug", "--draw", str(out)]) == 2
+    assert out.is_fifo()
+
+
 def test_draw_into_a_missing_folder_is_an_input_error(
     make_bundle, picture, answer_with, tmp_path, capsys
 ):

@@ -42,7 +42,8 @@ class PictureName(TypedDict, total=False):
 
 
 SUMMARY: Final = "say where phrases are in a picture, or in many"
-_DRAWN: Final = {".png", ".jpg", ".jpeg"}
+_DRAWN: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Formats of drawings by how their names end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -294,6 +295,7 @@ def _require_folder(folder: Path, pictures: Sequence[str]) -> None:
 
 
 def _draw(path: Path, picture: Image.Image, grounder: Grounder, found: list[Grounding]) -> None:
+    from gap_runtime.bundle.files import write_whole  # noqa: PLC0415
     from gap_runtime.grounding.api import draw  # noqa: PLC0415
 
     try:
@@ -301,6 +303,7 @@ def _draw(path: Path, picture: Image.Image, grounder: Grounder, found: list[Grou
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     try:
-        painted.save(path)
+        with write_whole(path) as aside:
+            painted.save(aside, format=_DRAWN[path.suffix.lower()])
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
