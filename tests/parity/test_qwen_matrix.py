@@ -4,10 +4,10 @@ The check compares kept indices and position IDs exactly, logits within their to
 token for token with the library's own model.
 """
 
-import numpy as np
 import pytest
 from makers.families import make_picture, make_samples
 from makers.qwen import TEMPLATE, make_qwen3_checkpoint, make_qwen_checkpoint
+from truths.references import require_same_references
 
 from gap_export.config.records import POSITION_MODES
 from gap_export.pipeline.asking import load_reference
@@ -91,7 +91,4 @@ def test_a_model_that_is_read_layer_by_layer_answers_the_same(find, tmp_path, fa
         (tmp_path / name).mkdir()
         reference = load_reference(plan, memory)
         found.append(record_answers(reference, plan.samples, plan.entries, tmp_path / name))
-    (records, arrays), (streamed, others) = found
-    assert streamed == records
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(others[name], array, err_msg=name)
+    require_same_references(*reversed(found))

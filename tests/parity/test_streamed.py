@@ -4,10 +4,10 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from makers.families import FAMILIES, find_family
+from truths.references import SAME, require_same_references
 
 from gap_export.cli.main import main
 from gap_export.config.shipped import package_data
@@ -46,14 +46,12 @@ def ask_pytorch(plan, folder, kept):
 
 
 def require_same(found, truth):
-    assert found[0] == truth[0]
-    assert found[1].keys() == truth[1].keys()
-    for name, array in truth[1].items():
-        np.testing.assert_array_equal(found[1][name], array, err_msg=name)
+    require_same_references(found[:2], truth[:2])
     assert found[2].keys() == truth[2].keys()
     for name, seen in truth[2].items():
-        assert torch.equal(found[2][name].mean_square, seen.mean_square), name
-        assert torch.equal(found[2][name].mean_size, seen.mean_size), name
+        for part in ("mean_square", "mean_size"):
+            values, wanted = getattr(found[2][name], part), getattr(seen, part)
+            torch.testing.assert_close(values, wanted, **SAME, msg=name)
 
 
 def test_answers_are_those_of_a_model_in_memory(case, tmp_path):

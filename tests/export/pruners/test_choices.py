@@ -206,15 +206,22 @@ def test_greedy_choices_stay_distinct_where_nothing_differs_any_more(
     name, width, repeats, tmp_path
 ):
     scene = make_scene((4, 5), width=width)
-    tokens = scene.tokens[: 20 // repeats].repeat(repeats, 1)
+    different = 20 // repeats
+    tokens = scene.tokens[:different].repeat(repeats, 1)
     scene = replace(scene, tokens=tokens)
     for kept in (7, 19, 20):
         eager = load(name).prune_eagerly(scene.vision(), kept, CONFIG).order
-        assert len(set(eager)) == kept
         made = load(name).prune(scene.features(), kept, CONFIG).order[0].tolist()
-        assert made == list(eager)
+        require_same_choices(eager, made, different)
     _, made = export_stage(name, scene, 20, tmp_path)
-    assert made["order"][0].tolist() == list(eager)
+    require_same_choices(eager, made["order"][0].tolist(), different)
+
+
+def require_same_choices(eager, made, different):
+    """Which of two tokens that are alike is chosen, the last bit of a product may say."""
+    assert len(set(made)) == len(set(eager)) == len(eager)
+    first = min(len(eager), different)
+    assert [i % different for i in made[:first]] == [i % different for i in eager[:first]]
 
 
 def make_padded_scene(rounding):
