@@ -7,7 +7,7 @@ own names. It computes in the bundle's dtype: float32 in float32, bfloat16 where
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,9 @@ import numpy as np
 from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy
+from gap_runtime.backends.openvino.messages import first_words
+from gap_runtime.backends.openvino.state_decoder import StateDecoder
+from gap_runtime.backends.openvino.states import move_cache_into_states
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import prove_cache, provider_cache, seal_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
@@ -41,7 +44,7 @@ class OpenvinoStage:
 
     def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
         """Load the graph."""
-        _, compiled = _compile(bundle, stage, device)
+        compiled = _compile(bundle, _read(bundle, stage, device))
         self._request = compiled.create_infer_request()
         self._role = stage.role
         self._names = [spec.name for spec in stage.outputs]
@@ -52,7 +55,7 @@ class OpenvinoStage:
             self._request.infer(inputs, share_inputs=True)
         except RuntimeError as error:
             raise EngineError(
-                f"OpenVINO could not run the {self._role} graph: {_first_words(error)}"
+                f"OpenVINO could not run the {self._role} graph: {first_words(error)}"
             ) from error
         return {name: self._request.get_tensor(name).data.copy() for name in self._names}
 
@@ -68,9 +71,9 @@ class _Memory:
 class OpenvinoDecoder:
     """A decoder graph that OpenVINO compiled, its cache in two places that change sides."""
 
-    def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
-        """Load the graph and make an empty cache."""
-        self._ov, compiled = _compile(bundle, stage, device)
+    def __init__(self, ov: ModuleType, compiled: Any, stage: Stage) -> None:
+        """Make an empty cache."""
+        self._ov = ov
         self._cache: KvCache[_Memory] = KvCache(stage, self._allocate, in_place=False)
         # A request each: what is bound to it stays, but for the few inputs of a call.
         self._requests = [compiled.create_infer_request() for _ in range(self._cache.sides)]
@@ -99,7 +102,7 @@ class OpenvinoDecoder:
             request.infer()
         except RuntimeError as error:
             raise EngineError(
-                f"OpenVINO could not run the decoder: {_first_words(error)}"
+                f"OpenVINO could not run the decoder: {first_words(error)}"
             ) from error
         self._cache.turn()
         return call.logits
@@ -141,9 +144,15 @@ def open_stage(bundle: Bundle, stage: Stage, device: str) -> OpenvinoStage:
     return OpenvinoStage(bundle, stage, device)
 
 
-def open_decoder(bundle: Bundle, stage: Stage, device: str) -> OpenvinoDecoder:
+def open_decoder(bundle: Bundle, stage: Stage, device: str) -> StateDecoder | OpenvinoDecoder:
     """Load the decoder graph and make an empty cache."""
-    return OpenvinoDecoder(bundle, stage, device)
+    graph = _read(bundle, stage, device)
+    if graph.device == _CPU:
+        model = move_cache_into_states(graph.ov, graph.model, stage)
+        if model is not None:
+            compiled = _compile(bundle, replace(graph, model=model))
+            return StateDecoder(graph.ov, compiled, stage)
+    return OpenvinoDecoder(graph.ov, _compile(bundle, graph), stage)
 
 
 def _import_openvino() -> ModuleType:
@@ -155,12 +164,24 @@ def _import_openvino() -> ModuleType:
         ) from error
 
 
-def _compile(bundle: Bundle, stage: Stage, device: str) -> tuple[ModuleType, Any]:
-    """OpenVINO, and a graph that it compiled for a device.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Graph:
+    """A graph that OpenVINO has read, and the device that it is for."""
+
+    ov: ModuleType
+    core: Any
+    model: Any
+    device: str
+    path: Path
+
+
+def _read(bundle: Bundle, stage: Stage, device: str) -> _Graph:
+    """Read a graph.
 
     Raises:
         BackendMissingError: OpenVINO is not installed.
-        EngineError: It has no such device, or cannot read or compile the graph.
+        BundleError: The graph is not what the manifest says.
+        EngineError: It has no such device, or cannot read the graph.
     """
     path = bundle.folder / stage.file
     opset = bundle.manifest.target.opset
@@ -178,19 +199,35 @@ def _compile(bundle: Bundle, stage: Stage, device: str) -> tuple[ModuleType, Any
             "install its driver, or take --backend openvino for the CPU"
         )
     try:
-        settings = _choose_settings(core, bundle, wanted)
         model = core.read_model(str(path))
-        found = [[_read_tensor(each) for each in side] for side in (model.inputs, model.outputs)]
-        require_interface(path, stage, *found)
-        compiled = core.compile_model(model, wanted, settings)
     except RuntimeError as error:
-        raise EngineError(
-            f"{path}: OpenVINO {ov.__version__.partition('-')[0]} cannot load it on {wanted}: "
-            f"{_first_words(error)}"
-        ) from error
+        raise _cannot_load(ov, path, wanted, error) from error
+    found = [[_read_tensor(each) for each in side] for side in (model.inputs, model.outputs)]
+    require_interface(path, stage, *found)
+    return _Graph(ov=ov, core=core, model=model, device=wanted, path=path)
+
+
+def _compile(bundle: Bundle, graph: _Graph) -> Any:
+    """A graph, compiled for its device.
+
+    Raises:
+        EngineError: OpenVINO cannot compile it.
+    """
+    try:
+        settings = _choose_settings(graph.core, bundle, graph.device)
+        compiled = graph.core.compile_model(graph.model, graph.device, settings)
+    except RuntimeError as error:
+        raise _cannot_load(graph.ov, graph.path, graph.device, error) from error
     if _CACHE in settings:
         seal_cache(Path(settings[_CACHE]))
-    return ov, compiled
+    return compiled
+
+
+def _cannot_load(ov: ModuleType, path: Path, device: str, error: RuntimeError) -> EngineError:
+    version = ov.__version__.partition("-")[0]
+    return EngineError(
+        f"{path}: OpenVINO {version} cannot load it on {device}: {first_words(error)}"
+    )
 
 
 def _read_tensor(found: Any) -> GraphTensor:
@@ -218,6 +255,8 @@ def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": precision,
     }
     if device == _CPU:
+        # By default it keeps a cache that is a state in 8 bits.
+        settings["KV_CACHE_PRECISION"] = precision
         threads = read_threads()
         return settings if threads is None else settings | {"INFERENCE_NUM_THREADS": threads}
     # Compiling for these takes minutes; for the CPU a copy of the weights is all that it saves.
@@ -230,10 +269,3 @@ def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
     except OSError:
         return settings
     return settings | {_CACHE: str(folder)}
-
-
-def _first_words(error: RuntimeError) -> str:
-    """The end of OpenVINO's message, which begins with its own source files."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return " ".join((said or lines or ["it gave no reason"])[-1].split())[:300]
