@@ -117,10 +117,12 @@ def slot_causal_mask(rows: Rows, slots: int) -> Tensor:
 
 
 def multiply_patches(op: Any, pixels: Any, weight: Any, bias: Any) -> Any:
-    """A patch embedding as one product: [V, 3, h * p, w * p] to [V, C, h, w].
+    """A patch embedding as one product: [V, 3, h * p + i, w * p + j] to [V, C, h, w].
 
-    The kernel of a convolution whose patches do not overlap is the matrix [C, 3 * p * p] as it
-    lies in the file: a row of it runs over channels, then rows, then columns, as patches do.
+    Pixels behind the last whole patch, i < p rows and j < p columns, are not seen, as in a
+    convolution: LLaVA-OneVision's views have sides of 384 and patches of 14. The kernel of a
+    convolution whose patches do not overlap is the matrix [C, 3 * p * p] as it lies in the file:
+    a row of it runs over channels, then rows, then columns, as patches do.
     """
     import onnx_ir as ir  # noqa: PLC0415 - a plan asks dialects, and needs no ONNX
 
@@ -133,6 +135,11 @@ def multiply_patches(op: Any, pixels: Any, weight: Any, bias: Any) -> Any:
         result.shape, result.dtype = ir.Shape(shape), weight.dtype
         return result
 
+    whole = rows * side, columns * side
+    if whole != (height, length):
+        starts, ends, axes = (op.Constant(value_ints=list(x)) for x in ((0, 0), whole, (2, 3)))
+        pixels = op.Slice(pixels, starts, ends, axes)
+        pixels.shape, pixels.dtype = ir.Shape([views, channels, *whole]), weight.dtype
     cut = reshape(pixels, views, channels, rows, side, columns, side)
     patches = reshape(op.Transpose(cut, perm=[0, 2, 4, 1, 3, 5]), views * rows * columns, inner)
     product = op.Gemm(patches, reshape(weight, width, inner), bias, transB=1)

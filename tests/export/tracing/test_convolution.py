@@ -22,11 +22,16 @@ class Patches(nn.Module):
         return self.embed(pixels).flatten(2).transpose(1, 2)
 
 
-def test_a_patch_embedding_is_the_product_of_flattened_patches():
-    views, height, length, side, width = 3, 16, 24, 8, 5
+@pytest.mark.parametrize(
+    ("height", "length"),
+    # Pixels behind the last whole patch are not seen: below it, beside it, and both.
+    [(16, 24), (18, 24), (16, 31), (19, 29)],
+)
+def test_a_patch_embedding_is_the_product_of_flattened_patches(height, length):
+    views, side, width = 3, 8, 5
     torch.manual_seed(3)
     module = Patches(side, width).double()
-    count = height * length // side**2
+    count = (height // side) * (length // side)
     pixels = TensorSpec(
         name="pixels", meaning="pixels", dtype="float64", shape=(views, 3, height, length)
     )
