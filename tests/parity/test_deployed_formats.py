@@ -145,9 +145,11 @@ def test_answers_are_the_librarys(plan, tmp_path, family, target, dtype, quantiz
     report = check_bundle(bundle, "openvino" if target == "openvino" else "onnxruntime:cpu")
     assert report.passed
     assert report.precision == (quantize or dtype)
-    # Scores of bfloat16 are often the same, and their order another one's.
-    assert all(row.positions_equal or row.near_tie for row in report.rows)
-    assert np.isfinite([row.relative_logit_error for row in report.rows]).all()
+    # Of scores that are the same in bfloat16, each library keeps others: nothing behind compares.
+    rows = [row for row in report.rows if not row.near_tie]
+    assert len(rows) == len(report.rows) or dtype == "bfloat16"
+    assert all(row.positions_equal for row in rows)
+    assert np.isfinite([row.relative_logit_error for row in rows]).all()
     # Six to a layer at least, as a width that is no multiple of a block stays as it is.
     assert (count_few(bundle) >= 6 * bundle.manifest.cache.layers) == (quantize is not None)
     if quantize is None:
