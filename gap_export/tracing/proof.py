@@ -1,13 +1,15 @@
 """Proof that a graph file is what was promised, made after every export.
 
 The rules: named inputs and outputs with the promised dtypes and shapes; every dimension a number
-(but the promised free ones); only operators on the list; constant TopK sizes; weights inside the
-bundle; and the ONNX checker's own full check.
+(but the promised free ones); only operators on the list; constant TopK sizes; as many values
+behind a Reshape as before it, which the checker does not count; weights inside the bundle; and the
+ONNX checker's own full check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import onnx
@@ -58,6 +60,7 @@ def prove_graph(
     if found != promised:
         raise GraphError(f"{path.name}: opsets {found}, expected {promised}")
     _require_static(path, graph, free)
+    _require_counts(path, graph)
     _require_weights_inside(path, graph)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -122,6 +125,23 @@ def _require_static(path: Path, graph: onnx.GraphProto, free: frozenset[str]) ->
                 raise StaticShapeError(
                     f"{path.name}: tensor '{name}': dimension {axis} is open ({size})"
                 )
+
+
+def _require_counts(path: Path, graph: onnx.GraphProto) -> None:
+    sizes: dict[str, Sequence[int | str | None]] = {
+        value.name: _list_sizes(value)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    sizes |= {each.name: each.dims for each in graph.initializer}
+    for node in graph.node:
+        if _full_name(node) != "Reshape":
+            continue
+        before, after = (sizes.get(name, [None]) for name in (node.input[0], node.output[0]))
+        known = [size for size in (*before, *after) if isinstance(size, int)]
+        if len(known) == len(before) + len(after) and math.prod(before) != math.prod(after):  # type: ignore[arg-type]
+            raise GraphError(
+                f"{path.name}: node '{node.name}' is a Reshape of {list(before)} to {list(after)}"
+            )
 
 
 def _require_weights_inside(path: Path, graph: onnx.GraphProto) -> None:

@@ -270,6 +270,25 @@ def test_a_computed_topk_size(tmp_path):
     assert "'top'" in message
 
 
+@pytest.mark.parametrize("rows", [1, "rows"])
+@pytest.mark.parametrize(("shape", "fits"), [([2, 2], True), ([2, 3], False), ([1], False)])
+def test_a_reshape_to_another_count(tmp_path, rows, shape, fits):
+    """A free dimension may be anything."""
+    path = one_node(
+        tmp_path,
+        "Reshape",
+        ["x", "shape"],
+        weights=[numpy_helper.from_array(np.array(shape), "shape")],
+        graph_inputs=[("x", FLOAT, [rows, WIDTH])],
+        graph_outputs=[("y", FLOAT, shape)],
+    )
+    promise = {"inputs": [spec("x", (rows, WIDTH))], "outputs": [spec("y", tuple(shape))]}
+    if fits or rows == "rows":
+        prove(path, **promise)
+    else:
+        assert f"Reshape of [1, 4] to {shape}" in refusal(GraphError, path, **promise)
+
+
 @pytest.mark.parametrize("opset", [23, 25])
 def test_another_opset(tmp_path, opset):
     message = refusal(GraphError, clean(tmp_path), opset=opset)
