@@ -1,7 +1,9 @@
 """Keep patches that lie far apart: always the one farthest from those chosen.
 
 The distance is 1 - cosine behind the projector. The first is the one farthest from its nearest.
-Own order: that of the choice.
+Tokens that are the same, as the padding of a picture may be, have the distances of the first of
+them: their own differ by rounding alone, which would choose among them. Own order: that of the
+choice.
 
 References:
     DivPrune (arXiv:2503.02175). The loop over tokens is unrolled: the count is a constant.
@@ -36,6 +38,10 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     tokens = unit_ND.shape[0]
     is_own_NN = torch.arange(tokens)[:, None] == torch.arange(tokens)
     distance_NN = (1.0 - unit_ND @ unit_ND.T).clamp(min=_LEAST)
+    others_NN = (distance_NN > _LEAST).float()
+    first_N = (torch.arange(tokens, dtype=torch.float32) + tokens * others_NN).amin(dim=1)
+    first_N = first_N.to(torch.int64)
+    distance_NN = distance_NN.index_select(0, first_N).index_select(1, first_N)
     nearest_B1N = torch.where(is_own_NN, _FAR, distance_NN).amin(dim=1)[None, None]
     # A token's distance to itself makes it the nearest for good once it is chosen.
     distance_NN = torch.where(is_own_NN, _OWN, distance_NN)
@@ -48,6 +54,9 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     del config
     directions = torch.stack([t / t.norm().clamp(min=1e-12) for t in vision.tokens.double()])
     distances = (1 - directions @ directions.T).clamp(min=_LEAST)
+    same = (distances <= _LEAST).tolist()
+    first = [row.index(True) for row in same]
+    distances = distances[first][:, first]
     total = len(distances)
     to_others = distances.clone()
     to_others[range(total), range(total)] = torch.inf

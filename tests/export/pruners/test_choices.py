@@ -251,3 +251,17 @@ def test_rounding_does_not_decide_which_of_the_same_tokens_takes_in(tmp_path):
     _, made = export_stage("visionzip", scene, kept, tmp_path)
     order = made["order"][0].tolist()
     compare((order, made["mix"][0] @ scene.patches.numpy(), None, None), expected, scene.patches)
+
+
+def test_rounding_does_not_choose_among_the_same_tokens(tmp_path):
+    """Of those the first is chosen, and the others by index where more are wanted."""
+    kept, noise = 50, torch.Generator().manual_seed(6)
+    tokens = make_scene((8, 8)).tokens.clone()
+    tokens[43:] = tokens[43]
+    exact = replace(make_scene((8, 8)), tokens=tokens)
+    expected = find_formula("divprune")(exact, kept, CONFIG).order
+    rounded = tokens + 1e-6 * torch.randn(tokens.shape, generator=noise)
+    scene = replace(exact, tokens=rounded)
+    assert list(load("divprune").prune_eagerly(scene.vision(), kept, CONFIG).order) == expected
+    _, made = export_stage("divprune", scene, kept, tmp_path)
+    assert made["order"][0].tolist() == expected
