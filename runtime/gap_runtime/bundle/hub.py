@@ -70,8 +70,7 @@ def explain_failure(name: HubName, what: str, error: Exception) -> GapError:
         what: Is not possible, `be pulled` for example.
         error: The library's.
     """
-    from huggingface_hub import constants  # noqa: PLC0415
-
+    constants = load_library().constants
     if constants.HF_HUB_OFFLINE:
         return HubError(
             f"{PREFIX}{name}: cannot {what}: HF_HUB_OFFLINE is set and it is not all in the cache "

@@ -23,16 +23,21 @@ def load_library() -> Any:
     """huggingface_hub, with its errors and its checks of names.
 
     Raises:
-        HubError: It is not installed.
+        HubError: It is not installed, or cannot read its variables of the environment.
     """
     try:
         import huggingface_hub  # noqa: PLC0415 - an extra, and slow to import
+        import huggingface_hub.constants  # noqa: PLC0415 - reads the environment
         import huggingface_hub.errors  # noqa: PLC0415
         import huggingface_hub.utils  # noqa: PLC0415 - loaded by name alone
     except ImportError as error:
         raise HubError(
             "the hub is reached by huggingface_hub, which is not installed; "
             "pip install 'gap-runtime[hub]'"
+        ) from error
+    except ValueError as error:
+        raise HubError(
+            f"huggingface_hub cannot read the variables HF_... of the environment ({error})"
         ) from error
     return huggingface_hub
 
@@ -45,7 +50,10 @@ def library_failures() -> tuple[type[Exception], ...]:
     """
     errors = load_library().errors
     world = (_http_errors(), OSError, ValueError, RuntimeError, errors.XetDownloadError)
-    return (*world, *_MISSHAPEN, import_module("yaml").YAMLError)
+    # An address that is none: in httpx no error of HTTP, elsewhere one.
+    package = import_module(_http_errors().__module__.partition(".")[0])
+    no_address = getattr(package, "InvalidURL", OSError)
+    return (*world, *_MISSHAPEN, no_address, import_module("yaml").YAMLError)
 
 
 def _http_errors() -> type[Exception]:

@@ -9,6 +9,7 @@ from gap_runtime.errors import ConfigError
 
 THREADS: Final = "GAP_RUNTIME_THREADS"
 """Environment variable: threads of each session on the CPU; all cores where it is not set."""
+_DIGITS: Final = 4
 FASTMATH: Final = "GAP_RUNTIME_FASTMATH"
 """Environment variable: 1 lets a CPU that has bfloat16 multiply float32 in it."""
 
@@ -17,13 +18,13 @@ def read_threads() -> int | None:
     """The number of threads that is asked for, None where it is left to the backend.
 
     Raises:
-        ConfigError: It is no number, or none at all.
+        ConfigError: It is no number, or one that no machine has use for.
     """
     text = os.environ.get(THREADS, "")
     if not text:
         return None
-    if not (text.isdecimal() and int(text)):
-        raise ConfigError(f"{THREADS}={text}: expected a number of threads, 1 or more")
+    if not (text.isdecimal() and len(text) <= _DIGITS and int(text)):
+        raise ConfigError(f"{THREADS}={text:.60}: expected a number of threads, 1 to 9999")
     return int(text)
 
 

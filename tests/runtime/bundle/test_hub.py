@@ -277,18 +277,26 @@ def test_what_answers_as_no_hub_does_is_told(hub, bundle, reply):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "variables", "code", "said"),
     [
-        (["pull", "org"], 2, "error: 'org': expected org/name or org/name@revision\n"),
-        (["pull", "a/b"], 4, "error: hub:a/b: cannot be pulled: no network to the hub ("),
+        (["pull", "org"], {}, 2, "error: 'org': expected org/name or org/name@revision\n"),
+        (["pull", "a/b"], {}, 4, "error: hub:a/b: cannot be pulled: no network to the hub ("),
         (
             ["push", "{bundle}", "a/b"],
+            {},
             4,
             "error: hub:a/b: cannot be pushed: no network to the hub (",
         ),
+        (["pull", "a/b"], {"HF_ENDPOINT": "\x1b"}, 4, "error: hub:a/b: cannot be pulled: "),
+        (
+            ["pull", "a/b"],
+            {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"},
+            4,
+            "error: huggingface_hub cannot read the variables HF_... of the environment (",
+        ),
     ],
 )
-def test_commands_in_a_process_of_their_own(bundle, arguments, code, said):
+def test_commands_in_a_process_of_their_own(bundle, arguments, variables, code, said):
     """Nothing but the command has loaded the library, which loads its parts one by one."""
     text = "import sys; from gap_runtime.cli.main import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
@@ -296,7 +304,7 @@ def test_commands_in_a_process_of_their_own(bundle, arguments, code, said):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_x"},
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_x", **variables},
     )
     lines = [line for line in done.stderr.splitlines(keepends=True) if line.startswith("error")]
     assert done.returncode == code, done.stderr
