@@ -120,7 +120,7 @@ def multiply_patches(op: Any, pixels: Any, weight: Any, bias: Any) -> Any:
     """A patch embedding as one product: [V, 3, h * p + i, w * p + j] to [V, C, h, w].
 
     Pixels behind the last whole patch, i < p rows and j < p columns, are not seen, as in a
-    convolution: LLaVA-OneVision's views have sides of 384 and patches of 14. The kernel of a
+    convolution: SigLIP's pictures have sides of 384 and patches of 14. The kernel of a
     convolution whose patches do not overlap is the matrix [C, 3 * p * p] as it lies in the file:
     a row of it runs over channels, then rows, then columns, as patches do.
     """
