@@ -1,6 +1,7 @@
 # make setup   .venv with everything for use and development
 # make demo    export, check, ground and draw the embedded model
-# make test    lint, types, layers, tests, and the runtime alone in clean environments
+# make test    lint, types, layers, tests, and the runtime alone in a clean environment
+# make oldest  the runtime alone on Python 3.10, where there is one
 # make docs     all pages as a site, in build/site; a broken link is an error
 # make dist     wheels and sdists of both distributions in build/dist, tried in empty environments
 # make notebook  every cell of the notebook in examples/
@@ -31,7 +32,7 @@ SEED := 0
 KILLS := 200
 FUZZED := build/fuzz/bundle
 
-.PHONY: setup demo test lint unit device docs notebook dist extras matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
+.PHONY: setup demo test lint unit device oldest docs notebook dist extras matrix fuzz faults kills gpu-contract gpu-day effect results keeps why train clean
 .DELETE_ON_ERROR:
 
 # Tests start many programs; each would compile the package again.
@@ -70,7 +71,10 @@ unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 device: $(STAMP)
-	bash tests/device.sh
+	bash tests/device.sh this
+
+oldest: $(STAMP)
+	bash tests/device.sh oldest
 
 # mkdocs is for the pages alone, so it is no part of the setup.
 docs: $(STAMP)

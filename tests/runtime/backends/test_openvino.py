@@ -249,7 +249,7 @@ def test_what_a_machine_misses(engines, found):
     assert missing == (
         []
         if found is None
-        else [f"needs openvino >=2025.0, found {found}; pip install 'gap-runtime[openvino]'"]
+        else [f"needs openvino >=2025.2, found {found}; pip install 'gap-runtime[openvino]'"]
     )
 
 
