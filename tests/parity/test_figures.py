@@ -146,3 +146,14 @@ def test_what_the_service_takes():
     assert [line for line in wanted if line not in text] == []
     overheads = ("alone_inside", "many_overhead", "alone_overhead")
     assert max(found[name]["p50"] for name in overheads) <= 2
+
+
+def test_what_an_export_of_true_size_takes():
+    """The table of docs/performance.md, and the two pages that repeat its first row."""
+    ((shapes, time, memory, _),) = [
+        row for row in read_rows("docs/performance.md", "LLaVA-1.5-7B, 14.1 GB") if len(row) == 4
+    ]
+    name, size = shapes.removesuffix(" in float16").split(", ")
+    said = f"{name} ({size}) takes {time.split()[0]} s and {memory} GB of memory"
+    for page in ("README.md", "docs/exporting.md"):
+        assert said in read_text(page)
