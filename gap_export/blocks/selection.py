@@ -16,6 +16,8 @@ from gap_export.interfaces.features import Feature, Kept, VisionFeatures
 # B batch (1), N visual tokens, K kept, C patch width.
 
 _NEIGHBOURS: Final = 32
+_SAME: Final = 1e-6
+"""How far the cosine of tokens that are the same may be below 1; float32 rounds to 1e-7."""
 
 
 def sort_ascending(index_BK: Tensor) -> Tensor:
@@ -33,6 +35,19 @@ def mark(index_BK: Tensor, tokens: int) -> Tensor:
 def mark_removed(marks_BKN: Tensor) -> Tensor:
     """1 where a token is in no row, else 0: float32 [B, N]."""
     return 1.0 - marks_BKN.amax(dim=1)
+
+
+def find_first_same(cosine_NN: Tensor) -> Tensor:
+    """Of every token the first that is the same as it, mostly the token itself: int64 [N].
+
+    The padding of a picture may be alike everywhere. What is computed of such tokens differs by
+    rounding alone, so whoever chooses among them takes the first one's value for all.
+    """
+    tokens = cosine_NN.shape[0]
+    index_N = torch.arange(tokens, dtype=torch.float32)
+    others_NN = (cosine_NN < 1.0 - _SAME).float()
+    # A token of nothing but zeros is like no other, and not like itself either.
+    return torch.minimum((index_N + tokens * others_NN).amin(dim=1), index_N).to(torch.int64)
 
 
 def score_by_phrase(features: VisionFeatures) -> Tensor:

@@ -2,7 +2,9 @@
 
 Pivots are the tokens of the largest absolute sum behind the projector. One after another, largest
 first, each takes its share of the count: of the tokens that nobody took, those with the smallest
-cosine to it. Own order: pivots, then as they were taken.
+cosine to it. Tokens that are the same, as the padding of a picture may be, have the size and the
+cosines of the first of them: their own differ by rounding alone, which would choose among them.
+Own order: pivots, then as they were taken.
 
 References:
     DART (arXiv:2502.11494), which prunes inside the language model, by keys and states of its
@@ -19,8 +21,10 @@ from typing import Final
 import torch
 from torch.nn import functional
 
+from gap_export.blocks.selection import find_first_same
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.reference.selection import find_first_same_eagerly
 
 # B batch (1), N visual tokens, D token width, P pivots, S share of a pivot.
 
@@ -39,9 +43,12 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     tokens_BND = features.values[Feature.TOKENS]
     index_N = torch.arange(tokens_BND.shape[1])
     shares = _share(kept)
-    pivots_BP = torch.topk(tokens_BND.abs().sum(dim=-1), len(shares), dim=-1).indices
-    unit_BND = functional.normalize(tokens_BND, dim=-1)
-    cosine_PN = torch.index_select(unit_BND[0], 0, pivots_BP[0]) @ unit_BND[0].T
+    unit_ND = functional.normalize(tokens_BND[0], dim=-1)
+    cosine_NN = unit_ND @ unit_ND.T
+    first_N = find_first_same(cosine_NN)
+    size_BN = torch.index_select(tokens_BND.abs().sum(dim=-1), 1, first_N)
+    pivots_BP = torch.topk(size_BN, len(shares), dim=-1).indices
+    cosine_PN = torch.index_select(cosine_NN, 0, pivots_BP[0]).index_select(1, first_N)
     taken_N = (pivots_BP[0][:, None] == index_N).float().amax(dim=0) * _TAKEN
     chosen = [pivots_BP]
     for pivot, share in enumerate(shares):
@@ -60,11 +67,13 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     tokens = vision.tokens.double()
     directions = torch.stack([token / token.norm().clamp(min=1e-12) for token in tokens])
     shares = _share(kept)
-    sizes = tokens.abs().sum(dim=-1)
+    cosines = directions @ directions.T
+    first = find_first_same_eagerly(cosines)
+    sizes, cosines = tokens.abs().sum(dim=-1)[first], cosines[:, first]
     order = torch.sort(sizes, descending=True, stable=True).indices[: len(shares)].tolist()
     for pivot, share in zip(tuple(order), shares, strict=True):
         left = [index for index in range(len(tokens)) if index not in order]
-        likeness = (directions[left] @ directions[pivot]).tolist()
+        likeness = cosines[pivot, left].tolist()
         least = sorted(range(len(left)), key=likeness.__getitem__)
         order += [left[place] for place in least[:share]]
     return EagerChoice(order=tuple(order), scores=None)

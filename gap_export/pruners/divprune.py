@@ -16,8 +16,10 @@ from typing import Final
 import torch
 from torch.nn import functional
 
+from gap_export.blocks.selection import find_first_same
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.reference.selection import find_first_same_eagerly
 from gap_export.tracing.farthest import choose_farthest
 
 # B batch (1), N visual tokens, D token width.
@@ -37,10 +39,9 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     unit_ND = functional.normalize(features.values[Feature.TOKENS][0], dim=-1)
     tokens = unit_ND.shape[0]
     is_own_NN = torch.arange(tokens)[:, None] == torch.arange(tokens)
-    distance_NN = (1.0 - unit_ND @ unit_ND.T).clamp(min=_LEAST)
-    others_NN = (distance_NN > _LEAST).float()
-    first_N = (torch.arange(tokens, dtype=torch.float32) + tokens * others_NN).amin(dim=1)
-    first_N = first_N.to(torch.int64)
+    cosine_NN = unit_ND @ unit_ND.T
+    first_N = find_first_same(cosine_NN)
+    distance_NN = (1.0 - cosine_NN).clamp(min=_LEAST)
     distance_NN = distance_NN.index_select(0, first_N).index_select(1, first_N)
     nearest_B1N = torch.where(is_own_NN, _FAR, distance_NN).amin(dim=1)[None, None]
     # A token's distance to itself makes it the nearest for good once it is chosen.
@@ -53,10 +54,9 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     """The same from the projector's own output; ties go to the lower index."""
     del config
     directions = torch.stack([t / t.norm().clamp(min=1e-12) for t in vision.tokens.double()])
-    distances = (1 - directions @ directions.T).clamp(min=_LEAST)
-    same = (distances <= _LEAST).tolist()
-    first = [row.index(True) for row in same]
-    distances = distances[first][:, first]
+    cosines = directions @ directions.T
+    first = find_first_same_eagerly(cosines)
+    distances = (1 - cosines).clamp(min=_LEAST)[first][:, first]
     total = len(distances)
     to_others = distances.clone()
     to_others[range(total), range(total)] = torch.inf

@@ -17,6 +17,8 @@ from gap_export.interfaces.features import EagerChoice, EagerVision
 
 _NEIGHBOURS: Final = 32
 """Nearest tokens that a kept one takes in, as published (arXiv:2403.15388)."""
+_SAME: Final = 1e-6
+"""How far the cosine of tokens that are the same may be below 1."""
 
 
 def read_attention(vision: EagerVision) -> Tensor:
@@ -27,6 +29,12 @@ def read_attention(vision: EagerVision) -> Tensor:
     by_head = vision.attentions[vision.layer - 1].double()
     paid = by_head[:, :, 0] if vision.leading else by_head.mean(dim=2)
     return vision.by_token(vision.without_leading(paid.mean(dim=1)))
+
+
+def find_first_same_eagerly(cosines: Tensor) -> list[int]:
+    """Of every token the first whose cosine with it is 1 but for rounding, or itself."""
+    alike = (cosines >= 1 - _SAME).tolist()
+    return [[*row[:index], True].index(True) for index, row in enumerate(alike)]
 
 
 def attend_as_one(vision: EagerVision) -> Tensor:

@@ -253,15 +253,29 @@ def test_rounding_does_not_decide_which_of_the_same_tokens_takes_in(tmp_path):
     compare((order, made["mix"][0] @ scene.patches.numpy(), None, None), expected, scene.patches)
 
 
-def test_rounding_does_not_choose_among_the_same_tokens(tmp_path):
+@pytest.mark.parametrize("name", ["dart", "divprune"])
+@pytest.mark.parametrize("kept", [50, 64])
+def test_rounding_does_not_choose_among_the_same_tokens(name, kept, tmp_path):
     """Of those the first is chosen, and the others by index where more are wanted."""
-    kept, noise = 50, torch.Generator().manual_seed(6)
+    noise = torch.Generator().manual_seed(6)
     tokens = make_scene((8, 8)).tokens.clone()
     tokens[43:] = tokens[43]
     exact = replace(make_scene((8, 8)), tokens=tokens)
-    expected = find_formula("divprune")(exact, kept, CONFIG).order
+    expected = find_formula(name)(exact, kept, CONFIG).order
     rounded = tokens + 1e-6 * torch.randn(tokens.shape, generator=noise)
     scene = replace(exact, tokens=rounded)
-    assert list(load("divprune").prune_eagerly(scene.vision(), kept, CONFIG).order) == expected
-    _, made = export_stage("divprune", scene, kept, tmp_path)
+    assert list(load(name).prune_eagerly(scene.vision(), kept, CONFIG).order) == expected
+    _, made = export_stage(name, scene, kept, tmp_path)
+    assert made["order"][0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["dart", "divprune"])
+def test_tokens_of_zeros_are_tokens(name, tmp_path):
+    """Their cosine with themselves is 0, so they are not the same as anything."""
+    tokens = make_scene((4, 5)).tokens.clone()
+    tokens[3:9] = 0.0
+    scene = replace(make_scene((4, 5)), tokens=tokens)
+    expected = find_formula(name)(scene, 20, CONFIG).order
+    assert list(load(name).prune_eagerly(scene.vision(), 20, CONFIG).order) == expected
+    _, made = export_stage(name, scene, 20, tmp_path)
     assert made["order"][0].tolist() == expected
