@@ -14,6 +14,8 @@ from gap_runtime.grounding.check import check_bundle
 
 pytest.importorskip("openvino")
 
+from gap_runtime.backends.openvino import states
+from gap_runtime.backends.openvino.session import OpenvinoDecoder
 from gap_runtime.backends.openvino.state_decoder import StateDecoder
 
 
@@ -127,4 +129,14 @@ def test_many_refused_rows_are_hidden_and_then_dropped(find):
     for _ in range(20):
         both.require_same(6, 10)
     assert both.one._count < 10 + 20 * 6
+    both.require_same(1, 12)
+
+
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_a_graph_of_another_form_runs_as_it_is(find, factor, monkeypatch):
+    """Two places that change sides hold its cache."""
+    monkeypatch.setattr(states, "_read_factor", lambda _: factor)
+    both = BothDecoders(find("llava"))
+    assert isinstance(both.one, OpenvinoDecoder)
+    both.require_same(12, 0)
     both.require_same(1, 12)

@@ -48,7 +48,7 @@ def move_cache_into_states(ov: ModuleType, model: Any, stage: Stage) -> Any | No
         None where the graph is of another form: then the model is as it was.
     """
     specs = cache_specs(stage)
-    if {spec.dtype for spec in specs} != {"float32"}:
+    if {spec.dtype for spec in specs} != {"float32"} or len(specs) % 2:
         return None
     inputs = {each.get_any_name(): each.get_node() for each in model.inputs}
     results = {each.get_any_name(): each.get_node() for each in model.outputs}
@@ -82,7 +82,12 @@ class _Write:
         if name not in inputs or f"next_{name}" not in results:
             raise _OtherFormError
         choice = results[f"next_{name}"].input_value(0).get_node()
-        if choice.get_type_name() != "Select" or choice.input_value(2).get_node() != inputs[name]:
+        if choice.get_type_name() != "Select":
+            raise _OtherFormError
+        if (
+            choice.input_value(2).get_node().get_friendly_name()
+            != inputs[name].get_friendly_name()
+        ):
             raise _OtherFormError
         moved = choice.input_value(1).get_node()
         if moved.get_type_name() != "Gather":
@@ -121,13 +126,8 @@ class _Layer:
         self._key, self._value = key, value
         self._query = key.product.input_value(0)
         width = key.shape[-1]
-        scale = _single_user(key.product)
-        if scale.get_type_name() == "Convert":
-            scale = _single_user(scale)
-        factor = scale.input_value(1).get_node()
-        if scale.get_type_name() != "Multiply" or factor.get_type_name() != "Constant":
-            raise _OtherFormError
-        if not np.allclose(factor.get_data(), width**-0.5, rtol=1e-6):
+        factor = _read_factor(key.product)
+        if factor is None or not np.isclose(factor, width**-0.5, rtol=1e-6):
             raise _OtherFormError
 
     def rewrite(self, ov: ModuleType, op: Any, mask: Any, beams: Any) -> list[Any]:
@@ -150,6 +150,19 @@ class _Layer:
         for user in self._value.product.output(0).get_target_inputs():
             user.replace_source_output(mixed.output(0))
         return [keep_key, keep_value]
+
+
+def _read_factor(product: Any) -> float | None:
+    """What a product is multiplied by, if it is one number."""
+    scale = _single_user(product)
+    if scale.get_type_name() == "Convert":
+        scale = _single_user(scale)
+    if scale.get_type_name() != "Multiply":
+        return None
+    factor = scale.input_value(1).get_node()
+    if factor.get_type_name() != "Constant" or factor.get_data().size != 1:
+        return None
+    return float(factor.get_data().item())
 
 
 def _share(op: Any, grown: Any, groups: int, shares: int, width: int) -> Any:
