@@ -8,7 +8,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gap_runtime.cli.options import add_counts, add_old_name
+from gap_runtime.cli.options import add_counts, add_old_name, require_outputs_apart
 
 if TYPE_CHECKING:
     from gap_export.config.records import NamedConfig
@@ -123,13 +123,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def survey(options: argparse.Namespace, display: Display) -> ExportPlan:
-    """The plan of an export that is not made."""
+    """The plan of an export that is not made; no option may have a file written into its model."""
     from gap_export.pipeline.request import ExportRequest  # noqa: PLC0415
 
     request = ExportRequest(named=read_config(options), bring="link", reference=False)
     with display.step("loading libraries"):
         from gap_export.pipeline.plan import plan_export  # noqa: PLC0415 - loads torch
-    return plan_export(request)
+    plan = plan_export(request)
+    require_outputs_apart(options, [plan.checkpoint.folder])
+    return plan
 
 
 def configure_logging(*, verbose: bool) -> None:

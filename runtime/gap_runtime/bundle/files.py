@@ -8,10 +8,13 @@ import glob
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from gap_runtime.errors import InputError
+from gap_runtime.records.files import is_folder, resolve
 
 _LONGEST_HOST: Final = 64
 
@@ -76,6 +79,39 @@ def require_replaceable(path: Path) -> None:
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH110, PTH112, PTH113
         raise OSError(errno.EINVAL, "a pipe, socket or device, expected a file")
+
+
+def require_apart(path: str | Path, inputs: Iterable[str | Path], option: str) -> None:
+    """Refuse to write over what is read, or into it; the one rule for all that a command writes.
+
+    Args:
+        path: To be written, a file or a folder; it need not be there.
+        inputs: What is read: files, and folders whose content is theirs alone, as a bundle's and a
+            checkpoint's.
+        option: That names the path.
+
+    Raises:
+        InputError: It is one of them or lies in one, also by a link.
+    """
+    # By its own name, too: the files of a bundle in the hub's cache are links that lead out of it.
+    named = Path(os.path.abspath(path))  # noqa: PTH100 - Path's follows links
+    places = {resolve(path), resolve(named.parent) / named.name}
+    for each in inputs:
+        source = resolve(each)
+        if source in places or _is_same_file(path, each):
+            raise InputError(
+                f"{path}: is read, too, and would be written over; give {option} another place"
+            )
+        if is_folder(source) and any(source in place.parents for place in places):
+            raise InputError(f"{path}: lies in {each}, which is read; give {option} another place")
+
+
+def _is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two names lead to one file; False for any name that the system refuses."""
+    try:
+        return os.path.samefile(one, other)  # noqa: PTH121 - names that are too long raise, too
+    except (OSError, ValueError):
+        return False
 
 
 def store(path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gap_runtime.cli.options import add_counts, print_json
+from gap_runtime.cli.options import add_counts, print_json, require_outputs_apart
 from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation import describe_formats, describe_protocols
 from gap_runtime.records.files import exists
@@ -159,6 +159,8 @@ def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
         ConfigError: Options that do not go together, or an unknown name.
         InputError: A file that cannot be used.
     """
+    from gap_runtime.bundle.files import require_apart  # noqa: PLC0415
+    from gap_runtime.evaluation.expression import FilePicture  # noqa: PLC0415
     from gap_runtime.evaluation.results import read_answers  # noqa: PLC0415
     from gap_runtime.report.page import require_writable  # noqa: PLC0415
 
@@ -172,8 +174,16 @@ def read_request(options: argparse.Namespace) -> tuple[Data, Answers | None]:
         raise ConfigError(f"--gallery {options.gallery}: at least 0 is needed")
     if options.html is not None:
         require_writable(options.html)
+        answers = [path for path in (options.out, options.compare) if path is not None]
+        require_apart(options.html, answers, "--html")
     other = None if options.compare is None else read_answers(options.compare)
-    return read_data(options), other
+    data = read_data(options)
+    require_outputs_apart(options, data.paths)
+    if options.html is not None and exists(options.html):
+        pictures = [each.picture for each in data.expressions]
+        files = {each.path for each in pictures if isinstance(each, FilePicture)}
+        require_outputs_apart(options, files)
+    return data, other
 
 
 def run_evaluation(

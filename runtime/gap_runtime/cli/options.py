@@ -8,7 +8,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypedDict
 
 from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 
 _NUMBER: Final = re.compile(r"[\d.]+%?")
+_STDOUT: Final = "-"
+_WRITTEN: Final = ("draw", "html", "jsonl", "out", "timing_cache")
+"""Options that name what a command writes."""
 
 
 class Command(Protocol):
@@ -370,9 +374,37 @@ def read_share(text: str) -> float:
 def open_bundle(
     options: argparse.Namespace, *, verify_all: bool = False, begin: Begin | None = None
 ) -> Bundle:
-    """The bundle that is named on the command line; the rest as for `Bundle.open`."""
+    """The bundle that is named on the command line; the rest as for `Bundle.open`.
+
+    Raises:
+        InputError: Some option would have the command write into the bundle.
+    """
     from gap_runtime.bundle.bundle import Bundle  # noqa: PLC0415 - numpy only when a command runs
 
+    require_outputs_apart(options, [options.bundle])
     if begin is None:
-        return Bundle.open(options.bundle, verify_all=verify_all)
-    return Bundle.open(options.bundle, verify_all=verify_all, begin=begin)
+        bundle = Bundle.open(options.bundle, verify_all=verify_all)
+    else:
+        bundle = Bundle.open(options.bundle, verify_all=verify_all, begin=begin)
+    # Again: one of the hub is known by its name before, and by its folder now.
+    require_outputs_apart(options, [bundle.folder])
+    return bundle
+
+
+def require_outputs_apart(options: argparse.Namespace, inputs: Iterable[str | Path]) -> None:
+    """Refuse every option that names what is written where that is, or lies in, what is read.
+
+    Args:
+        options: Of any command.
+        inputs: As for `require_apart`.
+
+    Raises:
+        InputError: One does.
+    """
+    from gap_runtime.bundle.files import require_apart  # noqa: PLC0415
+
+    for name in _WRITTEN:
+        path = vars(options).get(name)
+        # In some commands an option of that name is a flag.
+        if isinstance(path, (str, Path)) and path != _STDOUT:
+            require_apart(path, inputs, f"--{name.replace('_', '-')}")

@@ -42,7 +42,8 @@ class Data:
 
     `set`, `split` and `by` are as in Source. `limited` says that the user asks for the first
     phrases only, `whole` that these are as many as were published, as far as anybody knows.
-    `notes` is what the user should know: counts that are not the published ones.
+    `notes` is what the user should know: counts that are not the published ones. `paths` are the
+    files that the phrases were read from.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Data:
     by: str
     limited: bool
     whole: bool
+    paths: tuple[Path, ...] = ()
 
     def describe(self) -> str:
         """Set, split, who split it, and how many phrases of how many that were published."""
@@ -106,6 +108,7 @@ def open_data(spec: str, *, images: Path | None = None, limit: int | None = None
         by=source.by,
         limited=limit is not None,
         whole=note is None,
+        paths=source.paths,
     )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.files import require_apart
 from gap_runtime.errors import ConfigError
-from gap_runtime.records.files import resolve
 
 _CONFIG: Final = """\
 # Written by `gap-runtime triton` for the bundle {name}.
@@ -106,13 +106,13 @@ def write_repository(bundle: Bundle, out: Path, backend: str) -> Path:
 
     Raises:
         ConfigError: A model of that name is there, or the folder cannot be written.
+        InputError: It lies in the bundle.
     """
     name = bundle.folder.resolve().name
     folder = out / name
     if folder.exists():
         raise ConfigError(f"{folder}: exists; remove it, or give another --out")
-    if bundle.folder.resolve() in resolve(out).parents or resolve(out) == bundle.folder.resolve():
-        raise ConfigError(f"{out}: lies inside the bundle; give another --out")
+    require_apart(out, [bundle.folder], "--out")
     try:
         version = folder / "1"
         version.mkdir(parents=True)

@@ -232,3 +232,14 @@ def test_a_count_wins_over_the_shares_of_a_model_file(run, tmp_path):
     (tmp_path / "own.toml").write_text(both, encoding="utf-8")
     code, _, err = run("own.toml", "--dry-run")
     assert (code, "own.toml: prune.keep and prune.ratios are two ways" in err) == (2, True)
+
+
+def test_a_page_is_not_written_into_the_checkpoint(run, tiny_llava):
+    place = tiny_llava / "config.json"
+    before = place.read_bytes()
+    command = ("evaluate", tiny_llava, "--set", TEMPLATE, "--data", "refshapes:test")
+    code, out, err = run(*command, "--limit", "1", "--html", place)
+    (line,) = [each for each in err.splitlines() if each.startswith("error: ")]
+    assert (code, out) == (2, "")
+    assert line.endswith("which is read; give --html another place")
+    assert place.read_bytes() == before

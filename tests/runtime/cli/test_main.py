@@ -128,7 +128,7 @@ ERRORS = [
     (text_for_image, 2, "input", "notes.png: not a picture"),
     (empty_phrase, 2, "input", "the phrase is empty"),
     (long_phrase, 2, "input", "use a shorter phrase"),
-    (drawing_over_the_picture, 2, "input", "link.png: is the picture itself"),
+    (drawing_over_the_picture, 2, "input", "link.png: is read, too, and would be"),
     (drawing_of_another_kind, 2, "input", "--draw writes .png or .jpg"),
     (unknown_ratio, 2, "config", "no ratio 0.9; have 0.5, 0.75"),
     (unknown_backend, 2, "unknown-name", "did you mean onnxruntime?"),

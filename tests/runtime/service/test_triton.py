@@ -100,7 +100,7 @@ def test_a_ratio_that_a_float32_holds_less_exactly(repository):
 def test_a_model_that_is_there_is_not_written_over(repository, tmp_path, capsys):
     folder, _ = repository
     bundle = str(tmp_path / "bundle")
-    for out, said in ((folder.parent, "exists"), (tmp_path / "bundle" / "x", "inside the bundle")):
+    for out, said in ((folder.parent, "exists"), (tmp_path / "bundle" / "x", "which is read")):
         assert main(["triton", bundle, "--out", str(out)]) == 2
         assert said in capsys.readouterr().err
     assert (folder / "1" / "bundle" / "manifest.json").is_file()

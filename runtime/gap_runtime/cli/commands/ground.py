@@ -186,7 +186,9 @@ def _ground_all(
     in_lines = options.jsonl or options.inputs == [STDIN]
     collected: list[dict[str, Any]] = []
     failed = boxless = 0
-    with _open_grounder(options, open_bundle(options)) as grounder:
+    bundle = open_bundle(options)
+    _make_folder(options.draw)
+    with _open_grounder(options, bundle) as grounder:
         for request in requests:
             named: dict[str, Any] = {}
             try:
@@ -268,14 +270,15 @@ def _show(display: Display, grounding: Grounding, start: str, *, quiet: bool) ->
 
 def _require_drawable(path: Path, image: Path) -> None:
     """Refuse a drawing of another kind, and one over the picture itself."""
+    from gap_runtime.bundle.files import require_apart  # noqa: PLC0415
+
     if path.suffix.lower() not in _DRAWN:
         raise InputError(f"{path}: --draw writes .png or .jpg files")
-    if path.exists() and path.samefile(image):
-        raise InputError(f"{path}: is the picture itself; give --draw another file")
+    require_apart(path, [image], "--draw")
 
 
 def _require_folder(folder: Path, pictures: Sequence[str]) -> None:
-    """Make the folder of drawings; refuse what would write over pictures or other drawings."""
+    """Refuse a folder of drawings that would write over pictures or other drawings."""
     if folder.suffix.lower() in _DRAWN:
         raise InputError(f"{folder}: there are {len(pictures)} pictures; give --draw a folder")
     stems: dict[str, str] = {}
@@ -288,6 +291,12 @@ def _require_folder(folder: Path, pictures: Sequence[str]) -> None:
         stems[stem] = picture
         if resolve(folder) == resolve(picture).parent:
             raise InputError(f"{folder}: the pictures lie there; give --draw another folder")
+
+
+def _make_folder(folder: Path | None) -> None:
+    """Make the folder of drawings, where one is wanted."""
+    if folder is None:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
