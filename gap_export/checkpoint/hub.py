@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gap_export.checkpoint.folder import HUB_FILES, NO_WEIGHTS, TORCH_FILES
 from gap_export.errors import CheckpointError
-from gap_runtime.bundle.hub_library import describe_failure, library_failures
+from gap_runtime.bundle.hub_library import describe_failure, library_failures, load_constants
 from gap_runtime.records.files import is_file, is_folder, read_text
 
 
@@ -21,9 +21,7 @@ def find_snapshot(hub_id: str, revision: str | None) -> Path | None:
 
     Written out here, because the library's own function takes long to import.
     """
-    from huggingface_hub import constants  # noqa: PLC0415 - only where a hub id is given
-
-    home = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    home = Path(load_constants().HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
     revision = revision or "main"
     name = home / "refs" / revision
     commit = read_text(name, CheckpointError).strip() if is_file(name) else revision
@@ -57,9 +55,7 @@ def explain_failure(hub_id: str, error: Exception, advice: str) -> CheckpointErr
         error: The library's.
         advice: What to do instead.
     """
-    from huggingface_hub import constants  # noqa: PLC0415 - only where a hub id is given
-
-    if constants.HF_HUB_OFFLINE:
+    if load_constants().HF_HUB_OFFLINE:
         reason = "it is not in the cache here, and HF_HUB_OFFLINE is set; unset it to download"
         return CheckpointError(f"{hub_id}: {reason}; {advice}")
     reason = describe_failure(error)

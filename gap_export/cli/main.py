@@ -53,7 +53,11 @@ def _list_words() -> Mapping[str, Iterable[str]]:
 
 
 def _prepare(options: Namespace) -> None:
+    from gap_runtime.bundle.hub_library import load_constants  # noqa: PLC0415
+
     configure_logging(verbose=getattr(options, "verbose", False))
+    # Before other libraries load it: what it cannot read of the environment is a line here.
+    load_constants()
 
 
 PROGRAM: Final = Program(

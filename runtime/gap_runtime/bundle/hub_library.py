@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Final
 
-from gap_runtime.errors import HubError
+from gap_runtime.errors import ConfigError, HubError
 
 _STATUSES: Final = {
     401: "the token is not valid; run `hf auth login`, or set HF_TOKEN",
@@ -23,23 +23,37 @@ def load_library() -> Any:
     """huggingface_hub, with its errors and its checks of names.
 
     Raises:
-        HubError: It is not installed, or cannot read its variables of the environment.
+        HubError: It is not installed.
+        ConfigError: As for `load_constants`.
+    """
+    load_constants()
+    import huggingface_hub.errors  # noqa: PLC0415 - slow to import
+    import huggingface_hub.utils  # noqa: PLC0415 - loaded by name alone
+
+    return huggingface_hub
+
+
+def load_constants() -> Any:
+    """What huggingface_hub reads from the environment; takes no time to import.
+
+    What loads libraries that load it, as transformers does, calls this first.
+
+    Raises:
+        HubError: It is not installed.
+        ConfigError: It cannot read a variable of the environment.
     """
     try:
-        import huggingface_hub  # noqa: PLC0415 - an extra, and slow to import
-        import huggingface_hub.constants  # noqa: PLC0415 - reads the environment
-        import huggingface_hub.errors  # noqa: PLC0415
-        import huggingface_hub.utils  # noqa: PLC0415 - loaded by name alone
+        from huggingface_hub import constants  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise HubError(
             "the hub is reached by huggingface_hub, which is not installed; "
             "pip install 'gap-runtime[hub]'"
         ) from error
     except ValueError as error:
-        raise HubError(
+        raise ConfigError(
             f"huggingface_hub cannot read the variables HF_... of the environment ({error})"
         ) from error
-    return huggingface_hub
+    return constants
 
 
 def library_failures() -> tuple[type[Exception], ...]:

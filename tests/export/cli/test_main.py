@@ -137,3 +137,25 @@ def test_help_imports_no_library(command, arguments):
     assert done.returncode == 0, done.stderr
     assert done.stderr == "[]\n"
     assert ("usage:" in done.stdout) == ("--help" in arguments)
+
+
+READS = "import sys; from gap_export.cli.main import main; code = main(['list', 'pruners'])"
+
+
+def test_a_variable_that_the_hub_cannot_read_is_a_line(monkeypatch):
+    """In a process of its own, as they are read once."""
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "soon")
+    done = run_python(f"{READS}; sys.exit(code)")
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line.startswith("error: huggingface_hub cannot read the variables HF_... of the env")
+
+
+def test_variables_of_the_hub_are_read_behind_what_quiets_libraries(monkeypatch):
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "20")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    done = run_python(
+        f"{READS}; from huggingface_hub import constants as found\n"
+        "print(code, found.HF_HUB_DOWNLOAD_TIMEOUT, found.HF_HUB_DISABLE_PROGRESS_BARS)"
+    )
+    assert done.stdout.splitlines()[-1] == "0 20 True", done.stderr

@@ -291,7 +291,7 @@ def test_what_answers_as_no_hub_does_is_told(hub, bundle, reply):
         (
             ["pull", "a/b"],
             {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"},
-            4,
+            2,
             "error: huggingface_hub cannot read the variables HF_... of the environment (",
         ),
     ],
