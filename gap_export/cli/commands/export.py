@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gap_export.pipeline.plan import ExportPlan
     from gap_export.pipeline.request import ExportRequest
     from gap_export.pipeline.result import ExportResult
+    from gap_runtime.bundle.hub import HubName
     from gap_runtime.display import Display
 
 SUMMARY: Final = "export a model to a bundle"
@@ -75,22 +76,30 @@ def run(options: argparse.Namespace) -> int:
 
     display = Display()
     request = read_request(options)
+    name = None if options.push is None else _parse_name(options.push)
     if options.dry_run:
         return _dry_run(display, request, as_json=options.json)
-    if options.push is not None:
-        return _export_and_push(options, display, request)
+    if name is not None:
+        return _export_and_push(options, display, request, name)
     return make_bundle(request, display, force=options.force, as_json=options.json)
 
 
-def _export_and_push(options: argparse.Namespace, display: Display, request: ExportRequest) -> int:
+def _parse_name(text: str) -> HubName:
+    """Where `--push` leads, also in a dry run."""
+    from gap_runtime.bundle.hub import parse_name  # noqa: PLC0415
+
+    return parse_name(text)
+
+
+def _export_and_push(
+    options: argparse.Namespace, display: Display, request: ExportRequest, name: HubName
+) -> int:
     """Export, push and say both; what a push would be refused for is found before the work."""
     from gap_runtime.bundle.bundle import Bundle  # noqa: PLC0415
-    from gap_runtime.bundle.hub import parse_name  # noqa: PLC0415
     from gap_runtime.bundle.license import UNKNOWN, find_license  # noqa: PLC0415
     from gap_runtime.bundle.manifest import Source  # noqa: PLC0415
     from gap_runtime.bundle.push import require_login  # noqa: PLC0415
 
-    name = parse_name(options.push)
     require_login(name)
     config = request.named.config
     source = Source(checkpoint=config.checkpoint, revision=config.revision, index_sha256="")

@@ -65,6 +65,9 @@ def test_an_export_is_pushed_with_its_check(hub, run, tmp_path, capsys):
     ("flags", "words"),
     [
         (["--push", "b"], "expected org/name"),
+        (["--push", "b", "--dry-run"], "'b': expected org/name"),
+        (["--push", "a b/c", "--dry-run"], "error: 'a b/c': "),
+        (["--push", "", "--dry-run"], "error: '': "),
         (["--push", "org/b", "--license", "llama2"], "--accept-license"),
     ],
 )
