@@ -2,6 +2,11 @@
 
 Where a runtime is here, its answers are compared with the library's; engines are built by
 TensorRT-RTX, which needs no GPU for it. Stored values are compared with the checkpoint's.
+
+Random weights lose a tenth of their size in four bits, which moves LLaVA-OneVision's logits by a
+third: no tolerance would tell that from an error. So where the library answers, the checkpoint's
+values are ones that four bits hold. OpenVINO then gives the library's own logits; onnxruntime
+rounds what it multiplies them with to 8 bits, which is 1 to 2 %.
 """
 
 import numpy as np
@@ -10,7 +15,7 @@ import pytest
 import torch
 from makers.families import export, find_family, make_picture, make_samples
 from makers.qwen import TEMPLATE, make_qwen3_checkpoint, make_qwen_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tools.engines import build_bundle
 
 from gap_export.pipeline.plan import plan_export
@@ -45,6 +50,24 @@ USUAL = {
 }
 
 
+def fit_into_four_bits(folder):
+    """Round the language model's matrices in a checkpoint to values that int4 holds exactly.
+
+    Every sixteenth value is the largest, and a row's scale is a power of two, so it does not
+    matter which block of a row a scale is of, nor its dtype.
+    """
+    for path in folder.glob("*.safetensors"):
+        values = load_file(path)
+        for name, value in values.items():
+            if value.ndim != 2 or "vis" in name:
+                continue
+            scale = (value.float().std(dim=1, keepdim=True) * 2.5 / 7).log2().round().exp2()
+            whole = (value.float() / scale).round().clamp(-7, 7)
+            whole[:, ::16] = torch.where(whole[:, ::16] < 0, -7.0, 7.0)
+            values[name] = (whole * scale).to(value.dtype)
+        save_file(values, path, metadata={"format": "pt"})
+
+
 def rotate(formats):
     """Every family in every format, a few of them in the default run."""
     return [
@@ -68,31 +91,40 @@ def plan(tmp_path_factory):
         # Scores of a tower in four bits choose other tokens than the library's.
         whole = quantize is not None and not reference
         settings = {"prune.ratios": [0.5], "quantize.vision": whole}
+        fits = quantize is not None and reference
+        key = (family, fits)
         if family not in QWEN:
-            case = find_family(family, tmp_path_factory, head_dim=HEAD_DIM)
-            settings = {key.replace(".", "__"): value for key, value in settings.items()}
+            if key not in made:
+                made[key] = find_family(family, tmp_path_factory, head_dim=HEAD_DIM)
+                if fits:
+                    made[key] = made[key].copy(tmp_path_factory.mktemp(family) / "copy")
+                    fit_into_four_bits(made[key].place())
+            case = made[key]
+            settings = {name.replace(".", "__"): value for name, value in settings.items()}
             return case.plan(
                 out,
                 target=target,
                 reference=reference,
                 **{"dtype": dtype, "quantize__weights": quantize, **settings},
             )
-        if family not in made:
+        if key not in made:
             home = tmp_path_factory.mktemp(family)
             make_samples(home / "samples", make_picture(90, 61))
             maker, tower, _ = QWEN[family]
-            made[family] = maker(
+            made[key] = maker(
                 home / "model", depth=2, layers=2, wide=HEAD_DIM, spread=0.08, seed=17, **tower
             )
+            if fits:
+                fit_into_four_bits(made[key])
         settings |= {
-            "check.samples": str(made[family].parent / "samples"),
+            "check.samples": str(made[key].parent / "samples"),
             "prompt.template": TEMPLATE,
             "prompt.answer": 4,
             "image.canvas": QWEN[family][2],
         }
         return plan_export(
             make_request(
-                made[family],
+                made[key],
                 dtype=dtype,
                 quantize=quantize,
                 target=target,
@@ -149,7 +181,10 @@ def test_answers_are_the_librarys(plan, tmp_path, family, target, dtype, quantiz
     rows = [row for row in report.rows if not row.near_tie]
     assert len(rows) == len(report.rows) or dtype == "bfloat16"
     assert all(row.positions_equal for row in rows)
-    assert np.isfinite([row.relative_logit_error for row in rows]).all()
+    errors = [row.relative_logit_error for row in rows]
+    assert np.isfinite(errors).all()
+    if quantize is not None:
+        assert max(errors) < (1e-4 if (target, dtype) == ("openvino", "float32") else 0.04)
     # Six to a layer at least, as a width that is no multiple of a block stays as it is.
     assert (count_few(bundle) >= 6 * bundle.manifest.cache.layers) == (quantize is not None)
     if quantize is None:
