@@ -9,16 +9,19 @@ it. Printed are the area under the ROC curve, and the least score that keeps a p
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import read_number, run_benchmark
 from gap_runtime import Bundle, Grounder
+from gap_runtime.bundle.files import require_apart
+from gap_runtime.cli.options import ArgumentParser, read_share
 from gap_runtime.evaluation.refshapes import COLOURS, SHAPES, Scene, draw_scene
 from gap_runtime.pictures.boxes import Box, iou
+from gap_runtime.report.page import require_writable
 
 _RIGHT = 0.5
 
@@ -99,14 +102,17 @@ def separate(grounder: Grounder, scenes: int, ratio: float, precision: float) ->
 
 def main() -> None:
     """Measure, print, and write where that is wanted."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bundle")
-    parser.add_argument("--scenes", type=int, default=300)
+    parser.add_argument("--scenes", type=read_number, default=300)
     parser.add_argument("--ratio", type=float, action="append")
-    parser.add_argument("--precision", type=float, default=0.9)
+    parser.add_argument("--precision", type=read_share, default=0.9)
     parser.add_argument("--out", type=Path, help="a file for the figures")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
+    if options.out is not None:
+        require_writable(options.out)
+        require_apart(options.out, [bundle.folder], "--out")
     with Grounder(bundle) as grounder:
         found = [
             asdict(separate(grounder, options.scenes, ratio, options.precision))
@@ -119,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -38,6 +38,7 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.checkpoints import RUN, write_checkpoint
+from benchmarks.command import read_number, read_seconds, require_known, run_benchmark
 from benchmarks.runtime import HOME, make_checkpoint
 from benchmarks.suite import (
     OURS,
@@ -56,6 +57,8 @@ from benchmarks.suite import (
     tabulate,
     turns,
 )
+from gap_runtime.cli.options import ArgumentParser
+from gap_runtime.errors import ConfigError
 
 NAMES: Final = (
     "llava-1.5-7b",
@@ -166,8 +169,7 @@ def compare(options: argparse.Namespace) -> None:
     peers = {
         peer.key: peer for peer in found if peer.key in wanted and precision in peer.precisions
     }
-    for unknown in sorted(set(wanted) - {peer.key for peer in found}):
-        raise SystemExit(f"unknown peer '{unknown}'; have {', '.join(list_peers())}")
+    require_known("peer", wanted, [peer.key for peer in found])
     checkpoint = make_checkpoint(name, HOME)
     for key, peer in peers.items():
         row = {"checkpoint": name, "precision": precision, "peer": key, "name": peer.name}
@@ -216,7 +218,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Command line; every export runs in a process of its own."""
-    parser = argparse.ArgumentParser(description="time and memory of exports")
+    parser = ArgumentParser(description="time and memory of exports")
     parser.add_argument("names", nargs="*", default=list(NAMES), metavar="NAME")
     parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path)
@@ -226,8 +228,10 @@ def main() -> None:
     peers.add_argument("--peers", nargs="*", metavar="PEER", help="all where none is named")
     peers.add_argument("--checkpoint", default="llava-1.1b", choices=list(RUN))
     peers.add_argument("--precision", default=STORED, choices=(STORED, *PRECISIONS))
-    peers.add_argument("--rounds", type=int, default=3, help="exports by each subject")
-    peers.add_argument("--limit", type=float, default=3600.0, help="seconds for one process")
+    peers.add_argument("--rounds", type=read_number, default=3, help="exports by each subject")
+    peers.add_argument(
+        "--limit", type=read_seconds, default=3600.0, help="seconds for one process"
+    )
     peers.add_argument("--markdown", action="store_true")
     options, passed = parser.parse_known_args()
     if options.peers is not None:
@@ -235,6 +239,7 @@ def main() -> None:
             parser.error(f"unknown arguments: {' '.join(passed)}")
         compare(options)
         return
+    require_known("checkpoint", options.names, (*NAMES, *RUN))
     options.out = options.out or HOME / "export.json"
     if options.one:
         row = measure(options.names[0], options.home, passed, sparse=options.sparse)
@@ -249,8 +254,10 @@ def main() -> None:
             [*command, "--home", str(options.home), *(passed or ["--ratio", "0.5"])],
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
+            check=False,
         )
+        if done.returncode:
+            raise ConfigError(f"{name}: its process ended with {done.returncode}, see above")
         rows.append(json.loads(done.stdout))
         options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         row = rows[-1]
@@ -263,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -22,6 +22,7 @@ from benchmarks.checkpoints import (
     write_library,
     write_onevision,
 )
+from benchmarks.command import require_known, run_benchmark
 from benchmarks.qwen import QWEN, write_qwen
 from benchmarks.tiled import INTERNVL, ONEVISION
 from gap_export.pipeline.estimate import is_tight
@@ -88,6 +89,7 @@ def make_row(model: str, precision: str, memory: dict[str, Any]) -> str:
 def main() -> None:
     """Print the table, or the rows of some models."""
     names = sys.argv[1:] or list(MODELS)
+    require_known("model", names, MODELS)
     sizes = ("bundle", "to run")
     print(f"| {' | '.join(['model', 'weights', *sizes, *MACHINES])} |")
     print("|" + "---|" * (2 + len(sizes) + len(MACHINES)))
@@ -101,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)
