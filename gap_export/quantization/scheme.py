@@ -1,7 +1,7 @@
 """Which scheme a weight is stored in: how many bits, and what else stands for it in the graph.
 
 Weight-only and symmetric. int8 has one scale for each output channel, int4 one for every block of
-up to 128 inputs of it, or of fewer where a target says so. Weights that came quantized keep their
+up to 128 inputs of it, or of fewer where a target says so; a vision tower is int8 beside both. Weights that came quantized keep their
 integers: they may have zero points (uint4, uint8), int8 in blocks, and inputs that are sorted by
 block, which a Gather puts before the product.
 """
@@ -119,7 +119,9 @@ def choose_schemes(
         elif quantization.method == "checkpoint" or part not in quantization.parts:
             scheme = None
         else:
-            scheme = choose_scheme(quantization.weights, source.shape, block)
+            # A tower in 4 bits gives scores by which other tokens are kept.
+            weights = "int8" if part == "vision" else quantization.weights
+            scheme = choose_scheme(weights, source.shape, block)
         if scheme is not None:
             fused = fuses and scheme.block is not None
             schemes[name] = replace(scheme, is_fused=fused)

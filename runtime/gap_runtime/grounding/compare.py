@@ -61,12 +61,12 @@ TOLERANCES: Final = {
     ),
     "int4": Tolerance(
         pixels=1e-5,
-        visual=3e-1,
+        visual=5e-2,
         logits=3e-1,
         near_tie=3e-1,
         iou=0.5,
         misses=0.05,
-        jaccard=0.75,
+        jaccard=0.9,
         score=0.4,
     ),
 }
