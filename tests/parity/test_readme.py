@@ -183,14 +183,23 @@ def test_the_front_page_has_the_figures_of_the_model_s_own_page(side):
 
 def test_the_front_page_has_the_figures_of_the_page_on_performance():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    whole, half = (
-        next(row for row in read_rows("docs/performance.md", removed) if row[1] == prompt)
-        for removed, prompt in (("0", "624"), ("0.5", "336"))
-    )
-    prefill = [int(row[4].replace(",", "")) / 1000 for row in (half, whole)]
-    assert f"a prompt takes {prefill[0]:.1f} s instead of {prefill[1]:.1f} s" in text
-    cache = [float(row[8]) for row in (half, whole)]
-    assert f"its KV cache {cache[0]:.0f} MB instead of {cache[1]:.0f} MB" in text
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = read_table(page, "| precision | removed | request | calls |")
+    start = next(k for k, row in enumerate(rows) if row[0] == "int4")
+    whole, *_, quarter, further = rows[start + 1 : start + 9]
+    assert (whole[2], quarter[2], further[2]) == ("drafts", "drafts", "further")
+    peers = read_table(page, "| precision | peer, nothing removed |")
+    (peer,) = (row for row in peers if row[:2] == ["int4", "OpenVINO GenAI"])
+    seconds = [f"{int(row[-1].replace(',', '')) / 1000:.1f} s" for row in (quarter, whole, peer)]
+    assert f"takes {seconds[0]} with three quarters of 576 visual tokens removed" in text
+    assert f"{seconds[1]} with all of them, and {seconds[2]} in OpenVINO GenAI" in text
+    again = [
+        int(row[column].replace(",", "")) / 1000
+        for row in rows[start:]
+        for column in (7, 11)
+        if row[2] == "further"
+    ]
+    assert f"same picture {min(again):.1f} to {max(again):.1f} s" in text
     (row,) = read_rows("docs/performance.md", "transformers.exporters 5.23")
     times, share = (float(re.search(r"\(([\d.]+)x\)", cell)[1]) for cell in row[1:3])
     assert f"is {times} times as fast as transformers' exporter, in {1 / share:.2f} of" in text
