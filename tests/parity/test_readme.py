@@ -115,7 +115,7 @@ def read_table(text, head):
     """The rows of a table of Markdown by its first line, as lists of cells."""
     table = text.partition(head)[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    return [row for row in rows if row and not set(row[0]) <= {"-"}]
+    return [row for row in rows if row and not (row[0] and set(row[0]) <= {"-"})]
 
 
 def test_the_page_on_the_service_says_its_limits():
