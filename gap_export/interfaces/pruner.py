@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -62,15 +63,61 @@ def load_pruner(strategy: str) -> Pruner:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Whatever a user's file raises in the block is one line with its place."""
+    """Whatever a user's file raises in the block is one line with its place.
+
+    Raises:
+        ConfigError: It did, or it changed what the whole process goes by.
+    """
+    folder, known = _working_folder(), _list_classes()
+    changed: list[str] = []
     try:
-        yield
+        try:
+            yield
+        finally:
+            changed = _restore(folder, known)
     except (KeyboardInterrupt, GapError):
         raise
     except BaseException as error:  # noqa: BLE001 - a user's own file can fail in every way
         # What cannot be shown is no cause: whoever shows causes would fail over it.
         cause = None if _say(error) is None else error
         raise ConfigError(f"{path}: {_locate(error, path)}; {_HELP}") from cause
+    if changed:
+        raise ConfigError(
+            f"{path}: changed {', '.join(changed)[:200]}; leave that as it is; {_HELP}"
+        )
+
+
+def _working_folder() -> str | None:
+    """Where relative paths begin; None where it has been removed."""
+    try:
+        return os.getcwd()  # noqa: PTH109 - only to go back there
+    except OSError:
+        return None
+
+
+def _list_classes() -> list[tuple[ModuleType, str, type]]:
+    """Every class of ours by the modules and names that it is reached by."""
+    modules = [each for name, each in sys.modules.items() if name.startswith("gap_export.")]
+    return [
+        (module, name, value)
+        for module in modules
+        for name, value in list(vars(module).items())
+        if isinstance(value, type) and value.__module__.startswith("gap_export.")
+    ]
+
+
+def _restore(folder: str | None, known: list[tuple[ModuleType, str, type]]) -> list[str]:
+    """Undo what a user's file did to the whole process; what that was, in words."""
+    changed = []
+    if folder is not None and _working_folder() != folder:
+        # Else relative paths would lead elsewhere, those of what is to be undone among them.
+        os.chdir(folder)
+        changed.append("the working folder")
+    for module, name, value in known:
+        if vars(module).get(name) is not value:
+            setattr(module, name, value)
+            changed.append(f"{module.__name__}.{name}")
+    return changed
 
 
 def _load_file(path: Path) -> ModuleType:

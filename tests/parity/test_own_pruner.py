@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from tools.places import ROOT
@@ -108,6 +109,43 @@ def test_a_pruner_that_fails_when_it_is_asked(write, capsys, before):
     assert said.startswith(f"error: {path}: line {line}: End: two lines; see 'Add a pruner'")
     # Python's own cache of the file aside.
     assert {each.name for each in path.parent.iterdir()} - {"__pycache__"} == {"mine.py"}
+
+
+FEATURES = "import gap_export.interfaces.features as ours"
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "said"),
+    [
+        ("import torch\n", "import os; os.chdir('/')", "the working folder"),
+        ("    squares_BN = (", "    import os; os.chdir('/')", "the working folder"),
+        ("    squares = vision", "    import os; os.chdir('/')", "the working folder"),
+        (
+            "EXTRA: Final = 0",
+            f"{FEATURES}; ours.Feature = None",
+            "gap_export.interfaces.features.Feature",
+        ),
+        (
+            "    squares_BN = (",
+            f"    {FEATURES}; del ours.Kept",
+            "gap_export.interfaces.features.Kept",
+        ),
+    ],
+)
+def test_what_a_pruner_changes_of_the_process_is_undone_and_told(
+    write, tmp_path, capsys, before, code, said
+):
+    """Given relative paths, as what is undone is found by them."""
+    assert TEMPLATE.count(before) == 1
+    path = write(TEMPLATE.replace(before, f"{code}\n{before}"))
+    assert cli.main(["refshapes", "--pruner", "./mine.py", "--keep", "32", "--out", "b"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {path}: changed {said}; leave that as it is; see ")
+    assert Path.cwd() == tmp_path
+    assert {each.name for each in tmp_path.iterdir()} - {"__pycache__"} == {"mine.py"}
+    # The next one finds all as it was.
+    write(TEMPLATE)
+    assert cli.main(["refshapes", "--pruner", "./mine.py", "--keep", "32", "--dry-run"]) == 0
 
 
 def test_a_file_that_is_not_there(write, capsys):
