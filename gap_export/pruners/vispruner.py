@@ -2,7 +2,9 @@
 
 Half of the count, rounded down, goes by attention. The others, in that order too, are thinned in
 rounds until the rest of the count is left: those at even places go that are most like one at an
-odd place, eight in a round. Own order: by attention, then what the last round left.
+odd place, eight in a round. Patches that are the same, as those of equal tiles are, have the
+attention and the cosines of the first of them: their own differ by rounding alone, which would
+choose among them. Own order: by attention, then what the last round left.
 
 References:
     VisPruner (arXiv:2412.01818, second version): the cosine is of the patches before the
@@ -17,8 +19,10 @@ from typing import Final
 import torch
 from torch.nn import functional
 
+from gap_export.blocks.selection import find_first_same
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerChoice, EagerVision, Feature, Kept, VisionFeatures
+from gap_export.reference.selection import find_first_same_eagerly
 
 # B batch (1), N visual tokens, C patch width, R not yet chosen, E at even places, O at odd ones.
 
@@ -32,9 +36,12 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     """Important tokens, best first, then diverse ones."""
     del config
     scores_BN = features.by_token(Feature.CLS_ATTENTION)
-    ranked_N = torch.topk(scores_BN, scores_BN.shape[1], dim=-1).indices[0]
     unit_NC = functional.normalize(features.patches_BNC[0].float(), dim=-1)
     cosine_NN = unit_NC @ unit_NC.T
+    first_N = find_first_same(cosine_NN)
+    scores_BN = torch.index_select(scores_BN, 1, first_N)
+    cosine_NN = cosine_NN.index_select(0, first_N).index_select(1, first_N)
+    ranked_N = torch.topk(scores_BN, scores_BN.shape[1], dim=-1).indices[0]
     important = kept // 2
     rest_R = ranked_N[important:]
     while (surplus := rest_R.shape[0] - (kept - important)) > 0:
@@ -52,9 +59,11 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     del config
     attention = vision.attentions[vision.layer - 1]
     scores = vision.by_token(attention[:, :, 0, 1:].double().mean(dim=1))
-    ranked = torch.sort(scores, descending=True, stable=True).indices.tolist()
     directions = functional.normalize(vision.patches.double(), dim=-1)
     cosines = directions @ directions.T
+    first = find_first_same_eagerly(cosines)
+    scores, cosines = scores[first], cosines[first][:, first]
+    ranked = torch.sort(scores, descending=True, stable=True).indices.tolist()
     chosen, rest = ranked[: kept // 2], ranked[kept // 2 :]
     while len(chosen) + len(rest) > kept:
         evens, odds = rest[::2], rest[1::2]

@@ -279,3 +279,19 @@ def test_tokens_of_zeros_are_tokens(name, tmp_path):
     assert list(load(name).prune_eagerly(scene.vision(), 20, CONFIG).order) == expected
     _, made = export_stage(name, scene, 20, tmp_path)
     assert made["order"][0].tolist() == expected
+
+
+@pytest.mark.parametrize("kept", [30, 50])
+def test_rounding_does_not_choose_among_the_same_patches(kept, tmp_path):
+    """Patches of equal tiles have the same attention too."""
+    made = []
+    for rounding in (0.0, 1e-6):
+        padded, noise = make_padded_scene(rounding), torch.Generator().manual_seed(7)
+        states = padded.states[padded.layer].clone()
+        states[:, 43:] = states[:, 43:44] + rounding * torch.randn(22, WIDTH, generator=noise)
+        made.append(replace(padded, states=(*padded.states[:2], states, *padded.states[3:])))
+    exact, scene = made
+    expected = find_formula("vispruner")(exact, kept, CONFIG).order
+    assert list(load("vispruner").prune_eagerly(scene.vision(), kept, CONFIG).order) == expected
+    _, made = export_stage("vispruner", scene, kept, tmp_path)
+    assert made["order"][0].tolist() == expected
