@@ -1,9 +1,9 @@
 """Which scheme a weight is stored in: how many bits, and what else stands for it in the graph.
 
 Weight-only and symmetric. int8 has one scale for each output channel, int4 one for every block of
-up to 128 inputs of it, or of fewer where a target says so; a vision tower is int8 beside both. Weights that came quantized keep their
-integers: they may have zero points (uint4, uint8), int8 in blocks, and inputs that are sorted by
-block, which a Gather puts before the product.
+up to 128 inputs of it, or of fewer where a target says so; a vision tower is int8 beside both.
+Weights that came quantized keep their integers: they may have zero points (uint4, uint8), int8 in
+blocks, and inputs that are sorted by block, which a Gather puts before the product.
 """
 
 from __future__ import annotations
