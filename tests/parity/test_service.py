@@ -203,7 +203,7 @@ def test_a_polite_stop_finishes_what_runs(refshapes_bundle, sign):
     [
         (["--port", "x"], "--port"),
         (["--seconds", "0"], "seconds 0: has to be more than 0"),
-        (["--token-file", "nowhere"], "the token cannot be read"),
+        (["--token-file", "nowhere"], "nowhere: no such file"),
         (["--host", "192.0.2.1"], "cannot listen there"),
         (["--ratio", "0.3"], "no ratio 0.3"),
     ],
