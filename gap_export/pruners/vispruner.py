@@ -41,6 +41,8 @@ def prune(features: VisionFeatures, kept: int, config: PruneConfig) -> Kept:
     first_N = find_first_same(cosine_NN)
     scores_BN = torch.index_select(scores_BN, 1, first_N)
     cosine_NN = cosine_NN.index_select(0, first_N).index_select(1, first_N)
+    # Of the same direction to the last bit, whatever the length of a unit vector comes out as.
+    cosine_NN = torch.where(first_N[:, None] == first_N, 1.0, cosine_NN)
     ranked_N = torch.topk(scores_BN, scores_BN.shape[1], dim=-1).indices[0]
     important = kept // 2
     rest_R = ranked_N[important:]
@@ -63,6 +65,8 @@ def prune_eagerly(vision: EagerVision, kept: int, config: PruneConfig) -> EagerC
     cosines = directions @ directions.T
     first = find_first_same_eagerly(cosines)
     scores, cosines = scores[first], cosines[first][:, first]
+    place = torch.tensor(first)
+    cosines = torch.where(place[:, None] == place, 1.0, cosines)
     ranked = torch.sort(scores, descending=True, stable=True).indices.tolist()
     chosen, rest = ranked[: kept // 2], ranked[kept // 2 :]
     while len(chosen) + len(rest) > kept:

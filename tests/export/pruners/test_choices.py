@@ -295,3 +295,24 @@ def test_rounding_does_not_choose_among_the_same_patches(kept, tmp_path):
     assert list(load("vispruner").prune_eagerly(scene.vision(), kept, CONFIG).order) == expected
     _, made = export_stage("vispruner", scene, kept, tmp_path)
     assert made["order"][0].tolist() == expected
+
+
+@pytest.mark.parametrize("kept", [20, 30, 50])
+@pytest.mark.parametrize("name", ["dart", "divprune", "vispruner"])
+def test_rounding_does_not_choose_among_pairs_of_the_same_tokens(name, kept, tmp_path):
+    """Two equal tiles: of each token there are two, and all pairs are as alike as can be."""
+    orders = []
+    for rounding in (0.0, 1e-6):
+        scene, noise = make_scene((8, 8)), torch.Generator().manual_seed(7)
+        tokens, states = scene.tokens.clone(), scene.states[scene.layer].clone()
+        tokens[32:] = tokens[:32] + rounding * torch.randn(tokens[:32].shape, generator=noise)
+        states[:, 33:] = states[:, 1:33] + rounding * torch.randn(
+            states[:, 1:33].shape, generator=noise
+        )
+        scene = replace(
+            scene, tokens=tokens, states=(*scene.states[:2], states, *scene.states[3:])
+        )
+        orders.append(list(load(name).prune_eagerly(scene.vision(), kept, CONFIG).order))
+        _, made = export_stage(name, scene, kept, tmp_path)
+        orders.append(made["order"][0].tolist())
+    assert orders[1:] == orders[:-1]
