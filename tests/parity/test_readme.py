@@ -200,6 +200,13 @@ def test_the_front_page_has_the_figures_of_the_page_on_performance():
         if row[2] == "further"
     ]
     assert f"same picture {min(again):.1f} to {max(again):.1f} s" in text
+    half_cache, whole_cache = (
+        float(
+            next(row for row in read_rows("docs/performance.md", removed) if row[1] == prompt)[8]
+        )
+        for removed, prompt in (("0.5", "336"), ("0", "624"))
+    )
+    assert f"its KV cache takes {half_cache:.0f} MB instead of {whole_cache:.0f} MB" in text
     (row,) = read_rows("docs/performance.md", "transformers.exporters 5.23")
     times, share = (float(re.search(r"\(([\d.]+)x\)", cell)[1]) for cell in row[1:3])
     assert f"is {times} times as fast as transformers' exporter, in {1 / share:.2f} of" in text
