@@ -444,6 +444,14 @@ def test_graphs_that_are_refused_unparsed(write_bundle, install, build, change, 
     assert not (bundle.folder / "engines").exists()
 
 
+def test_an_unfit_decoder_is_refused_before_any_stage_is_built(write_bundle, install, build):
+    """It comes last, behind the vision engines, which take minutes."""
+    bundle = write_bundle(graphs={"decoder": {"opset": 25}})
+    install(bundle)
+    refused(build(bundle), "engine", "decoder.onnx", "opset 25, target 'rtx' reads 24 at most")
+    assert not (bundle.folder / "engines").exists()
+
+
 def test_an_operator_of_a_later_opset_than_the_target_reads(write_bundle, install, build):
     node = ("attend", "Attention", "", ["pixels"])
     bundle = write_bundle("jetson-orin-jp6", graphs={"vision-8": {"nodes": [node]}})

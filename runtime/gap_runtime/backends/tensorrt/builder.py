@@ -104,7 +104,11 @@ def build_engines(bundle: Bundle, request: BuildRequest, display: Display) -> Bu
         folder=engine_folder(bundle, request.target.name, named),
         display=display,
     )
-    engines = tuple(_provide(job, stage) for stage in list_stages(bundle, request.entries))
+    stages = list_stages(bundle, request.entries)
+    for stage in stages:
+        # What the target cannot read is said before minutes go into another stage.
+        read_graph(bundle, stage, request.target)
+    engines = tuple(_provide(job, stage) for stage in stages)
     return BuildReport(
         bundle=str(bundle.folder),
         target=request.target.name,
