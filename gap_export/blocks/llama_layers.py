@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gap_export.interfaces.decoder import DecoderSpec
-from gap_export.interfaces.dialect import Dialect, Rows
+from gap_export.interfaces.dialect import Dialect, RotaryTables, Rows
 
 # A axes of positions, B batch (1), S rows, R wanted rows, H query heads, G key/value heads, d head
 # width, L cache slots, D width, V vocabulary, P positions, E = H * d, F = G * d.
@@ -83,6 +83,7 @@ class LlamaDecoder(nn.Module):
             cosine_BSd=self._choose(self.cosine, position_ids_AS),
             sine_BSd=self._choose(self.sine, position_ids_AS),
             write_slot_B=write_slot_B,
+            tables=self._give_tables(position_ids_AS),
         )
         planned = self.dialect.plan_rows(rows, caches[0])
         written: list[Tensor] = []
@@ -96,6 +97,12 @@ class LlamaDecoder(nn.Module):
         wanted_RD = functional.embedding(logits_rows_R, hidden_SD)
         logits_RV = self.lm_head(self.language_model.norm(wanted_RD))
         return logits_RV.float(), *written
+
+    def _give_tables(self, position_ids_AS: Tensor) -> RotaryTables | None:
+        """The tables for attention that chooses by itself, of one axis."""
+        if self.frequency_axes:
+            return None
+        return RotaryTables(cosine_Pd=self.cosine, sine_Pd=self.sine, position_BS=position_ids_AS)
 
     def _choose(self, table_Pd: Tensor, position_ids_AS: Tensor) -> Tensor:
         """The table's rows [B, S, d / 2] by position, each column by that on its own axis."""

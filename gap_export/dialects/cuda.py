@@ -2,7 +2,8 @@
 
 A CUDA graph launches what was once recorded: nothing of a step may be computed on the CPU. So the
 length of the cache that `GroupQueryAttention` is told on the host is a constant, its capacity; the
-slots in use, which it reads on the device, are counted there and not from a tensor's shape.
+slots in use, which it reads on the device, are counted there and not from a tensor's shape. Its
+kernel of a step counts positions by slot, so that queries and keys are turned before it.
 
 Patches are cut and multiplied, as onnxruntime's only kernel of a convolution on CUDA is cuDNN's,
 several hundred megabytes for one operator.
@@ -24,7 +25,7 @@ OPSETS: Final = onnxruntime.OPSETS
 OPERATORS: Final = onnxruntime.OPERATORS
 
 rms_norm = onnxruntime.rms_norm
-attend = onnxruntime.attend
+attend = onnxruntime.attend_turned
 takes_int8_cache = onnxruntime.takes_int8_cache
 translate_attention: Final = onnxruntime.translate_attention
 translate_convolution: Final = multiply_patches

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # B batch (1), S rows, H query heads, G key/value heads, L cache slots, D width, d head width,
-# E = H * d, F = G * d; V views, C width of a tower, p side of a patch, h and w patches of a column
-# and a row.
+# P positions, E = H * d, F = G * d; V views, C width of a tower, p side of a patch, h and w
+# patches of a column and a row.
 
 FUSED: Final = "com.microsoft.MatMulNBits"
 """onnxruntime's product with weights in blocks, by its full name."""
@@ -20,15 +20,26 @@ ATTENTION: Final = "com.microsoft.GroupQueryAttention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryTables:
+    """Cosines and sines of every position, d / 2 columns of float32, and the rows' positions."""
+
+    cosine_Pd: Tensor
+    sine_Pd: Tensor
+    position_BS: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """What turns the rows of one run, and the cache slot that the first of them goes to.
 
-    Cosines and sines, d / 2 columns of float32, were chosen by position already.
+    Cosines and sines, d / 2 columns of float32, were chosen by position already. `tables` are
+    what they were chosen from; None where a token has several positions.
     """
 
     cosine_BSd: Tensor
     sine_BSd: Tensor
     write_slot_B: Tensor
+    tables: RotaryTables | None = None
 
 
 class Dialect(Protocol):

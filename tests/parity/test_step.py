@@ -14,13 +14,14 @@ from gap_runtime.bundle.manifest import DECODER
 
 _SMALL_BYTES = 16 * 2**10
 LAYER = "decoder.language_model.layers.2"
-COMMON = {"Add": 2, "Mul": 2, "Sigmoid": 1, "RMSNormalization": 2, "RotaryEmbedding": 2}
+COMMON = {"Add": 2, "Mul": 2, "Sigmoid": 1, "RMSNormalization": 2}
 NODES = {
     # Seven linear layers; attention; and what puts the batch on and off where that is needed.
     ("cpu", None): COMMON | {"Gemm": 7, "GroupQueryAttention": 1, "Unsqueeze": 3, "Squeeze": 1},
     ("cpu", "int4"): COMMON | {"MatMulNBits": 7, "GroupQueryAttention": 1},
     ("cpu", "int8"): COMMON | {"DequantizeLinear": 7, "MatMul": 7, "GroupQueryAttention": 1},
     ("standard", None): COMMON
+    | {"RotaryEmbedding": 2}
     | {"Gemm": 7, "Attention": 1, "TensorScatter": 2, "Reshape": 4, "Transpose": 4, "Squeeze": 1},
 }
 

@@ -18,6 +18,7 @@ from gap_runtime.backends import (
     open_backend,
 )
 from gap_runtime.bundle.bundle import Bundle, embedding_rows
+from gap_runtime.bundle.layout import TokenLayout
 from gap_runtime.bundle.manifest import (
     DECODER,
     TEXT,
@@ -408,6 +409,7 @@ class Grounder:
         if reads_phrase:
             inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
         given = session.run(inputs)
+        _require_positions(given["position_ids"], stage.file, manifest.layout.at(entry))
         looked = time.perf_counter()
         # Copies of what a session may write over at its next run.
         return VisionOutput(
@@ -476,3 +478,17 @@ def _require_text(phrase: object) -> None:
         raise InputError(
             f"the phrase {phrase!r:.60} is no text: it holds half a character"
         ) from error
+
+
+def _require_positions(position_ids: np.ndarray, file: str, layout: TokenLayout) -> None:
+    """Refuse positions that the decoder has no rotary tables for.
+
+    onnxruntime 1.24 would read memory behind them.
+    """
+    least, most = int(position_ids.min()), int(position_ids.max())
+    end = layout.positions - layout.answer
+    if least < 0 or most >= end:
+        raise EngineError(
+            f"{file} gave position IDs from {least} to {most}, expected 0 to {end - 1} at most; "
+            "export the bundle again"
+        )

@@ -191,18 +191,18 @@ def test_the_decoder_has_exactly_onnxruntimes_operators(decoder):
         # q, k, v, o, gate, up, down and the head.
         "Gemm": 7 * LAYERS + 1,
         "GroupQueryAttention": LAYERS,
-        "RotaryEmbedding": 2 * LAYERS,
         # Queries, keys and values get their batch of one, what attention gives loses it.
         "Unsqueeze": 3 * LAYERS,
         "Squeeze": LAYERS + 2,
         "RMSNormalization": 2 * LAYERS + 1,
         "Sigmoid": LAYERS,
         "Mul": 2 * LAYERS,
-        "Add": 2 * LAYERS + 1,
-        # Cosines and sines by position, the wanted rows, and the slots in use.
-        "Gather": 4,
+        "Add": 2 * LAYERS + 2,
+        # The wanted rows, and the slots in use for two inputs of attention.
+        "Gather": 2,
         "Shape": 1,
-        "Cast": 1,
+        "Clip": 1,
+        "Cast": 2,
         "Sub": 1,
     }
     for node in decoder.node:
@@ -258,14 +258,14 @@ def chooser(graph, name):
 
 
 def test_queries_and_keys_are_turned_by_explicit_positions(decoder, native):
-    for graph in (decoder, native):
-        rotations = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
-        # The same rows of cosines and sines for all layers.
-        ((_, *rows),) = {("", *node.input[1:]) for node in rotations}
-        assert [chooser(graph, name).input[1] for name in rows] == ["position_ids"] * 2
+    rotations = [node for node in native.node if node.op_type == "RotaryEmbedding"]
+    # The same rows of cosines and sines for all layers.
+    ((_, *rows),) = {("", *node.input[1:]) for node in rotations}
+    assert [chooser(native, name).input[1] for name in rows] == ["position_ids"] * 2
     for node in decoder.node:
         if node.op_type == "GroupQueryAttention":
-            assert {a.name: a.i for a in node.attribute}["do_rotary"] == 0
+            assert {a.name: a.i for a in node.attribute}["do_rotary"] == 1
+            assert node.input[9] == "position_ids"
 
 
 def test_only_rows_are_free_and_only_in_the_decoder(graphs):
@@ -279,12 +279,14 @@ def test_only_rows_are_free_and_only_in_the_decoder(graphs):
         assert free - {None} == ({"rows", "wanted_rows"} if name == "decoder.onnx" else set())
 
 
-def test_rotary_tables_cover_the_unpruned_sequence(decoder, prefix_ids):
-    shapes = {tensor.name: list(tensor.dims) for tensor in decoder.initializer}
-    rotation = next(node for node in decoder.node if node.op_type == "RotaryEmbedding")
+def test_rotary_tables_cover_the_unpruned_sequence(decoder, native, prefix_ids):
     positions = len(prefix_ids) + PATCHES + SUFFIX + ANSWER
-    tables = [chooser(decoder, name).input[0] for name in rotation.input[1:]]
-    assert [shapes[name] for name in tables] == [[positions, HEAD_DIM // 2]] * 2
+    rotation = next(node for node in native.node if node.op_type == "RotaryEmbedding")
+    attention = next(node for node in decoder.node if node.op_type == "GroupQueryAttention")
+    chosen = [chooser(native, name).input[0] for name in rotation.input[1:]]
+    for graph, tables in ((native, chosen), (decoder, attention.input[7:9])):
+        shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+        assert [shapes[name] for name in tables] == [[positions, HEAD_DIM // 2]] * 2
 
 
 def test_every_weight_is_external_inside_and_the_checkpoints_own_bytes(graphs, bundle, tiny_llava):

@@ -45,6 +45,32 @@ def test_graphs_are_loaded_when_they_are_needed_and_once(make_grounder, backend)
     assert [name for name, _ in backend.calls] == ["vision-8", "vision-4", "vision-8", "vision-4"]
 
 
+@pytest.mark.parametrize("wrong", [-1, 10**9])
+def test_positions_beyond_the_rotary_tables_are_refused(
+    make_grounder, backend, monkeypatch, wrong
+):
+    """onnxruntime 1.24 would read memory behind them."""
+    grounder, opening = make_grounder(), backend.open_stage
+
+    def open_broken(*arguments):
+        opened = opening(*arguments)
+        run = opened.run
+
+        def run_broken(inputs):
+            given = run(inputs)
+            given["position_ids"][0, -1] = wrong
+            return given
+
+        opened.run = run_broken
+        return opened
+
+    monkeypatch.setattr(backend, "open_stage", open_broken)
+    with pytest.raises(
+        EngineError, match=r"vision-8\.onnx gave position IDs from .*, expected 0 to"
+    ):
+        grounder.ground(SQUARE, "the red mug")
+
+
 def test_where_there_is_no_room_other_graphs_give_way(make_grounder, backend, monkeypatch):
     """As on a device of 8 GB, whose ratios and canvases have towers of their own."""
     grounder, opening, loaded = make_grounder(), backend.open_stage, []
