@@ -1,4 +1,4 @@
-"""What the environment asks of sessions on a CPU: how many threads, how exact products."""
+"""What the environment asks of sessions on a CPU: threads, exactness of products, pages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ THREADS: Final = "GAP_RUNTIME_THREADS"
 _DIGITS: Final = 4
 FASTMATH: Final = "GAP_RUNTIME_FASTMATH"
 """Environment variable: 1 lets a CPU that has bfloat16 multiply float32 in it."""
+HUGE_PAGES: Final = "GAP_RUNTIME_HUGE_PAGES"
+"""Environment variable: 0 leaves weights in the pages that the system gave them."""
 
 
 def read_threads() -> int | None:
@@ -34,7 +36,20 @@ def wants_fastmath() -> bool:
     Raises:
         ConfigError: It is neither 0 nor 1.
     """
-    text = os.environ.get(FASTMATH, "0")
-    if text not in {"", "0", "1"}:
-        raise ConfigError(f"{FASTMATH}={text}: expected 1, or 0 for exact products")
+    return _read_switch(FASTMATH, "0", "expected 1, or 0 for exact products")
+
+
+def wants_huge_pages() -> bool:
+    """Whether weights may be moved into huge pages, where the system has them.
+
+    Raises:
+        ConfigError: It is neither 0 nor 1.
+    """
+    return _read_switch(HUGE_PAGES, "1", "expected 1, or 0 for pages as the system gives them")
+
+
+def _read_switch(name: str, usual: str, expected: str) -> bool:
+    text = os.environ.get(name, "") or usual
+    if text not in {"0", "1"}:
+        raise ConfigError(f"{name}={text:.60}: {expected}")
     return text == "1"
