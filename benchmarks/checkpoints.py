@@ -16,7 +16,6 @@ FOLDER/decoder, and a tokenizer to both.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -29,6 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.command import read_home, run_benchmark
 from benchmarks.qwen import QWEN, write_qwen
 from benchmarks.shards import write_json, write_safetensors, write_torch, write_torch_shards
 from benchmarks.tiled import (
@@ -42,6 +42,8 @@ from benchmarks.tiled import (
     onevision_config,
     onevision_shapes,
 )
+from gap_runtime.cli.options import ArgumentParser
+from gap_runtime.errors import ConfigError
 
 CLIP_TEXT: Final = {
     "hidden_size": 768,
@@ -417,9 +419,12 @@ def write_checkpoint(
         folder: Is created.
         decoder: Also the language model alone (RUN).
         sparse: Files without values, which take no space (safetensors alone).
+
+    Raises:
+        ConfigError: There is none of that name, or its files cannot be sparse.
     """
     if sparse and (name in RUN or name in {"shikra-7b", "minigpt-v2"}):
-        raise SystemExit(f"{name}: has files that cannot be without values")
+        raise ConfigError(f"{name}: has files that cannot be without values")
     if name in RUN:
         write_run_checkpoint(folder, RUN[name], decoder=decoder)
         return ["--checkpoint", str(folder)]
@@ -449,14 +454,14 @@ def write_checkpoint(
         if known == name:
             write_library(folder, kind, text, sparse=sparse)
             return ["--checkpoint", str(folder)]
-    raise SystemExit(f"unknown checkpoint '{name}'")
+    raise ConfigError(f"unknown checkpoint '{name}'")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="write a random checkpoint of the true size")
+    parser = ArgumentParser(description="write a random checkpoint of the true size")
     parser.add_argument("name")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=read_home)
     parser.add_argument(
         "--decoder",
         action="store_true",
@@ -471,4 +476,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

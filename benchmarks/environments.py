@@ -8,7 +8,6 @@ into the project's own.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import os
@@ -17,6 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Final
+
+from benchmarks.command import require_known, run_benchmark
+from gap_runtime.cli.options import ArgumentParser
 
 REQUIREMENTS: Final = Path(__file__).resolve().parent / "requirements"
 HOME: Final = Path("build/benchmarks/environments")
@@ -97,10 +99,12 @@ def last_line(text: str) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="make the environments of peers")
+    parser = ArgumentParser(description="make the environments of peers")
     known = sorted(path.stem for path in REQUIREMENTS.glob("*.txt"))
     parser.add_argument("peers", nargs="*", default=known, metavar="PEER")
-    for peer in parser.parse_args().peers:
+    peers = parser.parse_args().peers
+    require_known("peer", peers, known)
+    for peer in peers:
         try:
             print(f"{peer}: {find_python(peer)}")
         except UnavailableError as error:
@@ -108,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

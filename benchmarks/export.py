@@ -38,7 +38,14 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.checkpoints import RUN, write_checkpoint
-from benchmarks.command import read_number, read_seconds, require_known, run_benchmark
+from benchmarks.command import (
+    read_home,
+    read_number,
+    read_output,
+    read_seconds,
+    require_known,
+    run_benchmark,
+)
 from benchmarks.runtime import HOME, make_checkpoint
 from benchmarks.suite import (
     OURS,
@@ -220,8 +227,8 @@ def main() -> None:
     """Command line; every export runs in a process of its own."""
     parser = ArgumentParser(description="time and memory of exports")
     parser.add_argument("names", nargs="*", default=list(NAMES), metavar="NAME")
-    parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--home", type=read_home, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--out", type=read_output)
     parser.add_argument("--sparse", action="store_true", help="checkpoints without values")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     peers = parser.add_argument_group("beside peers")

@@ -12,7 +12,6 @@ microseconds, which flame graphs are drawn from (speedscope, flamegraph.pl).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -28,12 +27,15 @@ from unittest import mock
 import numpy as np
 import onnxruntime
 
+from benchmarks.command import read_count, read_number, read_output, read_threads, run_benchmark
 from benchmarks.runtime import HOME
 from benchmarks.suite import Results, format_table
 from gap_runtime.backends import open_backend
 from gap_runtime.bundle.bundle import Bundle, embedding_rows
+from gap_runtime.bundle.files import require_apart
 from gap_runtime.bundle.manifest import DECODER
-from gap_runtime.errors import GapError
+from gap_runtime.cli.options import ArgumentParser
+from gap_runtime.errors import ConfigError
 
 _WARM: Final = 3
 _BETWEEN: Final = "between nodes"
@@ -59,6 +61,10 @@ def record(
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Events of onnxruntime's profile, and microseconds of every run as Python sees it."""
     bundle = Bundle.open(folder)
+    first = 0 if rows > 1 else slots
+    capacity = bundle.manifest.layout.capacity
+    if first + rows > capacity:
+        raise ConfigError(f"{rows} rows behind {first} slots: the cache has {capacity}")
     backend, device = open_backend("onnxruntime:cpu")
     with tempfile.TemporaryDirectory() as aside:
 
@@ -71,7 +77,6 @@ def record(
         with mock.patch.object(onnxruntime, "SessionOptions", Profiled):
             decoder = backend.open_decoder(bundle, bundle.manifest.stage(DECODER), device)
         table = bundle.map_embedding()
-        first = 0 if rows > 1 else slots
         positions = np.arange(first, first + rows)[None]
         token_ids, times = [1] * rows, []
         for _ in range(_WARM + runs):
@@ -113,22 +118,22 @@ def fold(kernels: Iterable[Kernel], between: float, outside: float) -> list[str]
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="where the time of the decoder goes, on the CPU")
+    parser = ArgumentParser(description="where the time of the decoder goes, on the CPU")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rows", type=int, default=1, help="1: a step; more: a prefill")
-    parser.add_argument("--slots", type=int, default=336, help="of the cache behind a step")
-    parser.add_argument("--runs", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folded", type=Path, help="file for stacks of flame graphs")
-    parser.add_argument("--out", type=Path, default=HOME / "profile.json")
+    parser.add_argument("--rows", type=read_number, default=1, help="1: a step; more: a prefill")
+    parser.add_argument("--slots", type=read_count, default=336, help="of the cache behind a step")
+    parser.add_argument("--runs", type=read_number, default=64)
+    parser.add_argument("--threads", type=read_threads, default=1)
+    parser.add_argument("--folded", type=read_output, help="file for stacks of flame graphs")
+    parser.add_argument("--out", type=read_output, default=HOME / "profile.json")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     os.environ["GAP_RUNTIME_THREADS"] = str(options.threads)
+    for name, path in (("--out", options.out), ("--folded", options.folded)):
+        if path is not None:
+            require_apart(path, [options.bundle], name)
     load, runs = os.getloadavg()[0], options.runs
-    try:
-        events, times = record(options.bundle, rows=options.rows, slots=options.slots, runs=runs)
-    except GapError as error:
-        parser.error(str(error))
+    events, times = record(options.bundle, rows=options.rows, slots=options.slots, runs=runs)
     kernels, inside = read_kernels(events, runs)
     total, spent, counts = sum(times), Counter[str](), Counter[str]()
     for each in kernels:
@@ -160,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -12,12 +12,9 @@ many times faster the prefill is than unpruned, `of ideal` that against the rati
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,12 +25,22 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.checkpoints import RUN
+from benchmarks.command import (
+    read_home,
+    read_number,
+    read_output,
+    read_ratio,
+    read_threads,
+    run_benchmark,
+    run_export,
+)
 from benchmarks.profile import read_kernels
 from benchmarks.runtime import HOME, make_checkpoint
 from benchmarks.suite import Results, format_table
 from gap_runtime.backends import open_backend
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER, VISION
+from gap_runtime.cli.options import ArgumentParser
 
 _TEXT: Final = 48
 """Tokens of text in a prompt."""
@@ -43,12 +50,12 @@ _PROJECTOR: Final = "multi_modal_projector"
 
 def export(checkpoint: Path, pruner: str, ratios: list[float], out: Path) -> None:
     """A bundle with all ratios, in float32."""
-    command = [str(Path(sys.executable).parent / "gap-export"), str(checkpoint)]
+    command = [str(checkpoint)]
     for ratio in ratios:
         command += ["--ratio", str(ratio)]
     command += ["--pruner", pruner, "--no-reference", "--dtype", "float32"]
     command += ["--bring", "link", "--set", "prune.phrase=embeddings", "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_export(command)
 
 
 def measure(folder: Path, runs: int) -> list[dict[str, Any]]:
@@ -173,14 +180,14 @@ def print_table(rows: dict[str, dict[str, Any]], *, markdown: bool) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="what pruning costs and saves, on the CPU")
+    parser = ArgumentParser(description="what pruning costs and saves, on the CPU")
     parser.add_argument("--checkpoint", default="llava-185m", choices=list(RUN))
     parser.add_argument("--pruners", nargs="+", default=["cls_attention", "divprune", "visionzip"])
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0, 0.5, 0.75, 0.9])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--home", type=Path, default=HOME)
-    parser.add_argument("--out", type=Path, default=HOME / "pruning.json")
+    parser.add_argument("--ratios", nargs="+", type=read_ratio, default=[0, 0.5, 0.75, 0.9])
+    parser.add_argument("--threads", type=read_threads, default=1)
+    parser.add_argument("--runs", type=read_number, default=7)
+    parser.add_argument("--home", type=read_home, default=HOME)
+    parser.add_argument("--out", type=read_output, default=HOME / "pruning.json")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.ratios[0]:
@@ -204,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +29,32 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from benchmarks.runtime import HOME, Comparison, make_checkpoint
-from benchmarks.suite import OURS, PEERS, Results, format_table, list_peers, median, read_peer
+from benchmarks.checkpoints import RUN
+from benchmarks.command import (
+    read_home,
+    read_number,
+    read_output,
+    read_ratio,
+    read_seconds,
+    read_threads,
+    run_benchmark,
+    run_export,
+)
+from benchmarks.runtime import HOME, NEEDS, Comparison, make_checkpoint
+from benchmarks.suite import (
+    OURS,
+    PEERS,
+    PRECISIONS,
+    Results,
+    format_table,
+    list_peers,
+    median,
+    read_peer,
+)
 from gap_runtime.backends import DecoderSession
 from gap_runtime.bundle.bundle import Bundle
+from gap_runtime.bundle.files import require_apart
+from gap_runtime.cli.options import ArgumentParser
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.prompt import PHRASE_FIELD, load_tokenizer
 
@@ -111,8 +131,7 @@ def prepare(
     wanted = "-".join(f"{ratio:g}" for ratio in ratios)
     out = home / "request" / f"{name}-{precision}-{backend}-{wanted}"
     if not out.exists():
-        program = Path(sys.executable).parent / "gap-export"
-        command = [str(program), str(make_checkpoint(name, home)), "--no-reference"]
+        command = [str(make_checkpoint(name, home)), "--no-reference"]
         for ratio in ratios:
             command += ["--ratio", str(ratio)]
         command += ["--dtype", "float32", "--target", _TARGETS[backend]]
@@ -120,7 +139,7 @@ def prepare(
         if precision == "int4":
             # The tower in 8 bits, as the peers have it.
             command += ["--quantize", "int4", "--set", "quantize.vision=true"]
-        subprocess.run(command, check=True)
+        run_export(command)
     return out
 
 
@@ -215,7 +234,7 @@ def measure_peers(
         precision=precision,
         peers={peer.key: peer for peer in peers if precision in peer.precisions},
         options=settings,
-        results=Results(options.home / "request.json"),
+        results=Results(options.home / "request.json", NEEDS),
     )
     comparison.run()
     return [
@@ -289,22 +308,26 @@ def draw(requests: Sequence[Request], title: str, path: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="one request, split by stage")
-    parser.add_argument("--checkpoint", default="llava-185m")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "int4"])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.75])
+    parser = ArgumentParser(description="one request, split by stage")
+    parser.add_argument("--checkpoint", default="llava-185m", choices=list(RUN))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "int4"], choices=PRECISIONS)
+    parser.add_argument("--ratios", type=read_ratio, nargs="+", default=[0.0, 0.5, 0.75])
     parser.add_argument("--backends", nargs="+", default=["onnxruntime"], choices=[*_TARGETS])
     parser.add_argument("--bundle", type=Path, help="measure this one instead")
     peers = [name for name in list_peers() if name != OURS]
     parser.add_argument("--peers", nargs="*", default=[], choices=peers)
-    parser.add_argument("--picture", type=Path, help="an SVG of stacked bars, of one precision")
-    parser.add_argument("--runs", type=int, default=5, help="in one process")
-    parser.add_argument("--rounds", type=int, default=1, help="processes of each peer")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds for a process")
+    parser.add_argument(
+        "--picture", type=read_output, help="an SVG of stacked bars, of one precision"
+    )
+    parser.add_argument("--runs", type=read_number, default=5, help="in one process")
+    parser.add_argument("--rounds", type=read_number, default=1, help="processes of each peer")
+    parser.add_argument("--limit", type=read_seconds, default=3600.0, help="seconds for a process")
     parser.add_argument("--resume", action="store_true", help="keep what peers measured")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--home", type=Path, default=HOME)
+    parser.add_argument("--threads", type=read_threads, default=1)
+    parser.add_argument("--home", type=read_home, default=HOME)
     options = parser.parse_args()
+    if options.bundle is not None and options.picture is not None:
+        require_apart(options.picture, [options.bundle], "--picture")
     os.environ["GAP_RUNTIME_THREADS"] = str(options.threads)
     for precision in options.precisions if options.bundle is None else ["as it is"]:
         requests: list[Request] = []
@@ -336,4 +359,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -26,6 +26,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.checkpoints import RUN, write_checkpoint
+from benchmarks.command import (
+    read_count,
+    read_home,
+    read_number,
+    read_output,
+    read_seconds,
+    read_threads,
+    run_benchmark,
+)
 from benchmarks.suite import (
     OURS,
     PEERS,
@@ -44,8 +53,13 @@ from benchmarks.suite import (
     tabulate,
     turns,
 )
+from gap_runtime.cli.options import ArgumentParser
 
 HOME: Final = Path("build/benchmarks")
+NEEDS: Final = frozenset(
+    ("checkpoint", "precision", "peer", "name", "scope", "settings", "rounds", "failed")
+)
+"""Of every row of the results."""
 _SETTINGS: Final = ("threads", "prompts", "tokens", "runs")
 
 
@@ -254,14 +268,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints", nargs="+", default=list(RUN), choices=list(RUN))
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--peers", nargs="+", default=list_peers(), choices=list_peers())
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[624, 336], help="tokens")
-    parser.add_argument("--tokens", type=int, default=32, help="decoded after each prompt")
-    parser.add_argument("--runs", type=int, default=5, help="in one process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each subject")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds for one process")
-    parser.add_argument("--home", type=Path, default=HOME)
-    parser.add_argument("--out", type=Path, default=HOME / "runtime.json")
+    parser.add_argument("--threads", type=read_threads, default=1)
+    parser.add_argument(
+        "--prompts", type=read_number, nargs="+", default=[624, 336], help="tokens"
+    )
+    parser.add_argument("--tokens", type=read_number, default=32, help="decoded after each prompt")
+    parser.add_argument("--runs", type=read_number, default=5, help="in one process")
+    parser.add_argument("--rounds", type=read_count, default=3, help="processes of each subject")
+    parser.add_argument(
+        "--limit", type=read_seconds, default=3600.0, help="seconds for one process"
+    )
+    parser.add_argument("--home", type=read_home, default=HOME)
+    parser.add_argument("--out", type=read_output, default=HOME / "runtime.json")
     parser.add_argument("--resume", action="store_true", help="keep what is there, do the rest")
     parser.add_argument("--keep", action="store_true", help="keep converted models (many GB)")
     parser.add_argument("--show", action="store_true", help="only print what is there")
@@ -270,10 +288,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="memory and speed beside peers, on the CPU")
+    parser = ArgumentParser(description="memory and speed beside peers, on the CPU")
     add_arguments(parser)
     options = parser.parse_args()
-    results = Results(options.out)
+    results = Results(options.out, NEEDS)
     if not options.show:
         wanted = [name for name in list_peers() if name in options.peers]
         peers = [read_peer(PEERS / f"{name}.py") for name in wanted]
@@ -290,4 +308,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -8,13 +8,14 @@ the processor, of one core.
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
 from pathlib import Path
 from typing import Final
 
+from benchmarks.command import read_number, run_benchmark
+from gap_runtime.cli.options import ArgumentParser
 from gap_runtime.evaluation.protocol import list_protocols, load_protocol
 from gap_runtime.evaluation.results import (
     AnswerWriter,
@@ -67,8 +68,8 @@ def make_rows(count: int, protocol: str) -> list[Row]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="answers scored a second")
-    parser.add_argument("--answers", type=int, default=20_000)
+    parser = ArgumentParser(description="answers scored a second")
+    parser.add_argument("--answers", type=read_number, default=20_000)
     count = parser.parse_args().answers
     for name in list_protocols():
         rows = make_rows(count, name)
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -17,7 +17,6 @@ body without a phrase, which is refused when it was read.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -34,17 +33,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import psutil
 
+from benchmarks.command import read_number, read_output, run_benchmark
 from gap_runtime import Bundle, Grounder
+from gap_runtime.bundle.files import require_apart
+from gap_runtime.cli.options import ArgumentParser
+from gap_runtime.errors import ConfigError
 from gap_runtime.evaluation.refshapes import draw_scene
 
 _START = "from gap_runtime.cli.main import main; raise SystemExit(main())"
 _WARM = 100
 _ALONE = 200
+_LEAST_REQUESTS = 2
+_MOST_CLIENTS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +202,7 @@ def start(
     line = process.stderr.readline()
     found = re.search(r"at (http://\S+) ", line)
     if found is None:
-        raise SystemExit(line)
+        raise ConfigError(f"gap-runtime serve: {line.strip().removeprefix('error: ')}")
     return process, found[1]
 
 
@@ -312,12 +316,19 @@ def measure(bundle: str, requests: int, clients: int) -> Figures:
 
 def main() -> None:
     """Measure, print, and write where that is wanted."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bundle")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--out", type=Path, help="a file for the figures")
+    parser.add_argument("--requests", type=read_number, default=1000)
+    parser.add_argument("--clients", type=read_number, default=16)
+    parser.add_argument("--out", type=read_output, help="a file for the figures")
     options = parser.parse_args()
+    if options.requests < _LEAST_REQUESTS:
+        parser.error(f"--requests {options.requests}: at least {_LEAST_REQUESTS} have a tail")
+    if options.clients > _MOST_CLIENTS:
+        parser.error(f"--clients {options.clients}: at most {_MOST_CLIENTS}")
+    bundle = Bundle.open(options.bundle)
+    if options.out is not None:
+        require_apart(options.out, [bundle.folder], "--out")
     load = os.getloadavg()
     figures = measure(options.bundle, options.requests, options.clients)
     said = json.dumps({**asdict(figures), "cores": os.cpu_count(), "load_before": load}, indent=2)
@@ -327,4 +338,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

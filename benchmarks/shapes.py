@@ -22,6 +22,7 @@ from benchmarks.checkpoints import (
     shikra_config,
     vision_config,
 )
+from benchmarks.command import run_benchmark
 from benchmarks.qwen import QWEN, qwen_shapes
 from benchmarks.tiled import (
     INTERNVL,
@@ -34,6 +35,7 @@ from benchmarks.tiled import (
     onevision_shapes,
 )
 from gap_export.checkpoint.shapes import SHAPES_FILE
+from gap_runtime.cli.options import ArgumentParser
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -113,9 +115,10 @@ def dump_shapes() -> str:
 
 def main() -> None:
     """Command line."""
+    ArgumentParser(description="write the shapes of checkpoints").parse_args()
     SHAPES_FILE.write_text(dump_shapes(), encoding="utf-8")
     print(SHAPES_FILE)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,9 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.environments import UnavailableError, find_python, last_line
+from gap_runtime.errors import ConfigError
+from gap_runtime.records.files import exists
+from gap_runtime.records.plain import read_table
 
 PEERS: Final = Path(__file__).resolve().parent / "peers"
 OURS: Final = "gap_export"
@@ -301,11 +304,20 @@ def describe_machine() -> dict[str, Any]:
 class Results:
     """Rows by key in a JSON file, written whole after every change."""
 
-    def __init__(self, path: Path) -> None:
-        """Read what is there."""
+    def __init__(self, path: Path, needs: Collection[str] = ()) -> None:
+        """Read what is there; every row has to have what `needs` names.
+
+        Raises:
+            ConfigError: It cannot be read, or is something else.
+        """
         self.path = path
-        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.rows: dict[str, dict[str, Any]] = data.get("rows", {})
+        data = read_table(path, ConfigError) if exists(path) else {}
+        rows = data.get("rows", {})
+        if not isinstance(rows, dict) or not all(
+            isinstance(row, dict) and row.keys() >= set(needs) for row in rows.values()
+        ):
+            raise ConfigError(f"{path}: not the results of a benchmark; give another file")
+        self.rows: dict[str, dict[str, Any]] = rows
 
     def put(self, key: str, row: dict[str, Any]) -> None:
         """Keep a row."""

@@ -12,9 +12,9 @@ a page are replaced.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +47,9 @@ from gap_export.pipeline.request import make_request
 from gap_export.reference.answers import Reference
 from gap_export.reference.choice import Chosen
 from gap_runtime.bundle.hashes import hash_file
+from gap_runtime.cli.options import ArgumentParser, run_command
 from gap_runtime.display import Display, Pace
+from gap_runtime.errors import InputError
 from gap_runtime.evaluation.data import open_data
 from gap_runtime.evaluation.expression import Expression
 from gap_runtime.evaluation.protocol import DEFAULT_PROTOCOL, load_protocol
@@ -55,6 +57,8 @@ from gap_runtime.evaluation.refshapes256 import CELL
 from gap_runtime.evaluation.statistics import mcnemar_p, mean_interval, wilson_interval
 from gap_runtime.pictures.boxes import Box, parse_boxes
 from gap_runtime.pictures.load import frame_picture
+from gap_runtime.records.files import exists, read_text
+from tables import require_marks, write_between
 
 # V variants, S rows, D decoder width.
 
@@ -201,11 +205,11 @@ def describe_run(plan: ExportPlan, keep: int) -> str:
 
 def require_same_run(path: Path, run: str) -> None:
     """Begin a file of answers, or end the command where it holds those of another run."""
-    if not path.is_file():
+    if not exists(path):
         path.write_text(f"{run}\n", encoding="utf-8")
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    first = read_text(path, InputError).partition("\n")[0]
     if first != run:
-        raise SystemExit(f"{path}: answers of another run ({first:.80}); give another --out")
+        raise InputError(f"{path}: answers of another run ({first:.80}); give another --out")
 
 
 def read_asked(path: Path) -> list[Asked]:
@@ -459,21 +463,16 @@ def tabulate(figures: Sequence[Figure], keep: int) -> str:
     return "\n".join(lines).rstrip()
 
 
-def write_between(page: Path, text: str) -> None:
-    """Replace what stands between the two marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="what pruned models need of their position IDs")
+    parser = ArgumentParser(description="what pruned models need of their position IDs")
     parser.add_argument("--phrases", type=int, default=200)
     parser.add_argument("--keep", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("build/ablations"))
     parser.add_argument("--write", type=Path, metavar="PAGE.md")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.write is not None:
+        require_marks(options.write, BEGIN, END)
     torch.set_num_threads(1)
     expressions = open_data(f"{MODEL}:test", limit=options.phrases).expressions
     request = make_request(MODEL, keep=options.keep, pruner=MAIN, out=options.out, reference=False)
@@ -496,8 +495,9 @@ def main() -> None:
     tables = tabulate(figures, options.keep)
     print(tables)
     if options.write is not None:
-        write_between(options.write, tables)
+        write_between(options.write, BEGIN, END, tables)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

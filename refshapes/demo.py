@@ -7,19 +7,24 @@ PyTorch's boxes are the answers that were recorded into the bundles at export.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from gap_runtime import Box, Bundle, Grounder
+from gap_runtime.bundle.files import require_apart
 from gap_runtime.bundle.manifest import ReferenceSample
+from gap_runtime.cli.options import ArgumentParser, run_command
 from gap_runtime.display import Display
+from gap_runtime.errors import InputError
 from gap_runtime.pictures.boxes import iou
 from gap_runtime.pictures.drawing import draw_grounding
 from gap_runtime.pictures.load import load_picture
+from gap_runtime.records.plain import read_json
+from gap_runtime.report.page import require_writable
 
 
 def recorded(bundle: Bundle, sample: str, ratio: float | None) -> ReferenceSample:
@@ -54,24 +59,40 @@ def draw_panels(panels: list[tuple[str, Image.Image]], columns: int) -> Image.Im
     return sheet
 
 
-def main() -> None:
+def read_truths(path: Path) -> list[Box]:
+    """The true box of every sample."""
+    try:
+        return [Box(*map(float, entry["box"])) for entry in read_json(path, InputError)]
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected a list of {{image, phrase, box}}") from error
+
+
+def main(arguments: Sequence[str]) -> int:
     """Draw the sheet and print the table."""
-    parser = argparse.ArgumentParser(description="draw what pruning does to grounding")
+    parser = ArgumentParser(description="draw what pruning does to grounding")
     parser.add_argument("gap", type=Path, help="bundle without pruning and with a ratio")
     parser.add_argument("compact", type=Path, help="the same ratio with compact position IDs")
     parser.add_argument("--samples", type=Path, required=True, help="folder with samples.json")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.out.suffix.lower() != ".png":
+        parser.error(f"--out {options.out}: expected the name of a PNG file")
     gap, compact = Bundle.open(options.gap), Bundle.open(options.compact)
+    require_apart(options.out, [gap.folder, compact.folder, options.samples], "--out")
+    require_writable(options.out)
+    for bundle in (gap, compact):
+        if bundle.manifest.reference is None:
+            raise InputError(f"{bundle.folder}: holds no answers of PyTorch; export it with them")
     ratio = max(entry.ratio for entry in gap.manifest.ratios)
     cells = [("unpruned", gap, 0.0), ("GAP", gap, ratio), ("compact IDs", compact, ratio)]
     grounders = {id(bundle): Grounder(bundle, "onnxruntime:cpu") for bundle in (gap, compact)}
-    samples = json.loads((options.samples / "samples.json").read_text(encoding="utf-8"))
+    truths = read_truths(options.samples / "samples.json")
     rows, panels = [], []
     assert gap.manifest.reference is not None
     names = list(dict.fromkeys(s.sample for s in gap.manifest.reference.samples))
-    for name, entry in zip(names, samples, strict=True):
-        truth = Box(*entry["box"])
+    if len(names) != len(truths):
+        raise InputError(f"{options.samples}: {len(truths)} samples, the bundle has {len(names)}")
+    for name, truth in zip(names, truths, strict=True):
         for title, bundle, removed in cells:
             eager = recorded(bundle, name, removed or None)
             picture = load_picture(bundle.folder / eager.image)
@@ -111,7 +132,8 @@ def main() -> None:
         rows,
     )
     print(options.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

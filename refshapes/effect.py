@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from gap_export.analysis.evaluation import EagerAnswerer, describe_plan
-from gap_export.pipeline.plan import plan_export
+from gap_export.pipeline.plan import ExportPlan, plan_export
 from gap_export.pipeline.request import ExportRequest, make_request
 from gap_export.pipeline.run import export
 from gap_runtime import Bundle
+from gap_runtime.cli.options import ArgumentParser, run_command
 from gap_runtime.display import Display, Pace
 from gap_runtime.evaluation.answer import BundleAnswerer, describe_bundle
 from gap_runtime.evaluation.compare import compare_rows
@@ -33,6 +36,7 @@ from gap_runtime.evaluation.results import Answers, Header, Subject
 from gap_runtime.evaluation.run import Open, describe_data, evaluate
 from gap_runtime.evaluation.score import score_rows
 from gap_runtime.machines.environment import THREADS
+from gap_runtime.report.page import require_writable
 
 MODES: Final = ("unpruned", "gap", "compact", "permuted")
 BACKEND: Final = "onnxruntime:cpu"
@@ -60,34 +64,44 @@ def ask(name: str, data: Data, subject: Subject, request: ExportRequest, who: Op
         )
 
 
-def main() -> None:
+def plan_mode(mode: str, options: argparse.Namespace, out: Path) -> ExportPlan:
+    """The export of a mode."""
+    # Pruners that read the phrase compare it with the model's own embeddings: it has no CLIP.
+    return plan_export(
+        make_request(
+            options.model,
+            ratios=0.0 if mode == "unpruned" else options.ratio,
+            pruner=options.pruner,
+            positions="gap" if mode == "unpruned" else mode,
+            settings={"prune.phrase": "embeddings"},
+            out=out,
+            reference=False,
+        )
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="accuracy by position mode, PyTorch and ONNX")
+    parser = ArgumentParser(description="accuracy by position mode, PyTorch and ONNX")
     parser.add_argument("--model", choices=("refshapes-256", "refshapes"), default="refshapes-256")
     parser.add_argument("--expressions", type=int, default=1000)
     parser.add_argument("--ratio", type=float, default=0.75)
     parser.add_argument("--pruner", help="by default the model's own")
     parser.add_argument("--out", type=Path, default=Path("build/effect.json"))
     parser.add_argument("--bundles", type=Path, default=Path("build/effect"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     os.environ[THREADS] = "1"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(options.out)
     folder = options.bundles / options.out.stem
     data = open_data(f"{options.model}:test", limit=options.expressions)
     protocol = load_protocol(DEFAULT_PROTOCOL)
     accuracy: dict[str, dict[str, float]] = {"pytorch": {}, "onnxruntime": {}}
     differing: dict[str, int] = {}
-    for mode in MODES:
-        # Pruners that read the phrase compare it with the model's own embeddings: it has no CLIP.
-        request = make_request(
-            options.model,
-            ratios=0.0 if mode == "unpruned" else options.ratio,
-            pruner=options.pruner,
-            positions="gap" if mode == "unpruned" else mode,
-            settings={"prune.phrase": "embeddings"},
-            out=folder / mode,
-            reference=False,
-        )
-        plan = plan_export(request)
+    # What is wrong with one of them is said before the work on those in front of it.
+    plans = {mode: plan_mode(mode, options, folder / mode) for mode in MODES}
+    for mode, plan in plans.items():
+        request = plan.request
         export(plan)
         eager = ask(
             f"PyTorch, {mode}",
@@ -116,14 +130,14 @@ def main() -> None:
         **accuracy,
         "differing_answers": differing,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"| Acc@0.5, {len(data.expressions)} expressions | " + " | ".join(MODES) + " |")
     print("|---|" + "---|" * len(MODES))
     for side, label in (("pytorch", "PyTorch"), ("onnxruntime", "exported ONNX")):
         row = " | ".join(f"{accuracy[side][mode]:.1%}" for mode in MODES)
         print(f"| {label} | {row} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -10,9 +10,8 @@ why-positions.png    one picture, its kept tokens, and where the answers lie
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -28,10 +27,14 @@ from demo import draw_panels
 from gap_export.pipeline.asking import open_reference
 from gap_export.pipeline.plan import plan_export
 from gap_export.pipeline.request import make_request
+from gap_runtime.cli.options import ArgumentParser, run_command
+from gap_runtime.errors import InputError
 from gap_runtime.evaluation.data import open_data
 from gap_runtime.pictures.boxes import parse_boxes
 from gap_runtime.pictures.drawing import draw_grounding
 from gap_runtime.pictures.load import frame_picture
+from gap_runtime.records.files import exists, is_folder
+from tables import open_report
 
 GREEN, RED, BLUE, GREY = "#11754c", "#b3302a", "#2457a6", "#6b7280"
 PANELS: Final = (
@@ -217,9 +220,9 @@ def draw_picture(ablations: Path, summary: dict[str, Any], number: int) -> Any:
     return draw_panels(panels, columns=3)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="figures of the sweep and the ablations")
+    parser = ArgumentParser(description="figures of the sweep and the ablations")
     parser.add_argument("--sweep", type=Path, default=Path("build/keeps"))
     parser.add_argument("--ablations", type=Path, default=Path("build/ablations"))
     parser.add_argument("--phrase", type=int, default=0, help="number of the drawn phrase")
@@ -227,18 +230,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sweep, summary = options.sweep / "report.json", options.ablations / "summary.json"
-    if sweep.is_file():
-        data = json.loads(sweep.read_text(encoding="utf-8"))
-        save(plot_kept(data), options.out / "kept-tokens.svg")
-    if summary.is_file():
-        data = json.loads(summary.read_text(encoding="utf-8"))
-        save(plot_exact(data), options.out / "why-exact.svg")
-        save(plot_order(data), options.out / "why-order.svg")
-        sheet = draw_picture(options.ablations, data, options.phrase)
+    if not is_folder(options.out):
+        raise InputError(f"{options.out}: no folder, expected one to write to")
+    if not (exists(sweep) or exists(summary)):
+        raise InputError(f"{sweep}, {summary}: neither is there; see make keeps and make why")
+    if exists(sweep):
+        with open_report(sweep) as data:
+            save(plot_kept(data), options.out / "kept-tokens.svg")
+    if exists(summary):
+        with open_report(summary) as data:
+            if not 0 <= options.phrase < data["phrases"]:
+                parser.error(f"--phrase {options.phrase}: there are {data['phrases']}, from 0 on")
+            save(plot_exact(data), options.out / "why-exact.svg")
+            save(plot_order(data), options.out / "why-order.svg")
+            sheet = draw_picture(options.ablations, data, options.phrase)
         sheet.convert("P", palette=1, colors=128).save(
             options.out / "why-positions.png", optimize=True
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

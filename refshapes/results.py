@@ -8,11 +8,14 @@ What stands between the two marks of the page is replaced; `--counts` has marks 
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+from gap_runtime.cli.options import ArgumentParser, run_command
+from tables import open_report, write_between
 
 MODES: Final = ("gap", "compact", "permuted")
 BEGIN: Final = "<!-- tables: made by refshapes/results.py -->"
@@ -156,24 +159,23 @@ def make_counts(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="tables of a sweep as Markdown")
+    parser = ArgumentParser(description="tables of a sweep as Markdown")
     parser.add_argument("sweep", type=Path, nargs="?", default=Path("build/results"))
     parser.add_argument("--counts", action="store_true", help="of a sweep over kept counts")
     parser.add_argument("--write", type=Path, metavar="PAGE.md")
-    options = parser.parse_args()
-    data = json.loads((options.sweep / "report.json").read_text(encoding="utf-8"))
-    text = make_counts(data) if options.counts else make_tables(data)
-    begin, end = (BEGIN_COUNTS, END_COUNTS) if options.counts else (BEGIN, END)
+    options = parser.parse_args(arguments)
+    report = options.sweep / "report.json"
+    with open_report(report) as data:
+        text = make_counts(data) if options.counts else make_tables(data)
     if options.write is None:
         print(text)
-        return
-    page = options.write.read_text(encoding="utf-8")
-    before, _, rest = page.partition(begin)
-    after = rest.partition(end)[2]
-    options.write.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    else:
+        begin, end = (BEGIN_COUNTS, END_COUNTS) if options.counts else (BEGIN, END)
+        write_between(options.write, begin, end, text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

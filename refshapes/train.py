@@ -14,9 +14,10 @@ way there; none of them sees pruned input, nor does the model.
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,10 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
+from gap_runtime.cli.options import ArgumentParser, run_command
 from gap_runtime.evaluation.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene
 from recipe.base import (
     FILL,
     IGNORED,
+    MOST_THREADS,
     PROMPT_AFTER,
     encode_prompt,
     format_box,
@@ -299,17 +302,22 @@ class Trainer:
         torch.set_rng_state(state["random"])
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="train the embedded model")
+    parser = ArgumentParser(description="train the embedded model")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("checkpoint"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: expected 1 or more")
+    if not 1 <= options.threads <= MOST_THREADS:
+        parser.error(f"--threads {options.threads}: expected 1 to {MOST_THREADS}")
     torch.set_num_threads(options.threads)
     Trainer(steps=options.steps, seed=options.seed, out=options.out).run()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -17,10 +17,11 @@ forward pass of its own that computes nothing twice (`forward`), and Muon for th
 
 from __future__ import annotations
 
-import argparse
 import copy
 import signal
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -31,11 +32,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from gap_runtime.cli.options import ArgumentParser, run_command
 from gap_runtime.evaluation.refshapes import COLOURS, Question
 from gap_runtime.evaluation.refshapes256 import CELL, SHAPES, SIDE, Scene, describe, draw_scene
 from recipe.base import (
     HEAD_DIM,
     IGNORED,
+    MOST_THREADS,
     PROMPT_AFTER,
     WIDTH,
     make_model,
@@ -375,18 +378,21 @@ def kind_loss(logits: Tensor, batch: Batch) -> Tensor:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Command line."""
     home = Path(__file__).parent
-    parser = argparse.ArgumentParser(description="train the embedded model with 256 tokens")
+    parser = ArgumentParser(description="train the embedded model with 256 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=home / "checkpoint-256")
     parser.add_argument("--state", type=Path, default=home.parent / "build/refshapes-256.state.pt")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not 1 <= options.threads <= MOST_THREADS:
+        parser.error(f"--threads {options.threads}: expected 1 to {MOST_THREADS}")
     torch.set_num_threads(options.threads)
     Trainer(seed=options.seed, out=options.out, state_file=options.state).run()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -12,7 +12,6 @@ brought.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -24,6 +23,10 @@ from typing import Any, Final
 
 import gap_export
 from benchmarks import checkpoints
+from benchmarks.command import read_home, read_number, run_benchmark
+from gap_runtime.cli.options import ArgumentParser
+from gap_runtime.errors import ConfigError
+from gap_runtime.records.files import exists, is_file
 
 HOME: Final = Path(__file__).resolve().parents[2]
 SMALL: Final[dict[str, dict[str, Any]]] = {
@@ -45,6 +48,7 @@ WIDE: Final[dict[str, dict[str, Any]]] = {
 }
 """Bundles of LLaVA-1.5-7B's widths, which are timed."""
 WHEELS: Final = ("onnxruntime-gpu>=1.31", "blake3", "flatbuffers", "regex", "rich", "tokenizers")
+_SCRIPTS: Final = ("device.py", "parts.py")
 _TOWER_LAYERS: Final = 4
 _PIECE_BYTES: Final = 52 * 2**20
 
@@ -120,10 +124,15 @@ def prepare(folder: Path, *, python: str, layers: int, is_small: bool) -> None:
         python: Version of Python there.
         layers: Of the wide decoders.
         is_small: Only two small bundles and no wide ones or wheels, to rehearse.
+
+    Raises:
+        ConfigError: Something else is there.
     """
+    if exists(folder) and any(folder.iterdir()) and not is_file(folder / _SCRIPTS[0]):
+        raise ConfigError(f"{folder}: holds something else; give a folder that is new or empty")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("device.py", "parts.py"):
+    for name in _SCRIPTS:
         shutil.copy2(Path(__file__).with_name(name), folder)
     export_small(folder / "small", ("cuda-float16", "cpu-float32") if is_small else SMALL)
     if not is_small:
@@ -134,10 +143,10 @@ def prepare(folder: Path, *, python: str, layers: int, is_small: bool) -> None:
 
 def main() -> None:
     """Do it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=read_home)
     parser.add_argument("--python", default="3.12", help="of the machine with the GPU")
-    parser.add_argument("--layers", type=int, default=8, help="of the wide decoders")
+    parser.add_argument("--layers", type=read_number, default=8, help="of the wide decoders")
     parser.add_argument("--small", action="store_true", help="two bundles alone, to rehearse")
     parser.add_argument("--stay", action="store_true", help="do not run it on a GPU that is here")
     options = parser.parse_args()
@@ -150,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

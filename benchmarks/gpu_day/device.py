@@ -149,6 +149,10 @@ def main() -> None:
     parser.add_argument("--installed", action="store_true")
     parser.add_argument("--minutes", type=float, default=12)
     options = parser.parse_args()
+    if not 0 < options.minutes < 1e6:  # NaN is neither
+        parser.error(f"--minutes {options.minutes}: expected minutes, more than 0")
+    if not (HOME / "small").is_dir():
+        parser.error(f"{HOME}: nothing was prepared here; see python -m benchmarks.gpu_day")
     with installed(has_it=options.installed) as environment:
         spend(Day(environment, options.minutes))
 

@@ -77,11 +77,3 @@ def test_a_bundle_s_shares_add_up(rows, bundle, tmp_path, monkeypatch, capsys):
     # Every one of its layers is a frame of its own.
     stacks = folded.read_text(encoding="utf-8")
     assert all(f";layers {k};" in stacks for k in range(4))
-
-
-def test_a_missing_bundle_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["profile", str(tmp_path / "nowhere")])
-    monkeypatch.setenv("GAP_RUNTIME_THREADS", "1")
-    with pytest.raises(SystemExit):
-        main()
-    assert "no such bundle folder" in capsys.readouterr().err.splitlines()[-1]
