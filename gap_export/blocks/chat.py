@@ -18,6 +18,7 @@ from gap_export.checkpoint.tokenizer_files import TokenizerFiles
 from gap_export.config.records import PromptConfig
 from gap_export.errors import CheckpointError
 from gap_runtime.grounding.prompt import IMAGE_FIELD, PHRASE_FIELD
+from gap_runtime.grounding.tokens import AskedOfTokenizer
 from gap_runtime.records.files import read_text
 from gap_runtime.records.plain import read_table
 
@@ -108,8 +109,9 @@ def _read_own(folder: Path, question: str, image_id: int, notes: list[str]) -> s
     files = TokenizerFiles(folder=folder)
     if found is None or not files.exists:
         return None
-    tokenizer, reason = _load_tokenizer(folder), ""
-    image_token = str(tokenizer.convert_ids_to_tokens(image_id) or IMAGE_FIELD)
+    with _asked_of(folder):
+        tokenizer, reason = load_library_tokenizer(folder), ""
+        image_token = str(tokenizer.convert_ids_to_tokens(image_id) or IMAGE_FIELD)
     asked = {"type": "text", "text": question}
     for content in ([{"type": "image"}, asked], f"{image_token}\n{question}"):
         try:
@@ -120,20 +122,23 @@ def _read_own(folder: Path, question: str, image_id: int, notes: list[str]) -> s
         text = text.replace(image_token, IMAGE_FIELD)
         counts = text.count(IMAGE_FIELD), text.count(PHRASE_FIELD)
         if counts == (1, 1) and text.index(IMAGE_FIELD) < text.index(PHRASE_FIELD):
-            return _without_start(text, tokenizer, files)
+            with _asked_of(folder):
+                return _without_start(text, tokenizer, files)
         reason = "it does not give the picture once and the phrase behind it"
     notes.append(f"{folder}: its chat template cannot be used ({reason:.160})")
     return None
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        return load_library_tokenizer(folder)
-    except Exception as error:  # so it is with broken tokenizers
+def _asked_of(folder: Path) -> AskedOfTokenizer:
+    """Where the library's tokenizer of a folder is asked, which may fail in every way."""
+
+    def refuse(error: BaseException) -> CheckpointError:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
+        return CheckpointError(
             f"{folder}: its tokenizer cannot be read ({reason:.160}); download it again"
-        ) from error
+        )
+
+    return AskedOfTokenizer(refuse)
 
 
 def _render(tokenizer: Any, chat_template: str, content: Any) -> str:

@@ -137,6 +137,9 @@ def rotary_tables(spec: DecoderSpec, positions: int) -> tuple[Tensor, ...]:
     """Cosine and sine tables [P, d / 2], float32, one row per position ID.
 
     The length must cover the unpruned sequence: position IDs outrun the cache's slots.
+
+    Raises:
+        CheckpointError: The library can make none, or none of that length.
     """
     config = spec.sizes.library_config
     if config.rope_parameters.get("rope_type") == _GROWING and positions > spec.max_positions:
@@ -144,8 +147,14 @@ def rotary_tables(spec: DecoderSpec, positions: int) -> tuple[Tensor, ...]:
             f"rope_type '{_GROWING}' is the same for every length up to {spec.max_positions} "
             f"positions, this prompt and its answer take {positions}; export smaller pictures"
         )
-    rotary = LlamaRotaryEmbedding(config)
-    cosine, sine = rotary(torch.zeros(1, 1), torch.arange(positions)[None])
+    try:
+        rotary = LlamaRotaryEmbedding(config)
+        cosine, sine = rotary(torch.zeros(1, 1), torch.arange(positions)[None])
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"rope_parameters {config.rope_parameters!r:.160} cannot be used "
+            f"({' '.join(str(error).split()):.160}); download the checkpoint again"
+        ) from error
     half = cosine.shape[-1] // 2
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
 

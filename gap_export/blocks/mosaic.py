@@ -40,12 +40,18 @@ def read_canvases(pinpoints: Any, side: int, where: str) -> tuple[tuple[int, int
     """The canvases that a config lists as (height, width), as (width, height).
 
     Raises:
-        CheckpointError: There are none, or one is no whole number of tiles.
+        CheckpointError: There are none, or one is no pair of numbers or no whole number of tiles.
     """
-    canvases = tuple((int(width), int(height)) for height, width in pinpoints)
+    try:
+        canvases = tuple((int(width), int(height)) for height, width in pinpoints)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{where}: image_grid_pinpoints {pinpoints!r:.60}, expected pairs of multiples of "
+            f"{side}"
+        ) from error
     if not canvases or any(size % side or size <= 0 for canvas in canvases for size in canvas):
         raise CheckpointError(
-            f"{where}: image_grid_pinpoints {list(canvases)}, expected multiples of {side}"
+            f"{where}: image_grid_pinpoints {list(canvases)!r:.200}, expected multiples of {side}"
         )
     return canvases
 

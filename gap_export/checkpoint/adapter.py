@@ -34,6 +34,10 @@ ADAPTER: Final = "adapter"
 """Parts: the model that an adapter was made from, and an adapter of the checkpoint."""
 _PAIR: Final = re.compile(r"(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight")
 _WRAPPERS: Final = re.compile(r"\.(base_layer|modules_to_save(\.[\w-]+)?)(?=\.)")
+_AXES: Final = 2
+"""Of a linear layer's weight, and of what LoRA adds to it."""
+_MOST: Final = 1e6
+"""Larger is no alpha that anybody trained with."""
 UNMERGED: Final = "merge it with PEFT's merge_and_unload() and give the merged model"
 """What to do about an adapter that cannot be merged here."""
 _OTHER_KINDS: Final = (
@@ -212,6 +216,11 @@ def add_adapters(sources: dict[str, TensorSource], adapters: Iterable[Adapter]) 
                     f"{pair.down.shown}: tensor '{pair.down.key}' changes a layer that came "
                     "quantized; give the model that it was made from, before it was quantized"
                 )
+            if len(source.shape) != _AXES:
+                raise CheckpointError(
+                    f"{pair.down.shown}: tensor '{pair.down.key}' changes a weight of shape "
+                    f"{list(source.shape)}, expected a linear layer's; {UNMERGED}"
+                )
             require_shape(pair.down, (pair.down.shape[0], source.shape[1]))
             require_shape(pair.up, (source.shape[0], pair.down.shape[0]))
             sources[name] = add_pair(source, pair.down, pair.up, pair.scale)
@@ -256,6 +265,7 @@ def _read_adapter(
         if tensor.dtype not in DTYPES:
             raise _unusable(checkpoint, key, tensor.dtype)
         if found is not None:
+            _require_matrix(tensor)
             halves.setdefault(_model_key(found[1]), {})[found[2]] = tensor
         elif ".lora_" in key:
             raise CheckpointError(
@@ -297,6 +307,15 @@ def _require_mergeable(settings: Mapping[str, Any], where: str) -> None:
         )
 
 
+def _require_matrix(tensor: TensorLocation) -> None:
+    """Refuse half of a pair that is no matrix, as that of a convolution is."""
+    if len(tensor.shape) != _AXES:
+        raise CheckpointError(
+            f"{tensor.shown}: tensor '{tensor.key}' has shape {list(tensor.shape)}, expected that "
+            f"of a matrix; {UNMERGED}"
+        )
+
+
 def _model_key(key: str) -> str:
     """A key of the model, from what PEFT's and the authors' savers make of it."""
     key = key.removeprefix("base_model.model.")
@@ -323,17 +342,21 @@ def _find_scale(
         return settings.get(usual)
 
     rank, alpha = find("rank_pattern", "r"), find("alpha_pattern", "lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
+    if type(rank) is not int or type(alpha) not in {int, float} or rank < 1:
         raise CheckpointError(
             f"{where}: r {rank!r} and lora_alpha {alpha!r}, expected numbers; download the "
             "adapter again"
+        )
+    if not abs(alpha) <= _MOST:  # NaN is neither
+        raise CheckpointError(
+            f"{where}: lora_alpha {alpha!r:.60}, expected a number; download the adapter again"
         )
     if down.shape[0] != rank:
         raise CheckpointError(
             f"{down.shown}: tensor '{down.key}' has rank {down.shape[0]}, {where} says r {rank}; "
             "download the adapter again"
         )
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _unusable(checkpoint: Checkpoint, key: str, dtype: str) -> CheckpointError:

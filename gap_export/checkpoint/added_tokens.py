@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,6 +16,7 @@ from gap_export.checkpoint.tokenizer_files import (
     read_config,
     read_object,
 )
+from gap_export.errors import CheckpointError
 
 _ADDED_FILE: Final = "added_tokens.json"
 _SPECIAL_FILE: Final = "special_tokens_map.json"
@@ -45,7 +48,15 @@ def read_added_tokens(files: TokenizerFiles) -> list[AddedToken]:
 
     Those that the files name as plain strings strip the spaces beside them by the rule `stripped`;
     those with settings of their own never do.
+
+    Raises:
+        CheckpointError: A file says something else than what its library writes.
     """
+    with _read_of(files):
+        return _read_added_tokens(files)
+
+
+def _read_added_tokens(files: TokenizerFiles) -> list[AddedToken]:
     folder = files.folder
     config, given = read_config(folder), _read_names(files)
     vocabulary, settings = _read_vocabulary(files)
@@ -97,7 +108,15 @@ def find_controls(files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
     """Token IDs that every prompt begins with and ends with; None where `tokenizer.json` says.
 
     Llama's classes of old went by their config, whatever the file said.
+
+    Raises:
+        CheckpointError: A file says something else than what its library writes.
     """
+    with _read_of(files):
+        return _find_controls(files)
+
+
+def _find_controls(files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
     config = read_config(files.folder)
     if files.takes_file and (
         config.get("tokenizer_class") not in _LLAMA_CLASSES
@@ -115,6 +134,19 @@ def find_controls(files: TokenizerFiles) -> tuple[list[int], list[int]] | None:
         content = str(value["content"] if isinstance(value, dict) else value)
         ends.append([tokens[content]] if config.get(switch, usual) else [])
     return ends[0], ends[1]
+
+
+@contextmanager
+def _read_of(files: TokenizerFiles) -> Iterator[None]:
+    """Where files of a library are read, whose form it has written down nowhere."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(repr(error).split())
+        raise CheckpointError(
+            f"{files.folder}: its tokenizer's files cannot be read ({reason:.160}); download them "
+            "again"
+        ) from error
 
 
 def _read_names(files: TokenizerFiles) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _COUNTS: Final = frozenset(
         *("num_key_value_heads", "head_dim", "vocab_size", "num_channels", "in_channels"),
         *("max_position_embeddings", "mm_hidden_size", "embed_dim", "num_heads"),
         *("projection_dim", "spatial_merge_size", "temporal_patch_size", "out_hidden_size"),
+        *("num_position_embeddings", "window_size"),
     )
 )
 """Whole numbers above 0."""
@@ -112,8 +113,13 @@ def _are_channels(value: Any, least: float) -> bool:
     )
 
 
-def _are_tokens(value: Any) -> bool:
-    # Which of them there are, the reader of the table says.
+def _are_sections(value: Any) -> bool:
+    # How many there have to be, and their sum, the reader of the decoder says.
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _are_numbers(value: Any) -> bool:
+    # Which of them there are, the reader of the table or the tower says.
     found = value if isinstance(value, list) else [value]
     return bool(found) and all(type(each) is int for each in found)
 
@@ -128,8 +134,17 @@ _RULES: Final[tuple[tuple[frozenset[str], _Rule], ...]] = (
     (_TABLES, (lambda value: isinstance(value, dict), "a table")),
     (
         frozenset(("eos_token_id",)),
-        (_are_tokens, "the number of a token, or a list of several"),
+        (_are_numbers, "the number of a token, or a list of several"),
     ),
+    (
+        frozenset(("image_token_id", "image_token_index")),
+        (lambda value: type(value) is int and 0 <= value < _MOST, "the number of a token"),
+    ),
+    (
+        frozenset(("vision_feature_layer", "mm_vision_select_layer")),
+        (_are_numbers, "the number of a layer, or a list of several"),
+    ),
+    (frozenset(("mrope_section",)), (_are_sections, "whole numbers above 0")),
     (frozenset(("image_mean",)), (lambda value: _are_channels(value, -10), "numbers")),
     (frozenset(("image_std",)), (lambda value: _are_channels(value, 1e-3), "numbers above 0")),
 )

@@ -133,7 +133,7 @@ def expected_shapes(build: Callable[[], nn.Module]) -> Shapes:
     """
     try:
         return shapes_of(build_without_memory(build))
-    except (RuntimeError, ArithmeticError) as error:
+    except (RuntimeError, ArithmeticError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"no module can be built by the checkpoint's configuration ({reason:.200}); "

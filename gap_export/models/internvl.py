@@ -340,7 +340,8 @@ def _find_image_text(checkpoint: Checkpoint) -> str:
         names.get(f"{name}_image_token", usual)
         for name, usual in (("start", "<img>"), ("context", "<IMG_CONTEXT>"), ("end", "</img>"))
     ]
-    return "".join(str(each["content"] if isinstance(each, dict) else each) for each in tokens)
+    # What the library has written of a token is its text, or a table with it.
+    return "".join(str(each.get("content") if isinstance(each, dict) else each) for each in tokens)
 
 
 def _load_processor(checkpoint: Checkpoint, spec: Preprocess) -> Any:

@@ -296,24 +296,28 @@ def _read_original(checkpoint: Checkpoint, data: dict[str, Any], where: str) -> 
         )
     clip = checkpoint.require_part("clip")
     vision, _ = read_clip(clip)
-    if vision.hidden_size != data["mm_hidden_size"]:
+    if vision.hidden_size != data.get("mm_hidden_size"):
         raise CheckpointError(
-            f"{where}: mm_hidden_size {data['mm_hidden_size']}, but {clip.folder} is "
+            f"{where}: mm_hidden_size {data.get('mm_hidden_size')}, but {clip.folder} is "
             f"{vision.hidden_size} wide; give the CLIP checkpoint that it was trained with: "
             "--set parts.clip=DIR"
         )
     facts = {key: value for key, value in data.items() if key not in {"model_type", "dtype"}}
     text = parse_config(lambda: LlamaConfig(**facts), where, "Llama")
     features = {"patch": "default", "cls_patch": "full"}
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        vision_feature_layer=data.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy=features.get(
-            data.get("mm_vision_select_feature", "patch"), "full"
-        ),
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+
+    def make() -> LlavaConfig:
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            vision_feature_layer=data.get("mm_vision_select_layer", -2),
+            vision_feature_select_strategy=features.get(
+                data.get("mm_vision_select_feature", "patch"), "full"
+            ),
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
+
+    return parse_config(make, where, "LLaVA")
 
 
 def _canonical_name(key: str) -> str:

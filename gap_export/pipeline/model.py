@@ -72,6 +72,7 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
     parts = _open_parts(checkpoint, family, config, fetch, reads_clip=reads_clip)
     checkpoint = replace(checkpoint, parts=parts)
     spec = family.read_spec(checkpoint, config)
+    _require_patches(checkpoint, spec)
     left = describe_unmerged(checkpoint, merges=ADAPTER in family.PARTS)
     spec = replace(spec, notes=(*spec.notes, *left))
     if config.box.frame is not None:
@@ -105,6 +106,19 @@ def read_model(named: NamedConfig, fetch: Fetch | None = None) -> Model:
         pruner=pruner,
         spec=spec,
     )
+
+
+def _require_patches(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Refuse a tower whose pictures become no visual token.
+
+    Raises:
+        CheckpointError: One does.
+    """
+    if any(rows < 1 or columns < 1 for each in spec.buckets for rows, columns in each.grids):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: a picture becomes 0 visual tokens, as "
+            "patch_size is more than image_size; download the checkpoint again"
+        )
 
 
 def _explain_lack(pruner: Pruner, spec: ModelSpec) -> str:

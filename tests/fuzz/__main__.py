@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fuzz import bundles, checkpoints, compiled, hub, inputs, parsers, requests, videos
+from fuzz import bundles, checkpoints, compiled, families, hub, inputs, parsers, requests, videos
 from fuzz.bundles import BundleCase
 from fuzz.outcome import FAILURES, judge
 
@@ -37,6 +37,8 @@ KINDS = {
     "compiled": compiled.openvino,
     "settings": checkpoints.settings,
     "weights": checkpoints.weight_files,
+    "families": families.families,
+    "adapters": families.adapters,
     "torch": checkpoints.torch_files,
     "configurations": checkpoints.configurations,
     **{f"parse-{name}": parsers.parsed(name) for name in parsers.PARSERS},

@@ -7,10 +7,11 @@ import gc
 import json
 import random
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
-from fuzz import mutations
+from fuzz import families, mutations
 from fuzz.outcome import FAILURES, judge
 from fuzz.parsers import HERE, PARSERS, corpus, sample
 
@@ -62,6 +63,21 @@ def test_changed_manifests_are_read_or_refused():
         text = mutations.write_plain(changed, rng)
         outcome, said = judge(lambda text=text: parse(text))
         assert outcome not in FAILURES, (place, said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("adapters", COUNT), pytest.param("families", 40 * COUNT, marks=pytest.mark.matrix)],
+)
+def test_changed_checkpoints_are_planned_or_refused(tmp_path, kind, count):
+    make = getattr(families, kind)(SimpleNamespace(folder=tmp_path / "bundle"))
+    outcomes = set()
+    for number in range(count):
+        what, run = make(random.Random(number))
+        outcome, said = judge(run)
+        assert outcome not in FAILURES, (what, said)
+        outcomes.add(outcome)
+    assert outcomes == {"done", "refused"}
 
 
 def test_the_fuzzer_finds_what_is_there():

@@ -46,6 +46,11 @@ def test_activations_are_those_of_the_library():
         ("image_std", ([0.5, 0.5, 0], [0.5, 0.5, -1], [True] * 3)),
         ("text_config", ([], 1, "x")),
         ("quantization_config", ([1], "gptq")),
+        ("image_token_index", (-1, 2**31, 1.0, "x", [5], True)),
+        ("mm_vision_select_layer", ("-2", -2.0, [[1, 2]], [])),
+        ("num_position_embeddings", (-1, 0, "x")),
+        ("mrope_section", ([16, "24", 24], 64, {}, [0, 32, 32], [16.0, 24, 24])),
+        ("image_token_id", (-(2**63), 10**30)),
     ],
 )
 def test_others_are_one_line(key, values):

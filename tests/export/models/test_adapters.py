@@ -296,6 +296,10 @@ def edit_settings(folder, **values):
         ({"peft_type": "IA3"}, "an adapter of type IA3, expected LORA; merge it"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the weights of the base too; merge it"),
         ({"lora_alpha": None}, "r 4 and lora_alpha None, expected numbers; download the adapter"),
+        ({"r": True}, "r True and lora_alpha 10, expected numbers; download the adapter"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan, expected a number; download the adapter"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "lora_alpha inf, expected a number"),
+        ({"lora_alpha": 1e300}, "lora_alpha 1e+300, expected a number"),
         ({"r": 16}, "adapter_config.json says r 16; download the adapter again"),
     ],
 )
@@ -326,6 +330,26 @@ def test_tensors_of_an_adapter_that_fit_nowhere(find, tmp_path, key, said):
     message = refuse(case, tmp_path / "b", CheckpointError, parts__adapter=str(adapter))
     assert str(adapter) in message
     assert f"'{key}'" in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "said"),
+    [
+        ("mlp.up_proj", (), "has shape [], expected that of a matrix; merge it with PEFT's"),
+        ("mlp.up_proj", (4, 66, 1, 1), "has shape [4, 66, 1, 1], expected that of a matrix"),
+        ("input_layernorm", (4, 66), "changes a weight of shape [66], expected a linear layer's"),
+    ],
+)
+def test_matrices_that_are_none(find, tmp_path, layer, shape, said):
+    case = find("llava")
+    adapter = originals.make_adapter(tmp_path / "lora", case.place())
+    path = adapter / "adapter_model.safetensors"
+    key = f"base_model.model.model.language_model.layers.0.{layer}.lora_"
+    pair = {f"{key}A.weight": torch.ones(shape), f"{key}B.weight": torch.ones(66, 4)}
+    save_file(load_file(path) | pair, path)
+    message = refuse(case, tmp_path / "b", CheckpointError, parts__adapter=str(adapter))
+    assert str(adapter) in message
     assert said in message
 
 

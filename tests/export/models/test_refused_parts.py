@@ -1,6 +1,7 @@
 """Parts, settings, configs and tokenizers that are missing or wrong: one line each."""
 
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -210,6 +211,10 @@ CONFIGS = (
     ("llava-original", {"mm_resampler_type": "qformer"}, "mm_resampler_type is 'qformer', a res"),
     ("llava-next-vicuna", {"image_grid_pinpoints": [[42, 43]]}, "expected multiples of 42"),
     ("llava-next-vicuna", {"image_grid_pinpoints": []}, "image_grid_pinpoints"),
+    ("llava-next-vicuna", {"image_grid_pinpoints": [[42]]}, "expected pairs of multiples of 42"),
+    ("llava-next-vicuna", {"image_grid_pinpoints": [[42, "x"]]}, "expected pairs of multiples"),
+    ("llava-original", {"mm_hidden_size": None}, "mm_hidden_size None, but"),
+    ("llava-original", {"mm_vision_select_feature": []}, "not a LLaVA config (unhashable"),
     ("llava", {"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
 )
 
@@ -221,6 +226,33 @@ def test_a_config_that_describes_something_else(find, tmp_path, name, values, re
     message = refuse(case, tmp_path / "b", CheckpointError)
     assert message.startswith(str(case.place() / "config.json"))
     assert reason in message
+
+
+def test_patches_that_are_larger_than_a_picture(find, tmp_path):
+    case = find("llava").copy(tmp_path / "home")
+    path = case.place() / "config.json"
+    vision = json.loads(path.read_text("utf-8"))["vision_config"]
+    change_json(path, vision_config=vision | {"patch_size": vision["image_size"] + 1})
+    message = refuse(case, tmp_path / "b", CheckpointError)
+    assert message.startswith(f"{path}: a picture becomes 0 visual tokens, ")
+
+
+def test_frequencies_that_cannot_be_made(find, tmp_path):
+    case = find("llava").copy(tmp_path / "home")
+    path = case.place() / "config.json"
+    text = json.loads(path.read_text("utf-8"))["text_config"]
+    rope = text["rope_parameters"] | {"rope_theta": None}
+    change_json(path, text_config=text | {"rope_parameters": rope})
+    message = refuse(case, tmp_path / "b", CheckpointError)
+    assert message.startswith("rope_parameters {")
+    assert "cannot be used (unsupported operand" in message
+
+
+def test_a_table_of_added_tokens_that_is_none(find, tmp_path):
+    case = find("shikra").copy(tmp_path / "home")
+    change_json(case.place() / "added_tokens.json", **{"<im_start>": [1, 2]})
+    message = refuse(case, tmp_path / "b", CheckpointError)
+    assert message.startswith(f"{case.place()}: its tokenizer's files cannot be read (TypeError(")
 
 
 @pytest.mark.parametrize(
