@@ -29,6 +29,7 @@ from gap_export.interfaces.family import (
 from gap_export.interfaces.features import Feature
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.graph import quantize_graph
+from gap_export.quantization.heads import pack_heads
 from gap_export.tracing.graph import Traced
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
@@ -206,7 +207,7 @@ def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> Graphs:
     """The graphs with quantized weights in the linear layers that the plan says."""
     decoder = quantize_graph(graphs.decoder, plan.schemes)
     if decoder.parameters != graphs.decoder.parameters and FUSED in plan.dialect.OPERATORS:
-        decoder = keep_batch(decoder)
+        decoder = pack_heads(keep_batch(decoder))
     visions = tuple(quantize_graph(each, plan.schemes) for each in graphs.visions)
     return replace(graphs, visions=visions, decoder=decoder)
 

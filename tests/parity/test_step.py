@@ -18,7 +18,8 @@ COMMON = {"Add": 2, "Mul": 2, "Sigmoid": 1, "RMSNormalization": 2}
 NODES = {
     # Seven linear layers; attention; and what puts the batch on and off where that is needed.
     ("cpu", None): COMMON | {"Gemm": 7, "GroupQueryAttention": 1, "Unsqueeze": 3, "Squeeze": 1},
-    ("cpu", "int4"): COMMON | {"MatMulNBits": 7, "GroupQueryAttention": 1},
+    # Queries, keys and values are one product; its weights and scales are joined at load.
+    ("cpu", "int4"): COMMON | {"MatMulNBits": 5, "Concat": 2, "GroupQueryAttention": 1},
     ("cpu", "int8"): COMMON | {"DequantizeLinear": 7, "MatMul": 7, "GroupQueryAttention": 1},
     ("standard", None): COMMON
     | {"RotaryEmbedding": 2}
