@@ -14,7 +14,7 @@ from gap_runtime.cli.options import run_command
 from gap_runtime.errors import ConfigError, UnknownNameError, describe_unknown
 from gap_runtime.records.files import exists, is_file, is_folder
 
-MOST_THREADS: Final = 9999
+MOST_THREADS: Final = 1024
 
 
 def run_benchmark(main: Callable[[], None]) -> NoReturn:

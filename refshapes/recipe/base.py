@@ -28,7 +28,7 @@ FILL: Final = (122, 116, 104)
 PROMPT_BEFORE: Final = "USER: "
 PROMPT_AFTER: Final = "\nWhere is {phrase}? ASSISTANT:"
 IGNORED: Final = -100
-MOST_THREADS: Final = 9999
+MOST_THREADS: Final = 1024
 
 
 def train_tokenizer(corpus: list[str], isolated: list[str]) -> PreTrainedTokenizerFast:

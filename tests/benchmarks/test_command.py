@@ -23,7 +23,7 @@ LINES = [
     ("export", ["--peers", "--limit", "nan"], 2, "'nan': expected seconds"),
     ("export", ["--peers", "--precision", "fp7"], 2, "invalid choice: 'fp7'"),
     ("memory", ["llava"], 2, "unknown model 'llava'"),
-    ("runtime", ["--threads", "0"], 2, "'0': expected threads, 1 to 9999"),
+    ("runtime", ["--threads", "0"], 2, "'0': expected threads, 1 to 1024"),
     ("runtime", ["--rounds", "-1"], 2, "'-1': expected a number of 0 or more"),
     ("runtime", ["--limit", "inf"], 2, "'inf': expected seconds, more than 0"),
     ("runtime", ["--home", ""], 2, "'': expected a folder"),
@@ -59,9 +59,9 @@ SCRIPTS = [
     ("demo", ["{none}", "{none}", "--samples", "{none}", "--out", "x.png"], 4, "no such bundle"),
     ("effect", ["--ratio", "1"], 2, "ratio 1 is outside [0, 1)"),
     ("ablations", ["--write", "{file}"], 2, "lacks <!-- tables: made by refshapes/ablations.py"),
-    ("train", ["--threads", "0"], 2, "--threads 0: expected 1 to 9999"),
+    ("train", ["--threads", "0"], 2, "--threads 0: expected 1 to 1024"),
     ("train", ["--steps", "0"], 2, "--steps 0: expected 1 or more"),
-    ("train256", ["--threads", "10000"], 2, "--threads 10000: expected 1 to 9999"),
+    ("train256", ["--threads", "10000"], 2, "--threads 10000: expected 1 to 1024"),
 ]
 
 

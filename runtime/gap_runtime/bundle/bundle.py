@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from threading import Thread
 from typing import Final
@@ -159,6 +160,7 @@ class Bundle:
             raise ConfigError(
                 f"{self.folder}: no ratio keeps {keep}; have {have}; export with --keep {keep}"
             )
+        _require_number(ratio)
         for entry in entries:
             if ratio is None or abs(entry.ratio - ratio) < 1e-9:
                 return entry
@@ -193,6 +195,12 @@ class Bundle:
                 offset=stored.offset,
                 shape=stored.shape,
             )
+
+
+def _require_number(ratio: object) -> None:
+    """Refuse what a caller without types may give."""
+    if ratio is not None and not isinstance(ratio, Real):
+        raise ConfigError(f"a ratio of type {type(ratio).__name__}; expected a number")
 
 
 def _read_ahead(path: Path, offset: int, length: int) -> None:

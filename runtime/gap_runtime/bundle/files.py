@@ -75,8 +75,10 @@ def require_replaceable(path: Path) -> None:
     """Refuse to put a file in the place of a device, a pipe or a socket, as root could.
 
     Raises:
-        OSError: There is one, also where a link leads.
+        OSError: There is one, also where a link leads; or no file can have that name.
     """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "no name of a file")
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH110, PTH112, PTH113
         raise OSError(errno.EINVAL, "a pipe, socket or device, expected a file")
 

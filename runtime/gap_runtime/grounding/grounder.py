@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
@@ -18,7 +19,6 @@ from gap_runtime.backends import (
     open_backend,
 )
 from gap_runtime.bundle.bundle import Bundle, embedding_rows
-from gap_runtime.bundle.layout import TokenLayout
 from gap_runtime.bundle.manifest import (
     DECODER,
     TEXT,
@@ -37,6 +37,7 @@ from gap_runtime.grounding.prompt import (
     PromptEncoder,
     collapse,
     load_tokenizer,
+    require_text,
 )
 from gap_runtime.grounding.prompt_cache import PromptCache
 from gap_runtime.grounding.view import (
@@ -77,7 +78,7 @@ class StageValues:
 class Grounder:
     """A bundle loaded for use. Graphs are loaded at first need and kept until `close`.
 
-    It is a context manager too. Threads that share one have to take turns: one call at a time.
+    It is a context manager too. Threads that share one take turns: an answer at a time.
     """
 
     def __init__(
@@ -115,11 +116,15 @@ class Grounder:
         self.bundle = bundle
         self.default_ratio = bundle.choose_ratio(ratio, keep=keep)
         self._keep = keep
+        if not isinstance(keep_pictures, int) or keep_pictures < 0:
+            raise ConfigError(f"keep_pictures {keep_pictures!r:.60}: expected MiB, 0 or more")
         self._backend: Runner
         if isinstance(backend, str):
             self._backend, self._device = open_backend(choose_backend(bundle, backend))
-        else:
+        elif hasattr(backend, "open_stage"):
             self._backend, self._device = backend, ""
+        else:
+            raise ConfigError(f"a backend of type {type(backend).__name__}; expected a name")
         prompt = bundle.manifest.prompt
         if prompt.tokenizer is None:
             raise BundleError(
@@ -133,6 +138,7 @@ class Grounder:
         )
         self._table = bundle.map_embedding()
         self._is_closed = False
+        self._turn = RLock()
         self._drafter = self.encoder.make_drafter(bundle.manifest.box.form) if draft else None
         self._stages: dict[str, StageSession] = {}
         self._cache: PromptCache | None = None
@@ -161,11 +167,12 @@ class Grounder:
 
     def close(self) -> None:
         """Give up graphs, cache and pictures; after that it cannot be used. Twice is no error."""
-        self._is_closed = True
-        self._stages = {}
-        self._cache = None
-        self._views = KeptViews(0)
-        self._table = np.empty((0, 0), np.float32)
+        with self._turn:
+            self._is_closed = True
+            self._stages = {}
+            self._cache = None
+            self._views = KeptViews(0)
+            self._table = np.empty((0, 0), np.float32)
 
     @overload
     def ground(
@@ -220,7 +227,7 @@ class Grounder:
                 f"a phrase of type {type(phrase).__name__}; expected a str, or a list of them"
             )
         for each in phrase:
-            _require_text(each)
+            require_text(each)
         view = self.look(image, order=order)
         return tuple(view.ground(each, ratio=ratio, keep=keep) for each in phrase)
 
@@ -252,12 +259,15 @@ class Grounder:
             InputError: The picture cannot be used.
         """
         self._require_open()
-        return self._views.find_file(data) or self._look(read(data), data)
+        with self._turn:
+            found = self._views.find_file(data)
+        return found or self._look(read(data), data)
 
     def _look(self, picture: Image.Image, data: bytes | None = None) -> View:
         manifest = self.bundle.manifest
         bucket = find_bucket(picture.size, manifest.preprocess, manifest.buckets)
-        return self._views.find(self._make_view(picture, bucket), data)
+        with self._turn:
+            return self._views.find(self._make_view(picture, bucket), data)
 
     def _make_view(self, picture: Image.Image, bucket: Bucket) -> View:
         frame = frame_picture(picture.size, self.bundle.manifest.preprocess, bucket)
@@ -265,17 +275,19 @@ class Grounder:
 
     def _ask(self, view: View, phrase: str, *, ratio: float | None, keep: int | None) -> Grounding:
         """See View.ground."""
-        _require_text(phrase)
+        require_text(phrase)
         if ratio is None and keep is None:
             keep = self._keep
             ratio = self.default_ratio.ratio if keep is None else None
         entry = self.bundle.choose_ratio(ratio, view.bucket, keep=keep)
         is_held = False
-        try:
-            values = self.run_stages(view, phrase, entry)
-            is_held = True
-        finally:
-            self._views.note(view, is_held=is_held)
+        # Graphs write where the cache and their outputs lie: one answer at a time.
+        with self._turn:
+            try:
+                values = self.run_stages(view, phrase, entry)
+                is_held = True
+            finally:
+                self._views.note(view, is_held=is_held)
         answer = self.encoder.decode(values.decoded.token_ids)
         parsed = parse_boxes(answer, self.bundle.manifest.box, view.frame)
         return Grounding(
@@ -409,7 +421,11 @@ class Grounder:
         if reads_phrase:
             inputs[TEXT_FEATURES] = self._read_phrase(phrase, text)
         given = session.run(inputs)
-        _require_positions(given["position_ids"], stage.file, manifest.layout.at(entry))
+        layout = manifest.layout.at(entry)
+        end = layout.positions - layout.answer
+        # onnxruntime 1.24 would read memory behind the decoder's rotary tables.
+        _require_below(given["position_ids"], end, "position IDs", stage.file)
+        _require_below(given["kept_index"], entry.patches, "kept patches", stage.file)
         looked = time.perf_counter()
         # Copies of what a session may write over at its next run.
         return VisionOutput(
@@ -468,27 +484,11 @@ class Grounder:
         return self._cache
 
 
-def _require_text(phrase: object) -> None:
-    """Refuse what is no phrase, before a picture is opened for it."""
-    if not isinstance(phrase, str):
-        raise InputError(f"a phrase of type {type(phrase).__name__}; expected a str")
-    try:
-        phrase.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the phrase {phrase!r:.60} is no text: it holds half a character"
-        ) from error
-
-
-def _require_positions(position_ids: np.ndarray, file: str, layout: TokenLayout) -> None:
-    """Refuse positions that the decoder has no rotary tables for.
-
-    onnxruntime 1.24 would read memory behind them.
-    """
-    least, most = int(position_ids.min()), int(position_ids.max())
-    end = layout.positions - layout.answer
+def _require_below(indices: np.ndarray, end: int, what: str, file: str) -> None:
+    """Refuse indices of a vision graph that lie outside what they count."""
+    least, most = int(indices.min()), int(indices.max())
     if least < 0 or most >= end:
         raise EngineError(
-            f"{file} gave position IDs from {least} to {most}, expected 0 to {end - 1} at most; "
+            f"{file} gave {what} from {least} to {most}, expected 0 to {end - 1} at most; "
             "export the bundle again"
         )

@@ -226,6 +226,22 @@ def _special_tokens(tokenizer: Tokenizer) -> set[str]:
     return {token.content for token in added if token.special}
 
 
+def require_text(phrase: object) -> None:
+    """Refuse what is no phrase, before a picture is opened for it.
+
+    Raises:
+        InputError: It is no text.
+    """
+    if not isinstance(phrase, str):
+        raise InputError(f"a phrase of type {type(phrase).__name__}; expected a str")
+    try:
+        phrase.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the phrase {phrase!r:.60} is no text: it holds half a character"
+        ) from error
+
+
 def _require_plain(phrase: str, special: set[str]) -> None:
     """Refuse a phrase with special tokens.
 

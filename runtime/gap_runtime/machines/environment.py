@@ -10,6 +10,8 @@ from gap_runtime.errors import ConfigError
 THREADS: Final = "GAP_RUNTIME_THREADS"
 """Environment variable: threads of each session on the CPU; all cores where it is not set."""
 _DIGITS: Final = 4
+_MOST_THREADS: Final = 1024
+"""onnxruntime starts so many in a second, and 9,999 not within a minute."""
 FASTMATH: Final = "GAP_RUNTIME_FASTMATH"
 """Environment variable: 1 lets a CPU that has bfloat16 multiply float32 in it."""
 HUGE_PAGES: Final = "GAP_RUNTIME_HUGE_PAGES"
@@ -25,8 +27,10 @@ def read_threads() -> int | None:
     text = os.environ.get(THREADS, "")
     if not text:
         return None
-    if not (text.isdecimal() and len(text) <= _DIGITS and int(text)):
-        raise ConfigError(f"{THREADS}={text:.60}: expected a number of threads, 1 to 9999")
+    if not (text.isdecimal() and len(text) <= _DIGITS and 0 < int(text) <= _MOST_THREADS):
+        raise ConfigError(
+            f"{THREADS}={text:.60}: expected a number of threads, 1 to {_MOST_THREADS}"
+        )
     return int(text)
 
 

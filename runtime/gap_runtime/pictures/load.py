@@ -100,6 +100,8 @@ def open_picture(image: object, *, order: str = "RGB") -> Image.Image:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return read_picture(io.BytesIO(image), "the bytes given as picture")
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise InputError(f"a picture of {image.width}x{image.height} pixels, which is none")
         return to_rgb(image)
     if not isinstance(image, np.ndarray):
         raise InputError(
@@ -144,8 +146,9 @@ def read_picture(
 def _decode(file: BinaryIO, name: str, most: int, *, turned: bool) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # The size is checked below, with a lower limit than Pillow's.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # The size is checked below, with a lower limit than Pillow's. Of its other warnings,
+            # as of broken EXIF, nothing follows for the pixels.
+            warnings.simplefilter("ignore")
             with Image.open(file, formats=_list_formats()) as picture:
                 # Before it is unpacked: a small file may hold a huge picture.
                 if picture.width * picture.height > most:

@@ -40,18 +40,18 @@ class _Connection(asyncio.Protocol):
         """Wait for a request; where there is no room, who was idle for longest makes way."""
         super().connection_made(transport)
         self._wait()
-        if len(self.connections) >= MOST_CONNECTIONS:
+        open_ones = [each for each in self.connections if not each.transport.is_closing()]
+        excess = len(open_ones) - MOST_CONNECTIONS + 1
+        if excess > 0:
             latest = self.loop.time() - LEAST_IDLE_SECONDS
             idle = [
                 each
-                for each in self.connections
-                if each.is_idle
-                and each.idle_since <= latest
-                and each is not self
-                and not each.transport.is_closing()
+                for each in open_ones
+                if each.is_idle and each.idle_since <= latest and each is not self
             ]
-            if idle:
-                min(idle, key=lambda each: each.idle_since).transport.close()
+            # As many as came within a moment, when nobody had been idle for long enough.
+            for each in sorted(idle, key=lambda each: each.idle_since)[:excess]:
+                each.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Read on, but no head without an end."""

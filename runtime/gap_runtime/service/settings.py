@@ -14,6 +14,8 @@ from gap_runtime.records.files import read_text
 LOCALHOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8765
 _LEAST_TOKEN: Final = 16
+_MOST: Final = 1_000_000
+"""Of requests, seconds, megabytes and megapixels; infinity is no number of any."""
 _MOST_TOKEN_BYTES: Final = 10_000
 _HOST_NAME: Final = re.compile(r"[\w.:%*-]+|\[[\w.:%]+\]", re.ASCII)
 
@@ -45,9 +47,10 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         """Refuse limits that would let nothing through."""
         for name in ("queue", "seconds", "body_mb", "megapixels", "grace"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) <= _MOST:
                 raise ConfigError(
-                    f"{name.replace('_', '-')} {getattr(self, name):g}: has to be more than 0"
+                    f"{name.replace('_', '-')} {getattr(self, name):g}: has to be more than 0, "
+                    f"at most {_MOST:,}"
                 )
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port {self.port}: ports lie in 0 to 65535")

@@ -457,7 +457,7 @@ def test_threads_of_a_session(ort, decoder_bundle, monkeypatch, text, threads):
     assert ort.sessions[0].options.intra_op_num_threads == threads
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "10000", "9" * 50, "9" * 5000])
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "1025", "10000", "9" * 50, "9" * 5000])
 def test_no_number_of_threads(ort, decoder_bundle, monkeypatch, text):
     del ort
     monkeypatch.setenv("GAP_RUNTIME_THREADS", text)

@@ -154,6 +154,12 @@ def test_no_device_pipe_or_socket_gives_way_to_a_file(tmp_path, kind):
         require_writable(path)
 
 
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(OSError, match="no name of a file"), write_whole(tmp_path / "a\0.txt"):
+        pytest.fail("it begins to write")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_to_nothing_gives_way(tmp_path):
     path = tmp_path / "out.html"
     path.symlink_to("nowhere")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import threading
+import time
 import weakref
 
 import numpy as np
@@ -46,10 +48,13 @@ def test_graphs_are_loaded_when_they_are_needed_and_once(make_grounder, backend)
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**9])
-def test_positions_beyond_the_rotary_tables_are_refused(
-    make_grounder, backend, monkeypatch, wrong
+@pytest.mark.parametrize(
+    ("output", "said"), [("position_ids", "position IDs"), ("kept_index", "kept patches")]
+)
+def test_indices_outside_of_what_they_count_are_refused(
+    make_grounder, backend, monkeypatch, output, said, wrong
 ):
-    """onnxruntime 1.24 would read memory behind them."""
+    """Behind the rotary tables, onnxruntime 1.24 would read memory that is not theirs."""
     grounder, opening = make_grounder(), backend.open_stage
 
     def open_broken(*arguments):
@@ -58,16 +63,14 @@ def test_positions_beyond_the_rotary_tables_are_refused(
 
         def run_broken(inputs):
             given = run(inputs)
-            given["position_ids"][0, -1] = wrong
+            given[output][0, -1] = wrong
             return given
 
         opened.run = run_broken
         return opened
 
     monkeypatch.setattr(backend, "open_stage", open_broken)
-    with pytest.raises(
-        EngineError, match=r"vision-8\.onnx gave position IDs from .*, expected 0 to"
-    ):
+    with pytest.raises(EngineError, match=rf"vision-8\.onnx gave {said} from .*, expected 0 to"):
         grounder.ground(SQUARE, "the red mug")
 
 
@@ -339,6 +342,7 @@ def test_a_picture_may_come_in_any_form(make_grounder, backend, tmp_path):
         (np.zeros((0, 6, 3), np.uint8), r"uint8 array \[0, 6, 3\]"),
         (np.broadcast_to(np.uint8(0), (90000, 90000, 3)), "90000x90000 pixels"),
         (b"no picture", "the bytes given as picture: not a picture"),
+        (Image.new("RGB", (0, 6)), "a picture of 0x6 pixels"),
         ([[0]], "a picture of type list; expected a path, bytes"),
         (None, "a picture of type NoneType"),
     ],
@@ -357,3 +361,53 @@ def test_a_phrase_and_a_bundle_of_a_wrong_type(make_grounder, tmp_path):
         grounder.look(SQUARE).ground(["the mug"])
     with pytest.raises(ConfigError, match=r"open it first: Grounder\(Bundle.open"):
         Grounder(str(tmp_path))
+    with pytest.raises(ConfigError, match="a ratio of type str; expected a number"):
+        grounder.ground(SQUARE, "the mug", ratio="0.5")
+
+
+@pytest.mark.parametrize("given", [-1, 0.5, float("nan"), "256", None])
+def test_memory_for_pictures_of_no_sense(make_bundle, backend, given):
+    with pytest.raises(ConfigError, match=r"^keep_pictures .*: expected MiB, 0 or more$"):
+        Grounder(Bundle.open(make_bundle()), keep_pictures=given)
+    assert backend.opened == []
+
+
+def test_a_backend_that_is_none(make_bundle):
+    with pytest.raises(ConfigError, match="a backend of type list; expected a name"):
+        Grounder(Bundle.open(make_bundle()), ["onnxruntime"])
+
+
+def test_threads_take_turns(make_grounder, backend, monkeypatch):
+    """Graphs write where their cache and outputs lie; another's answer would be made of them."""
+    grounder, opening = make_grounder(), backend.open_stage
+    running, seen, errors = [], [], []
+
+    def open_slow(*arguments):
+        opened = opening(*arguments)
+        run = opened.run
+
+        def run_slowly(inputs):
+            running.append(1)
+            time.sleep(0.01)
+            seen.append(len(running))
+            running.pop()
+            return run(inputs)
+
+        opened.run = run_slowly
+        return opened
+
+    monkeypatch.setattr(backend, "open_stage", open_slow)
+
+    def ask():
+        try:
+            for _ in range(3):
+                grounder.ground(SQUARE, "the mug")
+        except Exception as error:  # noqa: BLE001 - shown below
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert (seen, errors) == ([1] * 12, [])

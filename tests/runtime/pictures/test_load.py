@@ -109,6 +109,15 @@ def test_photo_with_a_sloppy_exif_entry_is_read_upright(tmp_path):
     assert load_picture(path).size == (2, 3)
 
 
+def test_a_broken_exif_is_read_without_a_warning(tmp_path):
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + b"\1\2\3\4"
+    path = save(tmp_path, Image.fromarray(COLOURS), "photo.jpg", exif=exif)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert load_picture(path).size == (3, 2)
+    assert said == []
+
+
 def test_grey_becomes_three_equal_channels(tmp_path):
     grey = np.array([[0, 100], [200, 255]], dtype=np.uint8)
     path = save(tmp_path, Image.fromarray(grey))

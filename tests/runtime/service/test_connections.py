@@ -123,6 +123,16 @@ def test_of_many_that_come_at_once_none_is_cut_off(serve):
     assert set(answers) <= {b"HTTP/1.1 200", b"HTTP/1.1 503"}
 
 
+def test_many_that_came_at_once_make_way_later(serve):
+    """While they were new, each of them was let in; together they are more than there is room."""
+    port, _ = serve(30, least=0.3)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4 * MOST):
+            stack.enter_context(connect(port))
+        time.sleep(0.5)
+        assert ask(stack.enter_context(connect(port))).startswith(b"HTTP/1.1 200")
+
+
 def test_where_all_are_at_work_one_more_is_told(serve):
     port, _ = serve(30)
     with contextlib.ExitStack() as stack:

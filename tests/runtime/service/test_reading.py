@@ -130,6 +130,8 @@ def test_a_picture_that_never_ends_is_given_up(camera):
         {"queue": 0},
         {"seconds": -1.0},
         {"body_mb": float("nan")},
+        {"grace": float("inf")},
+        {"megapixels": 1e300},
         {"port": 70_000},
         {"allowed_urls": ("cameras.local/",)},
         {"allowed_urls": ("https://cameras.local",)},

@@ -205,7 +205,8 @@ def _miss_kernels(ort: ModuleType) -> str:
 def _make_options(ort: ModuleType, bundle: Bundle, wanted: str) -> Any:
     """Options of a session that do not depend on its graph."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # What it would log of an error it raises as well, which is one line of ours.
+    options.log_severity_level = 4
     options.intra_op_num_threads = read_threads() or 0
     entries = {
         # Threads of one session that wait busily take the cores from the next one's.
