@@ -36,7 +36,12 @@ from gap_export.checkpoint.tokenizer_files import (
 )
 from gap_export.errors import CheckpointError
 from gap_runtime.errors import PatternError
-from gap_runtime.grounding.tokens import AskedOfTokenizer, require_quick
+from gap_runtime.grounding.tokens import (
+    AskedOfTokenizer,
+    WithoutPanics,
+    require_quick,
+    try_tokenizer,
+)
 from gap_runtime.records.plain import read_table
 
 _SPACES: Final = {
@@ -66,13 +71,15 @@ def read_tokenizer(files: TokenizerFiles | Path) -> Tokenizer | None:
         reason, where = " ".join(str(error).split()), path if path.is_file() else folder
         return CheckpointError(f"{where}: its tokenizer cannot be read ({reason:.200})")
 
-    with AskedOfTokenizer(refuse):
+    with WithoutPanics(), AskedOfTokenizer(refuse):
         tokenizer = _read(files, path)
-    try:
+        try:
+            if tokenizer is not None:
+                require_quick(tokenizer)
+        except PatternError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         if tokenizer is not None:
-            require_quick(tokenizer)
-    except PatternError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+            try_tokenizer(tokenizer)
     return tokenizer
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
+import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final, TypeVar, cast
 
+import numpy as np
 import torch
 
 from gap_export.config.pruners import IVC, PRUNERS, is_pruner_file
@@ -34,6 +38,8 @@ from gap_runtime.records.files import is_file
 from gap_runtime.registry import load_plugin
 
 T = TypeVar("T")
+_OURS: Final = ("gap_export.", "gap_runtime.")
+_LONGEST_REASON: Final = 300
 _HELP: Final = "see 'Add a pruner' in CONTRIBUTING.md"
 
 
@@ -68,13 +74,13 @@ def _told(path: Path) -> Iterator[None]:
     Raises:
         ConfigError: It did, or it changed what the whole process goes by.
     """
-    folder, known = _working_folder(), _list_classes()
+    folder, known, kind = _working_folder(), _list_values(), _usual_tensor()
     changed: list[str] = []
     try:
         try:
             yield
         finally:
-            changed = _restore(folder, known)
+            changed = _restore(folder, known, kind)
     except (KeyboardInterrupt, GapError):
         raise
     except BaseException as error:  # noqa: BLE001 - a user's own file can fail in every way
@@ -95,29 +101,44 @@ def _working_folder() -> str | None:
         return None
 
 
-def _list_classes() -> list[tuple[ModuleType, str, type]]:
-    """Every class of ours by the modules and names that it is reached by."""
-    modules = [each for name, each in sys.modules.items() if name.startswith("gap_export.")]
+def _list_values() -> list[tuple[ModuleType, str, object]]:
+    """What our modules, and those that all code goes by, call by which names."""
+    ours = [each for name, each in sys.modules.items() if name.startswith(_OURS)]
+    # What putting back needs comes first.
     return [
         (module, name, value)
-        for module in modules
-        for name, value in list(vars(module).items())
-        if isinstance(value, type) and value.__module__.startswith("gap_export.")
+        for module in (builtins, sys, os, time, json, np, torch, *ours)
+        for name, value in list(module.__dict__.items())
+        if not name.startswith("__")
     ]
 
 
-def _restore(folder: str | None, known: list[tuple[ModuleType, str, type]]) -> list[str]:
+def _restore(
+    folder: str | None,
+    known: list[tuple[ModuleType, str, object]],
+    kind: tuple[torch.dtype, torch.device],
+) -> list[str]:
     """Undo what a user's file did to the whole process; what that was, in words."""
     changed = []
+    for module, name, value in known:
+        if module.__dict__.get(name) is not value:
+            module.__dict__[name] = value
+            changed.append(f"{module.__name__}.{name}")
     if folder is not None and _working_folder() != folder:
         # Else relative paths would lead elsewhere, those of what is to be undone among them.
         os.chdir(folder)
         changed.append("the working folder")
-    for module, name, value in known:
-        if vars(module).get(name) is not value:
-            setattr(module, name, value)
-            changed.append(f"{module.__name__}.{name}")
+    if _usual_tensor() != kind:
+        torch.set_default_dtype(kind[0])
+        # With a device by name, all calls would take a way around.
+        torch.set_default_device(None if kind[1].type == "cpu" else kind[1])
+        changed.append("torch's usual dtype or device")
     return changed
+
+
+def _usual_tensor() -> tuple[torch.dtype, torch.device]:
+    """What a tensor is and where, of which nothing else is said."""
+    return torch.get_default_dtype(), torch.get_default_device()
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -171,7 +192,7 @@ def _locate(error: BaseException, path: Path) -> str:
 def _say(error: BaseException) -> str | None:
     """An error's text in one line; None where its own class fails to give it."""
     try:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split())[:_LONGEST_REASON]
     except Exception:  # noqa: BLE001 - whatever the file's class raises
         return None
 

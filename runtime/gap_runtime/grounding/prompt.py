@@ -14,9 +14,11 @@ from gap_runtime.errors import BundleError, InputError, PatternError
 from gap_runtime.grounding.draft import Drafter
 from gap_runtime.grounding.tokens import (
     AskedOfTokenizer,
+    WithoutPanics,
     decode_tokens,
     encode_text,
     require_quick,
+    try_tokenizer,
 )
 from gap_runtime.records.files import read_text
 
@@ -40,12 +42,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
         BundleError: The file is no tokenizer, or one that may take too long for a text.
     """
     text = read_text(path, BundleError, advice="copy the bundle again or export again")
-    with AskedOfTokenizer(lambda error: BundleError(f"{path}: not a tokenizer ({error})")):
+    with (
+        WithoutPanics(),
+        AskedOfTokenizer(lambda error: BundleError(f"{path}: not a tokenizer ({error})")),
+    ):
         tokenizer = Tokenizer.from_str(text)
-    try:
-        require_quick(tokenizer)
-    except PatternError as error:
-        raise BundleError(f"{path}: {error}") from error
+        try:
+            require_quick(tokenizer)
+        except PatternError as error:
+            raise BundleError(f"{path}: {error}") from error
+        try_tokenizer(tokenizer)
     return tokenizer
 
 

@@ -9,12 +9,16 @@ when the file is read, and texts have a longest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from threading import Lock
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from tokenizers import Tokenizer
 
@@ -33,6 +37,11 @@ _MOST_GROWTH: Final = 100
 _WIDEST: Final = 18
 """Characters that one may become in a normal form of Unicode."""
 _PANIC: Final = "PanicException"
+_TRIED: Final = "A [0.12, 3]"
+_TRIED_TOKENS: Final = 300
+_STDERR: Final = 2
+_DESCRIPTOR: Final = Lock()
+"""Held by who has put another file in stderr's place; two would put back each other's."""
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
@@ -113,6 +122,67 @@ def _find_growth(part: dict[str, Any], expression: object) -> int:
     )
     # What takes nothing may be found between two characters.
     return max(1, math.ceil(len(put) / least)) if least else 1 + len(put)
+
+
+def try_tokenizer(tokenizer: Tokenizer) -> None:
+    """Ask a tokenizer that was just read once, so that a panic that any text leads to comes here.
+
+    Other failures are left to whoever asks in earnest. Padding, which may be of any length, is
+    left out.
+    """
+    padding, truncation = tokenizer.padding, tokenizer.truncation
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for special in (True, False):
+        with contextlib.suppress(Exception):
+            tokenizer.encode(_TRIED, add_special_tokens=special)
+    for token in range(_TRIED_TOKENS):
+        with contextlib.suppress(Exception):
+            tokenizer.decode([token])
+    if padding is not None:
+        tokenizer.enable_padding(**padding)
+    if truncation is not None:
+        tokenizer.enable_truncation(**truncation)
+
+
+class WithoutPanics:
+    """Keeps what the library writes of a panic in the block from stderr: our line says it.
+
+    It writes to the file descriptor itself. All else that is written there meanwhile comes behind.
+    """
+
+    __slots__ = ("_aside", "_usual")
+
+    def __enter__(self) -> None:
+        _DESCRIPTOR.acquire()
+        self._aside: BinaryIO | None = None
+        # There may be no room, or no stderr.
+        with contextlib.suppress(OSError):
+            aside = tempfile.TemporaryFile()
+            self._usual = os.dup(_STDERR)
+            os.dup2(aside.fileno(), _STDERR)
+            self._aside = aside
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._aside is not None:
+            os.dup2(self._usual, _STDERR)
+            os.close(self._usual)
+            with self._aside as aside, contextlib.suppress(OSError):
+                aside.seek(0)
+                said = aside.read()
+                if said and not _has_panicked(error):
+                    os.write(_STDERR, said)
+        _DESCRIPTOR.release()
+
+
+def _has_panicked(error: BaseException | None) -> bool:
+    """Whether an error is a panic, or was made of one."""
+    return error is not None and (type(error).__name__ == _PANIC or _has_panicked(error.__cause__))
 
 
 def decode_tokens(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special: bool) -> str:

@@ -1,7 +1,10 @@
 """What the functions of a user's own pruner give is looked at before anything uses it."""
 
+import json
 import math
+import os
 import re
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from gap_export.config.records import PruneConfig
 from gap_export.interfaces.features import EagerVision, Geometry, VisionFeatures
 from gap_export.interfaces.pruner import load_pruner
+from gap_runtime import registry
 from gap_runtime.errors import ConfigError
 
 FILE = """
@@ -216,3 +220,37 @@ def test_right_choices_are_taken(load):
     assert pruner.count_adaptively(VISION) == 3
     assert load(extra=1).prune(FEATURES, TOKENS, CONFIG).extra_BN is None
     assert load(extra=1).prune_eagerly(VISION, TOKENS, CONFIG).extra is None
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("import os; os.replace = None", "os.replace"),
+        ("import json; json.dumps = None", "json.dumps"),
+        ("import builtins; builtins.isinstance = lambda *_: False", "builtins.isinstance"),
+        ("import sys; sys.stdout = sys.stderr = None", "sys.stdout"),
+        ("torch.topk = None", "torch.topk"),
+        ("import gap_export.config.pruners as m; m.IVC = 3", "gap_export.config.pruners.IVC"),
+        (
+            "import gap_runtime.registry as m; del m.load_plugin",
+            "gap_runtime.registry.load_plugin",
+        ),
+        ("torch.set_default_dtype(torch.float16)", "torch's usual dtype or device"),
+        ("torch.set_default_device('meta')", "torch's usual dtype or device"),
+    ],
+)
+def test_what_a_file_replaces_is_put_back_and_told(load, more, said):
+    kept = (os.replace, json.dumps, isinstance, sys.stdout, torch.topk)
+    with pytest.raises(ConfigError, match=rf"mine\.py: changed .*{re.escape(said)}.*; leave that"):
+        load(more=more)
+    assert (os.replace, json.dumps, isinstance, sys.stdout, torch.topk) == kept
+    assert (torch.get_default_dtype(), torch.zeros(1).device.type) == (torch.float32, "cpu")
+    assert callable(registry.load_plugin)
+
+
+def test_what_a_function_replaces_is_put_back_and_told(load):
+    kept = torch.topk
+    pruner = load(graph="setattr(torch, 'topk', None)")
+    with pytest.raises(ConfigError, match=r"mine\.py: changed torch\.topk; leave that"):
+        pruner.prune(FEATURES, KEPT, CONFIG)
+    assert torch.topk is kept

@@ -1,14 +1,23 @@
 """A stranger's tokenizer: what its own expressions may take, and how long a text may be."""
 
+import contextlib
 import json
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from gap_runtime.errors import BundleError, InputError, PatternError
 from gap_runtime.grounding.prompt import PromptEncoder, load_tokenizer
-from gap_runtime.grounding.tokens import LONGEST_TEXT, encode_text, require_quick
+from gap_runtime.grounding.tokens import (
+    LONGEST_TEXT,
+    WithoutPanics,
+    encode_text,
+    require_quick,
+    try_tokenizer,
+)
 
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -110,3 +119,49 @@ def test_longer_texts_are_refused(tokenizer_file, prompt, text):
         with pytest.raises(InputError, match="characters, at most 10,000 are read"):
             encode(text)
     assert encode_text(tokenizer, "a" * LONGEST_TEXT)
+
+
+PANICS = {
+    "as it is read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "over a text": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "over tokens": {"decoder": {"type": "Strip", "content": "?", "start": 0, "stop": 9}},
+}
+
+
+@pytest.mark.parametrize("when", PANICS)
+def test_a_panic_is_our_line_alone(tokenizer_file, capfd, when):
+    """The library writes its own to the file descriptor."""
+    data = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    tokenizer_file.write_text(json.dumps({**data, **PANICS[when]}), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"words\.json: not a tokenizer"):
+        load_tokenizer(tokenizer_file)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_write_meanwhile_comes_behind(capfd):
+    with WithoutPanics():
+        os.write(2, b"a line\n")
+    with contextlib.suppress(KeyError), WithoutPanics():
+        os.write(2, b"another\n")
+        raise KeyError
+    os.write(2, b"the last\n")
+    assert capfd.readouterr().err == "a line\nanother\nthe last\n"
+
+
+def test_threads_put_back_what_was_there(capfd):
+    def write(k):
+        with WithoutPanics():
+            os.write(2, b"%d\n" % k)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(20)))
+    assert sorted(map(int, capfd.readouterr().err.split())) == list(range(20))
+
+
+def test_a_trial_leaves_padding_and_truncation(tokenizer_file):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_padding(length=10**12, pad_token="<unk>", direction="left")
+    tokenizer.enable_truncation(5, stride=2, direction="left")
+    before = tokenizer.to_str()
+    try_tokenizer(tokenizer)
+    assert tokenizer.to_str() == before
