@@ -5,20 +5,40 @@ The underscore keeps this file from being taken for a backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+import numpy as np
 
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import TensorSpec
 
 M = TypeVar("M")
 """What a backend has of a tensor in its device's memory."""
+_ALIGNMENT: Final = 64
 
 
 def cache_specs(stage: Stage) -> list[TensorSpec]:
     """The inputs of a decoder graph that are its cache; the output of each is `next_<name>`."""
     return [spec for spec in stage.inputs if spec.name.startswith("cache_")]
+
+
+def make_arrays(specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
+    """Zeroed arrays by name, side by side in one piece of memory.
+
+    numpy asks the system for huge pages from 4 MiB on, which a single tensor of a cache seldom
+    has; a step of a decoder reads them all.
+    """
+    sizes = [math.prod(spec.fixed_shape()) * np.dtype(spec.dtype).itemsize for spec in specs]
+    places = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    whole, arrays, start = np.zeros(sum(places), np.uint8), {}, 0
+    for spec, size, place in zip(specs, sizes, places, strict=True):
+        part = whole[start : start + size].view(spec.dtype)
+        arrays[spec.name] = part.reshape(spec.fixed_shape())
+        start += place
+    return arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,14 @@
 """The cache of a decoder session, against a list of what was written."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from gap_runtime.backends._kv_cache import KvCache, cache_specs
+from gap_runtime.backends._kv_cache import KvCache, cache_specs, make_arrays
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER
+from gap_runtime.bundle.tensors import TensorSpec
 
 
 @pytest.fixture
@@ -39,3 +42,26 @@ def test_it_has_every_tensor_of_the_graphs_cache_once_a_side(stage):
     assert made == wanted + wanted
     assert list(cache.inputs(1)) == wanted
     assert set(cache.outputs(1)) == {"next_cache_key_00", "next_cache_value_00"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_its_arrays_lie_side_by_side_and_share_nothing(dtype):
+    """In one piece, as only a piece of 4 MiB is given huge pages."""
+    # Of sizes that fill no line of 64 bytes.
+    specs = [
+        TensorSpec(name=f"cache_{k}", dtype=dtype, shape=(1, 1, 3 + k, 7), meaning="")
+        for k in range(4)
+    ]
+    arrays = make_arrays(specs)
+    assert [(n, str(a.dtype), a.shape) for n, a in arrays.items()] == [
+        (spec.name, dtype, spec.shape) for spec in specs
+    ]
+    for k, array in enumerate(arrays.values()):
+        assert array.flags.c_contiguous
+        assert not array.any()
+        array[:] = k + 1
+    assert all((a == k + 1).all() for k, a in enumerate(arrays.values()))
+    places = [array.ctypes.data for array in arrays.values()]
+    assert [(b - a) % 64 for a, b in itertools.pairwise(places)] == [0, 0, 0]
+    total = sum(array.nbytes for array in arrays.values())
+    assert places[-1] + array.nbytes - places[0] < total + 64 * len(specs)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gap_runtime.backends import DecoderSession
 from gap_runtime.backends._calls import Calls
-from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs
+from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs, make_arrays
 from gap_runtime.backends.onnxruntime.graphs import open_graph_decoder
 from gap_runtime.backends.onnxruntime.loading import (
     first_words,
@@ -27,6 +27,7 @@ from gap_runtime.backends.onnxruntime.loading import (
 from gap_runtime.backends.onnxruntime.providers import CPU, CUDA, find_provider, writes_in_place
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
+from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import EngineError
 from gap_runtime.machines.environment import wants_huge_pages
 from gap_runtime.machines.huge_pages import start_moving
@@ -177,16 +178,19 @@ class OnnxDecoder:
         Raises:
             EngineError: It does not fit there.
         """
+        specs, made = cache_specs(stage), dict[str, np.ndarray]()
+
+        def allocate(spec: TensorSpec) -> Any:
+            if self._on_gpu:
+                return self._place_cache(spec.name, np.zeros(spec.fixed_shape(), spec.dtype))
+            if not made:
+                made.update(make_arrays(specs))
+            return self._place_cache(spec.name, made.pop(spec.name))
+
+        refusals: tuple[type[Exception], ...] = (*self._errors, MemoryError)
         try:
-            return KvCache(
-                stage,
-                lambda spec: self._place_cache(
-                    spec.name, np.zeros(spec.fixed_shape(), spec.dtype)
-                ),
-                in_place=in_place,
-            )
-        except self._errors as error:
-            specs = cache_specs(stage)
+            return KvCache(stage, allocate, in_place=in_place)
+        except refusals as error:
             raise EngineError(
                 f"no room for the KV cache of {len(specs)} tensors of shape "
                 f"{list(specs[0].shape)} where the decoder runs: {first_words(error)}"
