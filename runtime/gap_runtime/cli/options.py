@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypedDict
 
 from gap_runtime.backends import DEFAULT_BACKEND, describe_backends, resolve_backend
 from gap_runtime.cli.interrupts import STOPPED, is_interrupted
+from gap_runtime.cli.streams import give_up_stdout, prepare_streams
 from gap_runtime.errors import ConfigError, GapError, show_line
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
 
     The one place of both distributions where GapError is caught.
     """
+    prepare_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
@@ -135,11 +136,15 @@ def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] |
         return STOPPED
     except BrokenPipeError:
         # The reader of the output has gone; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()
         return 141
     except OSError as error:
         # What the system refuses where no border had a word for it, a full disk for example.
         where = "" if error.filename is None else f"{error.filename}: "
+        try:
+            sys.stdout.flush()
+        except OSError:
+            give_up_stdout()
         return _report(ConfigError(f"{where}{error.strerror or error}"), arguments)
 
 
@@ -156,7 +161,12 @@ def _report(error: GapError, arguments: Sequence[str]) -> int:
     """Say an error; its exit code."""
     if "--json" in arguments:
         result: ErrorResult = {"error": describe_error(error)}
-        print(json.dumps(result))
+        try:
+            print(json.dumps(result))
+            sys.stdout.flush()
+        except OSError:
+            # The line on stderr is what is left.
+            give_up_stdout()
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
