@@ -10,13 +10,14 @@ from gap_export import export
 from gap_runtime.backends import onnxruntime, openvino
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import DECODER
+from gap_runtime.errors import EngineError
 from gap_runtime.grounding.check import check_bundle
 
 pytest.importorskip("openvino")
 
-from gap_runtime.backends.openvino import states
+from gap_runtime.backends.openvino import pages, session
+from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
 from gap_runtime.backends.openvino.session import OpenvinoDecoder
-from gap_runtime.backends.openvino.state_decoder import StateDecoder
 
 
 @pytest.mark.parametrize(
@@ -97,9 +98,9 @@ def find(tmp_path_factory):
         *(pytest.param(each, marks=pytest.mark.matrix) for each in MORE),
     ],
 )
-def test_its_cache_is_states_that_hold_what_the_graph_would(find, family):
+def test_its_cache_is_pages_that_hold_what_the_graph_would(find, family):
     both = BothDecoders(find(family))
-    assert isinstance(both.one, StateDecoder)
+    assert isinstance(both.one, PagedDecoder)
     both.require_same(40, 0)
     for slot in (40, 41):
         both.require_same(1, slot)
@@ -108,9 +109,14 @@ def test_its_cache_is_states_that_hold_what_the_graph_would(find, family):
     both.require_same(5, 45)
     saved = [each.copy_slots(30) for each in (both.one, both.other)]
     for name, array in saved[1].tensors.items():
-        np.testing.assert_allclose(saved[0].tensors[name], array, rtol=1e-4, atol=1e-4)
-    # Another prompt behind the same beginning, which is run once more; then so few rows that it
-    # is not: too many columns are to be hidden.
+        first = (
+            saved[0]
+            .tensors[name]
+            .transpose(1, 0, 2, 3)
+            .reshape(1, array.shape[1], -1, array.shape[3])
+        )
+        np.testing.assert_allclose(first[:, :, :30], array, rtol=1e-4, atol=1e-4)
+    # Other prompts behind a part of the same beginning, with more and with fewer rows.
     both.require_same(30, 12)
     both.require_same(1, 42)
     both.require_same(3, 4)
@@ -123,20 +129,49 @@ def test_its_cache_is_states_that_hold_what_the_graph_would(find, family):
     both.require_same(1, 31)
 
 
-def test_many_refused_rows_are_hidden_and_then_dropped(find):
-    both = BothDecoders(find("llava"))
-    both.require_same(10, 0)
-    for _ in range(20):
-        both.require_same(6, 10)
-    assert both.one._count < 10 + 20 * 6
-    both.require_same(1, 12)
-
-
 @pytest.mark.parametrize("factor", [None, 0.3])
 def test_a_graph_of_another_form_runs_as_it_is(find, factor, monkeypatch):
     """Two places that change sides hold its cache."""
-    monkeypatch.setattr(states, "_read_factor", lambda _: factor)
+    monkeypatch.setattr(pages, "_read_factor", lambda _: factor)
     both = BothDecoders(find("llava"))
     assert isinstance(both.one, OpenvinoDecoder)
     both.require_same(12, 0)
     both.require_same(1, 12)
+
+
+@pytest.mark.parametrize("inputs", [None, 13, 29])
+def test_without_a_known_attention_over_pages_a_graph_runs_as_it_is(find, inputs, monkeypatch):
+    """Another version of OpenVINO: without the operator, or with other inputs."""
+
+    def make(given):
+        if len(given) != inputs:
+            raise RuntimeError
+
+    monkeypatch.setattr("openvino.op._PagedAttentionExtension", make if inputs else None)
+    both = BothDecoders(find("llava"))
+    assert isinstance(both.one, OpenvinoDecoder)
+    both.require_same(12, 0)
+    both.require_same(1, 12)
+
+
+def test_a_processor_without_that_attention_runs_a_graph_as_it_is(find, monkeypatch):
+    compile_graph = session._compile
+
+    def refuse(bundle, graph):
+        if any(each.get_any_name() == "past_lens" for each in graph.model.inputs):
+            raise EngineError("no kernel")
+        return compile_graph(bundle, graph)
+
+    monkeypatch.setattr(session, "_compile", refuse)
+    both = BothDecoders(find("llava"))
+    assert isinstance(both.one, OpenvinoDecoder)
+    both.require_same(12, 0)
+    both.require_same(1, 12)
+
+
+def test_the_installed_version_has_the_attention_over_pages(tmp_path):
+    """The small model too; a version that changes the operator would be slow without a word."""
+    result = export("refshapes", ratios=[0.5], target="openvino", out=tmp_path / "bundle")
+    bundle = Bundle.open(result.folder)
+    decoder = openvino.open_decoder(bundle, bundle.manifest.stage(DECODER), "")
+    assert isinstance(decoder, PagedDecoder)

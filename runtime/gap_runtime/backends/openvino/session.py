@@ -18,9 +18,10 @@ import numpy as np
 from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy
+from gap_runtime.backends.openvino.memory import Memory, allocate
 from gap_runtime.backends.openvino.messages import first_words
-from gap_runtime.backends.openvino.state_decoder import StateDecoder
-from gap_runtime.backends.openvino.states import move_cache_into_states
+from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
+from gap_runtime.backends.openvino.pages import move_cache_into_pages
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import prove_cache, provider_cache, seal_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
@@ -62,21 +63,13 @@ class OpenvinoStage:
         return {name: self._request.get_tensor(name).data.copy() for name in self._names}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Memory:
-    """An array of the cache, bfloat16 as uint16, and OpenVINO's tensor on the same memory."""
-
-    array: np.ndarray
-    tensor: Any
-
-
 class OpenvinoDecoder:
     """A decoder graph that OpenVINO compiled, its cache in two places that change sides."""
 
     def __init__(self, ov: ModuleType, compiled: Any, stage: Stage) -> None:
         """Make an empty cache."""
         self._ov = ov
-        self._cache: KvCache[_Memory] = KvCache(stage, self._allocate, in_place=False)
+        self._cache: KvCache[Memory] = KvCache(stage, self._allocate, in_place=False)
         # A request each: what is bound to it stays, but for the few inputs of a call.
         self._requests = [compiled.create_infer_request() for _ in range(self._cache.sides)]
         for side, request in enumerate(self._requests):
@@ -128,17 +121,9 @@ class OpenvinoDecoder:
             for name, array in {**inputs, "logits": logits}.items()
         }
 
-    def _allocate(self, spec: TensorSpec) -> _Memory:
+    def _allocate(self, spec: TensorSpec) -> Memory:
         """A tensor of zeros."""
-        shape = spec.fixed_shape()
-        if spec.dtype == "bfloat16":
-            # numpy has none: the array holds its bits.
-            array = np.zeros(shape, np.uint16)
-            tensor = self._ov.Tensor(array, self._ov.Shape(shape), self._ov.Type.bf16)
-        else:
-            array = np.zeros(shape, spec.dtype)
-            tensor = self._ov.Tensor(array, shared_memory=True)
-        return _Memory(array=array, tensor=tensor)
+        return allocate(self._ov, spec.fixed_shape(), spec.dtype)
 
 
 def open_stage(bundle: Bundle, stage: Stage, device: str) -> OpenvinoStage:
@@ -146,14 +131,19 @@ def open_stage(bundle: Bundle, stage: Stage, device: str) -> OpenvinoStage:
     return OpenvinoStage(bundle, stage, device)
 
 
-def open_decoder(bundle: Bundle, stage: Stage, device: str) -> StateDecoder | OpenvinoDecoder:
+def open_decoder(bundle: Bundle, stage: Stage, device: str) -> PagedDecoder | OpenvinoDecoder:
     """Load the decoder graph and make an empty cache."""
     graph = _read(bundle, stage, device)
     if graph.device == _CPU:
-        model = move_cache_into_states(graph.ov, graph.model, stage)
+        model = move_cache_into_pages(graph.ov, graph.model, stage)
         if model is not None:
-            compiled = _compile(bundle, replace(graph, model=model))
-            return StateDecoder(graph.ov, compiled, stage)
+            try:
+                compiled = _compile(bundle, replace(graph, model=model))
+            except EngineError:
+                # A processor that the plugin's attention is not written for.
+                graph = _read(bundle, stage, device)
+            else:
+                return PagedDecoder(graph.ov, compiled, stage)
     return OpenvinoDecoder(graph.ov, _compile(bundle, graph), stage)
 
 
@@ -267,7 +257,7 @@ def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": precision,
     }
     if device == _CPU:
-        # By default it keeps a cache that is a state in 8 bits.
+        # By default it keeps a cache of pages in 8 bits.
         settings["KV_CACHE_PRECISION"] = precision
         if _has_own_int4(bundle):
             # Rows are rounded to 8 bits in blocks like the weights', as onnxruntime does it: with

@@ -1,0 +1,30 @@
+"""Memory of a decoder's cache, as numpy and as OpenVINO see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """An array of the cache, bfloat16 as uint16, and OpenVINO's tensor on the same memory."""
+
+    array: np.ndarray
+    tensor: Any
+
+
+def allocate(ov: ModuleType, shape: Sequence[int], dtype: str) -> Memory:
+    """Zeros of a manifest's dtype."""
+    if dtype == "bfloat16":
+        # numpy has none: the array holds its bits.
+        array = np.zeros(shape, np.uint16)
+        tensor = ov.Tensor(array, ov.Shape(shape), ov.Type.bf16)
+    else:
+        array = np.zeros(shape, dtype)
+        tensor = ov.Tensor(array, shared_memory=True)
+    return Memory(array=array, tensor=tensor)

@@ -1,0 +1,103 @@
+"""A decoder whose cache is pages: a call writes its rows where it is told, in place.
+
+Slot n of the bundle's cache is row n % PAGE of page n // PAGE.
+Shape letters: S rows of a call, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gap_runtime.backends._calls import Calls
+from gap_runtime.backends._kv_cache import SlotCopy, cache_specs
+from gap_runtime.backends.openvino.memory import Memory, allocate
+from gap_runtime.backends.openvino.messages import first_words
+from gap_runtime.backends.openvino.pages import KEPT_INPUTS, PAGE
+from gap_runtime.bundle.manifest import Stage
+from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.errors import EngineError
+
+
+class PagedDecoder:
+    """A decoder whose cache is pages of OpenVINO's own attention."""
+
+    def __init__(self, ov: ModuleType, compiled: Any, stage: Stage) -> None:
+        """Make an empty cache."""
+        self._ov = ov
+        self._request = compiled.create_infer_request()
+        specs = cache_specs(stage)
+        self._pages = {spec.name: self._allocate(spec) for spec in specs}
+        count = _count_pages(specs[0].fixed_shape()[2])
+        # There is one sequence, whose pages lie one behind the other.
+        self._filled, self._rows = np.zeros(1, np.int32), np.zeros(2, np.int32)
+        self._end = np.zeros((), np.int32)
+        # The request's tensors are on the memory of these.
+        self._places = {
+            "past_lens": self._filled,
+            "subsequence_begins": self._rows,
+            "block_indices": np.arange(count, dtype=np.int32),
+            "block_indices_begins": np.array([0, count], np.int32),
+            "max_context_len": self._end,
+        }
+        for name, memory in self._pages.items():
+            self._request.set_tensor(name, memory.tensor)
+        for name, array in self._places.items():
+            self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        self._calls = Calls(stage, self._bind)
+
+    def fit(self, rows: int) -> int:
+        """Any number of rows will do."""
+        return rows
+
+    def run(
+        self,
+        embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        write_slot: int,
+        logits_rows: np.ndarray,
+    ) -> np.ndarray:
+        """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
+        call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
+        rows = embeddings.shape[1]
+        self._filled[0], self._rows[1], self._end[()] = write_slot, rows, write_slot + rows
+        try:
+            for name, tensor in call.bound.items():
+                self._request.set_tensor(name, tensor)
+            self._request.infer()
+        except RuntimeError as error:
+            raise EngineError(
+                f"OpenVINO could not run the decoder: {first_words(error)}"
+            ) from error
+        return call.logits
+
+    def copy_slots(self, count: int) -> SlotCopy[np.ndarray]:
+        """A copy of the pages of the first slots; see gap_runtime.backends.SlotSaver."""
+        pages = _count_pages(count)
+        tensors = {name: each.array[:pages].copy() for name, each in self._pages.items()}
+        size = sum(array.nbytes for array in tensors.values())
+        return SlotCopy(count=count, tensors=tensors, size=size)
+
+    def put_slots(self, saved: SlotCopy[np.ndarray]) -> None:
+        """Write pages back; see gap_runtime.backends.SlotSaver."""
+        for name, each in self._pages.items():
+            array = saved.tensors[name]
+            each.array[: len(array)] = array
+
+    def _allocate(self, spec: TensorSpec) -> Memory:
+        """The pages of a tensor of the cache."""
+        _, heads, slots, width = spec.fixed_shape()
+        return allocate(self._ov, (_count_pages(slots), heads, PAGE, width), spec.dtype)
+
+    def _bind(self, inputs: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, Any]:
+        """OpenVINO's tensors on the memory of a call's arrays."""
+        arrays = {name: inputs[name] for name in KEPT_INPUTS} | {"logits": logits}
+        return {name: self._ov.Tensor(array, shared_memory=True) for name, array in arrays.items()}
+
+
+def _count_pages(slots: int) -> int:
+    """Pages that hold so many slots."""
+    return -(-slots // PAGE)
