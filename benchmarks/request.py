@@ -60,7 +60,7 @@ from gap_runtime.grounding.prompt import PHRASE_FIELD, load_tokenizer
 
 ANSWER: Final = " [0.12, 0.34, 0.56, 0.78]"
 _FIRST: Final = "the red mug on the left of the table"
-_FURTHER: Final = "the blue plate in front of the window"
+_FURTHER: Final = "a blue plate in front of the door"
 _STAGES: Final = ("preprocess", "vision", "prefill", "decode")
 _TARGETS: Final = {"onnxruntime": "cpu", "openvino": "openvino"}
 """What a bundle of each backend is exported for."""

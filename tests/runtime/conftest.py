@@ -235,6 +235,19 @@ def with_extra(manifest):
 
 
 @pytest.fixture
+def two_before(manifest):
+    """The changes that put two tokens before the picture."""
+    layout = dataclasses.replace(manifest.layout, prefix=2, capacity=22)
+    visions = (make_vision(entry, layout, (1, 3, 8, 8)) for entry in manifest.ratios)
+    template = f"the {manifest.prompt.template}"
+    return {
+        "layout": layout,
+        "prompt": dataclasses.replace(manifest.prompt, template=template),
+        "stages": (*visions, make_decoder(layout)),
+    }
+
+
+@pytest.fixture
 def told_by_clip(manifest):
     """The changes that make the vision graph of the second ratio read the phrase through CLIP."""
     features = make_tensor("text_features", 1, 3)

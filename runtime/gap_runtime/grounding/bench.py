@@ -23,6 +23,9 @@ from gap_runtime.pictures.load import fitting_size
 from gap_runtime.pictures.preprocess import Bucket
 
 _TOKENS: Final = 16
+_FIRST: Final = "the red circle"
+_FURTHER: Final = "a green ring"
+"""Without a word of the first: what two phrases begin with alike is not computed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +125,9 @@ def bench_bundle(
             for entry, samples in zip(entries, runs_of, strict=True):
                 view = grounder.look(pictures[entry.bucket])
                 sample = _Run(
-                    first=grounder.run_stages(view, "the red circle", entry),
-                    further=grounder.run_stages(view, "the red ring", entry, most=1),
-                    steps=grounder.run_stages(
-                        view, "the red circle", entry, most=most, draft=False
-                    ),
+                    first=grounder.run_stages(view, _FIRST, entry),
+                    further=grounder.run_stages(view, _FURTHER, entry, most=1),
+                    steps=grounder.run_stages(view, _FIRST, entry, most=most, draft=False),
                 )
                 if run >= warmup:
                     samples.append(sample)

@@ -1,8 +1,9 @@
 """The beginning of a prompt in the decoder's KV cache, which further phrases need not compute.
 
-The text before the picture is the same for all prompts of a bundle, and picture and text before
-it for all phrases at one ratio. Their rows depend on nothing that follows, so they stay where they
-are; steps, drafts and the next phrase write behind them.
+The text before the picture is the same for all prompts of a bundle, picture and text before it
+for all phrases at one ratio, and what the template says between picture and phrase once more. Rows
+depend on nothing that follows, so they stay where they are; steps, drafts and the next phrase
+write behind them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Final
 
 import numpy as np
 
@@ -18,12 +21,18 @@ from gap_runtime.bundle.manifest import CacheShape
 from gap_runtime.bundle.tensors import ITEM_BYTES
 from gap_runtime.grounding.view import VisionOutput
 
+_PAIR: Final = 2
+"""Rows that onnxruntime's products of int4 weights take together; one that is left over, and a
+single row in any dtype, is rounded otherwise. Behind an even number of rows the same ones are
+pairs, so that a prompt has the same bits as if it were computed whole."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedRows:
-    """Rows of a text before the picture and of the picture, outside the cache."""
+    """Rows of a text before the picture, the picture and a text behind it, outside the cache."""
 
     prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     slots: SavedSlots
 
     @property
@@ -34,14 +43,19 @@ class SavedRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
-    """What the first slots hold: token IDs before the picture, then the picture."""
+    """What the first slots hold: token IDs before the picture, the picture, those behind it."""
 
     prefix: tuple[int, ...]
     vision: VisionOutput
+    suffix: tuple[int, ...]
 
     @property
-    def slots(self) -> int:
+    def picture_end(self) -> int:
         return len(self.prefix) + int(self.vision.visual_tokens.shape[1])
+
+    @property
+    def end(self) -> int:
+        return self.picture_end + len(self.suffix)
 
 
 class PromptCache:
@@ -76,41 +90,54 @@ class PromptCache:
             vision: The picture.
             suffix: Token IDs behind it.
         """
-        wanted = _Held(prefix=tuple(prefix), vision=vision)
-        held = self._find(wanted)
-        # The last row is run in any case, as its logits are wanted.
-        held = min(held, wanted.slots + len(suffix) - 1)
-        rows = self.session.fit(wanted.slots + len(suffix) - held)
-        if rows is None or held + rows > self._capacity:
-            # An engine has no profile that would fit behind them.
-            held = 0
+        wanted = _Held(prefix=tuple(prefix), vision=vision, suffix=tuple(suffix))
+        held = 0
+        for end in self._find(wanted):
+            # The last rows are run in any case, as logits are wanted.
+            slots = min(end, wanted.end - _PAIR) // _PAIR * _PAIR
+            rows = self.session.fit(wanted.end - slots)
+            # An engine may have no profile that would fit behind so many.
+            if rows is not None and slots + rows <= self._capacity:
+                held = slots
+                break
         self._held = None
         yield held
         self._held = wanted
 
-    def _find(self, wanted: _Held) -> int:
-        """How many slots hold what is wanted, after rows that were saved are put back."""
-        held, rows = self._held, wanted.vision.rows
+    def _find(self, wanted: _Held) -> Sequence[int]:
+        """How many slots may be taken for what is wanted, most first.
+
+        Rows that were saved are put back for it.
+        """
+        held, saved = self._held, wanted.vision.rows
         if held is not None and held.vision is not wanted.vision:
             self._save(held)
         if held is not None and held.prefix == wanted.prefix:
             if held.vision is wanted.vision:
-                return held.slots
+                return _list_ends(wanted, held.suffix)
             length = len(held.prefix)
             before, now = (each.vision.position_ids[:, :length] for each in (held, wanted))
-            if rows is None and np.array_equal(before, now):
-                return length
-        if rows is not None and rows.prefix == wanted.prefix:
+            if saved is None and np.array_equal(before, now):
+                return (length,)
+        if saved is not None and saved.prefix == wanted.prefix:
             assert isinstance(self.session, SlotSaver)
-            self.session.put_slots(rows.slots)
-            return wanted.slots
-        return 0
+            self.session.put_slots(saved.slots)
+            return _list_ends(wanted, saved.suffix)
+        return ()
 
     def _save(self, held: _Held) -> None:
         """Copy the rows of a picture that gives way, if it may be asked about again."""
         vision = held.vision
         is_wanted = vision.is_kept and vision.rows is None
-        is_small = held.slots * self._slot_bytes <= self._limit
+        is_small = held.end * self._slot_bytes <= self._limit
         if is_wanted and is_small and isinstance(self.session, SlotSaver):
-            slots = self.session.copy_slots(held.slots)
-            vision.rows = SavedRows(prefix=held.prefix, slots=slots)
+            slots = self.session.copy_slots(held.end)
+            vision.rows = SavedRows(prefix=held.prefix, suffix=held.suffix, slots=slots)
+
+
+def _list_ends(wanted: _Held, suffix: Sequence[int]) -> tuple[int, ...]:
+    """Where ends what two prompts share: the text behind the picture, it, the text before it."""
+    # The last row of the earlier prompt may have been left over by the pairs.
+    both = zip(wanted.suffix, suffix[:-1], strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    return wanted.picture_end + shared, wanted.picture_end, len(wanted.prefix)

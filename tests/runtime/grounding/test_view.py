@@ -18,7 +18,7 @@ from gap_runtime.pictures.load import open_picture
 
 BOX_TOKEN = 11
 MUG, RED = "the mug", "the red mug"
-"""Six and seven tokens behind the picture."""
+"""Six and seven tokens behind the picture, of which the first three are the same."""
 
 
 def make_picture(shade):
@@ -73,19 +73,19 @@ def looks(backend):
     return [name for name, _ in backend.calls]
 
 
-def test_a_further_phrase_computes_only_what_is_behind_the_picture(make_grounder, backend):
+def test_a_further_phrase_computes_only_what_differs(make_grounder, backend):
     grounder = make_grounder()
     view = grounder.look(make_picture(1))
     assert backend.opened == []
     first, second = view.ground(MUG), view.ground(RED)
     assert looks(backend) == ["vision-8"]
-    # One token before the picture and eight of it.
-    assert prompts(backend) == [(0, 15), (9, 7)]
+    # One token before the picture, eight of it, and "Where is the".
+    assert prompts(backend) == [(0, 15), (12, 4)]
     embeddings, positions, _, wanted = backend.decoded[2]
-    # Table row k is (2k, 2k + 1): "Where is the red mug ? ASSISTANT:".
-    assert embeddings.tolist() == [[[2 * k, 2 * k + 1] for k in (4, 5, 6, 7, 8, 9, 3)]]
-    assert positions.tolist() == [list(range(9, 16))]
-    assert wanted == [6]
+    # Table row k is (2k, 2k + 1): "red mug ? ASSISTANT:".
+    assert embeddings.tolist() == [[[2 * k, 2 * k + 1] for k in (7, 8, 9, 3)]]
+    assert positions.tolist() == [list(range(12, 16))]
+    assert wanted == [3]
     # The answer goes on behind it.
     assert backend.decoded[3][2] == 16
     assert first.kept_index == second.kept_index
@@ -95,13 +95,13 @@ def test_a_further_phrase_computes_only_what_is_behind_the_picture(make_grounder
     assert second.milliseconds["total"] >= parts
 
 
-def test_another_picture_or_ratio_finds_the_text_before_it(make_grounder, backend):
-    grounder = make_grounder(keep=0)
+def test_another_picture_or_ratio_finds_the_text_before_it(make_grounder, backend, two_before):
+    grounder = make_grounder(keep=0, **two_before)
     view = grounder.look(make_picture(1))
     view.ground(MUG)
     grounder.look(make_picture(2)).ground(MUG)
     view.ground(MUG, ratio=0.75)
-    assert prompts(backend) == [(0, 15), (1, 14), (1, 10)]
+    assert prompts(backend) == [(0, 16), (2, 14), (2, 10)]
     assert looks(backend) == ["vision-8", "vision-8", "vision-4"]
     # The pixels are those of the first look.
     assert backend.calls[0][1]["pixels"] is backend.calls[2][1]["pixels"]
@@ -168,15 +168,16 @@ def test_no_file_is_known_where_no_picture_is_kept(make_grounder):
     assert grounder.look(file) is not grounder.look(file)
 
 
-def test_rows_of_a_picture_that_gave_way_are_put_back(make_grounder, backend):
-    grounder = make_grounder()
+def test_rows_of_a_picture_that_gave_way_are_put_back(make_grounder, backend, two_before):
+    grounder = make_grounder(**two_before)
     for shade in (1, 2, 1, 2, 2, 1):
         grounder.ground(make_picture(shade), MUG)
     assert looks(backend) == ["vision-8", "vision-8"]
     # Each is saved once, when the other takes its place for the first time.
-    assert backend.saved == [9, 9]
-    assert backend.put == [9, 9, 9]
-    assert prompts(backend) == [(0, 15), (1, 14), (9, 6), (9, 6), (9, 6), (9, 6)]
+    assert backend.saved == [16, 16]
+    assert backend.put == [16, 16, 16]
+    # Two rows are run of what is all there.
+    assert prompts(backend) == [(0, 16), (2, 14), (14, 2), (14, 2), (14, 2), (14, 2)]
 
 
 def test_without_memory_no_picture_is_kept(make_grounder, backend):
@@ -212,9 +213,9 @@ def test_what_a_view_holds_is_counted(make_grounder, backend):
     view = grounder.look(make_picture(1))
     view.ground(MUG)
     grounder.ground(make_picture(2), MUG)
-    assert backend.saved == [9]
-    # The picture, pixels of 8 x 8, 8 tokens two wide, 8 indices and 16 positions, 9 slots.
-    counted = [40 * 40 * 3, 3 * 8 * 8 * 4, 8 * 2 * 4, 8 * 8, 16 * 8, 9 * 16]
+    assert backend.saved == [15]
+    # The picture, pixels of 8 x 8, 8 tokens two wide, 8 indices and 16 positions, 15 slots.
+    counted = [40 * 40 * 3, 3 * 8 * 8 * 4, 8 * 2 * 4, 8 * 8, 16 * 8, 15 * 16]
     assert view.count_bytes() == sum(counted)
 
 
@@ -242,15 +243,15 @@ def test_the_sum_is_that_of_all_views_and_only_few_are_measured(make_grounder, m
         assert grounder.count_kept() == (9, sum(count(view) for view in views))
 
 
-def test_rows_larger_than_the_memory_are_not_saved(make_grounder, backend):
-    grounder = make_grounder(keep=8)
+def test_rows_larger_than_the_memory_are_not_saved(make_grounder, backend, two_before):
+    grounder = make_grounder(keep=15, **two_before)
     grounder._open_cache()._slot_bytes = 2**20
     for shade in (1, 2, 1):
         grounder.ground(make_picture(shade), MUG)
-    # 9 slots of a MiB each. The vision stages still ran once.
+    # 16 slots of a MiB each. The vision stages still ran once.
     assert backend.saved == []
     assert looks(backend) == ["vision-8"] * 2
-    assert prompts(backend) == [(0, 15), (1, 14), (1, 14)]
+    assert prompts(backend) == [(0, 16), (2, 14), (2, 14)]
 
 
 def test_a_pruner_that_reads_the_phrase_looks_for_each(make_grounder, backend, told_by_clip):
@@ -258,7 +259,7 @@ def test_a_pruner_that_reads_the_phrase_looks_for_each(make_grounder, backend, t
     for phrase in (MUG, MUG, RED):
         view.ground(phrase, ratio=0.75)
     assert looks(backend) == ["text", "vision-4"] * 3
-    assert prompts(backend) == [(0, 11), (1, 10), (1, 11)]
+    assert prompts(backend) == [(0, 11), (0, 11), (0, 12)]
     pixels = [inputs["pixels"] for name, inputs in backend.calls if name == "vision-4"]
     assert pixels[0] is pixels[1] is pixels[2]
 
@@ -271,7 +272,7 @@ def test_a_phrase_before_the_picture_is_not_taken_for_another(make_grounder, bac
     view = make_grounder(prompt=prompt).look(make_picture(1))
     for phrase in ("mug", "red", "red"):
         view.ground(phrase)
-    assert prompts(backend) == [(0, 12), (0, 12), (9, 3)]
+    assert prompts(backend) == [(0, 12), (0, 12), (10, 2)]
 
 
 def test_a_phrase_of_no_use_leaves_nothing_behind(make_grounder, backend):
@@ -312,17 +313,20 @@ class Sized:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "held"),
+    ("capacity", "sizes", "held"),
     [
-        ((1, 8, 16), [0, 9, 1]),
-        # No profile for the text alone, and none for a prompt behind its first token.
-        ((1, 16), [0, 0, 1]),
-        ((1, 15), [0, 0, 1]),
-        ((15, 16, 17, 18, 19, 20), [0, 0, 1]),
+        (22, (1, 8, 16), [0, 14, 2]),
+        # No profile behind the text that is the same, but one behind the picture.
+        (21, (1, 8, 16), [0, 10, 2]),
+        # None behind the picture, but one behind the text before it.
+        (22, (1, 16), [0, 2, 2]),
+        (22, tuple(range(16, 22)), [0, 2, 2]),
+        # None behind anything.
+        (18, (1, 17), [0, 0, 0]),
     ],
 )
-def test_engines_compute_again_what_has_no_profile_behind_it(manifest, sizes, held):
-    cache = PromptCache(Sized(*sizes), manifest.cache, capacity=21, limit=0)
+def test_engines_compute_again_what_has_no_profile_behind_it(manifest, capacity, sizes, held):
+    cache = PromptCache(Sized(*sizes), manifest.cache, capacity=capacity, limit=0)
 
     def make_output():
         return VisionOutput(
@@ -337,7 +341,7 @@ def test_engines_compute_again_what_has_no_profile_behind_it(manifest, sizes, he
     first = make_output()
     found = []
     for output in (first, first, make_output()):
-        with cache.begin([2], output, [3] * 6) as slots:
+        with cache.begin([2, 5], output, [3] * 6) as slots:
             found.append(slots)
     assert found == held
 
@@ -354,9 +358,40 @@ def test_other_positions_before_the_picture_are_other_rows(manifest):
             preprocess_ms=0,
             vision_ms=0,
         )
-        with cache.begin([2], output, [3] * 6) as slots:
+        with cache.begin([2, 5], output, [3] * 6) as slots:
             found.append(slots)
-    assert found == [0, 1, 0]
+    assert found == [0, 2, 0]
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize(
+    ("suffix", "behind"),
+    [
+        # The whole prompt once more, a two_before one, another one, and none of it.
+        ((3, 4, 5, 6, 7), 3),
+        ((3, 4, 5, 6, 7, 8, 9, 9), 4),
+        ((3, 4, 9, 9, 9, 9), 2),
+        ((9, 9, 9), 0),
+        ((3,), -1),
+    ],
+)
+def test_what_is_run_begins_behind_an_even_number_of_rows(manifest, prefix, suffix, behind):
+    """Two rows of a prompt are run at least, and its last row is never taken from another's."""
+    cache = PromptCache(Sized(*range(1, 40)), manifest.cache, capacity=99, limit=0)
+    output = VisionOutput(
+        pixels=np.zeros(0),
+        visual_tokens=np.zeros((1, 8, 2)),
+        kept_index=np.zeros((1, 8)),
+        position_ids=np.arange(30)[None],
+        preprocess_ms=0,
+        vision_ms=0,
+    )
+    found = []
+    for each in ((3, 4, 5, 6, 7), suffix):
+        with cache.begin([2] * prefix, output, each) as slots:
+            found.append(slots)
+    expected = prefix + 8 + behind
+    assert found == [0, expected - expected % 2]
 
 
 def test_the_public_names():
