@@ -40,23 +40,23 @@ MORE = ("llava-next-mistral", "internvl3")
 
 
 class BothDecoders:
-    """The same calls of a decoder on OpenVINO and on onnxruntime."""
+    """The same calls of a decoder on OpenVINO and on another one, by default onnxruntime."""
 
-    def __init__(self, bundle):
+    def __init__(self, bundle, other=None):
         stage = bundle.manifest.stage(DECODER)
         shapes = {spec.name: spec.shape for spec in stage.inputs}
         self.width, self.axes = int(shapes["embeddings"][-1]), int(shapes["position_ids"][0])
         self.one = openvino.open_decoder(bundle, stage, "")
-        self.other = onnxruntime.open_decoder(bundle, stage, "cpu")
+        self.other = other or onnxruntime.open_decoder(bundle, stage, "cpu")
         self.random = np.random.default_rng(0)
 
-    def require_same(self, rows, slot):
+    def require_same(self, rows, slot, error=1e-4):
         """Logits of all rows, and of a call's cache by what follows."""
         values = self.random.standard_normal((1, rows, self.width)).astype(np.float32)
         ids = np.tile(np.arange(rows) * 2 + slot, (self.axes, 1))
         wanted = np.arange(max(0, rows - 8), rows)
         found, truth = (each.run(values, ids, slot, wanted) for each in (self.one, self.other))
-        np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found, truth, rtol=error, atol=error)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,26 @@ def test_a_processor_without_that_attention_runs_a_graph_as_it_is(find, monkeypa
     assert isinstance(both.one, OpenvinoDecoder)
     both.require_same(12, 0)
     both.require_same(1, 12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fastmath", "error"),
+    [("float16", "0", 2e-3), ("bfloat16", "0", 0.3), ("float32", "1", 0.3)],
+)
+def test_pages_hold_what_is_computed_in(tmp_path, dtype, fastmath, error, monkeypatch):
+    """Other dtypes beside the graph as it is, whatever of them the processor has."""
+    monkeypatch.setenv("GAP_RUNTIME_FASTMATH", fastmath)
+    out = tmp_path / "bundle"
+    bundle = Bundle.open(
+        export("refshapes", ratios=[0.5], target="openvino", out=out, dtype=dtype).folder
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "move_cache_into_pages", lambda *_: None)
+        whole = openvino.open_decoder(bundle, bundle.manifest.stage(DECODER), "")
+    both = BothDecoders(bundle, whole)
+    assert isinstance(both.one, PagedDecoder)
+    for rows, slot in ((40, 0), (1, 40), (5, 41), (9, 30)):
+        both.require_same(rows, slot, error)
 
 
 def test_the_installed_version_has_the_attention_over_pages(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gap_runtime.backends.onnxruntime import session as backend
+from gap_runtime.backends import _weights, onnxruntime
 from gap_runtime.bundle.manifest import DECODER
 from gap_runtime.errors import ConfigError
 from gap_runtime.machines import huge_pages
@@ -18,7 +18,7 @@ SIZE = 8 * MIB
 
 
 def open_decoder(bundle):
-    return backend.open_decoder(bundle, bundle.manifest.stage(DECODER), "cpu")
+    return onnxruntime.open_decoder(bundle, bundle.manifest.stage(DECODER), "cpu")
 
 
 def test_what_can_be_moved_is_memory_of_no_file_in_whole_huge_pages():
@@ -89,7 +89,7 @@ def started(ort, monkeypatch):
     """A list that gets an entry for every time that memory is moved."""
     assert ort.sessions == []
     found = []
-    monkeypatch.setattr(backend, "start_moving", lambda: found.append(1))
+    monkeypatch.setattr(_weights, "start_moving", lambda: found.append(1))
     return found
 
 

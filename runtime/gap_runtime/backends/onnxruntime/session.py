@@ -16,6 +16,7 @@ import numpy as np
 from gap_runtime.backends import DecoderSession
 from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy, cache_specs, make_arrays
+from gap_runtime.backends._weights import move_weights
 from gap_runtime.backends.onnxruntime.graphs import open_graph_decoder
 from gap_runtime.backends.onnxruntime.loading import (
     first_words,
@@ -29,12 +30,8 @@ from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import EngineError
-from gap_runtime.machines.environment import wants_huge_pages
-from gap_runtime.machines.huge_pages import start_moving
 
 _CPU_NAMES: Final = ("Cpu", "CpuPinned")
-_LARGE: Final = 64 * 2**20
-"""Bytes of a bundle's files; a smaller model's weights stay in a processor's caches."""
 _NVIDIA: Final = 0x10DE
 """NVIDIA's PCI vendor ID, by which providers that are plug-ins find their memory."""
 
@@ -86,8 +83,8 @@ class OnnxDecoder:
         self._is_plugin = bool(device) and needs_plugin(self._ort, find_provider(device))
         self._on_host = self._find_host_inputs()
         self._host_memory: dict[int, np.ndarray] = {}
-        if not self._on_gpu and wants_huge_pages() and _is_large(bundle):
-            start_moving()
+        if not self._on_gpu:
+            move_weights(bundle)
         in_place = writes_in_place(device, bundle.manifest.target.opset)
         self._cache = self._make_cache(stage, in_place=in_place)
         self._calls = Calls(stage, self._bind)
@@ -231,10 +228,6 @@ class OnnxDecoder:
             for name, place in zip(names, places, strict=True)
             if place is not None and place.name in _CPU_NAMES
         )
-
-
-def _is_large(bundle: Bundle) -> bool:
-    return sum(entry.size for entry in bundle.manifest.files.values()) >= _LARGE
 
 
 def open_stage(bundle: Bundle, stage: Stage, device: str) -> OnnxStage:

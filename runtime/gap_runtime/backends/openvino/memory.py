@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+
+DTYPES: Final = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64"}
+"""Dtypes by OpenVINO's words; others are not told apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._kv_cache import SlotCopy, cache_specs
-from gap_runtime.backends.openvino.memory import Memory, allocate
+from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
 from gap_runtime.backends.openvino.messages import first_words
 from gap_runtime.backends.openvino.pages import KEPT_INPUTS, PAGE
 from gap_runtime.bundle.manifest import Stage
@@ -30,8 +30,8 @@ class PagedDecoder:
         self._ov = ov
         self._request = compiled.create_infer_request()
         specs = cache_specs(stage)
-        self._pages = {spec.name: self._allocate(spec) for spec in specs}
         count = _count_pages(specs[0].fixed_shape()[2])
+        self._pages = {spec.name: self._allocate(compiled, spec, count) for spec in specs}
         # There is one sequence, whose pages lie one behind the other.
         self._filled, self._rows = np.zeros(1, np.int32), np.zeros(2, np.int32)
         self._end = np.zeros((), np.int32)
@@ -87,10 +87,11 @@ class PagedDecoder:
             array = saved.tensors[name]
             each.array[: len(array)] = array
 
-    def _allocate(self, spec: TensorSpec) -> Memory:
-        """The pages of a tensor of the cache."""
-        _, heads, slots, width = spec.fixed_shape()
-        return allocate(self._ov, (_count_pages(slots), heads, PAGE, width), spec.dtype)
+    def _allocate(self, compiled: Any, spec: TensorSpec, count: int) -> Memory:
+        """The pages of a tensor of the cache, in the dtype that is computed in."""
+        _, heads, _, width = spec.fixed_shape()
+        dtype = compiled.input(spec.name).get_element_type().get_type_name()
+        return allocate(self._ov, (count, heads, PAGE, width), DTYPES[dtype])
 
     def _bind(self, inputs: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, Any]:
         """OpenVINO's tensors on the memory of a call's arrays."""

@@ -18,7 +18,8 @@ import numpy as np
 from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy
-from gap_runtime.backends.openvino.memory import Memory, allocate
+from gap_runtime.backends._weights import move_weights
+from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
 from gap_runtime.backends.openvino.messages import first_words
 from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
 from gap_runtime.backends.openvino.pages import move_cache_into_pages
@@ -31,8 +32,6 @@ from gap_runtime.machines.environment import read_threads, wants_fastmath
 
 _CPU: Final = "CPU"
 _CACHE: Final = "CACHE_DIR"
-_DTYPES: Final = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64"}
-"""Dtypes by OpenVINO's words; others are not told apart."""
 _PRECISIONS: Final = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _CAPABILITIES: Final = {"f16": "FP16", "bf16": "BF16"}
 """What OpenVINO says a device has that computes so; every device has float32."""
@@ -134,17 +133,27 @@ def open_stage(bundle: Bundle, stage: Stage, device: str) -> OpenvinoStage:
 def open_decoder(bundle: Bundle, stage: Stage, device: str) -> PagedDecoder | OpenvinoDecoder:
     """Load the decoder graph and make an empty cache."""
     graph = _read(bundle, stage, device)
-    if graph.device == _CPU:
-        model = move_cache_into_pages(graph.ov, graph.model, stage)
-        if model is not None:
-            try:
-                compiled = _compile(bundle, replace(graph, model=model))
-            except EngineError:
-                # A processor that the plugin's attention is not written for.
-                graph = _read(bundle, stage, device)
-            else:
-                return PagedDecoder(graph.ov, compiled, stage)
-    return OpenvinoDecoder(graph.ov, _compile(bundle, graph), stage)
+    if graph.device != _CPU:
+        return OpenvinoDecoder(graph.ov, _compile(bundle, graph), stage)
+    decoder: PagedDecoder | OpenvinoDecoder | None = _open_pages(bundle, stage, graph)
+    if decoder is None:
+        graph = _read(bundle, stage, device)
+        decoder = OpenvinoDecoder(graph.ov, _compile(bundle, graph), stage)
+    move_weights(bundle)
+    return decoder
+
+
+def _open_pages(bundle: Bundle, stage: Stage, graph: _Graph) -> PagedDecoder | None:
+    """A decoder whose cache is pages; None where this OpenVINO or this processor has none."""
+    model = move_cache_into_pages(graph.ov, graph.model, stage)
+    if model is None:
+        return None
+    try:
+        compiled = _compile(bundle, replace(graph, model=model))
+    except EngineError:
+        # A processor that the plugin's attention over pages is not written for.
+        return None
+    return PagedDecoder(graph.ov, compiled, stage)
 
 
 def _import_openvino() -> ModuleType:
@@ -226,7 +235,7 @@ def _read_tensor(found: Any) -> GraphTensor:
     """An input or output of a model."""
     return GraphTensor(
         name=found.get_any_name(),
-        dtype=_DTYPES.get(found.get_element_type().get_type_name()),
+        dtype=DTYPES.get(found.get_element_type().get_type_name()),
         shape=tuple(
             None if size.is_dynamic else size.get_length() for size in found.get_partial_shape()
         ),
