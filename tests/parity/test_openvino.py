@@ -1,5 +1,8 @@
 """OpenVINO itself on exported graphs, where it is installed."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from makers.families import export as export_family
@@ -195,3 +198,28 @@ def test_the_installed_version_has_the_attention_over_pages(tmp_path):
     bundle = Bundle.open(result.folder)
     decoder = openvino.open_decoder(bundle, bundle.manifest.stage(DECODER), "")
     assert isinstance(decoder, PagedDecoder)
+
+
+SIGNALLED = """
+import gc, signal, sys
+from gap_runtime import Bundle, Grounder
+from gap_runtime.evaluation.refshapes import draw_scene
+
+told = []
+signal.signal(signal.SIGINT, lambda *_: told.append(1))
+for _ in range(3):
+    grounder = Grounder(Bundle.open(sys.argv[1]), "openvino")
+    grounder.ground(draw_scene("test", 0).image, "the red circle")
+    grounder.close()
+    del grounder
+    gc.collect()
+    signal.raise_signal(signal.SIGINT)
+print(len(told))
+"""
+
+
+def test_a_signal_finds_its_way_after_a_session_has_ended(tmp_path):
+    result = export("refshapes", ratios=[0.5], target="openvino", out=tmp_path / "bundle")
+    command = [sys.executable, "-c", SIGNALLED, str(result.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -156,6 +157,16 @@ def _open_pages(bundle: Bundle, stage: Stage, graph: _Graph) -> PagedDecoder | N
     return PagedDecoder(graph.ov, compiled, stage)
 
 
+@cache
+def _open_core(ov: ModuleType) -> Any:
+    """OpenVINO itself, once for a process and as long as it lives.
+
+    Each one gives the thread that opens it a stack for signals, and takes it away at its end: with
+    several, a signal that comes after the end of one kills the process (2026.4).
+    """
+    return ov.Core()
+
+
 def _import_openvino() -> ModuleType:
     try:
         return import_module("openvino")
@@ -192,7 +203,7 @@ def _read(bundle: Bundle, stage: Stage, device: str) -> _Graph:
             "export with --target openvino"
         )
     ov = _import_openvino()
-    core = ov.Core()
+    core = _open_core(ov)
     wanted = device.upper() or _CPU
     if wanted.partition(".")[0] not in {each.partition(".")[0] for each in core.available_devices}:
         raise EngineError(
