@@ -63,7 +63,15 @@ def library_failures() -> tuple[type[Exception], ...]:
     of the library that reads cards.
     """
     errors = load_library().errors
-    world = (_http_errors(), OSError, ValueError, RuntimeError, errors.XetDownloadError)
+    # What it lacks for a proxy of the environment it tells as it needs it.
+    world = (
+        _http_errors(),
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+        errors.XetDownloadError,
+    )
     # An address that is none: in httpx no error of HTTP, elsewhere one.
     package = import_module(_http_errors().__module__.partition(".")[0])
     no_address = getattr(package, "InvalidURL", OSError)

@@ -36,15 +36,17 @@ def require_login(name: HubName) -> None:
         HubError: There is no token, or the hub does not take it or cannot be reached.
     """
     library = load_library()
-    if library.get_token() is None:
+    try:
+        token = library.get_token()
+        if token is not None:
+            library.HfApi().whoami()
+    except library_failures() as error:
+        raise explain_failure(name, "be pushed", error) from error
+    if token is None:
         raise HubError(
             f"{PREFIX}{name}: no token for the hub; run `hf auth login`, or set HF_TOKEN, with "
             "one that may write"
         )
-    try:
-        library.HfApi().whoami()
-    except library_failures() as error:
-        raise explain_failure(name, "be pushed", error) from error
 
 
 def list_links(bundle: Bundle) -> list[str]:

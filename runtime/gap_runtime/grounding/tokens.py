@@ -25,14 +25,14 @@ from tokenizers import Tokenizer
 from gap_runtime.errors import BundleError, GapError, InputError, PatternError
 from gap_runtime.records.pattern_work import count_least, count_tries
 
-LONGEST_TEXT: Final = 10_000
+LONGEST_TEXT: Final = 4_000
 """Characters of a prompt."""
 _LONGEST_ANSWER: Final = 100_000
 """Characters of tokens that are written; a token may be a sentence."""
-_MOST_TRIES: Final = 1e10
-"""Of all expressions together, for the longest text; published ones have 0.1e10, and a text that
-takes Oniguruma so many would take it half a minute. With the length of the text they grow by its
-square at most, so that a phrase of a request is done in less than 4 s, whatever it is."""
+_MOST_TRIES: Final = 1.6e9
+"""Of all expressions together, for the longest text; published ones have 0.7e9 at most, and a text
+that takes Oniguruma so many would take it 5 s. With the length of the text they grow by its square
+at most, so that a phrase of a request is done in less than 2 s, whatever it is."""
 _MOST_GROWTH: Final = 100
 _WIDEST: Final = 18
 """Characters that one may become in a normal form of Unicode."""

@@ -289,6 +289,13 @@ def test_what_answers_as_no_hub_does_is_told(hub, bundle, reply):
         ),
         (["pull", "a/b"], {"HF_ENDPOINT": "\x1b"}, 4, "error: hub:a/b: cannot be pulled: "),
         (
+            ["push", "{bundle}", "a/b"],
+            {"HF_ENDPOINT": "http://127.0.0.1:99999"},
+            4,
+            "error: hub:a/b: cannot be pushed: Port out of range",
+        ),
+        (["pull", "a/b"], {"ALL_PROXY": "socks5://a:1"}, 4, "error: hub:a/b: cannot be pulled: "),
+        (
             ["pull", "a/b"],
             {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"},
             2,

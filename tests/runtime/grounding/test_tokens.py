@@ -116,7 +116,7 @@ def test_longer_texts_are_refused(tokenizer_file, prompt, text):
     tokenizer = load_tokenizer(tokenizer_file)
     encoder = PromptEncoder(tokenizer, prompt, rows=10**6)
     for encode in (encoder.encode, encoder.encode_phrase):
-        with pytest.raises(InputError, match="characters, at most 10,000 are read"):
+        with pytest.raises(InputError, match="characters, at most 4,000 are read"):
             encode(text)
     assert encode_text(tokenizer, "a" * LONGEST_TEXT)
 
