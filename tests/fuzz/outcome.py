@@ -10,7 +10,8 @@ from gap_runtime.errors import GapError, NoBoxError
 SECONDS = 20
 """Of the processor; on a busy machine a case may take longer by the clock."""
 PATIENCE = 8
-"""Seconds by the clock for each of these: who waits for nothing takes none of the processor."""
+"""Seconds by the clock for each of these: who waits for nothing takes none of the processor. Told
+in as many turns, so that one in which the whole process was stopped counts once."""
 FAILURES = ("traceback", "waits", "lines", "wrong")
 
 
@@ -24,20 +25,21 @@ class _TooLateError(BaseException):
 
 @contextlib.contextmanager
 def _alarm(seconds):
-    def ring(*_):
-        raise _TooLateError
+    turns = []
 
-    timers = (
-        (signal.ITIMER_PROF, signal.SIGPROF, seconds),
-        (signal.ITIMER_REAL, signal.SIGALRM, seconds * PATIENCE),
-    )
-    before = [signal.signal(number, ring) for _, number, _ in timers]
-    for timer, _, limit in timers:
-        signal.setitimer(timer, limit)
+    def ring(number, _):
+        turns.append(number)
+        if number == signal.SIGPROF or len(turns) == PATIENCE:
+            raise _TooLateError
+
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF), (signal.ITIMER_REAL, signal.SIGALRM))
+    before = [signal.signal(number, ring) for _, number in timers]
+    for timer, _ in timers:
+        signal.setitimer(timer, seconds, seconds)
     try:
         yield
     finally:
-        for (timer, number, _), old in zip(timers, before, strict=True):
+        for (timer, number), old in zip(timers, before, strict=True):
             signal.setitimer(timer, 0)
             signal.signal(number, old)
 
