@@ -16,9 +16,9 @@ from gap_runtime.bundle.manifest import DECODER
 from gap_runtime.errors import EngineError
 from gap_runtime.grounding.check import check_bundle
 
-pytest.importorskip("openvino")
+Core = pytest.importorskip("openvino").Core
 
-from gap_runtime.backends.openvino import pages, session
+from gap_runtime.backends.openvino import paged_decoder, pages, session
 from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
 from gap_runtime.backends.openvino.session import OpenvinoDecoder
 
@@ -53,10 +53,10 @@ class BothDecoders:
         self.other = other or onnxruntime.open_decoder(bundle, stage, "cpu")
         self.random = np.random.default_rng(0)
 
-    def require_same(self, rows, slot, error=1e-4):
+    def require_same(self, rows, slot, error=1e-4, stride=2):
         """Logits of all rows, and of a call's cache by what follows."""
         values = self.random.standard_normal((1, rows, self.width)).astype(np.float32)
-        ids = np.tile(np.arange(rows) * 2 + slot, (self.axes, 1))
+        ids = np.tile(np.arange(rows) * stride + slot, (self.axes, 1))
         wanted = np.arange(max(0, rows - 8), rows)
         found, truth = (each.run(values, ids, slot, wanted) for each in (self.one, self.other))
         np.testing.assert_allclose(found, truth, rtol=error, atol=error)
@@ -132,18 +132,56 @@ def test_its_cache_is_pages_that_hold_what_the_graph_would(find, family):
     both.require_same(1, 31)
 
 
-@pytest.mark.parametrize("factor", [None, 0.3])
-def test_a_graph_of_another_form_runs_as_it_is(find, factor, monkeypatch):
-    """Two places that change sides hold its cache."""
-    monkeypatch.setattr(pages, "_read_factor", lambda _: factor)
-    both = BothDecoders(find("llava"))
+def test_several_pages_are_saved_and_the_last_slot_is_the_last(find):
+    bundle = find("llava")
+    capacity = bundle.manifest.layout.capacity
+    both = BothDecoders(bundle)
+    both.require_same(70, 0, stride=1)
+    saved = [each.copy_slots(67) for each in (both.one, both.other)]
+    both.require_same(60, 0)
+    for each, slots in zip((both.one, both.other), saved, strict=True):
+        each.put_slots(slots)
+    both.require_same(4, 67)
+    # To the end of the cache, which need not be the end of a page.
+    both.require_same(capacity - 71, 71, stride=1)
+    both.require_same(1, capacity - 1)
+    values = np.zeros((1, 2, both.width), np.float32)
+    ids = np.zeros((both.axes, 2), np.int64)
+    for slot in (capacity - 1, capacity, -1):
+        with pytest.raises(EngineError, match=f"do not fit the cache of {capacity} slots"):
+            both.one.run(values, ids, slot, np.arange(1))
+    both.require_same(1, capacity - 1)
+
+
+def require_slow_and_said(bundle, caplog, reason):
+    """Two places that change sides hold the cache, and the reason is told."""
+    both = BothDecoders(bundle)
     assert isinstance(both.one, OpenvinoDecoder)
     both.require_same(12, 0)
     both.require_same(1, 12)
+    (record,) = (each for each in caplog.records if each.name.endswith("openvino.session"))
+    assert record.levelname == "WARNING"
+    assert "every call copies the cache" in record.getMessage()
+    assert reason in record.getMessage()
 
 
-@pytest.mark.parametrize("inputs", [None, 13, 29])
-def test_without_a_known_attention_over_pages_a_graph_runs_as_it_is(find, inputs, monkeypatch):
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_a_graph_of_another_form_runs_as_it_is(find, factor, monkeypatch, caplog):
+    monkeypatch.setattr(pages, "_read_factor", lambda _: factor)
+    require_slow_and_said(find("llava"), caplog, "the graph's attention is of another form")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (None, "this version has no attention over pages"),
+        (13, "its attention over pages takes other inputs"),
+        (29, "its attention over pages takes other inputs"),
+    ],
+)
+def test_without_a_known_attention_over_pages_a_graph_runs_as_it_is(
+    find, inputs, reason, monkeypatch, caplog
+):
     """Another version of OpenVINO: without the operator, or with other inputs."""
 
     def make(given):
@@ -151,13 +189,17 @@ def test_without_a_known_attention_over_pages_a_graph_runs_as_it_is(find, inputs
             raise RuntimeError
 
     monkeypatch.setattr("openvino.op._PagedAttentionExtension", make if inputs else None)
-    both = BothDecoders(find("llava"))
-    assert isinstance(both.one, OpenvinoDecoder)
-    both.require_same(12, 0)
-    both.require_same(1, 12)
+    require_slow_and_said(find("llava"), caplog, reason)
 
 
-def test_a_processor_without_that_attention_runs_a_graph_as_it_is(find, monkeypatch):
+@pytest.mark.parametrize("name", ["PAGE", "DTYPES"])
+def test_pages_of_another_form_are_not_taken(find, name, monkeypatch, caplog):
+    """Another version of OpenVINO: pages of other sizes or dtypes than are known."""
+    monkeypatch.setattr(paged_decoder, name, {"PAGE": 16, "DTYPES": {}}[name])
+    require_slow_and_said(find("llava"), caplog, "pages are <Type: 'float32'> [?,")
+
+
+def test_a_processor_without_that_attention_runs_a_graph_as_it_is(find, monkeypatch, caplog):
     compile_graph = session._compile
 
     def refuse(bundle, graph):
@@ -166,28 +208,36 @@ def test_a_processor_without_that_attention_runs_a_graph_as_it_is(find, monkeypa
         return compile_graph(bundle, graph)
 
     monkeypatch.setattr(session, "_compile", refuse)
-    both = BothDecoders(find("llava"))
-    assert isinstance(both.one, OpenvinoDecoder)
-    both.require_same(12, 0)
-    both.require_same(1, 12)
+    require_slow_and_said(find("llava"), caplog, "no kernel")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fastmath", "error"),
-    [("float16", "0", 2e-3), ("bfloat16", "0", 0.3), ("float32", "1", 0.3)],
+    ("dtype", "fastmath"), [("float16", "0"), ("bfloat16", "0"), ("float32", "1")]
 )
-def test_pages_hold_what_is_computed_in(tmp_path, dtype, fastmath, error, monkeypatch):
+def test_pages_hold_what_is_computed_in(tmp_path, dtype, fastmath, monkeypatch):
     """Other dtypes beside the graph as it is, whatever of them the processor has."""
     monkeypatch.setenv("GAP_RUNTIME_FASTMATH", fastmath)
     out = tmp_path / "bundle"
     bundle = Bundle.open(
         export("refshapes", ratios=[0.5], target="openvino", out=out, dtype=dtype).folder
     )
+
+    def refuse(*_):
+        raise pages.OtherFormError("a test")
+
     with monkeypatch.context() as patch:
-        patch.setattr(session, "move_cache_into_pages", lambda *_: None)
+        patch.setattr(session, "move_cache_into_pages", refuse)
         whole = openvino.open_decoder(bundle, bundle.manifest.stage(DECODER), "")
     both = BothDecoders(bundle, whole)
     assert isinstance(both.one, PagedDecoder)
+    has = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    wanted = "bfloat16" if fastmath == "1" else dtype
+    if {"bfloat16": "BF16", "float16": "FP16"}[wanted] not in has:
+        wanted = "float32"
+    (held,) = {each.array.dtype.name for each in both.one._pages.values()}
+    assert held == {"bfloat16": "uint16"}.get(wanted, wanted)
+    # A graph of float16 that is computed in float32 rounds its cache all the same.
+    error = 0.3 if wanted == "bfloat16" else 2e-3
     for rows, slot in ((40, 0), (1, 40), (5, 41), (9, 30)):
         both.require_same(rows, slot, error)
 

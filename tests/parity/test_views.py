@@ -65,6 +65,21 @@ def test_a_known_picture_changes_no_bit(export, tmp_path, target, settings):
     require_same(Bundle.open(out), "onnxruntime:cpu")
 
 
+@pytest.mark.parametrize("weights", [None, pytest.param("int4", marks=pytest.mark.matrix)])
+def test_pages_give_the_same(export, tmp_path, weights):
+    pytest.importorskip("openvino")
+    settings = {"quantize__weights": weights} if weights else {}
+    out = export(
+        "refshapes",
+        tmp_path / "b",
+        target="openvino",
+        prune__ratios=[0.0, 0.5],
+        reference=False,
+        **settings,
+    )
+    require_same(Bundle.open(out), "openvino")
+
+
 @pytest.mark.parametrize(
     ("target", "is_in_place"),
     # Engines with the cache in place answer in test_tensorrt_check.py.

@@ -1,9 +1,9 @@
 """The beginning of a prompt in the decoder's KV cache, which further phrases need not compute.
 
 The text before the picture is the same for all prompts of a bundle, picture and text before it
-for all phrases at one ratio, and what the template says between picture and phrase once more. Rows
-depend on nothing that follows, so they stay where they are; steps, drafts and the next phrase
-write behind them.
+for all phrases at one ratio; behind the picture, two prompts begin alike with what the template
+says before the phrase. Rows depend on nothing that follows, so they stay where they are; steps,
+drafts and the next phrase write behind them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class PromptCache:
         """
         wanted = _Held(prefix=tuple(prefix), vision=vision, suffix=tuple(suffix))
         held = 0
-        for end in self._find(wanted):
+        before, self._held = self._held, None
+        for end in self._find(wanted, before):
             # The last rows are run in any case, as logits are wanted.
             slots = min(end, wanted.end - _PAIR) // _PAIR * _PAIR
             rows = self.session.fit(wanted.end - slots)
@@ -100,16 +101,15 @@ class PromptCache:
             if rows is not None and slots + rows <= self._capacity:
                 held = slots
                 break
-        self._held = None
         yield held
         self._held = wanted
 
-    def _find(self, wanted: _Held) -> Sequence[int]:
+    def _find(self, wanted: _Held, held: _Held | None) -> Sequence[int]:
         """How many slots may be taken for what is wanted, most first.
 
-        Rows that were saved are put back for it.
+        Rows that were saved are put back for it. `held` is what the cache holds.
         """
-        held, saved = self._held, wanted.vision.rows
+        saved = wanted.vision.rows
         if held is not None and held.vision is not wanted.vision:
             self._save(held)
         if held is not None and held.prefix == wanted.prefix:
@@ -136,7 +136,7 @@ class PromptCache:
 
 
 def _list_ends(wanted: _Held, suffix: Sequence[int]) -> tuple[int, ...]:
-    """Where ends what two prompts share: the text behind the picture, it, the text before it."""
+    """Ends of what two prompts have in common: text behind the picture, picture, text before."""
     # The last row of the earlier prompt may have been left over by the pairs.
     both = zip(wanted.suffix, suffix[:-1], strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))

@@ -367,12 +367,13 @@ def test_other_positions_before_the_picture_are_other_rows(manifest):
 @pytest.mark.parametrize(
     ("suffix", "behind"),
     [
-        # The whole prompt once more, a two_before one, another one, and none of it.
-        ((3, 4, 5, 6, 7), 3),
-        ((3, 4, 5, 6, 7, 8, 9, 9), 4),
-        ((3, 4, 9, 9, 9, 9), 2),
-        ((9, 9, 9), 0),
-        ((3,), -1),
+        # The whole prompt once more, a longer one, another one, and none of it; slots behind one
+        # token before the picture, and behind two.
+        ((3, 4, 5, 6, 7), (12, 12)),
+        ((3, 4, 5, 6, 7, 8, 9, 9), (12, 14)),
+        ((3, 4, 9, 9, 9, 9), (10, 12)),
+        ((9, 9, 9), (8, 10)),
+        ((3,), (8, 8)),
     ],
 )
 def test_what_is_run_begins_behind_an_even_number_of_rows(manifest, prefix, suffix, behind):
@@ -390,8 +391,29 @@ def test_what_is_run_begins_behind_an_even_number_of_rows(manifest, prefix, suff
     for each in ((3, 4, 5, 6, 7), suffix):
         with cache.begin([2] * prefix, output, each) as slots:
             found.append(slots)
-    expected = prefix + 8 + behind
-    assert found == [0, expected - expected % 2]
+    assert found == [0, behind[prefix - 1]]
+
+
+def test_after_rows_that_could_not_be_put_back_nothing_is_taken_for_known(
+    make_grounder, backend, two_before
+):
+    grounder = make_grounder(**two_before)
+    for shade in (1, 2):
+        grounder.ground(make_picture(shade), MUG)
+    session = grounder._open_cache().session
+    put = session.put_slots
+
+    def fail(_):
+        raise EngineError("out of memory")
+
+    session.put_slots = fail
+    with pytest.raises(EngineError):
+        grounder.ground(make_picture(1), MUG)
+    session.put_slots = put
+    # Rows of the second picture may be written over in part.
+    grounder.ground(make_picture(2), MUG)
+    assert prompts(backend) == [(0, 16), (2, 14), (14, 2)]
+    assert backend.put == [16]
 
 
 def test_the_public_names():

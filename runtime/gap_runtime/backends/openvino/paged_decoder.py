@@ -16,7 +16,7 @@ from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._kv_cache import SlotCopy, cache_specs
 from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
 from gap_runtime.backends.openvino.messages import first_words
-from gap_runtime.backends.openvino.pages import KEPT_INPUTS, PAGE
+from gap_runtime.backends.openvino.pages import KEPT_INPUTS, PAGE, OtherFormError
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import EngineError
@@ -26,11 +26,16 @@ class PagedDecoder:
     """A decoder whose cache is pages of OpenVINO's own attention."""
 
     def __init__(self, ov: ModuleType, compiled: Any, stage: Stage) -> None:
-        """Make an empty cache."""
+        """Make an empty cache.
+
+        Raises:
+            OtherFormError: The compiled model wants pages of another form.
+        """
         self._ov = ov
         self._request = compiled.create_infer_request()
         specs = cache_specs(stage)
-        count = _count_pages(specs[0].fixed_shape()[2])
+        self._capacity = specs[0].fixed_shape()[2]
+        count = _count_pages(self._capacity)
         self._pages = {spec.name: self._allocate(compiled, spec, count) for spec in specs}
         # There is one sequence, whose pages lie one behind the other.
         self._filled, self._rows = np.zeros(1, np.int32), np.zeros(2, np.int32)
@@ -61,8 +66,14 @@ class PagedDecoder:
         logits_rows: np.ndarray,
     ) -> np.ndarray:
         """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
-        call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
         rows = embeddings.shape[1]
+        if write_slot < 0 or write_slot + rows > self._capacity:
+            # The kernel would write behind the pages and say nothing.
+            raise EngineError(
+                f"rows {write_slot} to {write_slot + rows - 1} do not fit the cache of "
+                f"{self._capacity} slots"
+            )
+        call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
         self._filled[0], self._rows[1], self._end[()] = write_slot, rows, write_slot + rows
         try:
             for name, tensor in call.bound.items():
@@ -90,8 +101,12 @@ class PagedDecoder:
     def _allocate(self, compiled: Any, spec: TensorSpec, count: int) -> Memory:
         """The pages of a tensor of the cache, in the dtype that is computed in."""
         _, heads, _, width = spec.fixed_shape()
-        dtype = compiled.input(spec.name).get_element_type().get_type_name()
-        return allocate(self._ov, (count, heads, PAGE, width), DTYPES[dtype])
+        wanted = compiled.input(spec.name)
+        dtype = DTYPES.get(wanted.get_element_type().get_type_name())
+        shape = wanted.get_partial_shape()
+        if dtype is None or list(shape)[1:] != [heads, PAGE, width]:
+            raise OtherFormError(f"pages are {wanted.get_element_type()} {shape}")
+        return allocate(self._ov, (count, heads, PAGE, width), dtype)
 
     def _bind(self, inputs: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, Any]:
         """OpenVINO's tensors on the memory of a call's arrays."""

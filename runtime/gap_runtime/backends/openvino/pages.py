@@ -40,7 +40,7 @@ sequence begins among them, and its end; slots that are filled after the call.""
 PAGE: Final = 32
 """Slots of a page, which the plugin does not leave open."""
 _OPERATORS: Final = "openvino.opset13"
-_FEW: Final = 14
+_LEAST_INPUTS: Final = 14
 """Inputs of the operator in OpenVINO 2025.2, the least version."""
 _UNUSED: Final = (
     *((np.int32, (0,)), (np.int32, (0,)), (np.int32, (0,)), (np.float32, (0,))),
@@ -53,41 +53,39 @@ sinks, diversity of keys, token types, trees of drafts."""
 
 
 _SWAPPED: Final = [0, 2, 1, 3]
+"""[1, S, H, d] of [1, H, S, d], and back."""
+_FORM: Final = "the graph's attention is of another form"
 
 
-class _OtherFormError(Exception):
-    """The graph is not of the form that is rewritten here."""
+class OtherFormError(Exception):
+    """A graph, or OpenVINO's operator, is not of the form that is known here; says what is not."""
 
 
-def move_cache_into_pages(ov: ModuleType, model: Any, stage: Stage) -> Any | None:
+def move_cache_into_pages(ov: ModuleType, model: Any, stage: Stage) -> Any:
     """A model whose cache is pages [P, G, PAGE, d], with PAGE_INPUTS as further inputs.
 
     Args:
         ov: The library.
-        model: A decoder graph of the portable dialect, as it was read; its nodes are used again.
+        model: A decoder graph of the portable dialect, as it was read; its nodes are used again,
+            so that it is of no more use afterwards.
         stage: Its entry in the manifest.
 
-    Returns:
-        None where the graph is of another form, or OpenVINO has the operator in a form that is
-        not known: then the model is as it was.
+    Raises:
+        OtherFormError: The graph is of another form, or OpenVINO has the operator in a form that
+            is not known.
     """
     specs = cache_specs(stage)
     if not specs or len(specs) % 2:
-        return None
+        raise OtherFormError(_FORM)
     inputs = {each.get_any_name(): each.get_node() for each in model.inputs}
     results = {each.get_any_name(): each.get_node() for each in model.outputs}
     op = import_module(_OPERATORS)
     places = [_make_input(op, name, shape, np.int32) for name, shape in PAGE_INPUTS.items()]
-    try:
-        layers = [
-            _Layer(
-                key=_Write(inputs, results, key.name), value=_Write(inputs, results, value.name)
-            )
-            for key, value in zip(specs[::2], specs[1::2], strict=True)
-        ]
-        attentions = [layer.make_attention(op, places) for layer in layers]
-    except _OtherFormError:
-        return None
+    layers = [
+        _Layer(key=_Write(inputs, results, key.name), value=_Write(inputs, results, value.name))
+        for key, value in zip(specs[::2], specs[1::2], strict=True)
+    ]
+    attentions = [layer.make_attention(op, places) for layer in layers]
     for layer, attention in zip(layers, attentions, strict=True):
         layer.put(attention)
     kept = [inputs[name] for name in KEPT_INPUTS]
@@ -102,21 +100,21 @@ class _Write:
         """Find it.
 
         Raises:
-            _OtherFormError: It is not written so.
+            OtherFormError: It is not written so.
         """
         if name not in inputs or f"next_{name}" not in results:
-            raise _OtherFormError
+            raise OtherFormError(_FORM)
         choice = results[f"next_{name}"].input_value(0).get_node()
         if choice.get_type_name() != "Select":
-            raise _OtherFormError
+            raise OtherFormError(_FORM)
         if (
             choice.input_value(2).get_node().get_friendly_name()
             != inputs[name].get_friendly_name()
         ):
-            raise _OtherFormError
+            raise OtherFormError(_FORM)
         moved = choice.input_value(1).get_node()
         if moved.get_type_name() != "Gather":
-            raise _OtherFormError
+            raise OtherFormError(_FORM)
         self.name = name
         self.shape = inputs[name].get_output_shape(0)
         self.rows = moved.input_value(0)
@@ -135,20 +133,20 @@ class _Layer:
         """Find what is asked, and by what factor its products are scaled.
 
         Raises:
-            _OtherFormError: It is written otherwise.
+            OtherFormError: It is written otherwise.
         """
         self._key, self._value = key, value
         self._query = key.product.input_value(0)
         width = key.shape[-1]
         factor = _read_factor(key.product)
         if factor is None or not np.isclose(factor, width**-0.5, rtol=1e-6):
-            raise _OtherFormError
+            raise OtherFormError(_FORM)
 
     def make_attention(self, op: Any, places: Sequence[Any]) -> Any:
         """What takes the place of the products, [1, H, S, d] or [1, G, H / G, S, d].
 
         Raises:
-            _OtherFormError: OpenVINO has the operator in another form.
+            OtherFormError: OpenVINO has the operator in another form.
         """
         _, groups, _, width = self._key.shape
         shape = self._query.get_partial_shape()
@@ -212,17 +210,17 @@ def _make_operator(op: Any, known: Sequence[Any]) -> Any:
     """The attention, with as many unused inputs as the installed version has.
 
     Raises:
-        _OtherFormError: It has none, or with other inputs.
+        OtherFormError: It has none, or with other inputs.
     """
     make = getattr(import_module("openvino.op"), "_PagedAttentionExtension", None)
     if make is None:
-        raise _OtherFormError
+        raise OtherFormError("this version has no attention over pages")
     unused = [op.constant(np.zeros(shape, dtype)) for dtype, shape in _UNUSED]
     given = [node.output(0) if hasattr(node, "output") else node for node in (*known, *unused)]
-    for count in range(len(given), _FEW - 1, -1):
+    for count in range(len(given), _LEAST_INPUTS - 1, -1):
         with suppress(RuntimeError):
             return make(given[:count])
-    raise _OtherFormError
+    raise OtherFormError("its attention over pages takes other inputs")
 
 
 def _make_input(op: Any, name: str, shape: list[int], dtype: Any) -> Any:
@@ -241,7 +239,7 @@ def _follow(choice: Any) -> Any:
             if user.get_node().get_type_name() not in {"Result", "ShapeOf"}
         ]
         if len(users) != 1:
-            raise _OtherFormError
+            raise OtherFormError(_FORM)
         node = users[0]
     return node
 
@@ -249,5 +247,5 @@ def _follow(choice: Any) -> Any:
 def _single_user(node: Any) -> Any:
     users = list(node.output(0).get_target_inputs())
     if len(users) != 1:
-        raise _OtherFormError
+        raise OtherFormError(_FORM)
     return users[0].get_node()

@@ -6,11 +6,13 @@ own names. It computes in the bundle's dtype: float32 in float32, bfloat16 where
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any, Final
 
@@ -23,7 +25,7 @@ from gap_runtime.backends._weights import move_weights
 from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
 from gap_runtime.backends.openvino.messages import first_words
 from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
-from gap_runtime.backends.openvino.pages import move_cache_into_pages
+from gap_runtime.backends.openvino.pages import OtherFormError, move_cache_into_pages
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import prove_cache, provider_cache, seal_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
@@ -31,6 +33,8 @@ from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.environment import read_threads, wants_fastmath
 
+_LOG: Final = logging.getLogger(__name__)
+_OPENING: Final = Lock()
 _CPU: Final = "CPU"
 _CACHE: Final = "CACHE_DIR"
 _PRECISIONS: Final = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -146,24 +150,32 @@ def open_decoder(bundle: Bundle, stage: Stage, device: str) -> PagedDecoder | Op
 
 def _open_pages(bundle: Bundle, stage: Stage, graph: _Graph) -> PagedDecoder | None:
     """A decoder whose cache is pages; None where this OpenVINO or this processor has none."""
-    model = move_cache_into_pages(graph.ov, graph.model, stage)
-    if model is None:
-        return None
     try:
+        model = move_cache_into_pages(graph.ov, graph.model, stage)
         compiled = _compile(bundle, replace(graph, model=model))
-    except EngineError:
-        # A processor that the plugin's attention over pages is not written for.
+        return PagedDecoder(graph.ov, compiled, stage)
+    except (OtherFormError, EngineError) as error:
+        _LOG.warning(
+            "%s: every call copies the cache, which is several times slower than attention over "
+            "pages: %s",
+            graph.path,
+            error,
+        )
         return None
-    return PagedDecoder(graph.ov, compiled, stage)
 
 
-@cache
 def _open_core(ov: ModuleType) -> Any:
     """OpenVINO itself, once for a process and as long as it lives.
 
     Each one gives the thread that opens it a stack for signals, and takes it away at its end: with
     several, a signal that comes after the end of one kills the process (2026.4).
     """
+    with _OPENING:
+        return _make_core(ov)
+
+
+@cache
+def _make_core(ov: ModuleType) -> Any:
     return ov.Core()
 
 
