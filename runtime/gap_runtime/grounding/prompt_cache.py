@@ -91,18 +91,19 @@ class PromptCache:
             suffix: Token IDs behind it.
         """
         wanted = _Held(prefix=tuple(prefix), vision=vision, suffix=tuple(suffix))
-        held = 0
         before, self._held = self._held, None
-        for end in self._find(wanted, before):
-            # The last rows are run in any case, as logits are wanted.
-            slots = min(end, wanted.end - _PAIR) // _PAIR * _PAIR
-            rows = self.session.fit(wanted.end - slots)
-            # An engine may have no profile that would fit behind so many.
-            if rows is not None and slots + rows <= self._capacity:
-                held = slots
-                break
+        ends = self._find(wanted, before)
+        # An engine may have no profile that would fit behind so many.
+        held = next(
+            (slots for slots in _list_counts(ends, wanted.end) if self._fits(wanted, slots)), 0
+        )
         yield held
         self._held = wanted
+
+    def _fits(self, wanted: _Held, slots: int) -> bool:
+        """Whether the session takes what is left of a prompt behind so many slots."""
+        rows = self.session.fit(wanted.end - slots)
+        return rows is not None and slots + rows <= self._capacity
 
     def _find(self, wanted: _Held, held: _Held | None) -> Sequence[int]:
         """How many slots may be taken for what is wanted, most first.
@@ -132,7 +133,21 @@ class PromptCache:
         is_small = held.end * self._slot_bytes <= self._limit
         if is_wanted and is_small and isinstance(self.session, SlotSaver):
             slots = self.session.copy_slots(held.end)
-            vision.rows = SavedRows(prefix=held.prefix, suffix=held.suffix, slots=slots)
+            # A session may compute in another dtype than the manifest's.
+            if slots.size <= self._limit:
+                vision.rows = SavedRows(prefix=held.prefix, suffix=held.suffix, slots=slots)
+
+
+def _list_counts(ends: Sequence[int], end: int) -> Iterator[int]:
+    """How many rows of a prompt may be taken from the cache, in the order of what is tried.
+
+    The last rows are run in any case, as logits are wanted. An odd number is tried where an even
+    one does not fit: the rows of an engine are as many as a profile has, so none is left over.
+    """
+    for each in ends:
+        slots = min(each, end - _PAIR)
+        yield slots // _PAIR * _PAIR
+        yield slots
 
 
 def _list_ends(wanted: _Held, suffix: Sequence[int]) -> tuple[int, ...]:

@@ -302,6 +302,18 @@ def test_after_a_call_that_failed_nothing_is_taken_for_known(make_grounder, back
     assert prompts(backend) == [(0, 15), (0, 15)]
 
 
+def make_output(start=0):
+    """What is known of a picture of eight tokens, whose position IDs begin there."""
+    return VisionOutput(
+        pixels=np.zeros(0),
+        visual_tokens=np.zeros((1, 8, 2)),
+        kept_index=np.zeros((1, 8)),
+        position_ids=np.arange(start, start + 30)[None],
+        preprocess_ms=0,
+        vision_ms=0,
+    )
+
+
 class Sized:
     """A session with profiles, as an engine has."""
 
@@ -328,16 +340,6 @@ class Sized:
 def test_engines_compute_again_what_has_no_profile_behind_it(manifest, capacity, sizes, held):
     cache = PromptCache(Sized(*sizes), manifest.cache, capacity=capacity, limit=0)
 
-    def make_output():
-        return VisionOutput(
-            pixels=np.zeros(0),
-            visual_tokens=np.zeros((1, 8, 2)),
-            kept_index=np.zeros((1, 8)),
-            position_ids=np.arange(16)[None],
-            preprocess_ms=0,
-            vision_ms=0,
-        )
-
     first = make_output()
     found = []
     for output in (first, first, make_output()):
@@ -346,18 +348,22 @@ def test_engines_compute_again_what_has_no_profile_behind_it(manifest, capacity,
     assert found == held
 
 
+def test_an_odd_number_of_rows_is_taken_where_only_that_fits_an_engine(manifest):
+    """One token before the picture and eight of it: three rows have no profile, two have one."""
+    cache = PromptCache(Sized(2, 15), manifest.cache, capacity=15, limit=0)
+    output = make_output()
+    found = []
+    for _ in range(2):
+        with cache.begin([2], output, [3] * 6) as slots:
+            found.append(slots)
+    assert found == [0, 13]
+
+
 def test_other_positions_before_the_picture_are_other_rows(manifest):
     cache = PromptCache(Sized(16), manifest.cache, capacity=99, limit=0)
     found = []
     for start in (0, 0, 5):
-        output = VisionOutput(
-            pixels=np.zeros(0),
-            visual_tokens=np.zeros((1, 8, 2)),
-            kept_index=np.zeros((1, 8)),
-            position_ids=np.arange(start, start + 16)[None],
-            preprocess_ms=0,
-            vision_ms=0,
-        )
+        output = make_output(start)
         with cache.begin([2, 5], output, [3] * 6) as slots:
             found.append(slots)
     assert found == [0, 2, 0]
@@ -379,14 +385,7 @@ def test_other_positions_before_the_picture_are_other_rows(manifest):
 def test_what_is_run_begins_behind_an_even_number_of_rows(manifest, prefix, suffix, behind):
     """Two rows of a prompt are run at least, and its last row is never taken from another's."""
     cache = PromptCache(Sized(*range(1, 40)), manifest.cache, capacity=99, limit=0)
-    output = VisionOutput(
-        pixels=np.zeros(0),
-        visual_tokens=np.zeros((1, 8, 2)),
-        kept_index=np.zeros((1, 8)),
-        position_ids=np.arange(30)[None],
-        preprocess_ms=0,
-        vision_ms=0,
-    )
+    output = make_output()
     found = []
     for each in ((3, 4, 5, 6, 7), suffix):
         with cache.begin([2] * prefix, output, each) as slots:
