@@ -17,6 +17,7 @@ from gap_runtime.errors import EngineError
 from gap_runtime.grounding.check import check_bundle
 
 Core = pytest.importorskip("openvino").Core
+opset = pytest.importorskip("openvino.opset13")
 
 from gap_runtime.backends.openvino import paged_decoder, pages, session
 from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
@@ -169,6 +170,18 @@ def require_slow_and_said(bundle, caplog, reason):
 def test_a_graph_of_another_form_runs_as_it_is(find, factor, monkeypatch, caplog):
     monkeypatch.setattr(pages, "_read_factor", lambda _: factor)
     require_slow_and_said(find("llava"), caplog, "the graph's attention is of another form")
+
+
+def test_an_attention_with_more_in_it_is_not_taken(find):
+    """A soft cap, for example, would be lost."""
+    bundle = find("llava")
+    stage = bundle.manifest.stage(DECODER)
+    graph = session._read(bundle, stage, "")
+    nodes = [each for each in graph.model.get_ordered_ops() if each.get_type_name() == "Softmax"]
+    masked = nodes[-1].input_value(0)
+    nodes[-1].input(0).replace_source_output(opset.tanh(masked).output(0))
+    with pytest.raises(pages.OtherFormError, match="attention is of another form"):
+        pages.move_cache_into_pages(graph.ov, graph.model, stage)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ sinks, diversity of keys, token types, trees of drafts."""
 
 _SWAPPED: Final = [0, 2, 1, 3]
 """[1, S, H, d] of [1, H, S, d], and back."""
+_BETWEEN: Final = ["Multiply", "Select", "Softmax"]
+"""What lies between a layer's two products: scale, mask of what comes later, softmax."""
 _FORM: Final = "the graph's attention is of another form"
 
 
@@ -79,12 +81,12 @@ def move_cache_into_pages(ov: ModuleType, model: Any, stage: Stage) -> Any:
         raise OtherFormError(_FORM)
     inputs = {each.get_any_name(): each.get_node() for each in model.inputs}
     results = {each.get_any_name(): each.get_node() for each in model.outputs}
-    op = import_module(_OPERATORS)
-    places = [_make_input(op, name, shape, np.int32) for name, shape in PAGE_INPUTS.items()]
     layers = [
         _Layer(key=_Write(inputs, results, key.name), value=_Write(inputs, results, value.name))
         for key, value in zip(specs[::2], specs[1::2], strict=True)
     ]
+    op = import_module(_OPERATORS)
+    places = [_make_input(op, name, shape, np.int32) for name, shape in PAGE_INPUTS.items()]
     attentions = [layer.make_attention(op, places) for layer in layers]
     for layer, attention in zip(layers, attentions, strict=True):
         layer.put(attention)
@@ -140,6 +142,8 @@ class _Layer:
         width = key.shape[-1]
         factor = _read_factor(key.product)
         if factor is None or not np.isclose(factor, width**-0.5, rtol=1e-6):
+            raise OtherFormError(_FORM)
+        if _list_between(key.product, value.product) != _BETWEEN:
             raise OtherFormError(_FORM)
 
     def make_attention(self, op: Any, places: Sequence[Any]) -> Any:
@@ -198,6 +202,17 @@ def _read_factor(product: Any) -> float | None:
     if factor.get_type_name() != "Constant" or factor.get_data().size != 1:
         return None
     return float(factor.get_data().item())
+
+
+def _list_between(first: Any, last: Any) -> list[str]:
+    """Types of the nodes between two products, but for changes of dtype."""
+    types, node = [], _single_user(first)
+    while node.get_type_name() != "MatMul":
+        types.append(node.get_type_name())
+        node = _single_user(node)
+    if node.get_friendly_name() != last.get_friendly_name():
+        raise OtherFormError(_FORM)
+    return [each for each in types if each != "Convert"]
 
 
 def _put_in_rows(op: Any, heads_first: Any, heads: int, width: int) -> Any:
