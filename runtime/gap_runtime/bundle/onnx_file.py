@@ -6,6 +6,7 @@ weights are read: they lie in other files.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _VALUE_NAME: Final = 1
 
 _LARGEST: Final = 2**31
 """Bytes of a file of protocol buffers at most."""
+_LOOP: Final = re.compile(rb"(?:\x22|\xa2\x80*\x00)(?:\x04|\x84\x80*\x00)(Loop|Scan)")
+"""An operator's field, its length, each also in the longer forms that readers take, its name."""
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 
 
@@ -81,6 +84,23 @@ def read_onnx(path: Path) -> OnnxFile:
         return _read_graph(graphs[0], opsets)
     except (ValueError, IndexError) as error:
         raise BundleError(f"{path}: not an ONNX file ({error}); export again") from error
+
+
+def require_no_loop(path: Path) -> None:
+    """Refuse a graph with a loop: no export has one, and nothing could end it from within.
+
+    It is looked for in the bytes, so that functions within the file are seen as well.
+
+    Raises:
+        BundleError: It has one, or the file cannot be read.
+    """
+    found = _LOOP.search(read_bytes(path, BundleError, limit=_LARGEST, advice="export again"))
+    if found is not None:
+        name = found[1].decode()
+        raise BundleError(
+            f"{path}: has the operator {name}, which no export has and which may never end; "
+            "export again"
+        )
 
 
 def _read_graph(graph: memoryview, opsets: dict[str, int]) -> OnnxFile:

@@ -216,6 +216,7 @@ def test_a_device_that_is_not_there_is_named(bundle):
 @pytest.mark.usefixtures("library")
 def test_what_it_cannot_read_is_one_line(bundle):
     stage = dataclasses.replace(bundle.manifest.stage(DECODER), file="broken.onnx")
+    (bundle.folder / stage.file).touch()
     with pytest.raises(EngineError) as told:
         openvino.open_decoder(bundle, stage, "")
     assert str(told.value).endswith(

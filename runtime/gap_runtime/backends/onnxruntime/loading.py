@@ -25,6 +25,7 @@ from gap_runtime.backends.onnxruntime.providers import (
 )
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.manifest import Stage
+from gap_runtime.bundle.onnx_file import require_no_loop
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.environment import read_threads, wants_fastmath
 from gap_runtime.machines.fat_binary import list_kernels
@@ -93,9 +94,11 @@ def open_session(
         settings: Of the provider, besides those that it always gets.
 
     Raises:
+        BundleError: The graph has a loop.
         EngineError: The installed onnxruntime cannot load the graph, or not on that provider.
     """
     path = bundle.folder / stage.file
+    require_no_loop(path)
     version = _version(ort)
     wanted = device or ("cuda" if CUDA in ort.get_available_providers() else "cpu")
     if wanted == "cuda" and not _is_served(ort, path, insists=bool(device)):

@@ -29,6 +29,7 @@ from gap_runtime.backends.openvino.pages import OtherFormError, move_cache_into_
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.engines import prove_cache, provider_cache, seal_cache
 from gap_runtime.bundle.manifest import DECODER, Stage
+from gap_runtime.bundle.onnx_file import require_no_loop
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.environment import read_threads, wants_fastmath
@@ -204,7 +205,7 @@ def _read(bundle: Bundle, stage: Stage, device: str) -> _Graph:
 
     Raises:
         BackendMissingError: OpenVINO is not installed.
-        BundleError: The graph is not what the manifest says.
+        BundleError: The graph is not what the manifest says, or has a loop.
         EngineError: It has no such device, or cannot read the graph.
     """
     path = bundle.folder / stage.file
@@ -222,6 +223,7 @@ def _read(bundle: Bundle, stage: Stage, device: str) -> _Graph:
             f"OpenVINO finds no device {wanted}, only {', '.join(core.available_devices)}; "
             "install its driver, or take --backend openvino for the CPU"
         )
+    require_no_loop(path)
     try:
         model = core.read_model(str(path))
     except RuntimeError as error:
