@@ -14,6 +14,7 @@ import numpy as np
 
 from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.errors import EngineError
 
 M = TypeVar("M")
 """What a backend has of a tensor in its device's memory."""
@@ -39,6 +40,25 @@ def make_arrays(specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
         arrays[spec.name] = part.reshape(spec.fixed_shape())
         start += place
     return arrays
+
+
+def require_room(write_slot: int, rows: int, capacity: int, where: str = "") -> None:
+    """Refuse rows of a call that a cache has no slots for: a kernel would write behind it.
+
+    Args:
+        write_slot: The slot of the first row.
+        rows: Of the call.
+        capacity: Slots of the cache.
+        where: What the message begins with.
+
+    Raises:
+        EngineError: They do not fit.
+    """
+    if write_slot < 0 or write_slot + rows > capacity:
+        raise EngineError(
+            f"{where}rows {write_slot} to {write_slot + rows - 1} do not fit the cache of "
+            f"{capacity} slots"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from gap_runtime.backends._cuda import Device, DeviceCache, DeviceMemory
-from gap_runtime.backends._kv_cache import SlotCopy
+from gap_runtime.backends._kv_cache import SlotCopy, require_room
 from gap_runtime.backends.onnxruntime.cudart import find_cudart
 from gap_runtime.backends.onnxruntime.loading import list_errors, open_session, preload
 from gap_runtime.bundle.bundle import Bundle
@@ -89,12 +89,7 @@ class GraphDecoder:
     ) -> np.ndarray:
         """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
         rows, wanted = embeddings.shape[1], len(logits_rows)
-        if write_slot < 0 or write_slot + rows > self._capacity:
-            # A kernel would write behind the cache and say nothing.
-            raise EngineError(
-                f"rows {write_slot} to {write_slot + rows - 1} do not fit the cache of "
-                f"{self._capacity} slots"
-            )
+        require_room(write_slot, rows, self._capacity)
         try:
             call = self._prepare(rows, min(rows, MOST_LOGITS))
             call.inputs["embeddings"][:] = embeddings

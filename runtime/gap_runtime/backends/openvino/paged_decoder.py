@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gap_runtime.backends._calls import Calls
-from gap_runtime.backends._kv_cache import SlotCopy, cache_specs
+from gap_runtime.backends._kv_cache import SlotCopy, cache_specs, require_room
 from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
 from gap_runtime.backends.openvino.messages import first_words
 from gap_runtime.backends.openvino.pages import KEPT_INPUTS, PAGE, OtherFormError
@@ -67,12 +67,7 @@ class PagedDecoder:
     ) -> np.ndarray:
         """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
         rows = embeddings.shape[1]
-        if write_slot < 0 or write_slot + rows > self._capacity:
-            # The kernel would write behind the pages and say nothing.
-            raise EngineError(
-                f"rows {write_slot} to {write_slot + rows - 1} do not fit the cache of "
-                f"{self._capacity} slots"
-            )
+        require_room(write_slot, rows, self._capacity)
         call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
         self._filled[0], self._rows[1], self._end[()] = write_slot, rows, write_slot + rows
         try:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gap_runtime.backends._cuda import CapturedGraph, Device, DeviceCache, DeviceMemory
 from gap_runtime.backends._interface import GraphTensor, require_interface
-from gap_runtime.backends._kv_cache import SlotCopy, cache_specs
+from gap_runtime.backends._kv_cache import SlotCopy, cache_specs, require_room
 from gap_runtime.backends.tensorrt.kernels import CompiledKernels
 from gap_runtime.backends.tensorrt.library import (
     RTX,
@@ -260,12 +260,7 @@ class TensorrtDecoder:
     ) -> np.ndarray:
         """Logits float32 [R, V] of some rows; see gap_runtime.backends.DecoderSession."""
         rows = embeddings.shape[1]
-        if write_slot < 0 or write_slot + rows > self._capacity:
-            # A kernel would write behind the cache and say nothing.
-            raise EngineError(
-                f"{self._engine.path}: rows {write_slot} to {write_slot + rows - 1} do not fit "
-                f"the cache of {self._capacity} slots"
-            )
+        require_room(write_slot, rows, self._capacity, f"{self._engine.path}: ")
         if rows not in self._calls:
             self._calls[rows] = self._prepare(rows)
         call = self._calls[rows]
