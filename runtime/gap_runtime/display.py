@@ -1,4 +1,7 @@
-"""What people see: progress and tables, on stderr. Results go to stdout elsewhere."""
+"""What people see: progress and tables, on stderr. Results go to stdout elsewhere.
+
+A plain line needs no rich, whose import takes as long as an answer of a small model.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
-
-from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from gap_runtime.errors import show_line
 
 if TYPE_CHECKING:
     from PIL import Image
+    from rich.console import Console
+    from rich.table import Table
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 _LINE_SECONDS: Final = 60
@@ -34,18 +34,20 @@ class Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         """A display on stderr; a quiet one shows nothing."""
+        self.is_quiet = quiet
+        """Whether nothing is shown, so that libraries should say nothing either."""
+
+    @cached_property
+    def _console(self) -> Console:
+        from rich.console import Console  # noqa: PLC0415 - for more than lines
+
         # A fixed width keeps lines and tables whole in log files.
-        self._console = Console(
+        return Console(
             stderr=True,
-            quiet=quiet,
+            quiet=self.is_quiet,
             highlight=False,
             width=None if sys.stderr.isatty() else 120,
         )
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether nothing is shown, so that libraries should say nothing either."""
-        return self._console.quiet
 
     @contextmanager
     def step(self, name: str, *, live: bool = True) -> Iterator[None]:
@@ -71,6 +73,14 @@ class Display:
         """
         began = time.monotonic()
         if self._console.is_terminal:
+            from rich.progress import (  # noqa: PLC0415
+                BarColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeElapsedColumn,
+            )
+
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
             with Progress(
                 *columns,
@@ -105,7 +115,10 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(show_line(text), markup=False, soft_wrap=True)
+        if sys.stderr is not None and not self.is_quiet:
+            # As it is: rich makes pictures of words between colons. While something is live, it
+            # has put itself in stderr's place.
+            sys.stderr.write(f"{show_line(text)}\n")
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; numbers are right-aligned."""
@@ -133,6 +146,7 @@ def can_show_pictures() -> bool:
 
 def show_picture(picture: Image.Image) -> None:
     """Show a picture on stdout, where `can_show_pictures`; as large as is handy between lines."""
+    from rich.console import Console  # noqa: PLC0415
     from textual_image import renderable  # noqa: PLC0415
 
     console = Console()
@@ -208,12 +222,16 @@ def format_seconds(seconds: float) -> str:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout, for commands whose result it is."""
+    from rich.console import Console  # noqa: PLC0415
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     _print_whole(console, _make_table(title, header, rows))
 
 
 def _print_whole(console: Console, table: Table) -> None:
     """A table of which nothing is cut: where a window is too narrow, it wraps the lines itself."""
+    from rich.measure import Measurement  # noqa: PLC0415
+
     least = Measurement.get(console, console.options.update(width=_WIDEST), table).minimum
     before = console.width
     console.width = max(before, least)
@@ -222,6 +240,9 @@ def _print_whole(console: Console, table: Table) -> None:
 
 
 def _make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
     table = Table(title=Text(show_line(title)), title_justify="left", title_style="bold")
     cells = [
         [f"{v:.3g}" if isinstance(v, float) else show_line(str(v)) for v in row] for row in rows

@@ -16,8 +16,7 @@ from tools import fake_cuda
 from tools.places import ROOT
 
 import gap_export
-from gap_runtime.machines.fat_binary import list_kernels
-from gap_runtime.machines.survey import ONNXRUNTIME_CUDA
+from gap_runtime.machines.fat_binary import ONNXRUNTIME_CUDA, list_kernels
 
 pytestmark = pytest.mark.gpu_contract
 

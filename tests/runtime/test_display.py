@@ -52,3 +52,10 @@ def test_a_step_whose_library_shows_progress_is_told_at_its_end(monkeypatch, cap
 def test_a_table_without_rows(capsys):
     display.print_table("a table", HEADER, [])
     assert "unparsable" in capsys.readouterr().out
+
+
+def test_a_line_is_shown_as_it_is(capsys):
+    line = "the [red] mug :red_circle: " + "at the left " * 20
+    display.Display().say(line)
+    display.Display(quiet=True).say("nothing")
+    assert capsys.readouterr() == ("", line + "\n")

@@ -17,6 +17,8 @@ MASKED = {
 """The exporter's libraries, and those of all backends, as their targets name them."""
 # Python's modules that Windows does not have: targets/rtx.toml is for Windows too.
 UNIX_ALONE = ("fcntl", "grp", "pwd", "resource", "termios")
+SURVEYING = ("gap_runtime.machines.survey", "importlib.metadata", "packaging")
+"""What looks for libraries on a machine."""
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 for name in {masked!r}:
@@ -95,9 +97,13 @@ def test_importing_the_package_loads_no_library():
     [
         ("gap_runtime.grounding.grounder", ("rich", "gap_runtime.bundle.engines")),
         ("gap_runtime.backends.tensorrt", ("rich", "gap_runtime.backends.tensorrt.builder")),
+        ("gap_runtime.backends.onnxruntime", SURVEYING),
+        ("gap_runtime.backends.openvino", SURVEYING),
+        ("gap_runtime.display", ("rich",)),
     ],
 )
 def test_what_runs_graphs_loads_nothing_that_shows_or_builds(module, names):
+    assert all(map(importlib.util.find_spec, names))
     code = f"import sys, {module}\nprint(*(name in sys.modules for name in {names!r}))"
     assert run_python(code).stdout.split() == ["False"] * len(names)
 

@@ -31,6 +31,8 @@ from gap_runtime.records.files import is_file, open_file, read_bytes, refusal
 
 _SMALL_BYTES: Final = 256 * 2**20
 """Files up to this size are hashed at every opening; larger ones when all are asked for."""
+_FEW_BYTES: Final = 16 * 2**20
+"""Of all files together, up to which one thread hashes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -107,7 +109,9 @@ class Bundle:
         hashed = [name for name, entry in files.items() if limit is None or entry.size <= limit]
         size = sum(files[name].size for name in hashed)
         with begin(size) as on_bytes, ThreadPoolExecutor() as pool:
-            found = pool.map(lambda name: hash_file(self.folder / name, on_bytes), hashed)
+            # Small files are hashed before threads for them have begun.
+            each = pool.map if size > _FEW_BYTES else map
+            found = each(lambda name: hash_file(self.folder / name, on_bytes), hashed)
             for name, found_hash in zip(hashed, found, strict=True):
                 if found_hash != files[name].blake3:
                     raise HashError(

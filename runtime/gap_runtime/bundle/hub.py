@@ -6,7 +6,6 @@ import errno
 import glob
 import os
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -127,6 +126,8 @@ def pull(
 def _download(
     name: HubName, revision: str | None, patterns: list[str], folder: Path | None = None
 ) -> Path:
+    from importlib import metadata  # noqa: PLC0415 - mail and archives, for one number
+
     library = load_library()
     try:
         return Path(

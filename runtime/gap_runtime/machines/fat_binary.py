@@ -18,6 +18,8 @@ from typing import Final
 from gap_runtime.errors import EngineError
 from gap_runtime.records.files import open_file
 
+ONNXRUNTIME_CUDA: Final = "capi/libonnxruntime_providers_cuda.so"
+"""The library of onnxruntime's kernels for CUDA, in its package."""
 _SECTION: Final = b".nv_fatbin"
 _ELF: Final = b"\x7fELF\x02\x01"
 """Of 64 bits, little-endian: every machine that CUDA runs on."""

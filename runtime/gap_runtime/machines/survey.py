@@ -18,7 +18,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Final
 
-from gap_runtime.machines.fat_binary import list_kernels
+from gap_runtime.machines.fat_binary import ONNXRUNTIME_CUDA, list_kernels
 from gap_runtime.machines.memory import Memory, read_memory
 from gap_runtime.machines.target import list_targets, load_target
 from gap_runtime.machines.telemetry import silence_telemetry
@@ -30,8 +30,6 @@ _BOTH: Final = (
     "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'gap-runtime[cpu]' or "
     "'gap-runtime[gpu]'"
 )
-ONNXRUNTIME_CUDA: Final = "capi/libonnxruntime_providers_cuda.so"
-"""The library of onnxruntime's kernels for CUDA, in its package."""
 _CUDA_PYTHON: Final = ("cuda-bindings", "cuda-python")
 _DEBIAN: Final = ("nvidia-jetpack", "nvidia-l4t-core", "libnvinfer10", "python3-libnvinfer")
 JETSON_CHIPS: Final = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import struct
@@ -52,6 +53,8 @@ FORMATS: Final = (
 )
 """Formats of pictures that are read, of all that Pillow knows: what people have, and what says
 itself where it is broken. Some of the others run programs, or guess."""
+_USUAL: Final = FORMATS[:2]
+"""Those that are tried before Pillow imports all others, which takes as long as opening one."""
 _BROKEN: Final = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, AttributeError),
     *(RuntimeError, ArithmeticError, AssertionError, MemoryError, struct.error),
@@ -149,7 +152,7 @@ def _decode(file: BinaryIO, name: str, most: int, *, turned: bool) -> Image.Imag
             # The size is checked below, with a lower limit than Pillow's. Of its other warnings,
             # as of broken EXIF, nothing follows for the pixels.
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=_list_formats()) as picture:
+            with _open(file) as picture:
                 # Before it is unpacked: a small file may hold a huge picture.
                 if picture.width * picture.height > most:
                     raise InputError(
@@ -172,6 +175,14 @@ def _decode(file: BinaryIO, name: str, most: int, *, turned: bool) -> Image.Imag
         ) from error
     except _BROKEN as error:
         raise InputError(f"{name}: the picture is broken ({error})") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """A picture whose pixels are not read yet."""
+    Image.preinit()
+    with contextlib.suppress(UnidentifiedImageError):
+        return Image.open(file, formats=[name for name in _USUAL if name in Image.OPEN])
+    return Image.open(file, formats=_list_formats())
 
 
 @cache

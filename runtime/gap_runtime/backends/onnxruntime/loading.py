@@ -7,7 +7,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Mapping
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
@@ -28,8 +28,7 @@ from gap_runtime.bundle.manifest import Stage
 from gap_runtime.bundle.onnx_file import require_no_loop
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.environment import read_threads, wants_fastmath
-from gap_runtime.machines.fat_binary import list_kernels
-from gap_runtime.machines.survey import ONNXRUNTIME_CUDA
+from gap_runtime.machines.fat_binary import ONNXRUNTIME_CUDA, list_kernels
 from gap_runtime.machines.telemetry import silence_telemetry
 
 _ERRORS: Final = (
@@ -70,6 +69,8 @@ def import_onnxruntime() -> ModuleType:
 
 def _installed_packages() -> str:
     """Which of the packages that share the import name `onnxruntime` are installed."""
+    from importlib import metadata  # noqa: PLC0415 - mail and archives, for an error's words
+
     names = ("onnxruntime", "onnxruntime-gpu")
     found = [d for name in names for d in metadata.distributions(name=name)]
     described = (f"{each.name} {each.version}" for each in found)

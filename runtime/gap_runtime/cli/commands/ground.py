@@ -165,9 +165,10 @@ def _ground_one(options: argparse.Namespace, name: str, phrases: Sequence[str]) 
 def _show_picture(bundle: Bundle, picture: Image.Image, found: list[Grounding]) -> None:
     """The drawing in the terminal itself, where that can show it."""
     from gap_runtime.display import can_show_pictures, show_picture  # noqa: PLC0415
-    from gap_runtime.grounding.api import draw  # noqa: PLC0415
 
     if can_show_pictures():
+        from gap_runtime.grounding.api import draw  # noqa: PLC0415
+
         show_picture(draw(bundle, picture, found))
 
 
