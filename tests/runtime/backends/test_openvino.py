@@ -1,6 +1,8 @@
 """The OpenVINO backend: with a made-up library everywhere, with the real one where it is."""
 
 import dataclasses
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -257,3 +259,36 @@ def test_what_a_machine_misses(engines, found):
 def test_it_is_found_by_its_names():
     assert open_backend("ov")[1] == ""
     assert open_backend("openvino:gpu.1")[1] == "gpu.1"
+
+
+REPORTER = """
+class Telemetry:
+    def __init__(self, *_, **__): pass
+    def send_event(self, *told): print("reported", *told)
+"""
+
+
+def test_openvino_reports_to_nobody(tmp_path):
+    """Its own package for that is a made-up one here, which prints."""
+    pytest.importorskip("openvino")
+    package = tmp_path / "openvino_telemetry"
+    (package / "backend").mkdir(parents=True)
+    (package / "__init__.py").write_text(REPORTER)
+    (package / "backend" / "__init__.py").write_text("backend_ga4 = None")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+
+    def run(code):
+        command = [sys.executable, "-c", code]
+        environment = os.environ | {"PYTHONPATH": path, "HOME": str(tmp_path)}
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "reported ov import" in run("import openvino")
+    opened = """
+from gap_runtime.backends.openvino.session import _import_openvino
+print(_import_openvino().convert_model.__name__)
+import openvino_telemetry
+print(openvino_telemetry.Telemetry.__name__)
+"""
+    assert run(opened).split() == ["convert_model", "Telemetry"]

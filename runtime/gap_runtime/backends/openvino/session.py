@@ -33,6 +33,7 @@ from gap_runtime.bundle.onnx_file import require_no_loop
 from gap_runtime.bundle.tensors import TensorSpec
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.environment import read_threads, wants_fastmath
+from gap_runtime.machines.telemetry import without_reports
 
 _LOG: Final = logging.getLogger(__name__)
 _OPENING: Final = Lock()
@@ -182,7 +183,8 @@ def _make_core(ov: ModuleType) -> Any:
 
 def _import_openvino() -> ModuleType:
     try:
-        return import_module("openvino")
+        with without_reports():
+            return import_module("openvino")
     except ImportError as error:
         raise BackendMissingError(
             "openvino is not installed; pip install 'gap-runtime[openvino]'"
@@ -218,7 +220,10 @@ def _read(bundle: Bundle, stage: Stage, device: str) -> _Graph:
     ov = _import_openvino()
     core = _open_core(ov)
     wanted = device.upper() or _CPU
-    if wanted.partition(".")[0] not in {each.partition(".")[0] for each in core.available_devices}:
+    # Every OpenVINO has the CPU; looking for devices loads the plugins of all others.
+    if wanted != _CPU and wanted.partition(".")[0] not in {
+        each.partition(".")[0] for each in core.available_devices
+    }:
         raise EngineError(
             f"OpenVINO finds no device {wanted}, only {', '.join(core.available_devices)}; "
             "install its driver, or take --backend openvino for the CPU"
