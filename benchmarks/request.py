@@ -42,7 +42,7 @@ from benchmarks.command import (
 )
 from benchmarks.runtime import HOME, NEEDS, Comparison, make_checkpoint
 from benchmarks.suite import (
-    OURS,
+    OWN,
     PEERS,
     PRECISIONS,
     Results,
@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=read_ratio, nargs="+", default=[0.0, 0.5, 0.75])
     parser.add_argument("--backends", nargs="+", default=["onnxruntime"], choices=[*_TARGETS])
     parser.add_argument("--bundle", type=Path, help="measure this one instead")
-    peers = [name for name in list_peers() if name != OURS]
+    peers = [name for name in list_peers() if name not in OWN]
     parser.add_argument("--peers", nargs="*", default=[], choices=peers)
     parser.add_argument(
         "--picture", type=read_output, help="an SVG of stacked bars, of one precision"

@@ -9,9 +9,10 @@ medians over all runs of all rounds. A peer lives in an environment of its own
 Results are kept in a JSON file: `--resume` goes on where a run stopped, `--peers` does some
 subjects again and keeps the others', `--show` only prints.
 
-For every peer the number in brackets says how many times better gap-export is; below 1 the peer
-is better. A peer marked (decoder) has no vision tower; its load time and memory are compared with
-those of our decoder alone, while its export is compared with ours of the whole model.
+gap-export itself runs on each of its backends. For every other subject the number in brackets
+says how many times better the faster one of ours is; below 1 the other is better. A peer marked
+(decoder) has no vision tower; its load time and memory are compared with those of our decoder
+alone, while its export is compared with ours of the whole model.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benchmarks.command import (
 )
 from benchmarks.suite import (
     OURS,
+    OWN,
     PEERS,
     PRECISIONS,
     Column,
@@ -214,6 +216,23 @@ class Comparison:
         return home / "prepared" / self.name / self.precision / subject
 
 
+def choose_own(rows: dict[str, dict[str, Any]]) -> str:
+    """Which of ours the others are compared with: the one whose request takes least time."""
+
+    def request_ms(row: dict[str, Any]) -> float:
+        count, rounds = str(row["settings"]["prompts"][0]), row["rounds"]
+        stages = [
+            median(ms for each in rounds for ms in each["vision_ms"] or []),
+            median(ms for each in rounds for ms in each["prefill_ms"][count]),
+            median(ms for each in rounds for ms in each["token_ms"][count]),
+        ]
+        vision, prefill, token = (ms or 0.0 for ms in stages)
+        return vision + prefill + int(row["settings"]["tokens"]) * token
+
+    times = {key: request_ms(row) for key, row in rows.items() if key in OWN and row["rounds"]}
+    return min(times, key=lambda key: times[key], default=OURS)
+
+
 def count_agreement(own: dict[str, Any] | None, row: dict[str, Any]) -> str:
     """How many of the decoded tokens are ours, in words; empty where that is not known.
 
@@ -251,7 +270,8 @@ def print_tables(results: Results, options: argparse.Namespace) -> None:
             loads = [each["load_average"] for each in rounds] or [0.0]
             title = f"{name}, {precision}, threads: {settings['threads']}"
             print(f"\n{'### ' if options.markdown else ''}{title}\n")
-            table = tabulate(rows, make_columns(settings["prompts"]))
+            chosen = choose_own(rows)
+            table = tabulate(rows, make_columns(settings["prompts"]), ours=chosen)
             print(format_table(table, markdown=options.markdown))
             print(f"\nload average while measuring: {min(loads):.1f} to {max(loads):.1f}")
             for row in rows.values():

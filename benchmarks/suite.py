@@ -29,9 +29,12 @@ from gap_runtime.records.plain import read_table
 
 PEERS: Final = Path(__file__).resolve().parent / "peers"
 OURS: Final = "gap_export"
+OWN: Final = frozenset((OURS, "gap_export_openvino"))
+"""Ours on each of its backends; run by the python that runs the suite."""
 PRECISIONS: Final = ("fp32", "int4")
 STORED: Final = "fp16"
 """What the checkpoints are stored in: exported for GPUs, not run here."""
+_SHARED: Final = {"__init__", "measure", "own"}
 _SAMPLE_SECONDS: Final = 0.2
 BEST: Final = "best peer"
 _MARK: Final = ".whole"
@@ -101,8 +104,8 @@ def read_peer(script: Path) -> Peer:
 
 def list_peers(folder: Path = PEERS) -> list[str]:
     """Names of all subjects, ours first."""
-    names = [path.stem for path in folder.glob("*.py") if path.stem not in {"measure", "__init__"}]
-    return sorted(names, key=lambda name: (name != OURS, name))
+    names = {path.stem for path in folder.glob("*.py")} - _SHARED
+    return sorted(names, key=lambda name: (name not in OWN, name))
 
 
 def find_peer_python(peer: Peer) -> Path:
@@ -113,7 +116,7 @@ def find_peer_python(peer: Peer) -> Path:
     """
     if peer.fault:
         raise PeerError(peer.fault)
-    if peer.key == OURS:
+    if peer.key in OWN:
         return Path(sys.executable)
     try:
         return find_python(peer.key)
@@ -382,7 +385,7 @@ def find_best(column: Column, rows: dict[str, dict[str, Any]], *, ours: str = OU
     own = rows.get(ours)
     found = []
     for key, row in rows.items():
-        if key == ours:
+        if key in {ours, *OWN}:
             continue
         figure, gain = find_gain(column, own, row)
         if figure is not None:
@@ -421,7 +424,7 @@ def tabulate(
             text = "-" if figure is None else f"{figure:,.{column.digits}f}"
             cells.append(text if key == ours or gain is None else f"{text} ({gain:.2f}x)")
         table.append(cells)
-    if any(key != ours for key in fine):
+    if fine.keys() - {ours, *OWN}:
         table.append([BEST, *(find_best(column, fine, ours=ours) for column in columns)])
     return table
 

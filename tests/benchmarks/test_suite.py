@@ -189,6 +189,24 @@ def test_a_decoder_is_compared_with_our_decoder():
     assert suite.find_best(column, {"whole": whole, "alone": alone}) == "alone"
 
 
+def test_the_faster_one_of_ours_is_compared_and_the_other_is_no_peer(make_peer, compare):
+    fast, slow = make_peer("gap_export_openvino", ms=1.0), make_peer("gap_export", ms=4.0)
+    rows = compare(slow, fast, make_peer("peer", ms=2.0), rounds=1)
+    chosen = runtime.choose_own(rows)
+    assert chosen == "gap_export_openvino"
+    assert runtime.choose_own({key: rows[key] for key in ("gap_export", "peer")}) == "gap_export"
+    column = suite.Column(title="s", read=lambda row: row["rounds"][0]["load_s"], digits=1)
+    assert suite.tabulate(rows, [column], ours=chosen) == [
+        ["", "s"],
+        ["GAP_EXPORT", "0.4 (4.00x)"],
+        ["GAP_EXPORT_OPENVINO", "0.1"],
+        ["PEER", "0.2 (2.00x)"],
+        ["best peer", "PEER (2.00x)"],
+    ]
+    own = {key: rows[key] for key in suite.OWN}
+    assert suite.tabulate(own, [column], ours=chosen)[-1][0] != "best peer"
+
+
 def test_tables_have_a_long_cell_for_a_failure():
     table = [["", "s", "MB"], ["a", "1", "22"], ["b", "failed: no"], ["best peer", "a", "-"]]
     assert suite.format_table(table).splitlines() == [
@@ -214,15 +232,15 @@ def test_medians_and_turns():
 
 def test_all_scripts_say_what_they_are():
     names = suite.list_peers()
-    assert names[0] == suite.OURS
+    assert {*names[: len(suite.OWN)]} == suite.OWN
     for name in names:
         peer = suite.read_peer(suite.PEERS / f"{name}.py")
         assert not peer.fault
         assert peer.scope in {"whole", "decoder"}
         assert set(peer.precisions) <= {*suite.PRECISIONS, suite.STORED}
         requirements = environments.REQUIREMENTS / f"{name}.txt"
-        assert requirements.is_file() == (name != suite.OURS)
-        if name != suite.OURS:
+        assert requirements.is_file() == (name not in suite.OWN)
+        if name not in suite.OWN:
             lines = environments.read_requirements(requirements)
             assert all("==" in line for line in lines), name
 
