@@ -282,6 +282,17 @@ def _has_own_int4(bundle: Bundle) -> bool:
     )
 
 
+def _choose_cache(bundle: Bundle, precision: str) -> str:
+    """Precision of a cache of pages: half of float32 where weights are in 8 bits or fewer.
+
+    Rounding keys and values to 11 bits is nothing beside that of the weights and of the rows that
+    they multiply, and reading them is a third of a step.
+    """
+    quantization = bundle.manifest.quantization
+    quantized = quantization is not None and DECODER in quantization.parts
+    return "f16" if quantized and precision == "f32" else precision
+
+
 def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
     """How a graph is compiled: for one caller at a time, in the bundle's own precision."""
     precision = _PRECISIONS[bundle.manifest.dtype]
@@ -297,7 +308,7 @@ def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
     }
     if device == _CPU:
         # By default it keeps a cache of pages in 8 bits.
-        settings["KV_CACHE_PRECISION"] = precision
+        settings["KV_CACHE_PRECISION"] = _choose_cache(bundle, precision)
         if _has_own_int4(bundle):
             # Rows are rounded to 8 bits in blocks like the weights', as onnxruntime does it: with
             # blocks of 32, OpenVINO's default, a prefill takes 1.2 times as long.
