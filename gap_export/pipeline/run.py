@@ -34,6 +34,7 @@ from gap_export.pipeline.stages import Graphs, quantize_graphs, write_graphs
 from gap_export.pipeline.staging import folder_aside, move_into_place, require_replaceable
 from gap_export.quantization.awq import smooth_model
 from gap_export.quantization.cache import CacheRange, quantize_cache
+from gap_export.quantization.joined import find_sources
 from gap_export.quantization.values import quantize_sources
 from gap_export.reference.memory import REFERENCE_DTYPE
 from gap_export.reference.record import record_answers
@@ -177,11 +178,10 @@ def _require_readable(folder: Path) -> None:
 
 def _start_record(plan: ExportPlan) -> ExportRecord | None:
     """What is known before the export; None where the same export could not be recognised."""
-    request = plan.request
     found = plan.family.find_parts(plan.checkpoint, text=plan.reads_clip)
-    named = request.named.config.parts
+    named = plan.request.named.config.parts
     parts = {role: place for role, place in found.items() if role not in named}
-    identity = identify(request, parts)
+    identity = identify(plan.request, parts)
     return None if identity is None else ExportRecord(identity=identity, parts=parts)
 
 
@@ -236,7 +236,7 @@ def _lay_out(
         smoothings = smoothed.smoothings
     sources |= quantize_sources(sources, plan.schemes, smoothings, dtype=plan.dtype)
     names = (*used_parameters(graphs.all), plan.family.DECODER.EMBEDDING)
-    return plan.weights.lay_out({name: sources[name] for name in names})
+    return plan.weights.lay_out(find_sources(names, sources))
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from gap_export.interfaces.features import Feature
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.graph import quantize_graph
 from gap_export.quantization.heads import pack_heads
+from gap_export.quantization.joined import join_products
 from gap_export.tracing.graph import Traced
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
@@ -206,8 +207,11 @@ class Graphs:
 def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> Graphs:
     """The graphs with quantized weights in the linear layers that the plan says."""
     decoder = quantize_graph(graphs.decoder, plan.schemes)
-    if decoder.parameters != graphs.decoder.parameters and FUSED in plan.dialect.OPERATORS:
-        decoder = pack_heads(keep_batch(decoder))
+    if decoder.parameters != graphs.decoder.parameters:
+        if FUSED in plan.dialect.OPERATORS:
+            decoder = pack_heads(keep_batch(decoder))
+        elif plan.quantization is not None and plan.quantization.method != "checkpoint":
+            decoder = join_products(decoder)
     visions = tuple(quantize_graph(each, plan.schemes) for each in graphs.visions)
     return replace(graphs, visions=visions, decoder=decoder)
 

@@ -43,7 +43,7 @@ _PRECISIONS: Final = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _CAPABILITIES: Final = {"f16": "FP16", "bf16": "BF16"}
 """What OpenVINO says a device has that computes so; every device has float32."""
 _BLOCK: Final = 128
-"""Inputs that share a scale, where the exporter made int4."""
+"""Inputs that share a scale, where the exporter makes int4."""
 _LARGEST_OPSET: Final = 21
 """A decoder of a later one writes its cache with TensorScatter, which OpenVINO does not read."""
 
@@ -272,14 +272,10 @@ def _read_tensor(found: Any) -> GraphTensor:
     )
 
 
-def _has_own_int4(bundle: Bundle) -> bool:
-    """Whether weights are in 4 bits, in blocks of the exporter's size."""
+def _is_quantized_here(bundle: Bundle) -> bool:
+    """Whether the exporter quantized weights, with scales for blocks of its size or larger ones."""
     quantization = bundle.manifest.quantization
-    return (
-        quantization is not None
-        and quantization.weights == "int4"
-        and quantization.method != "checkpoint"
-    )
+    return quantization is not None and quantization.method != "checkpoint"
 
 
 def _choose_cache(bundle: Bundle, precision: str) -> str:
@@ -309,9 +305,9 @@ def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
     if device == _CPU:
         # By default it keeps a cache of pages in 8 bits.
         settings["KV_CACHE_PRECISION"] = _choose_cache(bundle, precision)
-        if _has_own_int4(bundle):
+        if _is_quantized_here(bundle):
             # Rows are rounded to 8 bits in blocks like the weights', as onnxruntime does it: with
-            # blocks of 32, OpenVINO's default, a prefill takes 1.2 times as long.
+            # blocks of 32, OpenVINO's default, a prefill and a tower take 1.2 times as long.
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(_BLOCK)
         threads = read_threads()
         return settings if threads is None else settings | {"INFERENCE_NUM_THREADS": threads}
