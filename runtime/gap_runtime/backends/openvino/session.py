@@ -273,7 +273,7 @@ def _read_tensor(found: Any) -> GraphTensor:
 
 
 def _is_quantized_here(bundle: Bundle) -> bool:
-    """Whether the exporter quantized weights, with scales for blocks of its size or larger ones."""
+    """Whether the exporter quantized weights: scales are for blocks of its size, or larger."""
     quantization = bundle.manifest.quantization
     return quantization is not None and quantization.method != "checkpoint"
 
