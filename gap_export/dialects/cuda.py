@@ -23,6 +23,8 @@ from gap_export.interfaces.dialect import Rows, multiply_patches
 
 OPSETS: Final = onnxruntime.OPSETS
 OPERATORS: Final = onnxruntime.OPERATORS
+FUSES_WHOLE: Final = False
+"""Its kernels for 8 bits were not tried."""
 
 rms_norm = onnxruntime.rms_norm
 attend = onnxruntime.attend_turned

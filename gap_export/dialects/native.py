@@ -27,6 +27,7 @@ OPERATORS: Final = portable.OPERATORS | {
     "TensorScatter",
 }
 """Standard operators without control flow or data-dependent shapes."""
+FUSES_WHOLE: Final = False
 
 _FLOAT: Final = 1  # onnx.TensorProto.FLOAT
 

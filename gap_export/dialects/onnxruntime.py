@@ -25,6 +25,8 @@ OPERATORS: Final = native.OPERATORS | {
     FUSED,
 }
 """Those of native, and onnxruntime's own."""
+FUSES_WHOLE: Final = True
+"""It would fuse them itself, and arrange all values anew for it: most of the time of loading."""
 _HEAD_MULTIPLE: Final = 8
 """Of the head width, which GroupQueryAttention wants."""
 _TURNED_MULTIPLE: Final = 16

@@ -86,6 +86,7 @@ OPERATORS: Final = frozenset(
 
 Gelu is of opset 20, so that no graph for TensorRT 10.3, which reads 19, has it.
 """
+FUSES_WHOLE: Final = False
 
 _HIDDEN: Final = -1e30
 _FLOAT: Final = 1  # onnx.TensorProto.FLOAT

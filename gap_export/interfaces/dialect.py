@@ -51,6 +51,9 @@ class Dialect(Protocol):
     OPERATORS: frozenset[str]
     """All operators that its graphs may hold."""
 
+    FUSES_WHOLE: bool
+    """Whether products with 8-bit weights that have one scale for each output are FUSED too."""
+
     def rms_norm(self, x_SD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         """Root-mean-square norm over the last dimension, computed in float32."""
 

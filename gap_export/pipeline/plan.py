@@ -207,6 +207,8 @@ def plan_export(request: ExportRequest, fetch: Fetch | None = None) -> ExportPla
         sources,
         quantization,
         fuses=FUSED in dialect.OPERATORS,
+        # In 16 bits the product itself would round to them what is kept in float32 otherwise.
+        fuses_whole=dialect.FUSES_WHOLE and dtype == "float32",
         block=target.block,
     )
     samples = read_samples(config.check.samples) if request.reference else []

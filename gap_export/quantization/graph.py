@@ -6,6 +6,7 @@ it at once, so that loading rearranges nothing.
 
     Gemm(x, W, b)  -> Add(MatMul(x, DequantizeLinear(values, scales, zeros)), b)
                    -> Add(MatMulNBits(x, values, scales, zeros), b)
+                   -> Add(MatMulNBits(x, values, Expand(scales)), b)    one scale for each output
 
 Where values lie in the order in which a method sorted the inputs, x is Gather(x, order) besides.
 """
@@ -16,10 +17,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
+import numpy as np
 import onnx_ir as ir
 
 from gap_export.interfaces.dialect import FUSED
-from gap_export.quantization.scheme import ORDER, SCALES, Scheme
+from gap_export.quantization.scheme import ORDER, SCALES, VALUES, Scheme, Shape
 from gap_export.tracing.graph import Traced, strip_stage
 
 _ROUNDED_INPUTS: Final = 4
@@ -105,6 +107,9 @@ def _replace_gemm(graph: ir.Graph, gemm: ir.Node, weight: ir.Value, scheme: Sche
         gather.outputs[0].shape, gather.outputs[0].type = x.shape, x.type
         nodes, x = [gather], gather.outputs[0]
     if scheme.is_fused:
+        if scheme.block is None:
+            nodes.append(_spread(graph, gemm, found[SCALES], tensors[VALUES][1]))
+            found[SCALES] = nodes[-1].outputs[0]
         product = _fuse(gemm, x, weight, scheme, found)
     else:
         # One for each use: kernels fuse it with the product, and TensorRT dies of a shared one.
@@ -124,6 +129,23 @@ def _replace_gemm(graph: ir.Graph, gemm: ir.Node, weight: ir.Value, scheme: Sche
     )
 
 
+def _spread(graph: ir.Graph, before: ir.Node, scales: ir.Value, values: Shape) -> ir.Node:
+    """The scale of each output [out, 1] for each of its blocks; runtimes do it when they load."""
+    shape = values[:2]
+    name = f"blocks.{shape[0]}.{shape[1]}"
+    if name not in graph.initializers:
+        graph.initializers[name] = ir.Value(
+            name=name,
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([len(shape)]),
+            const_value=ir.tensor(np.array(shape), name=name),
+        )
+    node = ir.node("Expand", [scales, graph.initializers[name]], name=f"{before.name}/scales")
+    node.outputs[0].name = f"{before.outputs[0].name}.scales"
+    node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), scales.type
+    return node
+
+
 def _fuse(
     gemm: ir.Node, x: ir.Value, weight: ir.Value, scheme: Scheme, found: dict[str, ir.Value]
 ) -> ir.Node:
@@ -139,7 +161,7 @@ def _fuse(
             "K": inputs,
             "N": outputs,
             "bits": scheme.bits,
-            "block_size": scheme.block,
+            "block_size": scheme.kernel_block,
             "accuracy_level": _ROUNDED_INPUTS,
         },
         domain=domain,

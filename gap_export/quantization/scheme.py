@@ -24,6 +24,8 @@ ORDER: Final = ".order"
 
 _LIMITS: Final = {"int8": 127, "int4": 7}
 _BLOCKS: Final = (128, 64, 32, 16)
+WHOLE_BLOCK: Final = 32
+"""Inputs of a kernel's block where all share a scale, as onnxruntime would cut them itself."""
 
 Shape = tuple[int, ...]
 
@@ -34,7 +36,7 @@ class Scheme:
 
     Values without a sign have zero points. `is_ordered`: they lie in an order of their own.
     `is_fused`: they lie as MatMulNBits takes them, by output, where signed ones count from the
-    middle.
+    middle. The kernel wants blocks in any case: one scale of all inputs is then that of each.
     """
 
     dtype: str
@@ -55,9 +57,14 @@ class Scheme:
     def scales_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
         """Shape of the scales, and of the zero points."""
         if self.block is None:
-            return (outputs,)
+            return (outputs, 1) if self.is_fused else (outputs,)
         blocks = inputs // self.block
         return (outputs, blocks) if self.is_fused else (blocks, outputs)
+
+    @property
+    def kernel_block(self) -> int:
+        """Inputs of a block of values that are fused."""
+        return self.block or WHOLE_BLOCK
 
     @property
     def needs_blocks(self) -> bool:
@@ -75,8 +82,7 @@ class Scheme:
         scales = self.scales_shape(outputs, inputs)
         found = {VALUES: (self.dtype, (inputs, outputs)), SCALES: (dtype, scales)}
         if self.is_fused:
-            assert self.block is not None
-            lengths = (inputs // self.block, self.block * self.bits // 8)
+            lengths = (inputs // self.kernel_block, self.kernel_block * self.bits // 8)
             found[VALUES] = ("uint8", (outputs, *lengths))
         if self.has_zeros:
             found[ZEROS] = (self.dtype, scales)
@@ -98,6 +104,7 @@ def choose_schemes(
     quantization: Quantization | None,
     *,
     fuses: bool,
+    fuses_whole: bool,
     block: int,
 ) -> dict[str, Scheme]:
     """The scheme of every weight that is quantized, by canonical name: the one table of them.
@@ -107,6 +114,7 @@ def choose_schemes(
         sources: Where they come from.
         quantization: What is wanted.
         fuses: Whether the graphs are written with onnxruntime's own product.
+        fuses_whole: Whether they are where all inputs share a scale, too.
         block: The largest number of inputs that may share a scale.
     """
     if quantization is None:
@@ -123,7 +131,10 @@ def choose_schemes(
             weights = "int8" if part == "vision" else quantization.weights
             scheme = choose_scheme(weights, source.shape, block)
         if scheme is not None:
-            fused = fuses and scheme.block is not None
+            fused = fuses
+            if scheme.block is None:
+                whole = source.shape[1] % WHOLE_BLOCK == 0 and not scheme.has_zeros
+                fused = fuses_whole and whole
             schemes[name] = replace(scheme, is_fused=fused)
     return schemes
 

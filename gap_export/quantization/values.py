@@ -167,6 +167,7 @@ def _quantize(
         dtype=getattr(torch, dtype),
     )
     scales_OB = scales if scheme.is_fused else scales.T
+    middle = np.uint8(2 ** (scheme.bits - 1))
     start = 0
     for piece in cut_pieces(source):
         rows = slice(start, start + piece.shape[0])
@@ -181,7 +182,8 @@ def _quantize(
             raise ExportError(f"{source.inputs[0].shown}: tensor '{name}' holds {NOT_FINITE}")
         whole = found.to(torch.int8)
         if scheme.is_fused:
-            values[rows] = whole.numpy() + np.int8(2 ** (scheme.bits - 1))
+            # What is less than nothing wraps around.
+            values.view(np.uint8)[rows] = whole.numpy().view(np.uint8) + middle
         else:
             # Turned before it is put in place: strided writes would take most of the time.
             values[:, rows] = whole.T.contiguous().numpy()

@@ -38,6 +38,15 @@ def read_graph(path):
     return model.graph.node, {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
+def list_parts(made, name):
+    """Initializers that a value is made of."""
+    node = made.get(name)
+    if node is None:
+        return [name]
+    parts = node.input if node.op_type == "Concat" else node.input[:1]
+    return [each for part in parts for each in list_parts(made, part)]
+
+
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def bundle(request, export, tmp_path_factory):
     """The embedded model with all that can be quantized, rounded plainly."""
@@ -59,26 +68,23 @@ def test_every_linear_weight_is_quantized_and_near_the_checkpoints(bundle):
     for stage in bundle.manifest.stages:
         nodes, values = read_graph(bundle.folder / stage.file)
         assert not [node for node in nodes if node.op_type == "Gemm"]
-        made = {node.output[0]: node for node in nodes if node.op_type == "Concat"}
+        made = {n.output[0]: n for n in nodes if n.op_type in {"Concat", "Expand"}}
+        assert not [node for node in nodes if node.op_type == "DequantizeLinear"]
         for node in nodes:
-            # int8 as ONNX has it, [in, out]; int4 as onnxruntime's kernel has it, [out, in].
-            if node.op_type not in {"DequantizeLinear", "MatMulNBits"}:
+            if node.op_type != "MatMulNBits":
                 continue
-            fused = node.op_type == "MatMulNBits"
-            assert fused == (dtype == "int4" and stage.role == "decoder")
-            # Queries, keys and values are joined for one product.
-            given = node.input[1:3] if fused else node.input[:2]
-            joined = (made[each].input if each in made else [each] for each in given)
+            # Queries, keys and values are joined for one product, scales of rows put at blocks.
+            joined = (list_parts(made, each) for each in node.input[1:3])
             for place, scale in zip(*joined, strict=True):
                 name = place.partition(".")[2].removesuffix(VALUES)
                 key = next(k for k in stored if k.endswith(name.removeprefix("language_model.")))
                 weight = stored[key].float().numpy()
                 found, scales = values[place], values[scale]
-                if fused:
+                if dtype == "int4" and stage.role == "decoder":
                     halves = np.stack([found & 15, found >> 4], axis=-1)
                     found = halves.reshape(weight.shape).astype(np.float32) - 8
                 else:
-                    found, scales = found.T.astype(np.float32), scales[:, None]
+                    found = found.reshape(weight.shape).astype(np.float32) - 128
                 spread = np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
                 assert (np.abs(found * spread - weight) <= spread * 0.501).all(), name
                 seen += 1

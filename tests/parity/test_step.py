@@ -20,7 +20,9 @@ NODES = {
     ("cpu", None): COMMON | {"Gemm": 7, "GroupQueryAttention": 1, "Unsqueeze": 3, "Squeeze": 1},
     # Queries, keys and values are one product; its weights and scales are joined at load.
     ("cpu", "int4"): COMMON | {"MatMulNBits": 5, "Concat": 2, "GroupQueryAttention": 1},
-    ("cpu", "int8"): COMMON | {"DequantizeLinear": 7, "MatMul": 7, "GroupQueryAttention": 1},
+    # One scale of an output becomes that of each of its blocks, likewise.
+    ("cpu", "int8"): COMMON
+    | {"MatMulNBits": 5, "Concat": 2, "Expand": 7, "GroupQueryAttention": 1},
     ("standard", None): COMMON
     | {"RotaryEmbedding": 2}
     | {"Gemm": 7, "Attention": 1, "TensorScatter": 2, "Reshape": 4, "Transpose": 4, "Squeeze": 1},

@@ -264,9 +264,8 @@ def test_an_export_passes_its_check_and_is_exact(base, pack, tmp_path, name):
     expected = true_logits(base, truths, embeddings, position_ids)
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
     # No weight is unpacked in memory: every one has a kernel of its own, but for queries, keys and
-    # values, which have one together. Sorted inputs and weights without blocks keep them apart.
-    options = FORMATS[name]
-    is_apart = options.get("desc_act") or (bits == 8 and options.get("group") == -1)
+    # values, which have one together. Sorted inputs keep them apart.
+    is_apart = FORMATS[name].get("desc_act")
     assert operators.count("MatMulNBits") == len(truths) - (0 if is_apart else 2)
 
 

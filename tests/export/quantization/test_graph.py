@@ -132,17 +132,22 @@ def test_stored_bytes_are_what_onnx_reads(scheme):
     assert np.array_equal(found, expected_scales.T.half().numpy().reshape(scales.shape))
 
 
-def test_stored_bytes_are_what_the_fused_kernel_reads():
+@pytest.mark.parametrize(("plain", "block", "blocks"), [(INT4, 16, 2), (INT8, 32, 1)])
+def test_stored_bytes_are_what_the_fused_kernel_reads(plain, block, blocks):
     """By the operator's own formula: [out, block, byte], the first value in the lower half."""
-    weight, scheme = random_weight(), replace(INT4, is_fused=True)
+    weight, scheme = random_weight(), replace(plain, is_fused=True)
+    weight[0, 0] = -2 * weight.abs().max()
     made = quantize_sources({"w": held(weight)}, {"w": scheme}, {}, dtype="float16")
     values, scales = made["w" + VALUES], made["w" + SCALES]
-    assert (values.dtype, values.shape, scales.shape) == ("uint8", (24, 2, 16), (24, 2))
-    packed = values.encode().reshape(24, 64 // 2)
-    found = np.stack([packed & 15, packed >> 4], axis=-1).reshape(24, 64).astype(int) - 8
-    expected, expected_scales = round_weight(weight, INT4, "float16")
+    assert (values.dtype, values.shape, scales.shape) == ("uint8", (24, 2, block), (24, blocks))
+    packed = values.encode().reshape(24, -1).astype(int)
+    if plain is INT4:
+        found = np.stack([packed & 15, packed >> 4], axis=-1).reshape(24, 64) - 8
+    else:
+        found = packed - 128
+    expected, expected_scales = round_weight(weight, plain, "float16")
     assert np.array_equal(found, expected.numpy())
-    stored = np.frombuffer(scales.encode().tobytes(), np.float16).reshape(24, 2)
+    stored = np.frombuffer(scales.encode().tobytes(), np.float16).reshape(24, blocks)
     assert np.array_equal(stored, expected_scales.half().numpy())
 
 
