@@ -19,7 +19,6 @@ from gap_export.graph.vision import (
     tower_inputs,
     tower_outputs,
 )
-from gap_export.interfaces.dialect import FUSED
 from gap_export.interfaces.family import (
     build_fixed_tokens,
     build_text_tower,
@@ -208,9 +207,11 @@ def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> Graphs:
     """The graphs with quantized weights in the linear layers that the plan says."""
     decoder = quantize_graph(graphs.decoder, plan.schemes)
     if decoder.parameters != graphs.decoder.parameters:
-        if FUSED in plan.dialect.OPERATORS:
-            decoder = pack_heads(keep_batch(decoder))
-        elif plan.quantization is not None and plan.quantization.method != "checkpoint":
+        # Integers of a checkpoint stay where they are in its files.
+        joins = plan.quantization is not None and plan.quantization.method != "checkpoint"
+        if plan.fuses_products:
+            decoder = pack_heads(keep_batch(decoder), joins=joins)
+        elif joins:
             decoder = join_products(decoder)
     visions = tuple(quantize_graph(each, plan.schemes) for each in graphs.visions)
     return replace(graphs, visions=visions, decoder=decoder)

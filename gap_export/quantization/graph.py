@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gap_export.interfaces.dialect import FUSED
-from gap_export.quantization.scheme import ORDER, SCALES, VALUES, Scheme, Shape
+from gap_export.quantization.scheme import ORDER, SCALES, VALUES, Scheme
 from gap_export.tracing.graph import Traced, strip_stage
 
 _ROUNDED_INPUTS: Final = 4
@@ -108,7 +108,8 @@ def _replace_gemm(graph: ir.Graph, gemm: ir.Node, weight: ir.Value, scheme: Sche
         nodes, x = [gather], gather.outputs[0]
     if scheme.is_fused:
         if scheme.block is None:
-            nodes.append(_spread(graph, gemm, found[SCALES], tensors[VALUES][1]))
+            blocks = tensors[VALUES][1][1]
+            nodes.append(spread_scales(graph, found[SCALES], blocks, gemm.name or ""))
             found[SCALES] = nodes[-1].outputs[0]
         product = _fuse(gemm, x, weight, scheme, found)
     else:
@@ -129,9 +130,9 @@ def _replace_gemm(graph: ir.Graph, gemm: ir.Node, weight: ir.Value, scheme: Sche
     )
 
 
-def _spread(graph: ir.Graph, before: ir.Node, scales: ir.Value, values: Shape) -> ir.Node:
+def spread_scales(graph: ir.Graph, scales: ir.Value, blocks: int, scope: str) -> ir.Node:
     """The scale of each output [out, 1] for each of its blocks; runtimes do it when they load."""
-    shape = values[:2]
+    shape = (_static_shape(scales)[0], blocks)
     name = f"blocks.{shape[0]}.{shape[1]}"
     if name not in graph.initializers:
         graph.initializers[name] = ir.Value(
@@ -140,8 +141,8 @@ def _spread(graph: ir.Graph, before: ir.Node, scales: ir.Value, values: Shape) -
             shape=ir.Shape([len(shape)]),
             const_value=ir.tensor(np.array(shape), name=name),
         )
-    node = ir.node("Expand", [scales, graph.initializers[name]], name=f"{before.name}/scales")
-    node.outputs[0].name = f"{before.outputs[0].name}.scales"
+    node = ir.node("Expand", [scales, graph.initializers[name]], name=f"{scope}/scales")
+    node.outputs[0].name = f"{scope}.scales"
     node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), scales.type
     return node
 

@@ -1,15 +1,17 @@
 """Queries, keys and values of quantized layers as one product, which rounds its inputs once.
 
     MatMulNBits(x, q), MatMulNBits(x, k), MatMulNBits(x, v) -> GroupQueryAttention(q, k, v, ...)
-      -> MatMulNBits(x, Concat(q, k, v)) -> GroupQueryAttention(qkv, , , ...)
+      -> MatMulNBits(x, q+k+v) -> GroupQueryAttention(qkv, , , ...)
 
-The weights stay three tensors of their files; a runtime joins them once, when it loads the graph.
+The weights lie side by side in the file (gap_export.quantization.joined). Those that came
+quantized stay three tensors, Concat(q, k, v): a runtime joins them once, when it loads the graph.
 Where something stands between a product and attention (a bias, a norm, rotary embedding of its
 own), or the three are quantized in different ways, all stays as it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,26 +19,37 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from gap_export.interfaces.dialect import ATTENTION, FUSED
+from gap_export.quantization.graph import spread_scales
+from gap_export.quantization.joined import are_neighbours, declare
 from gap_export.tracing.graph import Traced
 
 _OUTPUTS: Final = "N"
 
 
-def pack_heads(traced: Traced) -> Traced:
+def pack_heads(traced: Traced, *, joins: bool) -> Traced:
     """Make one product of those of queries, keys and values, wherever attention takes them so.
 
     Args:
         traced: A decoder, which is changed; its weights are quantized.
+        joins: Whether tensors may be joined in the file.
     """
     graph = traced.model.graph
+    parameters = traced.parameters if joins else frozenset[str]()
+    before = {*graph.initializers}
     for node in list(graph):
         if f"{node.domain}.{node.op_type}" != ATTENTION:
             continue
         products = [made for value in node.inputs[:3] if value and (made := value.producer())]
         if len(products) == 3 and _are_alike(products):
-            _pack(graph, node, products)
+            _pack(graph, node, products, parameters)
     common.RemoveUnusedNodesPass()(traced.model)
-    return traced
+    new = {
+        name
+        for name, value in graph.initializers.items()
+        if name not in before and value.const_value is None
+    }
+    left = traced.parameters.intersection(graph.initializers)
+    return dataclasses.replace(traced, parameters=left | new)
 
 
 def _are_alike(products: Sequence[ir.Node]) -> bool:
@@ -52,20 +65,19 @@ def _are_alike(products: Sequence[ir.Node]) -> bool:
     return is_fused and first[-1] == 1 and all(describe(each) == first for each in products)
 
 
-def _pack(graph: ir.Graph, attention: ir.Node, products: Sequence[ir.Node]) -> None:
+def _pack(
+    graph: ir.Graph,
+    attention: ir.Node,
+    products: Sequence[ir.Node],
+    parameters: frozenset[str],
+) -> None:
     scope = f"{(attention.name or '').rpartition('/')[0]}.qkv_proj"
     outputs = sum(each.attributes.get_int(_OUTPUTS, 0) for each in products)
-    nodes, joined = [], []
+    nodes, joined = list[ir.Node](), list[ir.Value]()
     for place in range(1, len(products[0].inputs)):
-        parts = [each.inputs[place] for each in products]
-        node = ir.node("Concat", parts, {"axis": 0}, name=f"{scope}/Concat_{place}")
-        first, value = parts[0], node.outputs[0]
-        assert first is not None
-        assert first.shape is not None
-        # Values, scales and zero points lie by output.
-        value.name, value.type = f"{scope}.{place}", first.type
-        value.shape = ir.Shape([outputs, *first.shape[1:]])
-        nodes.append(node)
+        parts = [value for each in products if (value := each.inputs[place])]
+        value, made = _join(graph, parts, parameters, f"{scope}.{place}")
+        nodes += made
         joined.append(value)
     settings = dict(products[0].attributes) | {_OUTPUTS: ir.AttrInt64(_OUTPUTS, outputs)}
     product = ir.node(
@@ -83,3 +95,32 @@ def _pack(graph: ir.Graph, attention: ir.Node, products: Sequence[ir.Node]) -> N
     attention.replace_input_with(0, result)
     attention.replace_input_with(1, None)
     attention.replace_input_with(2, None)
+
+
+def _join(
+    graph: ir.Graph, parts: Sequence[ir.Value], parameters: frozenset[str], name: str
+) -> tuple[ir.Value, list[ir.Node]]:
+    """Tensors as one by their outputs, the first axis: in the file, or by a node at load.
+
+    Returns:
+        The whole, and the nodes that give it, if there are any.
+    """
+    spread = [node for each in parts if (node := each.producer())]
+    stored = [value for each in spread if (value := each.inputs[0])] or parts
+    shapes = [each.shape for each in parts if each.shape]
+    if are_neighbours(stored, parameters):
+        value = declare(graph, stored, axis=0)
+        if not spread:
+            return value, []
+        node = spread_scales(graph, value, _size(shapes[0], 1), name)
+    else:
+        node = ir.node("Concat", parts, {"axis": 0}, name=f"{name}/Concat")
+        value = node.outputs[0]
+        value.name, value.type = name, parts[0].type
+        outputs = sum(_size(shape, 0) for shape in shapes)
+        value.shape = ir.Shape([outputs, *shapes[0][1:]])
+    return node.outputs[0], [node]
+
+
+def _size(shape: ir.Shape, axis: int) -> int:
+    return int(shape[axis])  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
     MatMul(x, DequantizeLinear(q)), MatMul(x, DequantizeLinear(k)), ...
       -> Split(MatMul(x, DequantizeLinear(q+k+...)))
 
-Values lie side by side in the file, so that nothing is joined when a graph is loaded. A runtime
+Attention that takes queries, keys and values in one tensor needs no Split, and products of another
+kind: `heads` makes those. Values lie side by side in the file, so that nothing is joined when a
+graph is loaded: by the last axis, the outputs, or the first, where products are fused. A runtime
 rounds the rows to 8 bits once in place of several times and has fewer operators to prepare. What
 products give does not change: a column of one does not depend on the others.
 """
@@ -51,16 +53,17 @@ def join_products(traced: Traced) -> Traced:
 
 
 def find_sources(
-    names: Iterable[str], sources: Mapping[str, TensorSource]
+    names: Iterable[str], sources: Mapping[str, TensorSource], *, axis: int
 ) -> dict[str, TensorSource]:
     """Where the tensors of graphs come from, joined ones among them, in the graphs' order.
 
     Args:
         names: Of all tensors that graphs use.
         sources: Of the tensors as they are before; those that are joined are encoded.
+        axis: Of the outputs, by which tensors are joined: the first, 0, or the last, -1.
     """
     return {
-        name: _put_side_by_side([sources[part] for part in list_parts(name)])
+        name: _put_side_by_side([sources[part] for part in list_parts(name)], axis)
         if _BETWEEN in name
         else sources[name]
         for name in names
@@ -70,8 +73,8 @@ def find_sources(
 def list_parts(name: str) -> list[str]:
     """Names of the tensors that one is joined of."""
     path, _, suffix = name.rpartition(_WEIGHT)
-    parent, _, layers = path.rpartition(".")
-    return [f"{parent}.{layer}{_WEIGHT}{suffix}" for layer in layers.split(_BETWEEN)]
+    parent, dot, layers = path.rpartition(".")
+    return [f"{parent}{dot}{layer}{_WEIGHT}{suffix}" for layer in layers.split(_BETWEEN)]
 
 
 def _is_own(weight: ir.Node, parameters: frozenset[str]) -> bool:
@@ -107,7 +110,7 @@ def _join(graph: ir.Graph, products: Sequence[ir.Node]) -> set[str]:
     ]
     first = weights[0]
     tensors = [
-        _declare(graph, [value for each in weights if (value := each.inputs[place])])
+        declare(graph, [value for each in weights if (value := each.inputs[place])], axis=-1)
         for place in range(len(first.inputs))
     ]
     names = {str(each.name) for each in tensors}
@@ -139,44 +142,58 @@ def _join(graph: ir.Graph, products: Sequence[ir.Node]) -> set[str]:
     return names
 
 
-def _declare(graph: ir.Graph, parts: Sequence[ir.Value]) -> ir.Value:
-    """An initializer without a value, in place of several."""
+def are_neighbours(parts: Sequence[ir.Value | None], parameters: frozenset[str]) -> bool:
+    """Whether tensors are of weights of one module, and each is for one product alone."""
+    parents = set()
+    for value in parts:
+        if value is None or value.name not in parameters or len(list(value.uses())) > 1:
+            return False
+        path, weight, _ = value.name.rpartition(_WEIGHT)
+        parents.add(path.rpartition(".")[0] if weight else value.name)
+    return len(parents) == 1
+
+
+def declare(graph: ir.Graph, parts: Sequence[ir.Value], *, axis: int) -> ir.Value:
+    """An initializer without a value, in place of several; `axis` as for `find_sources`."""
     first = parts[0]
     paths = [str(each.name).rpartition(_WEIGHT) for each in parts]
     parent = paths[0][0].rpartition(".")[0]
     layers = _BETWEEN.join(path.rpartition(".")[2] for path, *_ in paths)
     value = ir.Value()
-    _widen(value, first, f"{parent}.{layers}{_WEIGHT}{paths[0][2]}", sum(map(_outputs, parts)))
+    outputs = sum(_outputs(each, axis) for each in parts)
+    _widen(value, first, f"{parent}.{layers}{_WEIGHT}{paths[0][2]}", outputs, axis)
     graph.initializers[str(value.name)] = value
     return value
 
 
-def _widen(value: ir.Value, like: ir.Value, name: str, outputs: int) -> None:
-    """Describe a value like another one, but for its name and its outputs, the last axis."""
+def _widen(value: ir.Value, like: ir.Value, name: str, outputs: int, axis: int = -1) -> None:
+    """Describe a value like another one, but for its name and its outputs."""
     assert like.shape is not None
-    value.name, value.type = name, like.type
-    value.shape = ir.Shape([*like.shape[:-1], outputs])
+    shape = list(like.shape)
+    shape[axis] = outputs
+    value.name, value.type, value.shape = name, like.type, ir.Shape(shape)
 
 
-def _outputs(value: ir.Value) -> int:
-    """Outputs of a layer that a value has, its last axis."""
+def _outputs(value: ir.Value, axis: int = -1) -> int:
+    """Outputs of a layer that a value has."""
     assert value.shape is not None
-    return int(value.shape[-1])  # type: ignore[arg-type]
+    return int(value.shape[axis])  # type: ignore[arg-type]
 
 
-def _put_side_by_side(parts: Sequence[TensorSource]) -> TensorSource:
-    """A tensor [..., N] of several, by their outputs N."""
+def _put_side_by_side(parts: Sequence[TensorSource], axis: int) -> TensorSource:
+    """A tensor [..., N] or [N, ...] of several, by their outputs N."""
     first = parts[0]
-    *before, _ = first.shape
+    shape = list(first.shape)
+    shape[axis] = sum(each.shape[axis] for each in parts)
 
     def encode() -> npt.NDArray[np.uint8]:
-        rows = math.prod(before)
+        rows = math.prod(first.shape[:axis])
         encoded = [each.encode() for each in parts if each.encode]
         arrays = [each.view(np.uint8).reshape(rows, -1) for each in encoded]
         return np.concatenate(arrays, axis=1).reshape(-1)
 
     return TensorSource(
-        shape=(*before, sum(each.shape[-1] for each in parts)),
+        shape=tuple(shape),
         inputs=tuple(dict.fromkeys(each for part in parts for each in part.inputs)),
         dtype=first.dtype,
         encode=encode,

@@ -16,6 +16,7 @@ from tools.engines import build_bundle
 from gap_export.cli.main import main
 from gap_export.config.shipped import package_data
 from gap_export.errors import ExportError
+from gap_export.quantization.joined import list_parts
 from gap_export.quantization.scheme import VALUES
 from gap_runtime import Bundle, Grounder
 from gap_runtime.errors import CheckError
@@ -36,15 +37,6 @@ def read_graph(path):
     """Nodes of a kind, and initializers by name with their values."""
     model = onnx.load(path)
     return model.graph.node, {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-
-
-def list_parts(made, name):
-    """Initializers that a value is made of."""
-    node = made.get(name)
-    if node is None:
-        return [name]
-    parts = node.input if node.op_type == "Concat" else node.input[:1]
-    return [each for part in parts for each in list_parts(made, part)]
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -68,26 +60,29 @@ def test_every_linear_weight_is_quantized_and_near_the_checkpoints(bundle):
     for stage in bundle.manifest.stages:
         nodes, values = read_graph(bundle.folder / stage.file)
         assert not [node for node in nodes if node.op_type == "Gemm"]
-        made = {n.output[0]: n for n in nodes if n.op_type in {"Concat", "Expand"}}
+        spread = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Expand"}
         assert not [node for node in nodes if node.op_type == "DequantizeLinear"]
         for node in nodes:
             if node.op_type != "MatMulNBits":
                 continue
-            # Queries, keys and values are joined for one product, scales of rows put at blocks.
-            joined = (list_parts(made, each) for each in node.input[1:3])
-            for place, scale in zip(*joined, strict=True):
-                name = place.partition(".")[2].removesuffix(VALUES)
+            # Queries, keys and values lie side by side for one product; scales go to blocks.
+            _, place, scale, *_ = node.input
+            found, scales = values[place], values[spread.get(scale, scale)]
+            if dtype == "int4" and stage.role == "decoder":
+                found = np.stack([found & 15, found >> 4], axis=-1).astype(np.float32) - 8
+            else:
+                found = found.astype(np.float32) - 128
+            start = 0
+            for part in list_parts(place):
+                name = part.partition(".")[2].removesuffix(VALUES)
                 key = next(k for k in stored if k.endswith(name.removeprefix("language_model.")))
                 weight = stored[key].float().numpy()
-                found, scales = values[place], values[scale]
-                if dtype == "int4" and stage.role == "decoder":
-                    halves = np.stack([found & 15, found >> 4], axis=-1)
-                    found = halves.reshape(weight.shape).astype(np.float32) - 8
-                else:
-                    found = found.reshape(weight.shape).astype(np.float32) - 128
-                spread = np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
-                assert (np.abs(found * spread - weight) <= spread * 0.501).all(), name
-                seen += 1
+                rows = slice(start, start + len(weight))
+                spreads = np.repeat(scales[rows], weight.shape[1] // scales.shape[1], axis=1)
+                near = np.abs(found[rows].reshape(weight.shape) * spreads - weight)
+                assert (near <= spreads * 0.501).all(), name
+                seen, start = seen + 1, rows.stop
+            assert start == len(found)
     assert seen >= 50
 
 

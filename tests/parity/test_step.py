@@ -18,11 +18,10 @@ COMMON = {"Add": 2, "Mul": 2, "Sigmoid": 1, "RMSNormalization": 2}
 NODES = {
     # Seven linear layers; attention; and what puts the batch on and off where that is needed.
     ("cpu", None): COMMON | {"Gemm": 7, "GroupQueryAttention": 1, "Unsqueeze": 3, "Squeeze": 1},
-    # Queries, keys and values are one product; its weights and scales are joined at load.
-    ("cpu", "int4"): COMMON | {"MatMulNBits": 5, "Concat": 2, "GroupQueryAttention": 1},
-    # One scale of an output becomes that of each of its blocks, likewise.
-    ("cpu", "int8"): COMMON
-    | {"MatMulNBits": 5, "Concat": 2, "Expand": 7, "GroupQueryAttention": 1},
+    # Queries, keys and values are one product.
+    ("cpu", "int4"): COMMON | {"MatMulNBits": 5, "GroupQueryAttention": 1},
+    # One scale of an output becomes that of each of its blocks at load.
+    ("cpu", "int8"): COMMON | {"MatMulNBits": 5, "Expand": 5, "GroupQueryAttention": 1},
     ("standard", None): COMMON
     | {"RotaryEmbedding": 2}
     | {"Gemm": 7, "Attention": 1, "TensorScatter": 2, "Reshape": 4, "Transpose": 4, "Squeeze": 1},

@@ -3,12 +3,15 @@
 from collections import Counter
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import numpy_helper, parser
 
+from gap_export.checkpoint.sources import TensorSource
 from gap_export.quantization.heads import pack_heads
+from gap_export.quantization.joined import find_sources
 from gap_export.tracing.graph import Traced
 
 # Two query heads on one of keys and values, 16 wide; inputs of 32 in blocks of 16.
@@ -25,6 +28,7 @@ g (float[1, S, 32] x, float[1, 1, 8, 16] key, float[1, 1, 8, 16] value)
 }
 """
 OUTPUTS = {"q": 2 * HEAD, "k": HEAD, "v": HEAD}
+PARTS = ("values", "scales")
 
 
 def make(change=None):
@@ -34,7 +38,7 @@ def make(change=None):
     lines = ["z = Gather <axis = 2> (x, order)"] if change == "order" else []
     for name, count in OUTPUTS.items():
         product = PRODUCT.format(n=count, block=blocks[name])
-        given = f"{reads[name]}, w{name}, s{name}"
+        given = ", ".join([reads[name], *(f'"m.l.{name}.weight.{part}"' for part in PARTS)])
         lines.append(f"{name} = com.microsoft.{product} ({given})")
     heads = "q, k, v"
     if change == "bias":
@@ -52,8 +56,9 @@ def make(change=None):
         block = blocks[name]
         values = rng.integers(0, 256, (count, WIDTH // block, block // 2), dtype=np.uint8)
         scales = rng.uniform(0.01, 0.1, (count, WIDTH // block)).astype(np.float32)
-        for key, array in ((f"w{name}", values), (f"s{name}", scales)):
-            model.graph.initializer.append(numpy_helper.from_array(array, key))
+        for part, array in zip(PARTS, (values, scales), strict=True):
+            tensor = numpy_helper.from_array(array, f"m.l.{name}.weight.{part}")
+            model.graph.initializer.append(tensor)
     return model
 
 
@@ -64,19 +69,39 @@ def run(model):
     return session.run(None, {"x": rows, "key": empty, "value": empty})
 
 
-def pack(model):
+def pack(model, *, joins):
+    """The packed graph, with values from the sources of those that it was packed of."""
+    stored = {each.name: each for each in model.graph.initializer if "weight" in each.name}
     traced = Traced(
-        model=ir.from_proto(model), inputs=(), outputs=(), parameters=frozenset({"wq", "sq"})
+        model=ir.from_proto(model), inputs=(), outputs=(), parameters=frozenset(stored)
     )
-    return ir.to_proto(pack_heads(traced).model)
+    packed = pack_heads(traced, joins=joins)
+    sources = {
+        name: TensorSource(
+            shape=tuple(each.dims),
+            inputs=(),
+            encode=lambda data=each.raw_data: np.frombuffer(data, np.uint8),
+        )
+        for name, each in stored.items()
+    }
+    for name, source in find_sources(sorted(packed.parameters), sources, axis=0).items():
+        value = packed.model.graph.initializers[name]
+        assert tuple(value.shape) == source.shape
+        raw = source.encode().tobytes()
+        made = onnx.helper.make_tensor(name, value.dtype.value, source.shape, raw, raw=True)
+        value.const_value = ir.from_proto(made)
+    return ir.to_proto(packed.model)
 
 
-def test_the_same_bits_from_one_product():
+@pytest.mark.parametrize("joins", [True, False])
+def test_the_same_bits_from_one_product(joins):
     model = make()
     expected = run(model)
-    packed = pack(model)
+    packed = pack(model, joins=joins)
     kinds = Counter(node.op_type for node in packed.graph.node)
-    assert (kinds["MatMulNBits"], kinds["Concat"]) == (1, 2)
+    assert (kinds["MatMulNBits"], kinds["Concat"]) == (1, 0 if joins else 2)
+    weights = {each.name for each in packed.graph.initializer if "weight" in each.name}
+    assert len(weights) == (2 if joins else 6)
     (attention,) = [n for n in packed.graph.node if n.op_type == "GroupQueryAttention"]
     assert list(attention.input[1:3]) == ["", ""]
     for found, wanted in zip(run(packed), expected, strict=True):
@@ -84,9 +109,11 @@ def test_the_same_bits_from_one_product():
         assert np.abs(wanted).max() > 0
 
 
+@pytest.mark.parametrize("joins", [True, False])
 @pytest.mark.parametrize("change", ["blocks", "order", "bias", "another reader"])
-def test_what_is_not_alike_stays_as_it_is(change):
+def test_what_is_not_alike_stays_as_it_is(change, joins):
     model = make(change)
     run(model)
     names = [node.op_type for node in model.graph.node]
-    assert [node.op_type for node in pack(model).graph.node] == names
+    packed = pack(model, joins=joins)
+    assert [node.op_type for node in packed.graph.node] == names

@@ -65,7 +65,7 @@ def join(model, tensors):
         name: TensorSource(shape=shape, inputs=(), encode=lambda array=array: array)
         for name, (_, shape, array) in tensors.items()
     }
-    for name, source in find_sources(sorted(traced.parameters), sources).items():
+    for name, source in find_sources(sorted(traced.parameters), sources, axis=-1).items():
         value = traced.model.graph.initializers[name]
         assert tuple(value.shape) == source.shape
         kind, raw = value.dtype.value, source.encode().tobytes()

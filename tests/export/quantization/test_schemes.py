@@ -12,6 +12,7 @@ from gap_export.blocks.clip import resolve_layer
 from gap_export.errors import ExportError
 from gap_export.pipeline import run as pipeline
 from gap_export.pipeline import stages
+from gap_export.quantization.joined import list_parts
 from gap_export.quantization.scheme import VALUES
 from gap_export.weights.bind import used_parameters
 from gap_runtime.display import Display
@@ -129,7 +130,10 @@ def test_what_graphs_use_is_known_before_they_are_traced(
     plan, graphs = make(quantize__weights="int4", quantize__vision=True, quantize__head=False)
     quantized = stages.quantize_graphs(plan, graphs)
     found = {
-        name.removesuffix(VALUES) for name in used_parameters(quantized.all) if VALUES in name
+        part.removesuffix(VALUES)
+        for name in used_parameters(quantized.all)
+        if VALUES in name
+        for part in list_parts(name)
     }
     assert found == set(plan.schemes)
     assert found <= parts["vision"] | parts["decoder"]
