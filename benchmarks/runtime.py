@@ -9,10 +9,10 @@ medians over all runs of all rounds. A peer lives in an environment of its own
 Results are kept in a JSON file: `--resume` goes on where a run stopped, `--peers` does some
 subjects again and keeps the others', `--show` only prints.
 
-gap-export itself runs on each of its backends. For every other subject the number in brackets
-says how many times better the faster one of ours is; below 1 the other is better. A peer marked
-(decoder) has no vision tower; its load time and memory are compared with those of our decoder
-alone, while its export is compared with ours of the whole model.
+gap-export itself runs on both of its backends for CPUs. For every other subject the number in
+brackets says how many times better the faster one of ours is; below 1 the other is better. A peer
+marked (decoder) has no vision tower; its load time and memory are compared with those of our
+decoder alone, while its export is compared with ours of the whole model.
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ def choose_own(rows: dict[str, dict[str, Any]]) -> str:
         vision, prefill, token = (ms or 0.0 for ms in stages)
         return vision + prefill + int(row["settings"]["tokens"]) * token
 
-    times = {key: request_ms(row) for key, row in rows.items() if key in OWN and row["rounds"]}
+    ran = {key: row for key, row in rows.items() if key in OWN and not row["failed"]}
+    times = {key: request_ms(row) for key, row in ran.items() if row["rounds"]}
     return min(times, key=lambda key: times[key], default=OURS)
 
 
@@ -247,7 +248,7 @@ def count_agreement(own: dict[str, Any] | None, row: dict[str, Any]) -> str:
     for count in ours:
         pairs = zip(ours[count], theirs.get(count, []), strict=False)
         same += len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    return f"decodes {same} of {sum(map(len, ours.values()))} tokens as gap-export does"
+    return f"decodes {same} of {sum(map(len, ours.values()))} tokens as {own['name']} does"
 
 
 def print_tables(results: Results, options: argparse.Namespace) -> None:
@@ -279,7 +280,7 @@ def print_tables(results: Results, options: argparse.Namespace) -> None:
                 said = "; ".join(dict.fromkeys(note for note in notes if note))
                 versions = row["rounds"][-1]["versions"] if row["rounds"] else {}
                 listed = ", ".join(f"{key} {value}" for key, value in versions.items())
-                same = count_agreement(rows.get(OURS), row)
+                same = count_agreement(rows.get(chosen), row)
                 print(f"- {row['name']}: {'; '.join(filter(None, [listed, said, same])) or '-'}")
 
 

@@ -1,6 +1,6 @@
 """What the comparisons share: finding subjects, running them in processes, results and tables.
 
-A subject is a script in benchmarks/peers, run by the python of its own environment; ours is one of
+A subject is a script in benchmarks/peers, run by the python of its own environment; ours are among
 them. How it is spoken to is written in benchmarks/peers/measure.py.
 """
 
@@ -385,7 +385,7 @@ def find_best(column: Column, rows: dict[str, dict[str, Any]], *, ours: str = OU
     own = rows.get(ours)
     found = []
     for key, row in rows.items():
-        if key in {ours, *OWN}:
+        if key in OWN:
             continue
         figure, gain = find_gain(column, own, row)
         if figure is not None:
@@ -424,7 +424,7 @@ def tabulate(
             text = "-" if figure is None else f"{figure:,.{column.digits}f}"
             cells.append(text if key == ours or gain is None else f"{text} ({gain:.2f}x)")
         table.append(cells)
-    if fine.keys() - {ours, *OWN}:
+    if fine.keys() - OWN:
         table.append([BEST, *(find_best(column, fine, ours=ours) for column in columns)])
     return table
 

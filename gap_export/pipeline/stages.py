@@ -207,7 +207,7 @@ def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> Graphs:
     """The graphs with quantized weights in the linear layers that the plan says."""
     decoder = quantize_graph(graphs.decoder, plan.schemes)
     if decoder.parameters != graphs.decoder.parameters:
-        # Integers of a checkpoint stay where they are in its files.
+        # What came quantized from a checkpoint is made, not encoded.
         joins = plan.quantization is not None and plan.quantization.method != "checkpoint"
         if plan.fuses_products:
             decoder = pack_heads(keep_batch(decoder), joins=joins)

@@ -20,7 +20,7 @@ from onnx_ir.passes import common
 
 from gap_export.interfaces.dialect import ATTENTION, FUSED
 from gap_export.quantization.graph import spread_scales
-from gap_export.quantization.joined import are_neighbours, declare
+from gap_export.quantization.joined import are_neighbours, declare, sort_by_use
 from gap_export.tracing.graph import Traced
 
 _OUTPUTS: Final = "N"
@@ -43,6 +43,7 @@ def pack_heads(traced: Traced, *, joins: bool) -> Traced:
         if len(products) == 3 and _are_alike(products):
             _pack(graph, node, products, parameters)
     common.RemoveUnusedNodesPass()(traced.model)
+    sort_by_use(graph)
     new = {
         name
         for name, value in graph.initializers.items()

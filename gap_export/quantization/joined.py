@@ -26,7 +26,7 @@ from gap_export.checkpoint.sources import TensorSource
 from gap_export.tracing.graph import Traced
 
 _BETWEEN: Final = "+"
-"""Between the names of the layers that a tensor is of, which no module's name contains."""
+"""Between the names of the layers that a joined tensor is of."""
 _WEIGHT: Final = ".weight"
 
 
@@ -34,19 +34,24 @@ def join_products(traced: Traced) -> Traced:
     """Make one product of those that multiply the same rows by weights that are alike.
 
     Args:
-        traced: A graph, which is changed; its weights are quantized.
+        traced: A graph, which is changed; its weights are quantized and encoded, not those of a
+            checkpoint that came so.
+
+    Returns:
+        The graph with the joined tensors among its parameters, in place of their parts.
     """
     graph = traced.model.graph
     groups: dict[tuple[object, ...], list[ir.Node]] = {}
     for node in graph:
         weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
-        if weight is not None and _is_own(weight, traced.parameters):
+        if weight is not None and _can_join(weight, traced.parameters):
             groups.setdefault(_describe(node, weight), []).append(node)
     parameters = set(traced.parameters)
     for products in groups.values():
         if len(products) > 1:
             parameters |= _join(graph, products)
     common.RemoveUnusedNodesPass()(traced.model)
+    sort_by_use(graph)
     return dataclasses.replace(
         traced, parameters=frozenset(parameters.intersection(graph.initializers))
     )
@@ -55,29 +60,32 @@ def join_products(traced: Traced) -> Traced:
 def find_sources(
     names: Iterable[str], sources: Mapping[str, TensorSource], *, axis: int
 ) -> dict[str, TensorSource]:
-    """Where the tensors of graphs come from, joined ones among them, in the graphs' order.
+    """Where the tensors of graphs come from, by name, in the graphs' order.
 
     Args:
-        names: Of all tensors that graphs use.
-        sources: Of the tensors as they are before; those that are joined are encoded.
+        names: Of all tensors that graphs use, joined ones among them.
+        sources: Of the tensors before any were joined.
         axis: Of the outputs, by which tensors are joined: the first, 0, or the last, -1.
     """
     return {
-        name: _put_side_by_side([sources[part] for part in list_parts(name)], axis)
-        if _BETWEEN in name
-        else sources[name]
+        name: sources[name]
+        if name in sources
+        else _put_side_by_side([sources[part] for part in list_parts(name)], axis)
         for name in names
     }
 
 
 def list_parts(name: str) -> list[str]:
-    """Names of the tensors that one is joined of."""
+    """Names of the tensors that a joined one, or one by itself, is made of.
+
+    "a.q+k.weight.values" is made of "a.q.weight.values" and "a.k.weight.values".
+    """
     path, _, suffix = name.rpartition(_WEIGHT)
     parent, dot, layers = path.rpartition(".")
     return [f"{parent}{dot}{layer}{_WEIGHT}{suffix}" for layer in layers.split(_BETWEEN)]
 
 
-def _is_own(weight: ir.Node, parameters: frozenset[str]) -> bool:
+def _can_join(weight: ir.Node, parameters: frozenset[str]) -> bool:
     """Whether a weight is dequantized for one product, from numbers that fill whole bytes."""
     if weight.op_type != "DequantizeLinear" or len(list(weight.outputs[0].uses())) > 1:
         return False
@@ -136,10 +144,18 @@ def _join(graph: ir.Graph, products: Sequence[ir.Node]) -> set[str]:
     _widen(product.outputs[0], products[0].outputs[0], scope, sum(widths))
     graph.insert_before(products[0], [weight, product, split])
     for each, result in zip(products, split.outputs, strict=True):
-        old = each.outputs[0]
-        result.name, result.shape, result.type = old.name, old.shape, old.type
-        ir.convenience.replace_nodes_and_values(graph, each, [each], [], [old], [result])
+        ir.convenience.replace_nodes_and_values(
+            graph, each, [each], [], [each.outputs[0]], [result]
+        )
     return names
+
+
+def sort_by_use(graph: ir.Graph) -> None:
+    """Put initializers, and so the file, in the order of layers, as checkpoints are read."""
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and value.name:
+                graph.initializers[value.name] = graph.initializers.pop(value.name)
 
 
 def are_neighbours(parts: Sequence[ir.Value | None], parameters: frozenset[str]) -> bool:
@@ -181,20 +197,29 @@ def _outputs(value: ir.Value, axis: int = -1) -> int:
 
 
 def _put_side_by_side(parts: Sequence[TensorSource], axis: int) -> TensorSource:
-    """A tensor [..., N] or [N, ...] of several, by their outputs N."""
-    first = parts[0]
-    shape = list(first.shape)
-    shape[axis] = sum(each.shape[axis] for each in parts)
+    """A tensor [..., N] or [N, ...] of several encoded ones, by their outputs N."""
+    encoders = [each.encode for each in parts if each.encode is not None]
+    assert len(encoders) == len(parts), "tensors that are made, not encoded, stay apart"
+    shape = list(parts[0].shape)
+    width, outputs = shape[axis], sum(each.shape[axis] for each in parts)
+    rows = math.prod(shape[:axis])
+    shape[axis] = outputs
 
     def encode() -> npt.NDArray[np.uint8]:
-        rows = math.prod(first.shape[:axis])
-        encoded = [each.encode() for each in parts if each.encode]
-        arrays = [each.view(np.uint8).reshape(rows, -1) for each in encoded]
-        return np.concatenate(arrays, axis=1).reshape(-1)
+        # One part after the other, so that no two are held beside the whole.
+        piece = encoders[0]().view(np.uint8).reshape(rows, -1)
+        whole = np.empty((rows, piece.shape[1] * outputs // width), np.uint8)
+        start = piece.shape[1]
+        whole[:, :start] = piece
+        for take in encoders[1:]:
+            piece = take().view(np.uint8).reshape(rows, -1)
+            whole[:, start : start + piece.shape[1]] = piece
+            start += piece.shape[1]
+        return whole.reshape(-1)
 
     return TensorSource(
         shape=tuple(shape),
         inputs=tuple(dict.fromkeys(each for part in parts for each in part.inputs)),
-        dtype=first.dtype,
+        dtype=parts[0].dtype,
         encode=encode,
     )

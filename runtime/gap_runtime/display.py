@@ -57,6 +57,9 @@ class Display:
             name: Of the step.
             live: Without, nothing is shown meanwhile: a library shows its own progress.
         """
+        if self.is_quiet:
+            yield
+            return
         began = time.monotonic()
         if self._console.is_terminal and live:
             with self._console.status(name):
@@ -71,6 +74,9 @@ class Display:
 
         The share is None where the end is not known; else the time that is left is shown too.
         """
+        if self.is_quiet:
+            yield _Lines(self, name)
+            return
         began = time.monotonic()
         if self._console.is_terminal:
             from rich.progress import (  # noqa: PLC0415

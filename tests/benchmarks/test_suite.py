@@ -203,6 +203,9 @@ def test_the_faster_one_of_ours_is_compared_and_the_other_is_no_peer(make_peer, 
         ["PEER", "0.2 (2.00x)"],
         ["best peer", "PEER (2.00x)"],
     ]
+    # One that failed after a round is not asked how fast it was.
+    broken = rows | {chosen: rows[chosen] | {"failed": "no", "rounds": [{}]}}
+    assert runtime.choose_own(broken) == "gap_export"
     own = {key: rows[key] for key in suite.OWN}
     assert suite.tabulate(own, [column], ours=chosen)[-1][0] != "best peer"
 

@@ -15,6 +15,8 @@ from gap_runtime.bundle.manifest import DECODER
 _SMALL_BYTES = 16 * 2**10
 LAYER = "decoder.language_model.layers.2"
 COMMON = {"Add": 2, "Mul": 2, "Sigmoid": 1, "RMSNormalization": 2}
+STANDARD = COMMON | {"RotaryEmbedding": 2, "Attention": 1, "TensorScatter": 2, "Squeeze": 1}
+STANDARD |= {"Reshape": 4, "Transpose": 4}
 NODES = {
     # Seven linear layers; attention; and what puts the batch on and off where that is needed.
     ("cpu", None): COMMON | {"Gemm": 7, "GroupQueryAttention": 1, "Unsqueeze": 3, "Squeeze": 1},
@@ -22,9 +24,10 @@ NODES = {
     ("cpu", "int4"): COMMON | {"MatMulNBits": 5, "GroupQueryAttention": 1},
     # One scale of an output becomes that of each of its blocks at load.
     ("cpu", "int8"): COMMON | {"MatMulNBits": 5, "Expand": 5, "GroupQueryAttention": 1},
-    ("standard", None): COMMON
-    | {"RotaryEmbedding": 2}
-    | {"Gemm": 7, "Attention": 1, "TensorScatter": 2, "Reshape": 4, "Transpose": 4, "Squeeze": 1},
+    # Products of the same rows are one: queries, keys and values, gate and up, o and down apart.
+    ("standard", "int4"): STANDARD | {"DequantizeLinear": 4, "MatMul": 4, "Split": 2},
+    ("standard", "int8"): STANDARD | {"DequantizeLinear": 4, "MatMul": 4, "Split": 2},
+    ("standard", None): STANDARD | {"Gemm": 7},
 }
 
 

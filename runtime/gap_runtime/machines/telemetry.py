@@ -24,15 +24,15 @@ def without_reports() -> Iterator[None]:
     """Let OpenVINO be imported without its telemetry, which has no setting of its own.
 
     It would report every import to Google, write an ID of this user into his home, and have the
-    process wait at its end. Whoever has imported that package before is left alone.
+    process wait at its end. Whoever has imported either package before is left alone.
     """
     # None in this place is Python's word for a module that cannot be imported.
     modules = cast("dict[str, Any]", sys.modules)
-    if _OPENVINO in modules:
+    if _OPENVINO in modules or "openvino" in modules:
         yield
         return
     modules[_OPENVINO] = None
     try:
         yield
     finally:
-        del modules[_OPENVINO]
+        modules.pop(_OPENVINO, None)

@@ -53,7 +53,7 @@ FORMATS: Final = (
 )
 """Formats of pictures that are read, of all that Pillow knows: what people have, and what says
 itself where it is broken. Some of the others run programs, or guess."""
-_USUAL: Final = FORMATS[:2]
+_USUAL: Final = ("JPEG", "PNG")
 """Those that are tried before Pillow imports all others, which takes as long as opening one."""
 _BROKEN: Final = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, AttributeError),

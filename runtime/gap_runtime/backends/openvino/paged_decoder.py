@@ -94,7 +94,7 @@ class PagedDecoder:
             each.array[: len(array)] = array
 
     def _allocate(self, compiled: Any, spec: TensorSpec, count: int) -> Memory:
-        """The pages of a tensor of the cache, in the dtype that is computed in."""
+        """The pages of a tensor of the cache, in the dtype that the compiled model wants."""
         _, heads, _, width = spec.fixed_shape()
         wanted = compiled.input(spec.name)
         dtype = DTYPES.get(wanted.get_element_type().get_type_name())

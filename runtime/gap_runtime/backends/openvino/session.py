@@ -2,6 +2,7 @@
 
 `openvino` is the CPU; `openvino:gpu`, `openvino:gpu.1`, `openvino:npu` are devices by OpenVINO's
 own names. It computes in the bundle's dtype: float32 in float32, bfloat16 where the device has it.
+Beside weights in few bits, rows are rounded to 8 bits and a CPU's cache to float16.
 """
 
 from __future__ import annotations
@@ -273,20 +274,21 @@ def _read_tensor(found: Any) -> GraphTensor:
 
 
 def _is_quantized_here(bundle: Bundle) -> bool:
-    """Whether the exporter quantized weights: scales are for blocks of its size, or larger."""
+    """Whether the exporter quantized weights, so that their blocks are what it makes."""
     quantization = bundle.manifest.quantization
     return quantization is not None and quantization.method != "checkpoint"
 
 
 def _choose_cache(bundle: Bundle, precision: str) -> str:
-    """Precision of a cache of pages: half of float32 where weights are in 8 bits or fewer.
+    """Precision of a cache of pages: float16 for float32 beside a decoder's weights in few bits.
 
-    Rounding keys and values to 11 bits is nothing beside that of the weights and of the rows that
-    they multiply, and reading them is a third of a step.
+    That is rounded finer than the rows that such weights multiply, and read in half the time. A
+    model in bfloat16 may have keys beyond float16's range.
     """
-    quantization = bundle.manifest.quantization
-    quantized = quantization is not None and DECODER in quantization.parts
-    return "f16" if quantized and precision == "f32" else precision
+    manifest = bundle.manifest
+    in_few_bits = manifest.quantization is not None and "decoder" in manifest.quantization.parts
+    takes_half = in_few_bits and manifest.dtype != "bfloat16" and precision == "f32"
+    return "f16" if takes_half else precision
 
 
 def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
@@ -306,8 +308,8 @@ def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
         # By default it keeps a cache of pages in 8 bits.
         settings["KV_CACHE_PRECISION"] = _choose_cache(bundle, precision)
         if _is_quantized_here(bundle):
-            # Rows are rounded to 8 bits in blocks like the weights', as onnxruntime does it: with
-            # blocks of 32, OpenVINO's default, a prefill and a tower take 1.2 times as long.
+            # Rows are rounded to 8 bits in blocks like those of int4 weights: with blocks of 32,
+            # OpenVINO's default, a prefill and a tower take 1.2 times as long.
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(_BLOCK)
         threads = read_threads()
         return settings if threads is None else settings | {"INFERENCE_NUM_THREADS": threads}
