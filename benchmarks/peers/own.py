@@ -91,11 +91,13 @@ def measure_bundle(options: argparse.Namespace, backend: str, library: str) -> d
     """Times of a bundle on a backend, which computes with a library."""
     # Loading libraries is not loading the model.
     import gap_runtime.grounding.grounder  # noqa: F401
+    from gap_runtime.backends import open_backend
     from gap_runtime.machines.telemetry import silence_telemetry, without_reports
 
     silence_telemetry()
     with without_reports():
         import_module(library)
+    open_backend(backend)
     os.environ["GAP_RUNTIME_THREADS"] = str(options.threads)
     return measure_session(
         lambda: Bundled(options.out, backend),

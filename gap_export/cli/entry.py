@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+
 from gap_runtime.cli.interrupts import stop_early
 
 
 def main() -> int:
     """Entry point of `gap-export`."""
     stop_early()
+    # At its end Python would look through all that libraries made for what is dead: a tenth of a
+    # short command's time.
+    atexit.register(gc.freeze)
     from gap_export.cli.main import main as run  # noqa: PLC0415 - after the signal
 
     return run()
