@@ -94,6 +94,37 @@ def test_the_same_bits_from_one_product():
     onnx.checker.check_model(joined, full_check=True)
 
 
+def test_numbers_of_eight_bits_have_one_scale_for_each_output():
+    """A row of scales [N] is joined like a table of them; what is added behind stays."""
+    rng = np.random.default_rng(11)
+    text = """
+    <ir_version: 11, opset_import: ["" : 21]>
+    g (float[S, 64] x) => (float[S, 7] a, float[S, 5] b)
+    {
+      wa = DequantizeLinear <axis = 1> ("l.q.weight.values", "l.q.weight.scales")
+      wb = DequantizeLinear <axis = 1> ("l.k.weight.values", "l.k.weight.scales")
+      p = MatMul (x, wa)
+      a = Add (p, bias)
+      b = MatMul (x, wb)
+    }
+    """
+    model, tensors = parser.parse_model(text), {}
+    for layer, count in (("q", 7), ("k", 5)):
+        values = rng.integers(-127, 128, (INPUTS, count)).astype(np.int8)
+        scales = rng.uniform(0.01, 0.1, count).astype(np.float32)
+        tensors[f"l.{layer}.weight.values"] = (TensorProto.INT8, values.shape, values)
+        tensors[f"l.{layer}.weight.scales"] = (TensorProto.FLOAT, scales.shape, scales)
+    bias = (TensorProto.FLOAT, (7,), rng.standard_normal(7).astype(np.float32))
+    for name, (kind, shape, array) in (tensors | {"bias": bias}).items():
+        made = onnx.helper.make_tensor(name, kind, shape, array.tobytes(), raw=True)
+        model.graph.initializer.append(made)
+    model = onnx.shape_inference.infer_shapes(model)
+    traced, joined = join(model, tensors)
+    assert traced.parameters == {"l.q+k.weight.values", "l.q+k.weight.scales"}
+    for found, wanted in zip(run(joined), run(model), strict=True):
+        assert np.array_equal(found, wanted)
+
+
 def test_a_name_tells_its_parts():
     assert list_parts("a.b.q+k.weight.scales") == ["a.b.q.weight.scales", "a.b.k.weight.scales"]
 

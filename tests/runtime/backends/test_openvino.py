@@ -13,7 +13,7 @@ from gap_runtime.backends import SlotSaver, open_backend, openvino
 from gap_runtime.backends.openvino import session as openvino_session
 from gap_runtime.backends.openvino.missing import find_missing
 from gap_runtime.bundle.bundle import Bundle
-from gap_runtime.bundle.manifest import DECODER, VISION
+from gap_runtime.bundle.manifest import DECODER, VISION, Quantization
 from gap_runtime.cli.main import main
 from gap_runtime.errors import BackendMissingError, EngineError
 from gap_runtime.machines.target import load_target
@@ -207,6 +207,38 @@ def test_it_computes_in_the_bundles_dtype_where_it_can(
     changed = dataclasses.replace(bundle, manifest=manifest)
     openvino.open_decoder(changed, manifest.stage(DECODER), "")
     assert library.compiled[0][2]["INFERENCE_PRECISION_HINT"] == hint
+
+
+PARTS = ("decoder", "head", "vision")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "parts", "cache", "block"),
+    [
+        ("float32", None, (), "f32", None),
+        ("float32", "nearest", PARTS, "f16", "128"),
+        ("float32", "awq", PARTS[:1], "f16", "128"),
+        # The decoder is as it was.
+        ("float32", "nearest", PARTS[2:], "f32", "128"),
+        # Its blocks are the checkpoint's, of whatever size.
+        ("float32", "checkpoint", PARTS[:1], "f16", None),
+        # A processor without bfloat16 computes in float32; keys may be beyond float16.
+        ("bfloat16", "nearest", PARTS, "f32", "128"),
+    ],
+)
+def test_rows_and_caches_are_rounded_as_weights_are(
+    library, bundle, make_stages, dtype, method, parts, cache, block
+):
+    quantization = Quantization(weights="int4", method=method, parts=parts) if method else None
+    manifest = dataclasses.replace(
+        bundle.manifest, dtype=dtype, stages=make_stages(dtype), quantization=quantization
+    )
+    changed = dataclasses.replace(bundle, manifest=manifest)
+    openvino.open_decoder(changed, manifest.stage(DECODER), "")
+    settings = library.compiled[0][2]
+    assert settings["INFERENCE_PRECISION_HINT"] == "f32"
+    assert settings["KV_CACHE_PRECISION"] == cache
+    assert settings.get("DYNAMIC_QUANTIZATION_GROUP_SIZE") == block
 
 
 @pytest.mark.usefixtures("library")
