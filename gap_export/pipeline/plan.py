@@ -139,16 +139,6 @@ class ExportPlan:
         return sum(tensor.length for tensor in files)
 
     @property
-    def fuses_products(self) -> bool:
-        """Whether products with quantized weights are onnxruntime's own."""
-        return FUSED in self.dialect.OPERATORS
-
-    @property
-    def outputs_axis(self) -> int:
-        """Of outputs in what stands for a quantized weight: the first where products are fused."""
-        return 0 if self.fuses_products else -1
-
-    @property
     def encoder(self) -> PromptEncoder:
         """What makes tokens of phrases, as the bundle will; there must be a tokenizer."""
         assert self.tokenizer is not None

@@ -236,7 +236,7 @@ def _lay_out(
         smoothings = smoothed.smoothings
     sources |= quantize_sources(sources, plan.schemes, smoothings, dtype=plan.dtype)
     names = (*used_parameters(graphs.all), plan.family.DECODER.EMBEDDING)
-    return plan.weights.lay_out(find_sources(names, sources, axis=plan.outputs_axis))
+    return plan.weights.lay_out(find_sources(names, sources))
 
 
 @contextmanager

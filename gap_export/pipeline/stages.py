@@ -19,6 +19,7 @@ from gap_export.graph.vision import (
     tower_inputs,
     tower_outputs,
 )
+from gap_export.interfaces.dialect import FUSED
 from gap_export.interfaces.family import (
     build_fixed_tokens,
     build_text_tower,
@@ -29,7 +30,6 @@ from gap_export.interfaces.features import Feature
 from gap_export.pipeline.plan import ExportPlan
 from gap_export.quantization.graph import quantize_graph
 from gap_export.quantization.heads import pack_heads
-from gap_export.quantization.joined import join_products
 from gap_export.tracing.graph import Traced
 from gap_export.tracing.keep_batch import keep_batch
 from gap_export.tracing.proof import prove_graph
@@ -206,13 +206,10 @@ class Graphs:
 def quantize_graphs(plan: ExportPlan, graphs: Graphs) -> Graphs:
     """The graphs with quantized weights in the linear layers that the plan says."""
     decoder = quantize_graph(graphs.decoder, plan.schemes)
-    if decoder.parameters != graphs.decoder.parameters:
+    if decoder.parameters != graphs.decoder.parameters and FUSED in plan.dialect.OPERATORS:
         # What came quantized from a checkpoint is made, not encoded.
         joins = plan.quantization is not None and plan.quantization.method != "checkpoint"
-        if plan.fuses_products:
-            decoder = pack_heads(keep_batch(decoder), joins=joins)
-        elif joins:
-            decoder = join_products(decoder)
+        decoder = pack_heads(keep_batch(decoder), joins=joins)
     visions = tuple(quantize_graph(each, plan.schemes) for each in graphs.visions)
     return replace(graphs, visions=visions, decoder=decoder)
 

@@ -110,7 +110,7 @@ def _join(
     stored = [value for each in spread if (value := each.inputs[0])] or parts
     shapes = [each.shape for each in parts if each.shape]
     if are_neighbours(stored, parameters):
-        value = declare(graph, stored, axis=0)
+        value = declare(graph, stored)
         if not spread:
             return value, []
         node = spread_scales(graph, value, _size(shapes[0], 1), name)

@@ -13,8 +13,7 @@ as they are then; what was passed in is not to be used again. Who needs a graph 
     join             tower, pruning stage -> vision graph
     quantize_graph   Gemm -> product that dequantizes
     keep_batch       Squeeze, Unsqueeze of the batch -> none
-    pack_heads       products of queries, keys and values -> one, where they are onnxruntime's own
-    join_products    products of the same rows -> one, where they are standard operators
+    pack_heads       products of queries, keys and values -> one
     quantize_cache   KV cache of the model's dtype -> of int8
     bind_weights     names -> places in files
 """

@@ -212,6 +212,6 @@ def test_engines_are_built(plan, tmp_path, family, target, dtype, quantize):
     few = {name: record.layers.get("DEQUANTIZE", 0) for name, record in records.items()}
     for stage in bundle.manifest.stages:
         assert few[stage.name] == len(list_few(bundle, stage.name))
-    # Four products of a layer, of which one may have a width that is no multiple of a block.
-    assert (few["decoder"] >= 3 * bundle.manifest.cache.layers) == (quantize is not None)
+    # As above.
+    assert (few["decoder"] >= 6 * bundle.manifest.cache.layers) == (quantize is not None)
     require_stored(asked, tmp_path / "b", dtype)

@@ -19,7 +19,6 @@ from gap_export.errors import ExportError
 from gap_export.quantization.joined import list_parts
 from gap_export.quantization.scheme import VALUES
 from gap_runtime import Bundle, Grounder
-from gap_runtime.bundle.manifest import DECODER
 from gap_runtime.errors import CheckError
 from gap_runtime.evaluation.refshapes import draw_scene
 from gap_runtime.grounding.check import check_bundle
@@ -85,35 +84,6 @@ def test_every_linear_weight_is_quantized_and_near_the_checkpoints(bundle):
                 seen, start = seen + 1, rows.stop
             assert start == len(found)
     assert seen >= 50
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_weights_that_lie_side_by_side_are_the_checkpoints(export, tmp_path, dtype):
-    settings = {"target": "standard", "quantize__weights": dtype}
-    bundle = Bundle.open(export("refshapes", tmp_path / "b", reference=False, **settings))
-    stored = load_file(next((package_data("refshapes") / "checkpoint").glob("*.safetensors")))
-    nodes, values = read_graph(bundle.folder / bundle.manifest.stage(DECODER).file)
-    seen, joined = 0, 0
-    for node in nodes:
-        if node.op_type != "DequantizeLinear":
-            continue
-        found, scales = (values[name].astype(np.float32) for name in node.input)
-        spread = np.repeat(
-            np.atleast_2d(scales), found.shape[0] // np.atleast_2d(scales).shape[0], 0
-        )
-        names = [each.partition(".")[2] for each in list_parts(node.input[0])]
-        joined += len(names) > 1
-        for name in names:
-            ending = name.removesuffix(VALUES).removeprefix("language_model.")
-            weight = stored[next(key for key in stored if key.endswith(ending))].float().numpy().T
-            part, found = np.split(found, [weight.shape[1]], axis=1)
-            near, spread = np.split(spread, [weight.shape[1]], axis=1)
-            assert (np.abs(part * near - weight) <= near * 0.501).all(), name
-            seen += 1
-        assert not found.size
-    # Two of each layer's four products; all seven of its weights, and the head.
-    layers = bundle.manifest.cache.layers
-    assert (joined, seen) == (2 * layers, 7 * layers + 1)
 
 
 def test_weights_take_the_bytes_that_they_should(bundle):
@@ -235,8 +205,8 @@ def test_int8_builds_in_the_portable_dialect(export, tmp_path):
         prune__ratios=[0.5],
     )
     records = build_bundle(Bundle.open(folder))
-    # Four products of each of five layers, and the head.
-    assert records["decoder"].layers["DEQUANTIZE"] == 21
+    # Seven weights of each of five layers, and the head.
+    assert records["decoder"].layers["DEQUANTIZE"] == 36
 
 
 def test_values_that_are_no_numbers_are_refused(export, tmp_path):

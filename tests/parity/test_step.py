@@ -24,9 +24,6 @@ NODES = {
     ("cpu", "int4"): COMMON | {"MatMulNBits": 5, "GroupQueryAttention": 1},
     # One scale of an output becomes that of each of its blocks at load.
     ("cpu", "int8"): COMMON | {"MatMulNBits": 5, "Expand": 5, "GroupQueryAttention": 1},
-    # Products of the same rows are one: queries, keys and values, gate and up, o and down apart.
-    ("standard", "int4"): STANDARD | {"DequantizeLinear": 4, "MatMul": 4, "Split": 2},
-    ("standard", "int8"): STANDARD | {"DequantizeLinear": 4, "MatMul": 4, "Split": 2},
     ("standard", None): STANDARD | {"Gemm": 7},
 }
 

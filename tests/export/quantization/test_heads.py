@@ -84,7 +84,7 @@ def pack(model, *, joins):
         )
         for name, each in stored.items()
     }
-    for name, source in find_sources(sorted(packed.parameters), sources, axis=0).items():
+    for name, source in find_sources(sorted(packed.parameters), sources).items():
         value = packed.model.graph.initializers[name]
         assert tuple(value.shape) == source.shape
         raw = source.encode().tobytes()
