@@ -123,9 +123,8 @@ class Display:
         """One line."""
         if sys.stderr is not None and not self.is_quiet:
             # As it is: rich makes pictures of words between colons. While something is live, it
-            # has put itself in stderr's place. At once, for who waits for it behind a pipe.
+            # has put itself in stderr's place.
             sys.stderr.write(f"{show_line(text)}\n")
-            sys.stderr.flush()
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; numbers are right-aligned."""

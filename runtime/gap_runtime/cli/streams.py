@@ -48,6 +48,8 @@ def prepare_streams() -> None:
             encoding=stream.encoding,
             errors=stream.errors,
             line_buffering=stream.line_buffering,
+            # Instead of lines, where Python itself is told to hold nothing back.
+            write_through=stream.write_through,
         )
 
 

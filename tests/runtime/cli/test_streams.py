@@ -1,5 +1,6 @@
 """Commands whose own streams are closed or full, in processes of their own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,16 @@ def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path):
         "sys.exit(open(sys.argv[1], 'w').fileno())"
     )
     assert run(tmp_path / "a", redirect="<&- >&- 2>&-", code=code).returncode == 3
+
+
+@pytest.mark.parametrize("option", ["", "-u"])
+def test_a_line_for_people_is_there_at_once(option):
+    """Whoever waits behind a pipe for a service's address would wait for ever."""
+    code = (
+        "import os; from gap_runtime.cli.streams import prepare_streams; prepare_streams(); "
+        "from gap_runtime.display import Display; Display().say('at once'); os._exit(0)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, *filter(None, [option]), "-c", code]
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert done.stderr.splitlines() == [b"at once"]
