@@ -32,6 +32,9 @@ def pack_heads(traced: Traced, *, joins: bool) -> Traced:
     Args:
         traced: A decoder, which is changed; its weights are quantized.
         joins: Whether tensors may be joined in the file.
+
+    Returns:
+        The graph, with joined tensors among its parameters in place of their parts.
     """
     graph = traced.model.graph
     parameters = traced.parameters if joins else frozenset[str]()
