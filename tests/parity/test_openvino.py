@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from gap_runtime.grounding.check import check_bundle
 Core = pytest.importorskip("openvino").Core
 opset = pytest.importorskip("openvino.opset13")
 
-from gap_runtime.backends.openvino import paged_decoder, pages, session
+from gap_runtime.backends.openvino import paged_decoder, pages, session, single_row
 from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
 from gap_runtime.backends.openvino.session import OpenvinoDecoder
 
@@ -61,6 +62,14 @@ class BothDecoders:
         wanted = np.arange(max(0, rows - 8), rows)
         found, truth = (each.run(values, ids, slot, wanted) for each in (self.one, self.other))
         np.testing.assert_allclose(found, truth, rtol=error, atol=error)
+
+    def await_single_row(self, slot, error=1e-4):
+        """Calls of a single row, until the graph for them alone is there."""
+        ends = time.monotonic() + 60
+        while self.one._single.request is None:
+            assert time.monotonic() < ends
+            self.require_same(1, slot, error)
+        self.require_same(1, slot, error)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +163,42 @@ def test_several_pages_are_saved_and_the_last_slot_is_the_last(find):
     both.require_same(1, capacity - 1)
 
 
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen3", *(pytest.param(each, marks=pytest.mark.matrix) for each in MORE)]
+)
+def test_a_graph_for_a_single_row_shares_the_cache(find, family, monkeypatch):
+    """Its logits are the other graph's, but for the last bits that a processor may round apart."""
+    bundle = find(family)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_MOST_TWICE", 0)
+        plain = openvino.open_decoder(bundle, bundle.manifest.stage(DECODER), "")
+    monkeypatch.setattr(single_row, "_ENOUGH", 2)
+    both = BothDecoders(bundle, plain)
+    both.require_same(40, 0, 1e-5)
+    both.await_single_row(40, 1e-5)
+    # What each of the graphs writes, the other one reads.
+    for rows, slot in ((1, 41), (5, 42), (1, 45), (1, 46), (3, 47), (9, 30), (1, 39)):
+        both.require_same(rows, slot, 1e-5)
+    assert plain._single.request is None
+
+
+def test_drafts_are_filled_up_where_single_rows_do_not_come_between(find, monkeypatch):
+    bundle = find("llava")
+    monkeypatch.setattr(single_row, "_ENOUGH", 1)
+    both = BothDecoders(bundle)
+    both.require_same(40, 0)
+    both.require_same(5, 40)
+    assert [both.one.fit(rows) for rows in (1, 2, 5, 6, 12)] == [1, 2, 5, 6, 12]
+    both.await_single_row(45)
+    assert [both.one.fit(rows) for rows in (1, 2, 5, 6, 12)] == [1, 2, 5, 6, 12]
+    both.require_same(5, 46)
+    both.require_same(1, 51)
+    assert [both.one.fit(rows) for rows in (1, 2, 5, 6, 12)] == [1, 5, 5, 6, 12]
+    # Behind another prompt, all is prepared anew in any case.
+    both.require_same(12, 30)
+    assert [both.one.fit(rows) for rows in (1, 2, 5, 6, 11)] == [1, 2, 5, 6, 11]
+
+
 def require_slow_and_said(bundle, caplog, reason):
     """Two places that change sides hold the cache, and the reason is told."""
     both = BothDecoders(bundle)
@@ -232,9 +277,10 @@ def test_a_processor_without_that_attention_runs_a_graph_as_it_is(find, monkeypa
     ],
 )
 def test_pages_hold_what_is_computed_in(tmp_path, dtype, fastmath, quantize, monkeypatch):
-    """Other dtypes beside the graph as it is, whatever of them the processor has.
+    """Other dtypes beside the graph as it is, bfloat16 where the processor has it.
 
-    Beside weights in 8 bits they are in float16, which every processor reads.
+    A float16 graph is computed in float32, whatever the processor has. Its cache, and that beside
+    weights in 8 bits, is in float16, which every processor reads.
     """
     monkeypatch.setenv("GAP_RUNTIME_FASTMATH", fastmath)
     out = tmp_path / "bundle"
@@ -254,15 +300,17 @@ def test_pages_hold_what_is_computed_in(tmp_path, dtype, fastmath, quantize, mon
     assert isinstance(both.one, PagedDecoder)
     has = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     wanted = "float16" if quantize else "bfloat16" if fastmath == "1" else dtype
-    if not quantize and {"bfloat16": "BF16", "float16": "FP16"}[wanted] not in has:
+    if wanted == "bfloat16" and "BF16" not in has:
         wanted = "float32"
     (held,) = {each.array.dtype.name for each in both.one._pages.values()}
     assert held == {"bfloat16": "uint16"}.get(wanted, wanted)
     # A graph of float16 that is computed in float32 rounds its cache all the same. Where rows are
     # rounded to 8 bits, a last bit may become a step of 127.
     error = 0.3 if wanted == "bfloat16" or quantize else 2e-3
+    monkeypatch.setattr(single_row, "_ENOUGH", 1)
     for rows, slot in ((40, 0), (1, 40), (5, 41), (9, 30)):
         both.require_same(rows, slot, error)
+    both.await_single_row(39, error)
 
 
 def test_the_installed_version_has_the_attention_over_pages(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -18,8 +19,10 @@ from typing import Final
 _MAPS: Final = Path("/proc/self/maps")
 _SETTING: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _PAGE: Final = 2 * 2**20
-_PART: Final = 64 * 2**20
-"""Bytes that are moved at a time, so that a process can end in between."""
+_PART: Final = 4 * 2**20
+"""Bytes that are moved at a time, so that other threads have memory, or can end, in between."""
+_PAUSE: Final = 0.002
+"""Seconds behind each part: without one, a call of a session waits until all is moved."""
 _COLLAPSE: Final = 25  # MADV_COLLAPSE, of Linux 6.1
 _HEAP: Final = "[heap]"
 
@@ -53,6 +56,7 @@ def _move() -> None:
     for start, length in list_ranges(lines):
         # Memory may have been given back meanwhile, which is an error that means nothing.
         advise(ctypes.c_void_p(start), ctypes.c_size_t(length), _COLLAPSE)
+        time.sleep(_PAUSE)
 
 
 def list_ranges(lines: Iterable[str]) -> Iterator[tuple[int, int]]:

@@ -30,17 +30,17 @@ def test_what_can_be_moved_is_memory_of_no_file_in_whole_huge_pages():
         "7f0004000000-7f0005000000 ---p 00000000 00:00 0",
         "7ffc00000000-7ffc00800000 rw-p 00000000 00:00 0                          [stack]",
         # From the first whole page to the last one.
-        "01000000-01900000 rw-p 00000000 00:00 0                          [heap]",
+        "01000000-01500000 rw-p 00000000 00:00 0                          [heap]",
         "7f1000001000-7f1000600000 rw-p 00000000 00:00 0 ",
         # None, though it is large enough; then two parts.
         "7f1100001000-7f11003ff000 rw-p 00000000 00:00 0 ",
-        "7f1200000000-7f1206000000 rw-p 00000000 00:00 0",
+        "7f1200000000-7f1200600000 rw-p 00000000 00:00 0",
     ]
     assert list(huge_pages.list_ranges(lines)) == [
-        (0x01000000, 8 * MIB),
+        (0x01000000, 4 * MIB),
         (0x7F1000200000, 4 * MIB),
-        (0x7F1200000000, 64 * MIB),
-        (0x7F1204000000, 32 * MIB),
+        (0x7F1200000000, 4 * MIB),
+        (0x7F1200400000, 2 * MIB),
     ]
 
 

@@ -190,22 +190,24 @@ def test_other_devices_keep_what_they_compile(library, bundle):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capabilities", "hint"),
+    ("dtype", "device", "capabilities", "hint"),
     [
-        ("float32", ("FP32", "FP16", "BF16"), "f32"),
-        ("float16", ("FP32", "FP16"), "f16"),
-        ("float16", ("FP32",), "f32"),
-        ("bfloat16", ("FP32", "BF16"), "bf16"),
-        ("bfloat16", ("FP32", "FP16"), "f32"),
+        ("float32", "", ("FP32", "FP16", "BF16"), "f32"),
+        # A CPU's float16 is not used, whatever it says of it.
+        ("float16", "", ("FP32", "FP16"), "f32"),
+        ("float16", "gpu.0", ("FP32", "FP16"), "f16"),
+        ("float16", "gpu.0", ("FP32",), "f32"),
+        ("bfloat16", "", ("FP32", "BF16"), "bf16"),
+        ("bfloat16", "", ("FP32", "FP16"), "f32"),
     ],
 )
 def test_it_computes_in_the_bundles_dtype_where_it_can(
-    library, bundle, make_stages, dtype, capabilities, hint
+    library, bundle, make_stages, dtype, device, capabilities, hint
 ):
     library.core.capabilities = capabilities
     manifest = dataclasses.replace(bundle.manifest, dtype=dtype, stages=make_stages(dtype))
     changed = dataclasses.replace(bundle, manifest=manifest)
-    openvino.open_decoder(changed, manifest.stage(DECODER), "")
+    openvino.open_decoder(changed, manifest.stage(DECODER), device)
     assert library.compiled[0][2]["INFERENCE_PRECISION_HINT"] == hint
 
 
@@ -216,6 +218,7 @@ PARTS = ("decoder", "head", "vision")
     ("dtype", "method", "parts", "cache", "block"),
     [
         ("float32", None, (), "f32", None),
+        ("float16", None, (), "f16", None),
         ("float32", "nearest", PARTS, "f16", "128"),
         ("float32", "awq", PARTS[:1], "f16", "128"),
         # The decoder is as it was.

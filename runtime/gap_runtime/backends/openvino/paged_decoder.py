@@ -6,7 +6,7 @@ Shape letters: S rows of a call, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -17,22 +17,35 @@ from gap_runtime.backends._kv_cache import SlotCopy, cache_specs, require_room
 from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
 from gap_runtime.backends.openvino.messages import first_words
 from gap_runtime.backends.openvino.pages import KEPT_INPUTS, PAGE, OtherFormError
+from gap_runtime.backends.openvino.single_row import SingleRow
 from gap_runtime.bundle.manifest import Stage
-from gap_runtime.bundle.tensors import TensorSpec
+from gap_runtime.bundle.tensors import MOST_LOGITS, TensorSpec
 from gap_runtime.errors import EngineError
 
 
 class PagedDecoder:
     """A decoder whose cache is pages of OpenVINO's own attention."""
 
-    def __init__(self, ov: ModuleType, compiled: Any, stage: Stage) -> None:
+    def __init__(
+        self,
+        ov: ModuleType,
+        compiled: Any,
+        stage: Stage,
+        compile_fixed: Callable[[Mapping[str, list[int]]], Any] | None,
+    ) -> None:
         """Make an empty cache.
+
+        Args:
+            ov: The library.
+            compiled: The graph for any number of rows.
+            stage: Its entry in the manifest.
+            compile_fixed: Compiles it once more for shapes of its inputs by name; None where its
+                weights are too large to lie in memory twice.
 
         Raises:
             OtherFormError: The compiled model wants pages of another form.
         """
         self._ov = ov
-        self._request = compiled.create_infer_request()
         specs = cache_specs(stage)
         self._capacity = specs[0].fixed_shape()[2]
         count = _count_pages(self._capacity)
@@ -40,7 +53,7 @@ class PagedDecoder:
         # There is one sequence, whose pages lie one behind the other.
         self._filled, self._rows = np.zeros(1, np.int32), np.zeros(2, np.int32)
         self._end = np.zeros((), np.int32)
-        # The request's tensors are on the memory of these.
+        # The requests' tensors are on the memory of these.
         self._places = {
             "past_lens": self._filled,
             "subsequence_begins": self._rows,
@@ -48,14 +61,18 @@ class PagedDecoder:
             "block_indices_begins": np.array([0, count], np.int32),
             "max_context_len": self._end,
         }
-        for name, memory in self._pages.items():
-            self._request.set_tensor(name, memory.tensor)
-        for name, array in self._places.items():
-            self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         self._calls = Calls(stage, self._bind)
+        self._request = self._open_request(compiled)
+        shapes = self._fix_shapes(stage)
+        self._single = SingleRow(
+            None if compile_fixed is None else lambda: self._open_request(compile_fixed(shapes))
+        )
+        self._last_rows = 0
 
     def fit(self, rows: int) -> int:
-        """Any number of rows will do."""
+        """Any number of rows will do; but a change of it costs more than some rows of a draft."""
+        if self._single.request is not None and 1 < rows < self._last_rows <= MOST_LOGITS:
+            return self._last_rows
         return rows
 
     def run(
@@ -70,15 +87,25 @@ class PagedDecoder:
         require_room(write_slot, rows, self._capacity)
         call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
         self._filled[0], self._rows[1], self._end[()] = write_slot, rows, write_slot + rows
+        request = self._choose_request(rows)
         try:
             for name, tensor in call.bound.items():
-                self._request.set_tensor(name, tensor)
-            self._request.infer()
+                request.set_tensor(name, tensor)
+            request.infer()
         except RuntimeError as error:
             raise EngineError(
                 f"OpenVINO could not run the decoder: {first_words(error)}"
             ) from error
         return call.logits
+
+    def _choose_request(self, rows: int) -> Any:
+        """What a call of so many rows is made with."""
+        if rows == 1:
+            self._single.count()
+            if self._single.request is not None:
+                return self._single.request
+        self._last_rows = rows
+        return self._request
 
     def copy_slots(self, count: int) -> SlotCopy[np.ndarray]:
         """A copy of the pages of the first slots; see gap_runtime.backends.SlotSaver."""
@@ -92,6 +119,25 @@ class PagedDecoder:
         for name, each in self._pages.items():
             array = saved.tensors[name]
             each.array[: len(array)] = array
+
+    def _open_request(self, compiled: Any) -> Any:
+        """A request of a compiled graph, on the cache and on what says where a call writes."""
+        request = compiled.create_infer_request()
+        for name, memory in self._pages.items():
+            request.set_tensor(name, memory.tensor)
+        for name, array in self._places.items():
+            request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+        return request
+
+    def _fix_shapes(self, stage: Stage) -> dict[str, list[int]]:
+        """Shapes of all inputs in a call of a single row, by name."""
+        kept = {
+            spec.name: [size if isinstance(size, int) else 1 for size in spec.shape]
+            for spec in stage.inputs
+            if spec.name in KEPT_INPUTS
+        }
+        pages = {name: list(memory.array.shape) for name, memory in self._pages.items()}
+        return kept | pages | {name: list(array.shape) for name, array in self._places.items()}
 
     def _allocate(self, compiled: Any, spec: TensorSpec, count: int) -> Memory:
         """The pages of a tensor of the cache, in the dtype that the compiled model wants."""
