@@ -197,7 +197,7 @@ class _Caller:
         if self._is_prefilled:
             # The last token has been chosen, but not been seen by the decoder yet.
             given, slot = len(answer) - 1, self._length + len(answer) - 1
-            count, known_positions = 1, self._behind(given, 1)
+            count, known_positions = 1, self._behind(np.array([given]))
         else:
             count, slot = self._prompt.shape[1], self._held
             known_positions = self._positions[:, slot:]
@@ -212,15 +212,17 @@ class _Caller:
             embeddings[:, :count] = self._prompt
             _put_text(embeddings[:, count : count + len(draft)], self._table, draft)
         self._is_prefilled = True
-        behind = self._behind(slot + count - self._length, rows - count)
+        # Rows that fill the call up stay at the last one: another may be beyond the model's.
+        steps = np.minimum(np.arange(rows - count), len(draft) - 1)
+        behind = self._behind(slot + count - self._length + steps)
         positions = np.concatenate([known_positions, behind], axis=1)
         wanted = np.arange(count - 1, count + len(draft))
         return self._decoder.run(embeddings, positions, slot, wanted), draft
 
-    def _behind(self, start: int, count: int) -> np.ndarray:
-        """Position IDs [A, count] of the tokens from that one of the answer on."""
-        steps: np.ndarray = self._positions[:, -1:] + 1 + start + np.arange(count)
-        return steps
+    def _behind(self, places: np.ndarray) -> np.ndarray:
+        """Position IDs [A, P] of tokens of the answer, by their places [P] in it."""
+        ids: np.ndarray = self._positions[:, -1:] + 1 + places
+        return ids
 
 
 def _choose(logits: np.ndarray) -> int:

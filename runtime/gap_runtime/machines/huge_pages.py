@@ -20,9 +20,9 @@ _MAPS: Final = Path("/proc/self/maps")
 _SETTING: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _PAGE: Final = 2 * 2**20
 _PART: Final = 4 * 2**20
-"""Bytes that are moved at a time, so that other threads have memory, or can end, in between."""
+"""Bytes that are moved at a time: until they are, no thread can map memory or end."""
 _PAUSE: Final = 0.002
-"""Seconds behind each part: without one, a call of a session waits until all is moved."""
+"""Seconds behind each part: without a pause, a session's call waits until all is moved."""
 _COLLAPSE: Final = 25  # MADV_COLLAPSE, of Linux 6.1
 _HEAP: Final = "[heap]"
 
@@ -30,8 +30,8 @@ _HEAP: Final = "[heap]"
 def start_moving() -> Thread | None:
     """Move this process's memory into huge pages, in a thread; None where the system has none.
 
-    It takes as long as copying the memory once. What it holds and its size stay as they are. Where
-    a kernel knows no such request, or has no memory in one piece, pages stay as they are too.
+    It takes about as long as copying the memory once. What it holds and its size stay as they
+    are. Where a kernel knows no such request, or has no memory in one piece, pages stay too.
     """
     if not sys.platform.startswith("linux") or not _are_there():
         return None
@@ -55,8 +55,8 @@ def _move() -> None:
     advise = ctypes.CDLL(None).madvise
     for start, length in list_ranges(lines):
         # Memory may have been given back meanwhile, which is an error that means nothing.
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), _COLLAPSE)
-        time.sleep(_PAUSE)
+        if not advise(ctypes.c_void_p(start), ctypes.c_size_t(length), _COLLAPSE):
+            time.sleep(_PAUSE)
 
 
 def list_ranges(lines: Iterable[str]) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,8 @@
-"""Memory of a decoder's cache, as numpy and as OpenVINO see it."""
+"""Memory as numpy and as OpenVINO see it: a decoder's cache, and what a call reads and writes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
@@ -31,3 +31,14 @@ def allocate(ov: ModuleType, shape: Sequence[int], dtype: str) -> Memory:
         array = np.zeros(shape, dtype)
         tensor = ov.Tensor(array, shared_memory=True)
     return Memory(array=array, tensor=tensor)
+
+
+def infer(request: Any, tensors: Mapping[str, Any]) -> None:
+    """Run a graph with these tensors, by name, beside those that are bound to the request already.
+
+    Raises:
+        RuntimeError: OpenVINO cannot run it.
+    """
+    for name, tensor in tensors.items():
+        request.set_tensor(name, tensor)
+    request.infer()

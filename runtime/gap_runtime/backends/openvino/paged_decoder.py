@@ -14,7 +14,7 @@ import numpy as np
 
 from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._kv_cache import SlotCopy, cache_specs, require_room
-from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
+from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate, infer
 from gap_runtime.backends.openvino.messages import first_words
 from gap_runtime.backends.openvino.pages import KEPT_INPUTS, PAGE, OtherFormError
 from gap_runtime.backends.openvino.single_row import SingleRow
@@ -70,8 +70,12 @@ class PagedDecoder:
         self._last_rows = 0
 
     def fit(self, rows: int) -> int:
-        """Any number of rows will do; but a change of it costs more than some rows of a draft."""
-        if self._single.request is not None and 1 < rows < self._last_rows <= MOST_LOGITS:
+        """Any number of rows will do.
+
+        Where single rows do not come between, a call of a few is filled up to the rows of the one
+        before, which costs less than a change of their number.
+        """
+        if self._single.is_open and 1 < rows < self._last_rows <= MOST_LOGITS:
             return self._last_rows
         return rows
 
@@ -87,25 +91,16 @@ class PagedDecoder:
         require_room(write_slot, rows, self._capacity)
         call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
         self._filled[0], self._rows[1], self._end[()] = write_slot, rows, write_slot + rows
-        request = self._choose_request(rows)
+        if rows == 1 and self._single.run(call.bound):
+            return call.logits
+        self._last_rows = rows
         try:
-            for name, tensor in call.bound.items():
-                request.set_tensor(name, tensor)
-            request.infer()
+            infer(self._request, call.bound)
         except RuntimeError as error:
             raise EngineError(
                 f"OpenVINO could not run the decoder: {first_words(error)}"
             ) from error
         return call.logits
-
-    def _choose_request(self, rows: int) -> Any:
-        """What a call of so many rows is made with."""
-        if rows == 1:
-            self._single.count()
-            if self._single.request is not None:
-                return self._single.request
-        self._last_rows = rows
-        return self._request
 
     def copy_slots(self, count: int) -> SlotCopy[np.ndarray]:
         """A copy of the pages of the first slots; see gap_runtime.backends.SlotSaver."""

@@ -3,7 +3,7 @@
 `openvino` is the CPU; `openvino:gpu`, `openvino:gpu.1`, `openvino:npu` are devices by OpenVINO's
 own names. It computes in the bundle's dtype: float32 in float32, bfloat16 where the device has it,
 float16 where a device other than the CPU has it. Beside weights in few bits, rows are rounded to
-8 bits and a CPU's cache to float16.
+8 bits and a CPU's cache to float16, as it is for a float16 model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gap_runtime.backends._calls import Calls
 from gap_runtime.backends._interface import GraphTensor, require_interface
 from gap_runtime.backends._kv_cache import KvCache, SlotCopy
 from gap_runtime.backends._weights import move_weights
-from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate
+from gap_runtime.backends.openvino.memory import DTYPES, Memory, allocate, infer
 from gap_runtime.backends.openvino.messages import first_words
 from gap_runtime.backends.openvino.paged_decoder import PagedDecoder
 from gap_runtime.backends.openvino.pages import OtherFormError, move_cache_into_pages
@@ -58,7 +58,7 @@ class OpenvinoStage:
 
     def __init__(self, bundle: Bundle, stage: Stage, device: str) -> None:
         """Load the graph."""
-        compiled = _compile(bundle, _read(bundle, stage, device))
+        compiled = _compile(_read(bundle, stage, device))
         self._request = compiled.create_infer_request()
         self._role = stage.role
         self._names = [spec.name for spec in stage.outputs]
@@ -103,9 +103,7 @@ class OpenvinoDecoder:
         call = self._calls.fill(embeddings, position_ids, write_slot, logits_rows)
         request = self._requests[self._cache.side]
         try:
-            for name, tensor in call.bound.items():
-                request.set_tensor(name, tensor)
-            request.infer()
+            infer(request, call.bound)
         except RuntimeError as error:
             raise EngineError(
                 f"OpenVINO could not run the decoder: {first_words(error)}"
@@ -146,11 +144,11 @@ def open_decoder(bundle: Bundle, stage: Stage, device: str) -> PagedDecoder | Op
     """Load the decoder graph and make an empty cache."""
     graph = _read(bundle, stage, device)
     if graph.device != _CPU:
-        return OpenvinoDecoder(graph.ov, _compile(bundle, graph), stage)
+        return OpenvinoDecoder(graph.ov, _compile(graph), stage)
     decoder: PagedDecoder | OpenvinoDecoder | None = _open_pages(bundle, stage, graph)
     if decoder is None:
         graph = _read(bundle, stage, device)
-        decoder = OpenvinoDecoder(graph.ov, _compile(bundle, graph), stage)
+        decoder = OpenvinoDecoder(graph.ov, _compile(graph), stage)
     move_weights(bundle)
     return decoder
 
@@ -159,7 +157,7 @@ def _open_pages(bundle: Bundle, stage: Stage, graph: _Graph) -> PagedDecoder | N
     """A decoder whose cache is pages; None where this OpenVINO or this processor has none."""
     try:
         graph = replace(graph, model=move_cache_into_pages(graph.ov, graph.model, stage))
-        compiled = _compile(bundle, graph)
+        compiled = _compile(graph)
         twice = _count_weights(graph.model) <= _MOST_TWICE
         fixed = partial(_compile_fixed, bundle, graph) if twice else None
         return PagedDecoder(graph.ov, compiled, stage, fixed)
@@ -181,7 +179,7 @@ def _compile_fixed(bundle: Bundle, graph: _Graph, shapes: Mapping[str, list[int]
         RuntimeError: It cannot have these shapes.
     """
     graph.model.reshape(shapes)
-    compiled = _compile(bundle, graph)
+    compiled = _compile(graph)
     move_weights(bundle)
     return compiled
 
@@ -219,12 +217,13 @@ def _import_openvino() -> ModuleType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Graph:
-    """A graph that OpenVINO has read, and the device that it is for."""
+    """A graph that OpenVINO has read, and for what device and how it is compiled."""
 
     ov: ModuleType
     core: Any
     model: Any
     device: str
+    settings: dict[str, Any]
     path: Path
 
 
@@ -256,22 +255,23 @@ def _read(bundle: Bundle, stage: Stage, device: str) -> _Graph:
         )
     require_no_loop(path)
     try:
+        settings = _choose_settings(core, bundle, wanted)
         model = core.read_model(str(path))
     except RuntimeError as error:
         raise _cannot_load(ov, path, wanted, error) from error
     found = [[_read_tensor(each) for each in side] for side in (model.inputs, model.outputs)]
     require_interface(path, stage, *found)
-    return _Graph(ov=ov, core=core, model=model, device=wanted, path=path)
+    return _Graph(ov=ov, core=core, model=model, device=wanted, settings=settings, path=path)
 
 
-def _compile(bundle: Bundle, graph: _Graph) -> Any:
+def _compile(graph: _Graph) -> Any:
     """A graph, compiled for its device.
 
     Raises:
         EngineError: OpenVINO cannot compile it.
     """
+    settings = graph.settings
     try:
-        settings = _choose_settings(graph.core, bundle, graph.device)
         compiled = graph.core.compile_model(graph.model, graph.device, settings)
     except RuntimeError as error:
         raise _cannot_load(graph.ov, graph.path, graph.device, error) from error
@@ -312,13 +312,13 @@ def _choose_cache(bundle: Bundle, precision: str) -> str:
     range.
     """
     manifest = bundle.manifest
-    in_few_bits = manifest.quantization is not None and "decoder" in manifest.quantization.parts
-    takes_half = manifest.dtype == "float16" or (in_few_bits and manifest.dtype != "bfloat16")
+    in_few_bits = manifest.quantization is not None and DECODER in manifest.quantization.parts
+    takes_half = manifest.dtype == "float16" or (in_few_bits and manifest.dtype == "float32")
     return "f16" if takes_half and precision == "f32" else precision
 
 
 def _choose_settings(core: Any, bundle: Bundle, device: str) -> dict[str, Any]:
-    """How a graph is compiled: for one caller at a time, in the bundle's own precision."""
+    """How a graph is compiled: for one caller at a time, in the bundle's precision or float32."""
     precision = _PRECISIONS[bundle.manifest.dtype]
     if device == _CPU:
         if precision == "f16":

@@ -1,29 +1,30 @@
-"""A graph of its own for calls of a single row, which are most of an answer's calls.
+"""A graph of its own for calls of a single row: half of an answer's with drafts, all without.
 
 A compiled graph prepares every operator anew when the number of rows changes, as it does twice
 with every draft. Where a single row has a graph whose shapes are all fixed, the other one has
 prompts and drafts alone. It is compiled in a thread once there were enough such calls: a session
-opens as fast as without, and one that answers a few times does not pay for it. Its weights lie in
-memory once more.
+opens as fast as without, and one that answers a few times is spared it. Its weights lie in memory
+once more.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from threading import Thread
 from typing import Any, Final
 
-from gap_runtime.errors import EngineError
+from gap_runtime.backends.openvino.memory import infer
 
-_LOG: Final = logging.getLogger(__name__)
-_ENOUGH: Final = 64
+ENOUGH: Final = 64
 """Calls of a single row, sixteen answers with drafts: by then, what the graph would have saved is
 a good part of what it costs to compile."""
+_LOG: Final = logging.getLogger(__name__)
 
 
 class SingleRow:
-    """A request for calls of a single row, once there is one."""
+    """Calls of a single row by their own graph, once it is there, and for as long as it works."""
 
     def __init__(self, open_request: Callable[[], Any] | None) -> None:
         """Compile nothing yet.
@@ -33,33 +34,47 @@ class SingleRow:
         """
         self._open_request = open_request
         self._calls = 0
-        self._future: Future[Any] | None = None
+        self._request: Any = None
 
     @property
-    def request(self) -> Any:
-        """What calls of a single row are made with; None as long as that is the other graph's."""
-        return self._future.result() if self._future is not None and self._future.done() else None
+    def is_open(self) -> bool:
+        """Whether the graph is there."""
+        return self._request is not None
 
-    def count(self) -> None:
-        """Say that such a call is made; once there were enough, the graph is compiled."""
+    def run(self, tensors: Mapping[str, Any]) -> bool:
+        """Make a call; False where it is left to the other graph.
+
+        Args:
+            tensors: Inputs and outputs of the call, by name.
+        """
+        if self._request is None:
+            self._count()
+            return False
+        try:
+            infer(self._request, tensors)
+        except RuntimeError as error:
+            self._request = None
+            _tell(error)
+            return False
+        return True
+
+    def _count(self) -> None:
         self._calls += 1
-        if self._open_request is not None and self._calls >= _ENOUGH:
-            self._future = _start(self._open_request)
-            self._open_request = None
+        if self._open_request is None or self._calls < ENOUGH:
+            return
+        open_request, self._open_request = self._open_request, None
+        # Python waits for the thread at its end; C++ code that is stopped could take it down.
+        thread = Thread(target=self._open, args=(open_request,), name="single row")
+        # A system may have no more of them.
+        with suppress(RuntimeError):
+            thread.start()
+
+    def _open(self, open_request: Callable[[], Any]) -> None:
+        try:
+            self._request = open_request()
+        except Exception as error:  # noqa: BLE001 - whatever it is, answers need no second graph
+            _tell(error)
 
 
-def _start(open_request: Callable[[], Any]) -> Future[Any]:
-    """Open a request in a thread that ends with it."""
-    threads = ThreadPoolExecutor(1, "single row")
-    future = threads.submit(_try, open_request)
-    threads.shutdown(wait=False)
-    return future
-
-
-def _try(open_request: Callable[[], Any]) -> Any:
-    """A request; None, and a line that says why, where OpenVINO makes none."""
-    try:
-        return open_request()
-    except (EngineError, RuntimeError) as error:
-        _LOG.info("calls of a single row get no graph of their own: %s", error)
-        return None
+def _tell(error: Exception) -> None:
+    _LOG.info("calls of a single row have no graph of their own: %s", error)
