@@ -81,6 +81,9 @@ class Truth:
         assert self.answer[: len(token_ids)] == list(token_ids)
         self.accepted += accepted
 
+    def keep(self, token_ids):
+        assert list(token_ids) == self.answer[: len(token_ids)]
+
 
 def exported_answer(bundle_folder, phrase, drafter=None):
     """Logits [STEPS, V] of the graphs, the inputs that led to them, and the kept patches."""

@@ -11,6 +11,7 @@ from tools.schemas import hold
 from gap_runtime.cli.commands import watch
 from gap_runtime.cli.main import main
 from gap_runtime.evaluation.refshapes import COLOURS, SIDE
+from gap_runtime.grounding.video.watch import watch as watch_frames
 from gap_runtime.pictures.boxes import Box, iou
 
 av = pytest.importorskip("av")
@@ -64,6 +65,29 @@ def test_a_moving_circle_is_followed(refshapes_bundle, tmp_path, capsys):
         assert min(values) > 0.5
     with av.open(str(out)) as container:
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
+
+
+def test_what_was_answered_last_is_drafted_and_changes_no_answer(refshapes_bundle, tmp_path):
+    video = make_video(tmp_path / "circle.avi")
+    phrases = ["the red circle", "the blue square"]
+
+    def ask(*, draft):
+        found = []
+        watch_frames(
+            refshapes_bundle,
+            video,
+            phrases,
+            draft=draft,
+            on_frame=lambda frame, _: found.extend(frame.found),
+        )
+        return found
+
+    followed, plain = ask(draft=True), ask(draft=False)
+    assert len(followed) == FRAMES * len(phrases)
+    assert [each.token_ids for each in followed] == [each.token_ids for each in plain]
+    # The first frame's answers take the calls that the form leaves; the others about half of them.
+    first, later = followed[: len(phrases)], followed[len(phrases) :]
+    assert np.mean([each.calls for each in later]) < 0.65 * np.mean([e.calls for e in first])
 
 
 def test_the_page_says_what_is_so():

@@ -18,6 +18,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from gap_runtime.bundle.tensors import MOST_LOGITS
+from gap_runtime.grounding.follow import LastAnswers
 from gap_runtime.grounding.tokens import decode_tokens, encode_text
 
 DIGIT: Final = "#"
@@ -37,13 +38,16 @@ _TRUST: Final = 8
 class Drafter:
     """Drafts for the answers of one model; it learns which of them are refused."""
 
-    def __init__(self, tokenizer: Tokenizer, form: str, before: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, form: str, before: str, *, follow: bool = False
+    ) -> None:
         """Prepare for one model.
 
         Args:
             tokenizer: The model's.
             form: The usual answer, with DIGIT for a digit and PHRASE for the phrase.
             before: The end of the prompt, to which the answer is joined.
+            follow: Draft the last answer to a phrase too, as far as the form leaves it open.
         """
         self._tokenizer = tokenizer
         self._form, self._filled, self._phrase = form, form, ""
@@ -54,27 +58,43 @@ class Drafter:
         self._gap = " "
         self._known: dict[tuple[int | str, ...], tuple[int, ...]] = {}
         self._trust: dict[tuple[int | str, ...], int] = {}
+        self._asked = ""
+        self._last = LastAnswers(tokenizer) if follow else None
 
     def about(self, phrase: str) -> Drafter:
         """This drafter, for an answer about a phrase, which the form may repeat."""
+        self._asked = phrase
         if PHRASE in self._form and phrase != self._phrase:
             self._phrase, self._filled = phrase, self._form.replace(PHRASE, phrase)
             self._known = {}
         return self
 
     def propose(self, token_ids: Sequence[int], most: int = LONGEST) -> list[int]:
-        """Tokens that the form forces behind an answer so far; none where it forces nothing.
+        """Tokens to expect behind an answer so far; none where nothing is known.
 
         Args:
             token_ids: The answer so far.
             most: There is room for so many; LONGEST is the limit in any case.
         """
+        most = max(min(most, LONGEST), 0)
+        forced = self._force(token_ids)[:most]
+        if self._last is None:
+            return forced
+        return self._last.extend(self._asked, token_ids, forced, most)
+
+    def keep(self, token_ids: Sequence[int]) -> None:
+        """Take in the whole answer to the phrase that this is about."""
+        if self._last is not None:
+            self._last.keep(self._asked, token_ids)
+
+    def _force(self, token_ids: Sequence[int]) -> list[int]:
+        """Tokens that the form forces behind an answer so far; none where it forces nothing."""
         if self._trust.get(self._place(token_ids), _TRIES) <= 0:
             return []
         key = self._key(token_ids)
         if key not in self._known:
             self._known[key] = self._draft(token_ids)
-        return list(self._known[key][: max(min(most, LONGEST), 0)])
+        return list(self._known[key])
 
     def learn(self, token_ids: Sequence[int], accepted: int) -> None:
         """Take in how many tokens were accepted of the draft behind an answer so far."""

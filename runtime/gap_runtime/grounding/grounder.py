@@ -89,6 +89,7 @@ class Grounder:
         ratio: float | None = None,
         keep: int | None = None,
         draft: bool = True,
+        follow: bool = False,
         keep_pictures: int = DEFAULT_KEPT_MIB,
     ) -> None:
         """Load the tokenizer and map the embeddings.
@@ -101,6 +102,8 @@ class Grounder:
             keep: Or a count of visual tokens that stay.
             draft: Send what the form of an answer forces along with each token. It changes the
                 time that an answer takes; the answer only where two tokens tie.
+            follow: Send the last answer to the same phrase along too. It pays where pictures are
+                frames of a video.
             keep_pictures: MiB for what was computed of the last pictures, which are known again
                 by their content; 0 keeps none. A View is kept by whoever has it.
 
@@ -139,7 +142,8 @@ class Grounder:
         self._table = bundle.map_embedding()
         self._is_closed = False
         self._turn = RLock()
-        self._drafter = self.encoder.make_drafter(bundle.manifest.box.form) if draft else None
+        form = bundle.manifest.box.form if draft else None
+        self._drafter = self.encoder.make_drafter(form, follow=follow)
         self._stages: dict[str, StageSession] = {}
         self._cache: PromptCache | None = None
         self._kept_bytes = keep_pictures * 2**20
@@ -373,6 +377,8 @@ class Grounder:
                 stop_ids=manifest.prompt.stop_ids if most is None else (),
                 drafter=drafter,
             )
+        if drafter:
+            drafter.keep(decoded.token_ids)
         answered_ms = (time.perf_counter() - looked) * 1e3
         preprocess_ms = vision.preprocess_ms if is_new else 0.0
         vision_ms = vision.vision_ms if is_new else 0.0

@@ -165,12 +165,12 @@ class PromptEncoder:
             )
         return encoded
 
-    def make_drafter(self, form: str | None) -> Drafter | None:
+    def make_drafter(self, form: str | None, *, follow: bool = False) -> Drafter | None:
         """A drafter of answers of that form behind this prompt; None where there is no form."""
         if form is None:
             return None
         before = self._prompt.template.rpartition(PHRASE_FIELD)[2]
-        return Drafter(self._tokenizer, form, before)
+        return Drafter(self._tokenizer, form, before, follow=follow)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of an answer, without special tokens."""

@@ -45,6 +45,9 @@ class EndDrafter:
     def learn(self, token_ids, accepted):
         assert (len(token_ids), accepted) == (1, 0)
 
+    def keep(self, token_ids):
+        assert len(token_ids) > 1
+
 
 @pytest.fixture
 def answer_otherwise(answer_with, monkeypatch):
@@ -52,7 +55,7 @@ def answer_otherwise(answer_with, monkeypatch):
     backend = answer_with(11)
     open_decoder = backend.open_decoder
     monkeypatch.setattr(
-        "gap_runtime.grounding.prompt.PromptEncoder.make_drafter", lambda *_: EndDrafter()
+        "gap_runtime.grounding.prompt.PromptEncoder.make_drafter", lambda *_, **__: EndDrafter()
     )
 
     def open_unlike(*arguments):

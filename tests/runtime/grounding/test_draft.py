@@ -1,5 +1,6 @@
 """Drafts: what the form forces, with tokenizers that keep digits apart and such that join them."""
 
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -301,3 +302,116 @@ def test_the_boxes_of_qwens_json(answer, calls):
     said = said[len(tokenizer.encode(before, add_special_tokens=False).ids) :]
     drafter = Drafter(tokenizer, QWEN, before).about("the red mug")
     assert replay(drafter, said)[0] == calls < len(said) / 2
+
+
+def make_follower(tokenizer, form=LLAVA):
+    return Drafter(tokenizer, form, BEFORE, follow=True)
+
+
+def ask(drafter, tokens, phrase="a cup"):
+    """Calls, drafted and accepted tokens of an answer, which the drafter then keeps."""
+    counts = replay(drafter.about(phrase), tokens)
+    drafter.keep(tokens)
+    return counts
+
+
+def test_an_answer_that_stays_takes_a_call_for_eight_tokens():
+    tokenizer = make_tokenizer("▁[")
+    drafter = make_follower(tokenizer)
+    tokens = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
+    assert ask(drafter, tokens) == (9, 16, 16)
+    for _ in range(3):
+        assert ask(drafter, tokens) == (3, 21, 21)
+    # Another phrase knows nothing of it, and this one still does.
+    assert ask(drafter, tokens, "a mug") == (9, 16, 16)
+    assert ask(drafter, tokens) == (3, 21, 21)
+
+
+def test_digits_that_change_are_not_drafted_until_they_stay_again():
+    tokenizer = make_tokenizer("▁[")
+    drafter = make_follower(tokenizer)
+    answers = [tokens_of(tokenizer, f" [0.1{n}, 0.34, 0.56, 0.78]") for n in range(8)]
+    counts = [ask(drafter, each) for each in answers]
+    # Found wrong twice; then the call before it ends where it begins.
+    assert [calls for calls, _, _ in counts] == [9, 4, 4, 4, 4, 4, 4, 4]
+    wasted = [drafted - accepted for _, drafted, accepted in counts]
+    assert wasted[:3] == [0, wasted[1], wasted[1]]
+    assert wasted[1] > 0
+    assert wasted[3:] == [0, 0, 0, 0, 0]
+    assert ask(drafter, answers[-1]) == counts[-1]
+    assert ask(drafter, answers[-1]) == (3, 21, 21)
+
+
+def test_without_it_nothing_of_an_answer_is_kept():
+    tokenizer = make_tokenizer("▁[")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    tokens = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
+    assert [ask(drafter, tokens) for _ in range(3)] == 3 * [(9, 16, 16)]
+
+
+def test_only_the_last_phrases_are_known():
+    tokenizer = make_tokenizer("▁[")
+    drafter = make_follower(tokenizer)
+    tokens = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
+    for number in range(65):
+        ask(drafter, tokens, str(number))
+    assert ask(drafter, tokens, "64")[0] == 3
+    assert ask(drafter, tokens, "0")[0] == 9
+
+
+def test_an_answer_of_another_form_or_length_is_no_draft():
+    tokenizer = make_tokenizer("▁[")
+    drafter = make_follower(tokenizer)
+    box = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
+    ask(drafter, tokens_of(tokenizer, " there is no cup"))
+    assert ask(drafter, box)[0] == 9
+    ask(drafter, tokens_of(tokenizer, " [0.12, 0.34]"))
+    assert ask(drafter, box)[0] <= 9
+
+
+@pytest.mark.parametrize(
+    ("form", "joined", "write"),
+    [
+        (LLAVA, ("▁[",), " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]"),
+        # Two digits in a piece.
+        (
+            LLAVA,
+            ("▁[0.", "▁0.", *map(str, range(10, 100))),
+            " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]",
+        ),
+        (MINIGPT, ("▁{",), " {{<{:02}><{:02}><{:02}><{:02}>}}"),
+    ],
+)
+def test_boxes_that_move_take_fewer_calls_whatever_the_tokenizer(form, joined, write):
+    """Each answer is the true one, as `replay` asserts."""
+    tokenizer = make_tokenizer(*joined)
+    random = np.random.default_rng(0)
+    plain, drafter = Drafter(tokenizer, form, BEFORE), make_follower(tokenizer, form)
+    box, calls, calls_plain = np.array([20, 30, 60, 70]), 0, 0
+    for _ in range(60):
+        box = np.clip(box + random.integers(-2, 3, 4) * (random.random(4) < 0.5), 0, 99)
+        tokens = tokens_of(tokenizer, write.format(*box))
+        calls += ask(drafter, tokens)[0]
+        calls_plain += replay(plain, tokens)[0]
+    assert calls < 0.75 * calls_plain
+
+
+def test_boxes_at_random_cost_no_more_calls():
+    tokenizer = make_tokenizer("▁[")
+    random = np.random.default_rng(0)
+    drafter = make_follower(tokenizer)
+    drafted = accepted = 0
+    for _ in range(60):
+        box = " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]".format(*random.integers(0, 100, 4))
+        counts = ask(drafter, tokens_of(tokenizer, box))
+        assert counts[0] <= 9
+        drafted, accepted = drafted + counts[1], accepted + counts[2]
+    assert accepted > 0.8 * drafted
+
+
+def test_a_phrase_in_the_answer_is_drafted_as_before():
+    tokenizer = make_tokenizer()
+    drafter = make_follower(tokenizer, QWEN)
+    assert drafter.about("a cup").propose([], 0) == []
+    assert drafter.propose([], 99) == drafter.propose([], 7)
+    assert len(drafter.propose([], 7)) == 7

@@ -16,6 +16,7 @@ from threading import Thread
 from typing import Any, Final
 
 from gap_runtime.backends.openvino.memory import infer
+from gap_runtime.errors import GapError
 
 ENOUGH: Final = 64
 """Calls of a single row, sixteen answers with drafts: by then, what the graph would have saved is
@@ -72,7 +73,7 @@ class SingleRow:
     def _open(self, open_request: Callable[[], Any]) -> None:
         try:
             self._request = open_request()
-        except Exception as error:  # noqa: BLE001 - whatever it is, answers need no second graph
+        except (GapError, RuntimeError, MemoryError) as error:
             _tell(error)
 
 

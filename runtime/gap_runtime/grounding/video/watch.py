@@ -162,7 +162,7 @@ def watch(
         backend: As in Grounder.
         ratio: One of the bundle's ratios; the first by default.
         keep: Or a count of visual tokens that stay.
-        draft: As in Grounder.
+        draft: As in Grounder; what a phrase was answered last is drafted too.
         every: Take one of so many frames.
         change: A frame is asked about where a cell of 32 x 32 differs by more than this share of
             the brightest value from the frame that was asked about last; 0 asks about all.
@@ -189,7 +189,15 @@ def watch(
     with ExitStack() as stack:
         # Frames do not come again, so that none is kept.
         grounder = stack.enter_context(
-            Grounder(opened, backend, ratio=ratio, keep=keep, draft=draft, keep_pictures=0)
+            Grounder(
+                opened,
+                backend,
+                ratio=ratio,
+                keep=keep,
+                draft=draft,
+                follow=True,
+                keep_pictures=0,
+            )
         )
         for phrase in names:
             grounder.encoder.encode_within(phrase, opened.manifest.layout)
