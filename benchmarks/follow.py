@@ -6,7 +6,7 @@
 Held-out scenes of refshapes-256 move to the right by so many of their 224 pixels a frame, and down
 by half of them, for twelve frames. Two phrases of each are asked with the form's drafts alone and
 with the last answer's, by turns. The first scenes, in which OpenVINO compiles, and first frames,
-before which nothing was answered, are not counted.
+which follow another scene, are not counted.
 """
 
 from __future__ import annotations

@@ -34,7 +34,12 @@ class GroundNode(Node):
         ratio = self.declare_parameter("ratio", -1.0).value
         backend = self.declare_parameter("backend", "onnxruntime").value
         self._grounder = Grounder(
-            Bundle.open(bundle), backend, ratio=None if ratio < 0 else ratio, keep_pictures=0
+            Bundle.open(bundle),
+            backend,
+            ratio=None if ratio < 0 else ratio,
+            # Pictures are a camera's: the next answers are much like the last ones.
+            follow=True,
+            keep_pictures=0,
         )
         self._publisher = self.create_publisher(Detection2DArray, "detections", 1)
         # Best effort and the newest alone: what waits while a picture is answered is old.

@@ -331,12 +331,13 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 
 def add_draft(parser: argparse.ArgumentParser) -> None:
-    """Whether what the form of an answer forces is drafted."""
+    """Whether drafts are sent along."""
     parser.add_argument(
         "--no-draft",
         action="store_false",
         dest="draft",
-        help="decode token by token, without drafts of what the form of an answer forces",
+        help="decode token by token, without drafts of what the form of an answer forces (watch: "
+        "or of what was answered last)",
     )
 
 

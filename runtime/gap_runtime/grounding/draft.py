@@ -80,7 +80,7 @@ class Drafter:
         forced = self._force(token_ids)[:most]
         if self._last is None:
             return forced
-        return self._last.extend(self._asked, token_ids, forced, most)
+        return self._last.propose(self._asked, token_ids, forced, most)
 
     def keep(self, token_ids: Sequence[int]) -> None:
         """Take in the whole answer to the phrase that this is about."""
@@ -98,6 +98,9 @@ class Drafter:
 
     def learn(self, token_ids: Sequence[int], accepted: int) -> None:
         """Take in how many tokens were accepted of the draft behind an answer so far."""
+        if not self._force(token_ids):
+            # The draft was the last answer's, which is learnt when the answer is whole.
+            return
         place = self._place(token_ids)
         trust = self._trust.get(place, _TRIES) + (1 if accepted else -1)
         self._trust[place] = min(trust, _TRUST)

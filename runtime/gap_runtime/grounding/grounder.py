@@ -102,8 +102,8 @@ class Grounder:
             keep: Or a count of visual tokens that stay.
             draft: Send what the form of an answer forces along with each token. It changes the
                 time that an answer takes; the answer only where two tokens tie.
-            follow: Send the last answer to the same phrase along too. It pays where pictures are
-                frames of a video.
+            follow: Send the last answer to the same phrase along too, where the form of answers
+                is known. It pays where pictures are frames of a video.
             keep_pictures: MiB for what was computed of the last pictures, which are known again
                 by their content; 0 keeps none. A View is kept by whoever has it.
 
@@ -377,7 +377,7 @@ class Grounder:
                 stop_ids=manifest.prompt.stop_ids if most is None else (),
                 drafter=drafter,
             )
-        if drafter:
+        if drafter and most is None:
             drafter.keep(decoded.token_ids)
         answered_ms = (time.perf_counter() - looked) * 1e3
         preprocess_ms = vision.preprocess_ms if is_new else 0.0
