@@ -93,11 +93,14 @@ def test_a_call_that_fails_is_left_to_the_other_graph_as_all_after_it_are(caplog
     assert "no memory" in caplog.text
 
 
-def test_a_system_without_another_thread_goes_on_without(monkeypatch):
+def test_a_system_without_another_thread_goes_on_without(monkeypatch, caplog):
     def start(_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
     single = SingleRow(Request)
-    assert not any(single.run({}) for _ in range(9))
+    with caplog.at_level(logging.INFO):
+        assert not any(single.run({}) for _ in range(9))
     assert not single.is_open
+    (record,) = caplog.records
+    assert "can't start new thread" in record.message

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from threading import Thread
 from typing import Any, Final
 
@@ -66,9 +65,11 @@ class SingleRow:
         open_request, self._open_request = self._open_request, None
         # Python waits for the thread at its end; C++ code that is stopped could take it down.
         thread = Thread(target=self._open, args=(open_request,), name="single row")
-        # A system may have no more of them.
-        with suppress(RuntimeError):
+        try:
             thread.start()
+        except RuntimeError as error:
+            # A system may have no more of them.
+            _tell(error)
 
     def _open(self, open_request: Callable[[], Any]) -> None:
         try:
