@@ -4,9 +4,9 @@
                                 [--scenes 20] [--threads 1]
 
 Held-out scenes of refshapes-256 move to the right by so many of their 224 pixels a frame, and down
-by half of them, for twelve frames. Two phrases of each are asked with the form's drafts alone and
-with the last answer's, by turns. The first scenes, in which OpenVINO compiles, and first frames,
-which follow another scene, are not counted.
+by half of them, for twelve frames. Two phrases of each are asked with the drafts that every answer
+gets and with the last answer's, by turns. The first scenes, in which OpenVINO compiles, and first
+frames, which follow another scene, are not counted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def move(picture: Image.Image, pixels: int, frame: int) -> Image.Image:
 
 
 def watch(bundle: Bundle, backend: str, pixels: int, scenes: int) -> tuple[Answers, Answers]:
-    """Answers with the form's drafts, and with the last answer's too."""
+    """Answers with the drafts that every one gets, and with the last answer's too."""
     plain, followed = Answers(), Answers()
     with (
         Grounder(bundle, backend, keep_pictures=0) as one,

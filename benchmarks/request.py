@@ -3,11 +3,15 @@
     python -m benchmarks.request [--precisions fp32 int4] [--ratios 0 0.5 0.75]
         [--backends onnxruntime openvino] [--peers NAME ...] [--picture FILE.svg]
 
-The checkpoint is random (benchmarks.checkpoints) and answers no boxes. So the tokens of an answer
+The checkpoint is random (benchmarks.checkpoints) and answers no boxes. So the tokens of answers
 are forced: every call of the decoder is made in full, then the token that is wanted is made the
 most likely one. A draft is thereby accepted where it is right, as with a model that answers in its
-form, and refused elsewhere. First and further phrases, ratios, and answers with and without drafts
-take turns in one process that has answered before; figures are medians.
+form, and refused elsewhere. The answers are the true ones to held-out phrases of refshapes-256,
+one after the other, so that what drafts guess by sizes is right as often as it is there.
+
+First and further phrases, ratios, and answers with and without drafts take turns in one process
+that has answered before. Figures are medians. Of `decode`, which differs by the answer, a run has
+the mean of its answers, to the first and further phrases alike; `calls` is the mean of all.
 
 Peers are timed by their scripts (benchmarks.runtime): on the same weights, a prompt of as many
 tokens as our unpruned one, and as many tokens decoded as the answer has. They read no picture
@@ -19,10 +23,11 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,15 +60,22 @@ from gap_runtime.backends import DecoderSession
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.files import require_apart
 from gap_runtime.cli.options import ArgumentParser
+from gap_runtime.evaluation.refshapes256 import draw_scene
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.prompt import PHRASE_FIELD, load_tokenizer
+from gap_runtime.grounding.view import View
 
-ANSWER: Final = " [0.12, 0.34, 0.56, 0.78]"
 _FIRST: Final = "the red mug on the left of the table"
-_FURTHER: Final = "a blue plate in front of the door"
-_ANSWERED: Final = 24
-"""Phrases before anything is timed: by then, OpenVINO has compiled what it makes of calls that
-come often."""
+_FURTHER: Final = (
+    "a blue plate in front of the door",
+    "one green bottle behind the red lamp",
+    "some ring above the white square",
+    "two red cups near the blue ring",
+)
+"""Without a word in common at the beginning, which would not be computed again."""
+_ANSWERED: Final = 32
+"""Phrases before anything is timed: by then, OpenVINO compiles what it makes of calls that come
+often, and sizes of boxes are known. A round of all requests follows, which is not timed either."""
 _STAGES: Final = ("preprocess", "vision", "prefill", "decode")
 _TARGETS: Final = {"onnxruntime": "cpu", "openvino": "openvino"}
 """What a bundle of each backend is exported for."""
@@ -72,11 +84,15 @@ _COLORS: Final = ("#8c8c8c", "#4c78a8", "#f58518", "#54a24b")
 
 
 class ForcedAnswer:
-    """A decoder session whose answer is given; fits gap_runtime.backends.DecoderSession."""
+    """A decoder session whose answer is given; fits gap_runtime.backends.DecoderSession.
 
-    def __init__(self, session: DecoderSession, answer: Sequence[int]) -> None:
-        """Force an answer, whose last token is a stop token."""
-        self._session, self._answer = session, answer
+    `answer` is the one to force, its last token a stop token.
+    """
+
+    def __init__(self, session: DecoderSession) -> None:
+        """Force none yet."""
+        self._session = session
+        self.answer: Sequence[int] = ()
         self._length = 0
         self.fit = session.fit
 
@@ -93,31 +109,40 @@ class ForcedAnswer:
             self._length = write_slot + int(logits_rows[0]) + 1
         logits = self._session.run(embeddings, position_ids, write_slot, logits_rows)
         for row, slot in zip(logits, write_slot + logits_rows, strict=True):
-            row[self._answer[int(slot) + 1 - self._length]] = row.max() + 1
+            row[self.answer[int(slot) + 1 - self._length]] = row.max() + 1
         return logits
 
 
 @dataclass(slots=True, kw_only=True)
 class Case:
-    """Times of one kind of request, in milliseconds by stage; `calls` of the decoder."""
+    """Times of one kind of request, in milliseconds by stage.
+
+    `decode` is the mean of a run's answers, and `calls` are those of the decoder by answer.
+    """
 
     ratio: float
     draft: bool
     first: list[dict[str, float]] = field(default_factory=list)
     further: list[dict[str, float]] = field(default_factory=list)
-    calls: int = 0
+    decode: list[float] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+
+    @property
+    def decode_ms(self) -> float:
+        """Of an answer; of single ones it differs, as some take fewer calls than others."""
+        return statistics.median(self.decode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A line of the table and a bar of the picture: medians in milliseconds by stage.
+    """A line of the table and a bar of the picture: milliseconds by stage, and calls in the mean.
 
     A stage that a subject has not is left out. `whole` is false for a peer without vision.
     """
 
     name: str
     removed: str
-    calls: int
+    calls: float
     milliseconds: Mapping[str, float]
     whole: bool = True
 
@@ -146,42 +171,77 @@ def prepare(
     return out
 
 
+class Asker:
+    """Requests to a Grounder whose answers are forced, one after the other."""
+
+    def __init__(self, grounder: Grounder) -> None:
+        """Take the place of its decoder."""
+        self._grounder = grounder
+        # Each kind has them one after the other: what one would learn of is not asked of another.
+        self._answers = {draft: list_answers(grounder.bundle) for draft in (False, True)}
+        cache = grounder._open_cache()  # noqa: SLF001 - the answer is forced behind its back
+        cache.session = self._forced = ForcedAnswer(cache.session)
+
+    def ask(self, view: View, phrase: str, case: Case) -> dict[str, float]:
+        """Times of a request, in milliseconds by stage; its calls are noted."""
+        self._forced.answer = next(self._answers[case.draft])
+        if case.draft:
+            found = view.ground(phrase, ratio=case.ratio)
+            case.calls.append(found.calls)
+            return dict(found.milliseconds)
+        entry = self._grounder.bundle.choose_ratio(case.ratio)
+        values = self._grounder.run_stages(view, phrase, entry, draft=False)
+        case.calls.append(values.decoded.calls)
+        return values.milliseconds
+
+
 def measure(grounder: Grounder, runs: int) -> list[Case]:
     """Time all kinds of requests on a bundle by turns, after answers that do not count."""
-    bundle = grounder.bundle
     values = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     picture = Image.fromarray(values)
-    cache = grounder._open_cache()  # noqa: SLF001 - the answer is forced behind its back
-    cache.session = ForcedAnswer(cache.session, read_answer(bundle))
-    entries = bundle.manifest.ratios
-    cases = [Case(ratio=entry.ratio, draft=draft) for entry in entries for draft in (False, True)]
-    view = grounder.look(picture)
+    asker = Asker(grounder)
+    ratios = [entry.ratio for entry in grounder.bundle.manifest.ratios]
+    cases = [Case(ratio=ratio, draft=draft) for ratio in ratios for draft in (False, True)]
+    view, untimed = grounder.look(picture), Case(ratio=ratios[-1], draft=True)
     for number in range(_ANSWERED):
-        phrase = _FURTHER if number % 2 else _FIRST
-        grounder.run_stages(view, phrase, entries[-1], draft=True)
+        asker.ask(view, _FURTHER[number % len(_FURTHER)], untimed)
     for run in range(runs + 1):
         for case in cases:
-            entry = bundle.choose_ratio(case.ratio)
+            timed = case if run else replace(case, calls=[])
             view = grounder.look(picture)
-            first = grounder.run_stages(view, _FIRST, entry, draft=case.draft)
-            further = grounder.run_stages(view, _FURTHER, entry, draft=case.draft)
+            first = asker.ask(view, _FIRST, timed)
+            further = [asker.ask(view, phrase, timed) for phrase in 2 * _FURTHER]
             if run:
-                case.first.append(first.milliseconds)
-                case.further.append(further.milliseconds)
-            case.calls = first.decoded.calls
+                case.first.append(first)
+                case.further += further
+                case.decode.append(statistics.mean(each["decode"] for each in (first, *further)))
     return cases
 
 
-def read_answer(bundle: Bundle) -> list[int]:
-    """The tokens of the answer behind the prompt, as the model's tokenizer writes them."""
+def list_answers(bundle: Bundle) -> Iterator[list[int]]:
+    """Tokens of one answer after the other, as the model's tokenizer writes them behind a prompt.
+
+    They are the true ones to held-out phrases of refshapes-256, in LLaVA's form.
+    """
     prompt = bundle.manifest.prompt
     assert prompt.tokenizer is not None
     tokenizer = load_tokenizer(bundle.folder / prompt.tokenizer)
     before = prompt.template.rpartition(PHRASE_FIELD)[2]
-    start, whole = (
-        tokenizer.encode(text, add_special_tokens=False).ids for text in (before, before + ANSWER)
-    )
-    return [*whole[len(start) :], prompt.stop_ids[0]]
+    start = tokenizer.encode(before, add_special_tokens=False).ids
+    for number in itertools.count():
+        scene = draw_scene("test", number)
+        for question in scene.questions:
+            text = f"{before} {format_box(question.box, scene.image.size)}"
+            whole = tokenizer.encode(text, add_special_tokens=False).ids
+            yield [*whole[len(start) :], prompt.stop_ids[0]]
+
+
+def format_box(box: Sequence[int], size: tuple[int, int]) -> str:
+    """A box of pixels as LLaVA answers it: in the square that its picture is put in."""
+    side = max(size)
+    margins = [(side - length) // 2 for length in size]
+    corners = [(value + margins[k % 2]) / side for k, value in enumerate(box)]
+    return "[" + ", ".join(f"{value:.2f}" for value in corners) + "]"
 
 
 def count_prompt(grounder: Grounder) -> int:
@@ -200,11 +260,12 @@ def list_requests(name: str, cases: Sequence[Case]) -> Iterator[Request]:
             yield Request(
                 name=f"{name}, {drafts}{kind}",
                 removed=f"{case.ratio:g}",
-                calls=case.calls,
+                calls=statistics.mean(case.calls),
                 milliseconds={
                     stage: statistics.median(each.get(stage, 0.0) for each in times)
                     for stage in _STAGES
-                },
+                }
+                | {"decode": case.decode_ms},
             )
 
 
@@ -260,7 +321,7 @@ def tabulate(requests: Sequence[Request]) -> list[list[str]]:
             for stage in _STAGES
         ]
         name = each.name if each.whole else f"{each.name} (decoder)"
-        rows.append([name, each.removed, str(each.calls), *times, f"{each.total:,.0f}"])
+        rows.append([name, each.removed, f"{each.calls:.3g}", *times, f"{each.total:,.0f}"])
     return rows
 
 
@@ -270,12 +331,15 @@ def compare(cases: Sequence[Case]) -> Iterator[str]:
     def mid(times: list[dict[str, float]], stage: str) -> float:
         return statistics.median(each[stage] for each in times)
 
+    def whole(times: list[dict[str, float]], case: Case) -> float:
+        before = statistics.median(each["total"] - each["decode"] for each in times)
+        return before + case.decode_ms
+
     for plain, drafted in zip(cases[::2], cases[1::2], strict=True):
-        decode = mid(drafted.first + drafted.further, "decode")
-        decode /= mid(plain.first + plain.further, "decode")
+        decode = drafted.decode_ms / plain.decode_ms
         prefill = mid(drafted.further, "prefill") / mid(drafted.first, "prefill")
-        first, further = mid(drafted.first, "total"), mid(drafted.further, "total")
-        seven = 7 * mid(plain.first, "total") / (first + 6 * further)
+        first, further = whole(drafted.first, drafted), whole(drafted.further, drafted)
+        seven = 7 * whole(plain.first, plain) / (first + 6 * further)
         yield (
             f"removed {plain.ratio:g}: decoding with drafts {decode:.2f} of that without, prefill "
             f"of a further phrase {prefill:.2f} of the first one's, seven phrases on a picture "
@@ -350,7 +414,7 @@ def main() -> None:
             notes += [f"{backend}, {line}" for line in compare(cases)]
         if options.peers:
             # The prefill gives the answer's first token.
-            calls = len(read_answer(grounder.bundle)) - 1
+            calls = len(next(list_answers(grounder.bundle))) - 1
             prompt = count_prompt(grounder)
             rows = measure_peers(options, precision, prompt=prompt, calls=calls)
             requests = [*list_peer_requests(rows, calls), *requests]

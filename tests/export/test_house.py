@@ -145,6 +145,7 @@ OWN_PATTERNS = {
     ("memory.py", r"f'^{name}\\s+(\\d+)\\s'"),
     ("packed.py", "'|'.join(ignored) or '(?!)'"),
     ("patterns.py", "text"),
+    ("sizes.py", "_IN_ANSWER.join(map(re.escape, around)) + end"),
     ("sources.py", "'|'.join(ignored) or '(?!)'"),
     ("tokenizer.py", "f'({pattern})'"),
 }

@@ -1,6 +1,8 @@
-"""The benchmark of one request: the answer that it forces, what it counts and draws."""
+"""The benchmark of one request: the answers that it forces, what it counts and draws."""
 
 import argparse
+import itertools
+import statistics
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -9,17 +11,19 @@ import pytest
 
 from benchmarks import request, suite
 from benchmarks.request import (
-    ANSWER,
     Request,
+    compare,
     count_prompt,
     draw,
+    list_answers,
     list_peer_requests,
     list_requests,
     measure,
-    read_answer,
     tabulate,
 )
 from gap_runtime import Bundle, Grounder
+from gap_runtime.evaluation.refshapes256 import draw_scene
+from refshapes.recipe.base import format_box
 
 PEER = {
     "name": "peer",
@@ -34,24 +38,40 @@ PEER = {
 
 @pytest.fixture(scope="module")
 def measured(refshapes_bundle):
-    """A Grounder's cases, and what it answers while the benchmark forces it."""
+    """A Grounder's cases, and the answers that the benchmark forces on it."""
     with Grounder(Bundle.open(refshapes_bundle), keep_pictures=0) as grounder:
-        tokens = read_answer(grounder.bundle)
-        cases = measure(grounder, runs=1)
+        tokens = list(itertools.islice(list_answers(grounder.bundle), 40))
+        cases = measure(grounder, runs=2)
         return grounder, tokens, cases
 
 
-def test_the_answer_is_forced_whole_and_drafts_save_calls(measured):
-    grounder, tokens, cases = measured
-    assert grounder.encoder.decode(tokens[:-1]).strip() == ANSWER.strip()
-    assert tokens[-1] in grounder.bundle.manifest.prompt.stop_ids
+def test_the_answers_are_the_true_ones_of_held_out_phrases(measured):
+    grounder, tokens, _ = measured
+    questions = [
+        (scene.image.size, each.box)
+        for scene in (draw_scene("test", number) for number in range(40))
+        for each in scene.questions
+    ]
+    for ids, (size, box) in zip(tokens, questions, strict=False):
+        text = grounder.encoder.decode(ids[:-1]).strip()
+        # What the model was taught to say.
+        assert text == format_box(box, *size, max(size))
+        assert ids[-1] in grounder.bundle.manifest.prompt.stop_ids
+
+
+def test_the_answers_are_forced_whole_and_drafts_save_calls(measured):
+    _, tokens, cases = measured
     plain, drafted = cases[:2]
     assert (plain.draft, drafted.draft) == (False, True)
     # Every token is a call of its own, the first one that of the prompt.
-    assert plain.calls == len(tokens)
-    # Eight digits are news at the most.
-    assert drafted.calls <= 10
-    assert all(len(case.first) == len(case.further) == 1 for case in cases)
+    assert set(plain.calls) <= {len(ids) for ids in tokens}
+    # Eight digits are news at the most, and sizes tell some of them.
+    assert max(drafted.calls) <= 10
+    assert len(set(drafted.calls)) > 1
+    for case in cases:
+        assert [len(case.first), len(case.further), len(case.calls)] == [2, 16, 18]
+        answers = [each["decode"] for each in case.first + case.further]
+        assert case.decode_ms == pytest.approx(statistics.mean(answers))
 
 
 def test_a_further_phrase_sees_nothing_again(measured):
@@ -63,9 +83,21 @@ def test_a_further_phrase_sees_nothing_again(measured):
         "ours, drafts, further phrase",
     ]
     assert requests[-1].milliseconds["vision"] == 0
+    first = cases[0].first
+    stages = ("preprocess", "vision", "prefill")
     assert requests[0].total == pytest.approx(
-        sum(cases[0].first[0][stage] for stage in ("preprocess", "vision", "prefill", "decode"))
+        sum(statistics.median(each[stage] for each in first) for stage in stages)
+        + cases[0].decode_ms
     )
+    assert requests[1].calls == requests[2].calls == statistics.mean(cases[1].calls)
+    ratio = cases[1].decode_ms / cases[0].decode_ms
+    assert f"decoding with drafts {ratio:.2f} of that without" in next(compare(cases))
+
+
+def test_no_phrase_begins_as_the_one_before_it():
+    """What two have in common behind the template is not computed again."""
+    asked = [request._FIRST, *request._FURTHER, request._FIRST]
+    assert all(a.split()[0] != b.split()[0] for a, b in itertools.pairwise(asked))
 
 
 def test_a_peer_decodes_as_many_tokens(measured):

@@ -3,7 +3,8 @@
 A box is written in a fixed form: of `[0.12, 0.34, 0.56, 0.78]` only eight digits are news. A call
 of several rows costs little more than one of a single row, so the rest is sent along as a draft:
 a drafted token counts only where it is the most likely one, so drafts cost time at worst, and
-never change a greedy answer.
+never change a greedy answer. Of the eight, some can be guessed: two from the sizes of other boxes
+(`sizes`), in a video all from the last answer (`follow`).
 
 References:
     Leviathan et al., Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192.
@@ -13,12 +14,13 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from tokenizers import Tokenizer
 
 from gap_runtime.bundle.tensors import MOST_LOGITS
 from gap_runtime.grounding.follow import LastAnswers
+from gap_runtime.grounding.sizes import LastSizes
 from gap_runtime.grounding.tokens import decode_tokens, encode_text
 
 DIGIT: Final = "#"
@@ -31,6 +33,8 @@ _DIGITS: Final = "0123456789"
 _OPENING: Final = "[{<("
 _TRIES: Final = 2
 """Misses at one place of the form after which nothing is drafted there any more."""
+_MOST_PLACES: Final = 1024
+"""Places of which something is known: where digits are joined, each answer has some of its own."""
 _TRUST: Final = 8
 """What a place can earn by drafts that were right: so many misses on end would cost it."""
 
@@ -60,6 +64,7 @@ class Drafter:
         self._trust: dict[tuple[int | str, ...], int] = {}
         self._asked = ""
         self._last = LastAnswers(tokenizer) if follow else None
+        self._sizes = LastSizes(form)
 
     def about(self, phrase: str) -> Drafter:
         """This drafter, for an answer about a phrase, which the form may repeat."""
@@ -78,22 +83,46 @@ class Drafter:
         """
         most = max(min(most, LONGEST), 0)
         forced = self._force(token_ids)[:most]
-        if self._last is None:
-            return forced
-        return self._last.propose(self._asked, token_ids, forced, most)
+        draft = forced
+        if self._last is not None:
+            draft = self._last.propose(self._asked, token_ids, forced, most)
+        if forced and len(draft) == len(forced):
+            draft = self._guess(token_ids)[:most] or forced
+        return draft
 
     def keep(self, token_ids: Sequence[int]) -> None:
-        """Take in the whole answer to the phrase that this is about."""
+        """Take in the whole answer to the phrase that this is about.
+
+        Not for a request that is repeated to time it: its drafts would be right as no user's are.
+        """
         if self._last is not None:
             self._last.keep(self._asked, token_ids)
+        read = self._read(token_ids)
+        # Digits that are joined with others are no tokens, and no guess of one can be sent.
+        if read is not None and not self._digits.isdisjoint(token_ids):
+            self._sizes.keep(read[1])
 
     def _force(self, token_ids: Sequence[int]) -> list[int]:
         """Tokens that the form forces behind an answer so far; none where it forces nothing."""
         if self._trust.get(self._place(token_ids), _TRIES) <= 0:
             return []
-        key = self._key(token_ids)
+        return self._look_up(token_ids)
+
+    def _guess(self, token_ids: Sequence[int]) -> list[int]:
+        """What the form forces, and the digit behind it that the last boxes' sizes give."""
+        read = self._read(token_ids)
+        if read is None:
+            return []
+        rest = _find_rest(self._filled, read[1])
+        digit = self._sizes.guess(read[1] + rest.partition(DIGIT)[0])
+        return self._look_up(token_ids, digit) if digit else []
+
+    def _look_up(self, token_ids: Sequence[int], digit: str = DIGIT) -> list[int]:
+        """The draft behind an answer so far, which is the same at the same place of the form."""
+        key = (*self._key(token_ids), digit)
         if key not in self._known:
-            self._known[key] = self._draft(token_ids)
+            self._known[key] = self._draft(token_ids, digit)
+            _forget(self._known)
         return list(self._known[key])
 
     def learn(self, token_ids: Sequence[int], accepted: int) -> None:
@@ -102,8 +131,9 @@ class Drafter:
             # The draft was the last answer's, which is learnt when the answer is whole.
             return
         place = self._place(token_ids)
-        trust = self._trust.get(place, _TRIES) + (1 if accepted else -1)
+        trust = self._trust.pop(place, _TRIES) + (1 if accepted else -1)
         self._trust[place] = min(trust, _TRUST)
+        _forget(self._trust)
 
     def _place(self, token_ids: Sequence[int]) -> tuple[int | str, ...]:
         """What earns trust: the place in the form, which is the same for every phrase."""
@@ -121,8 +151,13 @@ class Drafter:
         place = [DIGIT if token in self._digits else token for token in token_ids]
         return (self._gap, *place) if not place else tuple(place)
 
-    def _draft(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        """The tokens that are the same whatever digits come later."""
+    def _draft(self, token_ids: Sequence[int], digit: str = DIGIT) -> tuple[int, ...]:
+        """The tokens that are the same whatever digits come later.
+
+        Args:
+            token_ids: The answer so far.
+            digit: The first of those digits, where there is a guess of it.
+        """
         start = [*self._before_ids, *token_ids]
         read = self._read(token_ids)
         if read is None:
@@ -133,9 +168,10 @@ class Drafter:
         rest = _find_rest(self._filled, answer)
         if not rest or rest[0] == DIGIT:
             return ()
+        rest = rest.replace(DIGIT, digit, 1)
         shared: list[int] | None = None
-        for digit in _DIGITS:
-            whole = self._before + said + rest.replace(DIGIT, digit)
+        for any_digit in _DIGITS:
+            whole = self._before + said + rest.replace(DIGIT, any_digit)
             ids = encode_text(self._tokenizer, whole)
             if ids[: len(start)] != start:
                 # The model wrote other tokens than its tokenizer does for the same text.
@@ -158,6 +194,12 @@ class Drafter:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return decode_tokens(self._tokenizer, token_ids, skip_special=False)
+
+
+def _forget(places: dict[tuple[int | str, ...], Any]) -> None:
+    """Drop the oldest place where there are more than are kept."""
+    if len(places) > _MOST_PLACES:
+        del places[next(iter(places))]
 
 
 def _find_rest(form: str, text: str) -> str:

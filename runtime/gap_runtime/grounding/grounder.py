@@ -100,10 +100,10 @@ class Grounder:
                 that was the fastest when `bench --all` measured it. Or a backend itself.
             ratio: One of the bundle's ratios; the first one it was exported with by default.
             keep: Or a count of visual tokens that stay.
-            draft: Send what the form of an answer forces along with each token. It changes the
-                time that an answer takes; the answer only where two tokens tie.
-            follow: Send the last answer to the same phrase along too, where the form of answers
-                is known. It pays where pictures are frames of a video.
+            draft: Send what the form of an answer forces, and what boxes before make likely,
+                along with each token. It changes the time that an answer takes; the answer only
+                where two tokens tie. With False it depends on no answer before.
+            follow: Send the last answer to the same phrase too. It pays where pictures are frames.
             keep_pictures: MiB for what was computed of the last pictures, which are known again
                 by their content; 0 keeps none. A View is kept by whoever has it.
 
@@ -290,6 +290,8 @@ class Grounder:
             try:
                 values = self.run_stages(view, phrase, entry)
                 is_held = True
+                if self._drafter:
+                    self._drafter.keep(values.decoded.token_ids)
             finally:
                 self._views.note(view, is_held=is_held)
         answer = self.encoder.decode(values.decoded.token_ids)
@@ -377,8 +379,6 @@ class Grounder:
                 stop_ids=manifest.prompt.stop_ids if most is None else (),
                 drafter=drafter,
             )
-        if drafter and most is None:
-            drafter.keep(decoded.token_ids)
         answered_ms = (time.perf_counter() - looked) * 1e3
         preprocess_ms = vision.preprocess_ms if is_new else 0.0
         vision_ms = vision.vision_ms if is_new else 0.0

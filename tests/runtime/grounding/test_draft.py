@@ -342,11 +342,15 @@ def test_digits_that_change_are_not_drafted_until_they_stay_again():
     assert ask(drafter, answers[-1]) == (3, 21, 21)
 
 
-def test_without_it_nothing_of_an_answer_is_kept():
+def test_without_it_the_last_answer_is_no_draft():
+    """Of which at most the two digits that its size tells are sent."""
     tokenizer = make_tokenizer("▁[")
     drafter = Drafter(tokenizer, LLAVA, BEFORE)
     tokens = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
     assert [ask(drafter, tokens) for _ in range(3)] == 3 * [(9, 16, 16)]
+    for _ in range(30):
+        last = ask(drafter, tokens)
+    assert last == (7, 18, 18)
 
 
 def test_only_the_last_phrases_are_known():
@@ -356,7 +360,8 @@ def test_only_the_last_phrases_are_known():
     for number in range(65):
         ask(drafter, tokens, str(number))
     assert ask(drafter, tokens, "64")[0] == 3
-    assert ask(drafter, tokens, "0")[0] == 9
+    # Its size is known all the same.
+    assert ask(drafter, tokens, "0")[0] == 7
 
 
 def test_an_answer_of_another_form_is_no_draft():
@@ -463,3 +468,115 @@ def test_the_form_learns_nothing_of_the_last_answers_tokens():
     counts = [ask(drafter, tokens) for _ in range(10)]
     assert len(set(counts[3:])) == 1
     assert counts[-1][1] == counts[-1][2]
+
+
+def ask_boxes(drafter, tokenizer, boxes, write):
+    """Calls and refused rows of an answer, in the mean, once the first 40 are known."""
+    counts = [ask(drafter, tokens_of(tokenizer, write.format(*box))) for box in boxes]
+    calls, drafted, accepted = np.mean(counts[40:], axis=0)
+    return calls, drafted - accepted
+
+
+def place(random, sides, most):
+    """A box of such sides within a frame."""
+    corner = random.integers(0, most - np.array(sides) + 1)
+    return *corner, *(corner + sides)
+
+
+@pytest.mark.parametrize(
+    ("form", "joined", "write", "scale"),
+    [
+        (LLAVA, ("▁[",), " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]", 99),
+        (SHIKRA, ("▁[",), " [0.{:03},0.{:03},0.{:03},0.{:03}]", 999),
+        (MINIGPT, ("▁{",), " {{<{:02}><{:02}><{:02}><{:02}>}}", 99),
+        (
+            "[0.##, 0.##, 0.##, 0.##]",
+            ("▁[0.", "▁0."),
+            " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]",
+            99,
+        ),
+    ],
+)
+def test_boxes_of_about_one_size_take_fewer_calls(form, joined, write, scale):
+    """Of the four calls of a single row, two for most boxes need not be made."""
+    tokenizer = make_tokenizer(*joined)
+    random = np.random.default_rng(0)
+    boxes = [
+        place(random, np.array([0.12, 0.2]) * scale * random.uniform(0.9, 1.1, 2) // 1, scale)
+        for _ in range(200)
+    ]
+    boxes = [tuple(map(int, box)) for box in boxes]
+    tokens = tokens_of(tokenizer, write.format(*boxes[0]))
+    plain = replay(Drafter(tokenizer, form, BEFORE), tokens)[0]
+    calls, refused = ask_boxes(Drafter(tokenizer, form, BEFORE), tokenizer, boxes, write)
+    assert plain - 2 < calls < plain - 1.4
+    assert refused < 0.6
+
+
+def test_boxes_of_any_size_cost_no_more_calls_and_few_rows():
+    tokenizer = make_tokenizer("▁[")
+    random = np.random.default_rng(0)
+    boxes = [place(random, random.integers(1, 90, 2), 99) for _ in range(300)]
+    write = " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]"
+    calls, refused = ask_boxes(Drafter(tokenizer, LLAVA, BEFORE), tokenizer, boxes, write)
+    assert calls <= 9
+    assert refused < 1
+
+
+def test_a_digit_in_a_piece_with_others_is_not_guessed():
+    """The sizes tell one digit, and pieces of two hold more."""
+    tokenizer = make_tokenizer("▁[0.", "▁0.", *map(str, range(10, 100)))
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        box = place(random, (12, 20), 79)
+        tokens = tokens_of(tokenizer, " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]".format(*box))
+        _, drafted, accepted = ask(drafter, tokens)
+        assert drafted == accepted
+
+
+def test_a_box_with_its_phrase_behind_it_is_guessed_too():
+    before = "<|im_start|>assistant\n"
+    tokenizer = make_byte_tokenizer(before)
+    drafter = Drafter(tokenizer, QWEN, before)
+    start = len(tokenizer.encode(before, add_special_tokens=False).ids)
+    random = np.random.default_rng(0)
+    calls = []
+    for number in range(80):
+        phrase = f"mug {number} of [1, 2, 3, 4]"
+        box = "[{}, {}, {}, {}]".format(*place(random, (120, 140), 900))
+        answer = QWEN.replace("[###, ###, ###, ###]", box).replace("{phrase}", phrase)
+        tokens = tokenizer.encode(before + answer, add_special_tokens=False).ids[start:]
+        calls.append(ask(drafter, tokens, phrase)[0])
+    assert np.mean(calls[40:]) < np.mean(calls[:4]) - 1
+
+
+def test_memory_does_not_grow_with_answers_in_joined_digits():
+    tokenizer = make_tokenizer("▁[0.", "▁0.", *map(str, range(10, 100)))
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    random = np.random.default_rng(0)
+    for _ in range(600):
+        box = " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]".format(*random.integers(10, 100, 4))
+        assert ask(drafter, tokens_of(tokenizer, box))[0] <= 5
+    assert len(drafter._known) == len(drafter._trust) == 1024
+
+
+def test_a_follower_guesses_sizes_where_the_last_answer_is_not_trusted():
+    tokenizer = make_tokenizer("▁[")
+    random = np.random.default_rng(0)
+    boxes = [place(random, (12, 20), 99) for _ in range(100)]
+    write = " [0.{:02}, 0.{:02}, 0.{:02}, 0.{:02}]"
+    assert ask_boxes(make_follower(tokenizer), tokenizer, boxes, write)[0] < 8
+
+
+def test_a_guess_is_no_longer_than_there_is_room():
+    tokenizer = make_tokenizer("▁[")
+    drafter = Drafter(tokenizer, LLAVA, BEFORE)
+    tokens = tokens_of(tokenizer, " [0.12, 0.34, 0.56, 0.78]")
+    for _ in range(20):
+        ask(drafter, tokens)
+    begun = tokens.index(tokenizer.token_to_id("4")) + 1
+    whole = drafter.propose(tokens[:begun], 7)
+    assert whole == tokens[begun : begun + 5]
+    for most in (-1, 0, 1, 4, 5):
+        assert drafter.propose(tokens[:begun], most) == whole[: max(0, most)]

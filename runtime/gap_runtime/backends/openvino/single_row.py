@@ -18,7 +18,7 @@ from gap_runtime.backends.openvino.memory import infer
 from gap_runtime.errors import GapError
 
 ENOUGH: Final = 64
-"""Calls of a single row, sixteen answers with drafts: by then, what the graph would have saved is
+"""Calls of a single row, 16 to 30 answers with drafts: by then, what the graph would have saved is
 a good part of what it costs to compile."""
 _LOG: Final = logging.getLogger(__name__)
 
