@@ -60,7 +60,8 @@ from gap_runtime.backends import DecoderSession
 from gap_runtime.bundle.bundle import Bundle
 from gap_runtime.bundle.files import require_apart
 from gap_runtime.cli.options import ArgumentParser
-from gap_runtime.evaluation.refshapes256 import draw_scene
+from gap_runtime.evaluation.refshapes import format_box
+from gap_runtime.evaluation.refshapes256 import SIDE, draw_scene
 from gap_runtime.grounding.grounder import Grounder
 from gap_runtime.grounding.prompt import PHRASE_FIELD, load_tokenizer
 from gap_runtime.grounding.view import View
@@ -231,17 +232,9 @@ def list_answers(bundle: Bundle) -> Iterator[list[int]]:
     for number in itertools.count():
         scene = draw_scene("test", number)
         for question in scene.questions:
-            text = f"{before} {format_box(question.box, scene.image.size)}"
+            text = f"{before} {format_box(question.box, *scene.image.size, SIDE)}"
             whole = tokenizer.encode(text, add_special_tokens=False).ids
             yield [*whole[len(start) :], prompt.stop_ids[0]]
-
-
-def format_box(box: Sequence[int], size: tuple[int, int]) -> str:
-    """A box of pixels as LLaVA answers it: in the square that its picture is put in."""
-    side = max(size)
-    margins = [(side - length) // 2 for length in size]
-    corners = [(value + margins[k % 2]) / side for k, value in enumerate(box)]
-    return "[" + ", ".join(f"{value:.2f}" for value in corners) + "]"
 
 
 def count_prompt(grounder: Grounder) -> int:

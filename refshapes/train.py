@@ -29,14 +29,13 @@ from torch.nn import functional
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from gap_runtime.cli.options import ArgumentParser, run_command
-from gap_runtime.evaluation.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene
+from gap_runtime.evaluation.refshapes import COLOURS, SHAPES, SIDE, Scene, draw_scene, format_box
 from recipe.base import (
     FILL,
     IGNORED,
     MOST_THREADS,
     PROMPT_AFTER,
     encode_prompt,
-    format_box,
     make_model,
     place_loss,
     train_tokenizer,

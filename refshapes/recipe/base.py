@@ -142,13 +142,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, phrase: str) -> tuple[list
     return ids[:at], ids[at + 1 :]
 
 
-def format_box(box: tuple[int, int, int, int], width: int, height: int, side: int) -> str:
-    """LLaVA's answer text: corners in the frame of the square of that side, two decimals."""
-    dx, dy = (side - width) // 2, (side - height) // 2
-    x0, y0, x1, y1 = ((v + (dx, dy)[k % 2]) / side for k, v in enumerate(box))
-    return f"[{x0:.2f}, {y0:.2f}, {x1:.2f}, {y1:.2f}]"
-
-
 def place_loss(logits: Tensor, places: Tensor) -> Tensor:
     """Cross-entropy of row and column; logits [..., 2 * grid], places [..., 2]."""
     split = logits.unflatten(-1, (2, -1)).flatten(0, -2)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
-from gap_runtime.evaluation.refshapes import COLOURS, Question
+from gap_runtime.evaluation.refshapes import COLOURS, Question, format_box
 from gap_runtime.evaluation.refshapes256 import CELL, SHAPES, SIDE, Scene
-from recipe.base import FILL, IGNORED, encode_prompt, format_box
+from recipe.base import FILL, IGNORED, encode_prompt
 from recipe.sizes import CLASSES, GRID
 
 TOUCHED: Final = 0.03

@@ -23,7 +23,8 @@ from benchmarks.request import (
 )
 from gap_runtime import Bundle, Grounder
 from gap_runtime.evaluation.refshapes256 import draw_scene
-from refshapes.recipe.base import format_box
+from gap_runtime.pictures.boxes import parse_boxes
+from gap_runtime.pictures.load import frame_picture
 
 PEER = {
     "name": "peer",
@@ -52,11 +53,13 @@ def test_the_answers_are_the_true_ones_of_held_out_phrases(measured):
         for scene in (draw_scene("test", number) for number in range(40))
         for each in scene.questions
     ]
+    manifest = grounder.bundle.manifest
     for ids, (size, box) in zip(tokens, questions, strict=False):
-        text = grounder.encoder.decode(ids[:-1]).strip()
-        # What the model was taught to say.
-        assert text == format_box(box, *size, max(size))
-        assert ids[-1] in grounder.bundle.manifest.prompt.stop_ids
+        frame = frame_picture(size, manifest.preprocess, manifest.buckets[0])
+        (found,) = parse_boxes(grounder.encoder.decode(ids[:-1]), manifest.box, frame).boxes
+        # Two decimals of the square's side, and half a pixel of its margins.
+        assert found == pytest.approx(box, abs=0.005 * max(size) + 0.5)
+        assert ids[-1] in manifest.prompt.stop_ids
 
 
 def test_the_answers_are_forced_whole_and_drafts_save_calls(measured):

@@ -336,8 +336,7 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
         "--no-draft",
         action="store_false",
         dest="draft",
-        help="decode token by token, without drafts of what the form of an answer forces (watch: "
-        "or of what was answered last)",
+        help="decode token by token, without drafts of what comes next",
     )
 
 

@@ -102,6 +102,20 @@ def draw_scene(
     return Scene(image=image, shapes=shapes, questions=questions)
 
 
+def format_box(box: tuple[int, int, int, int], width: int, height: int, side: int) -> str:
+    """What the embedded models are taught to answer: shares of a square's side, two decimals.
+
+    Args:
+        box: Corners in pixels of the picture.
+        width: Of the picture, in pixels.
+        height: Of the picture, in pixels.
+        side: Of the square in whose middle the models see it, in pixels.
+    """
+    dx, dy = (side - width) // 2, (side - height) // 2
+    x0, y0, x1, y1 = ((v + (dx, dy)[k % 2]) / side for k, v in enumerate(box))
+    return f"[{x0:.2f}, {y0:.2f}, {x1:.2f}, {y1:.2f}]"
+
+
 def _canvas_size(rng: np.random.Generator) -> tuple[int, int]:
     """Square in seven of ten pictures, else one side shorter."""
     if rng.random() < 0.7:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 _KEPT: Final = 48
@@ -25,6 +26,20 @@ _BRACKETS: Final = re.compile(r"[^\w\s]*$")
 _IN_ANSWER: Final = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a number may be guessed: behind so many, in a text that ends as this matches."""
+
+    known: int
+    begins: re.Pattern[str]
+    were_right: deque[bool] = field(default_factory=lambda: deque(maxlen=_WATCHED))
+
+    @property
+    def is_likely(self) -> bool:
+        """Whether guesses have been right lately, sent or not."""
+        return sum(self.were_right) >= _LEAST_RIGHT
+
+
 class LastSizes:
     """The last boxes of a model, from the texts of its answers."""
 
@@ -36,11 +51,15 @@ class LastSizes:
                 nothing is ever guessed.
         """
         self._lead, around = _read_form(form)
-        end = re.escape(self._lead) + r"\Z"
-        self._beginnings = [_compile(around[: known + 1], end) for known in (2, 3) if around]
         self._whole = _compile(around) if around else None
         self._boxes: deque[tuple[float, ...]] = deque(maxlen=_KEPT)
-        self._were_right: list[deque[bool]] = [deque(maxlen=_WATCHED) for _ in range(2)]
+        end = re.escape(self._lead) + r"\Z"
+        # From the most numbers on: the last two of three may look like a box that begins.
+        self._places = [
+            _Place(known=known, begins=_compile(around[: known + 1], end))
+            for known in (3, 2)
+            if around
+        ]
 
     def guess(self, text: str) -> str:
         """The first digit of a number that is news; nothing where none is likely.
@@ -48,13 +67,10 @@ class LastSizes:
         Args:
             text: An answer up to that digit. Only the third and fourth number of a box are likely.
         """
-        # From the most numbers on: the last two of three may look like a box that begins.
-        for begins, were_right in zip(
-            self._beginnings[::-1], self._were_right[::-1], strict=False
-        ):
-            found = begins.search(text)
+        for place in self._places:
+            found = place.begins.search(text)
             if found:
-                return self._vote(found.groups()) if sum(were_right) >= _LEAST_RIGHT else ""
+                return self._vote(found.groups()) if place.is_likely else ""
         return ""
 
     def keep(self, answer: str) -> None:
@@ -63,10 +79,10 @@ class LastSizes:
         if not found:
             return
         numbers = found.groups()
-        for known, were_right in zip((2, 3), self._were_right, strict=True):
-            digit = self._vote(numbers[:known])
+        for place in self._places:
+            digit = self._vote(numbers[: place.known])
             if digit:
-                were_right.append(numbers[known].startswith(self._lead + digit))
+                place.were_right.append(numbers[place.known].startswith(self._lead + digit))
         self._boxes.append(tuple(map(float, numbers)))
 
     def _vote(self, numbers: Sequence[str]) -> str:
